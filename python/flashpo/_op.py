@@ -1,0 +1,131 @@
+"""`@op` turns a reference function into one `torch.library` operator with an ordered list of backends inside it.
+
+The reference's signature is the schema and its body the specification. Backends are tried in the order their file
+lists them; one that cannot take its arguments returns NotImplemented; the reference ("torch") is last. The choice is
+made inside the operator, so `torch.compile` sees one opaque node whatever the backend.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+try:
+    from flashpo import _C as native  # compiled: CPU kernels, and the CUDA ones where it was built with them
+except ImportError:
+    native = None
+
+BACKENDS = ("native", "triton", "torch")
+LIB = torch.library.Library("flashpo", "DEF")
+OPS: dict[str, "Op"] = {}  # read by tests, benchmarks and `flashpo doctor`; never by an op
+CALLS: Counter[tuple[str, str]] = Counter()
+log = logging.getLogger("flashpo")
+forced: str | None = None  # a plain global: CUDA backward runs in torch's own threads
+
+
+@functools.cache
+def why_unavailable(backend: str, device: str) -> str | None:
+    """None where `backend` can run on `device`, else the reason why not."""
+    if backend == "native":
+        if native is None:
+            return "flashpo._C is not built"
+        if device == "cuda" and not native.cuda_kernels:
+            return "built without a CUDA compiler"
+        return None if device in ("cpu", "cuda") else f"no native kernels for {device}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if device == "cuda" or interpreted else f"Triton does not compile for {device}"
+    return None
+
+
+class Op:
+    """`reference` as `torch.ops.flashpo.<name>`; the fake and the backends are added by decorators."""
+
+    def __init__(self, reference: Callable, mutates: tuple[str, ...]):
+        self.name, self.reference = reference.__name__, reference
+        self.kernels: dict[str, Callable] = {}
+        LIB.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
+        LIB.impl(self.name, self._run, "CompositeExplicitAutograd")  # below autograd, for every device
+        self.overload = getattr(torch.ops.flashpo, self.name).default
+        self._said: set[tuple[str, str]] = set()
+        OPS[self.name] = self
+
+    def fake(self, fn: Callable) -> Callable:
+        torch.library.register_fake(f"flashpo::{self.name}", fn, lib=LIB)
+        return fn
+
+    def backend(self, name: str) -> Callable[[Callable], Callable]:
+        def add(fn: Callable) -> Callable:
+            self.kernels[name] = fn
+            return fn
+
+        return add
+
+    def _run(self, *args):
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):  # an op computes in the dtypes that it is given
+            with torch.autocast(device, enabled=False):
+                return self._run(*args)
+        for name, kernel in (*self.kernels.items(), ("torch", self.reference)):
+            if forced not in (None, name) or why_unavailable(name, device) is not None:
+                continue
+            out = kernel(*args)
+            if out is not NotImplemented:
+                CALLS[self.name, name] += 1
+                if (name, device) not in self._said:
+                    self._said.add((name, device))
+                    log.info("%s runs on %s for %s tensors", self.name, name, device)
+                return out
+        reason = why_unavailable(forced, device) if forced else None
+        raise NotImplementedError(
+            f"flashpo::{self.name}: backend {forced!r} cannot run on {args[0].dtype} {device} tensors"
+            + (f": {reason}" if reason else "")
+        )
+
+    def __call__(self, *args):
+        return self.overload(*args)
+
+
+def op(reference: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
+    """`@op`, or `@op(mutates=("x",))` for one that writes over its argument x."""
+    return Op(reference, mutates) if reference else lambda fn: Op(fn, mutates)
+
+
+def force(backend: str | None) -> None:
+    """Let every op run on `backend` alone, and raise where it cannot; None: choose again."""
+    global forced
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    forced = backend
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """`with flashpo.backend("triton"):` forces one backend for all threads; an op that cannot run on it raises."""
+    before = forced
+    force(name)
+    try:
+        yield
+    finally:
+        force(before)
+
+
+def stats(reset: bool = False) -> dict[str, dict[str, int]]:
+    """How often each op ran on each backend: `{"linear_logprob_fwd": {"native": 12}}`."""
+    counts: dict[str, dict[str, int]] = {}
+    for (name, used), n in sorted(CALLS.items()):
+        counts.setdefault(name, {})[used] = n
+    if reset:
+        CALLS.clear()
+    return counts
+
+
+force(os.environ.get("FLASHPO_BACKEND") or None)

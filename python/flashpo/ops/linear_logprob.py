@@ -1,0 +1,274 @@
+"""log softmax(hidden W^T)[target] and its entropy without the logits ever being whole.
+
+    z = softcap tanh(((h W^T + b) logit_scale) / softcap) / T       logprob = z_t - lse(z)
+    dz_j = d_logprob (1[j = t] - p_j) - d_entropy p_j (log p_j + entropy)
+    dx_j = dz_j (1 - tanh^2) logit_scale / T      d hidden = dx W      d weight = dx^T h      d bias = sum dx
+
+Forward folds tiles of logits into a partial (see `token_stats`); backward computes the tiles again from the saved
+log-sum-exp and turns them into gradients in place. Floor: one GEMM forward; with backward four, three if the head is frozen.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashpo._op import op
+from flashpo.ops._check import check_device, check_float, check_index, check_positive, check_range
+from flashpo.ops.token_stats import ROWS, TokenStats, check_outputs, merge_partials, partial_from_logits, select
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("entropy",),
+    group: dist.ProcessGroup | None = None,
+) -> TokenStats:
+    """Per-token log-probabilities of `target` under the LM head `weight`, with side statistics.
+
+    Args:
+        hidden: (..., H) float32, bfloat16 or float16: the last hidden states (not logits).
+        weight: (V, H), the LM head; converted to the compute dtype tile by tile. The compute dtype is autocast's where
+            autocast is on, else that of `hidden`.
+        target: (...) int64; rows equal to `ignore_index` cost nothing and give exactly 0.
+        bias: (V,) or None.
+        temperature: a positive number, or a tensor of the target's shape with one per token.
+        logit_scale, softcap: the head's own transforms (Cohere, Granite; Gemma 2), see the formula of this file.
+        outputs: names of the `TokenStats` fields wanted besides `logprob`.
+        group: a process group over which `weight` and `bias` are sharded along V, in rank order and in equal shards;
+            hidden and target are the same on every rank, and so must be the gradients that come in.
+
+    Returns:
+        TokenStats of the target's shape, fp32, in nats; `logprob` and `entropy` are differentiable in hidden, weight
+        and bias. Gradients accumulate in fp32 and are returned in their argument's dtype.
+
+    Raises:
+        TypeError, ValueError: the message names the argument (a target outside [0, V) on CUDA: a device assertion).
+    """
+    side = check_outputs(outputs)
+    _check(hidden, weight, target, bias, logit_scale, softcap)
+    token_temperature = _token_temperature(temperature, target)
+    logprob, entropy, rows = LinearLogprob.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        target.reshape(-1),
+        bias,
+        token_temperature,
+        1.0 if token_temperature is not None else float(temperature),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        ignore_index,
+        side,
+        group,
+        contextlib.nullcontext,
+    )
+    return select(outputs, target.shape, logprob, entropy, rows)
+
+
+def _check(hidden, weight, target, bias, logit_scale, softcap) -> None:
+    check_index("hidden", hidden, "target", target)
+    check_float("weight", weight)
+    if weight.dim() != 2 or len(weight) == 0:
+        raise ValueError(f"weight must be (V, H) with V > 0, got {tuple(weight.shape)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        given = ": these are logits; linear_logprob takes the hidden states before the head"
+        raise ValueError(
+            f"hidden has {hidden.shape[-1]} features, weight (V, H) = {tuple(weight.shape)}"
+            + (given if hidden.shape[-1] == weight.shape[0] else "")
+        )
+    check_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        check_float("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+        check_device("bias", bias, "hidden", hidden)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+
+
+def _token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | None:
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return None
+    check_float("temperature", temperature)
+    if temperature.shape != target.shape:
+        raise ValueError(
+            f"temperature must be a number or of the target's shape {tuple(target.shape)}, got {tuple(temperature.shape)}"
+        )
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require grad: linear_logprob has no gradient for it")
+    check_device("temperature", temperature, "target", target)
+    if temperature.device.type == "cpu" and not (temperature > 0).all():
+        raise ValueError("temperature must be positive everywhere")
+    return temperature.reshape(-1)
+
+
+def _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype):
+    """(z, dz/dx) in fp32 or wider, both (N, V)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x = hidden.to(dtype).to(wide) @ weight.to(dtype).to(wide).t()
+    if bias is not None:
+        x = x + bias.to(wide)
+    x = x * logit_scale
+    slope = torch.full_like(x, logit_scale)
+    if softcap is not None:
+        tanh = torch.tanh(x / softcap)
+        x, slope = softcap * tanh, slope * (1 - tanh * tanh)
+    t = temperature if token_temperature is None else token_temperature.to(wide)[:, None]
+    return x / t, slope / t
+
+
+@op
+def linear_logprob_partial(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (J, H): the whole head, or the part of it that starts at vocab_start
+    target: Tensor,  # (N,)
+    bias: Tensor | None,  # (J,)
+    token_temperature: Tensor | None,  # (N,)
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_start: int,
+    vocab: int,
+    side: bool,
+    dtype: torch.dtype,  # the GEMM's
+) -> Tensor:
+    """The partial (ROWS or 4, N) of this part of the vocabulary; (0, 1, 0, ...) for an ignored token."""
+    check_range("target", target, vocab, ignore_index)
+    z, _ = _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
+    partial = partial_from_logits(z, target - vocab_start, side)
+    return partial.where(target != ignore_index, neutral_column(len(partial), partial))
+
+
+@linear_logprob_partial.fake
+def _(hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, vocab, side, dtype):
+    return hidden.new_empty((ROWS if side else 4, len(target)), dtype=torch.promote_types(dtype, torch.float32))
+
+
+def neutral_column(rows: int, like: Tensor) -> Tensor:
+    """(rows, 1): the partial of an ignored token, from which `merge_partials` makes exact zeros."""
+    return torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0][:rows], dtype=like.dtype, device=like.device)[:, None]
+
+
+@op
+def linear_logprob_bwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    token_temperature: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_start: int,
+    dtype: torch.dtype,
+    lse: Tensor,  # (N,)
+    entropy: Tensor,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_hidden, d_weight, d_bias) in their argument's dtype; one that is not wanted is an empty tensor."""
+    z, slope = _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
+    logp = (z - lse[:, None]).clamp(min=torch.finfo(z.dtype).min)
+    p = logp.exp()
+    dx = torch.zeros_like(z)
+    if d_logprob is not None:
+        onehot = torch.arange(z.shape[-1], device=z.device) == (target - vocab_start)[:, None]
+        dx += d_logprob[:, None] * (onehot.to(z.dtype) - p)
+    if d_entropy is not None:
+        dx -= d_entropy[:, None] * p * (logp + entropy[:, None])
+    dx = (dx * slope).masked_fill((target == ignore_index)[:, None], 0.0)
+    none = hidden.new_empty(0)
+    return (
+        (dx @ weight.to(dtype).to(dx.dtype)).to(hidden.dtype) if want_hidden else none,
+        (dx.t() @ hidden.to(dtype).to(dx.dtype)).to(weight.dtype) if want_weight else none.clone(),
+        dx.sum(0).to(bias.dtype) if want_bias else none.clone(),
+    )
+
+
+@linear_logprob_bwd.fake
+def _(hidden, weight, target, bias, *rest):
+    like = (hidden, weight, bias)
+    return tuple(torch.empty_like(x) if wanted else hidden.new_empty(0) for x, wanted in zip(like, rest[-3:]))
+
+
+class LinearLogprob(torch.autograd.Function):
+    """`gather(weight, bias)` is a context in which a sharded head is whole (ZeRO-3); backward opens it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        token_temperature: Tensor | None,
+        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
+        ignore_index: int,
+        side: bool,
+        group: dist.ProcessGroup | None,
+        gather: Callable,
+    ):
+        ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        shards = 1 if group is None else dist.get_world_size(group)
+        start = 0 if group is None else dist.get_rank(group) * len(weight)
+        vocab = shards * len(weight)
+        head = bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start
+        partial = linear_logprob_partial(hidden, weight, target, *head, vocab, side, dtype)
+        partials = partial[None] if group is None else _gather_partials(partial, vocab, group)
+        logprob, entropy, lse, rows = merge_partials(partials, vocab)
+        if group is not None:
+            ignored = target == ignore_index
+            logprob, entropy, rows = (x.masked_fill(ignored, 0.0) for x in (logprob, entropy, rows))
+        ctx.save_for_backward(hidden, weight, target, bias, token_temperature, lse, entropy)
+        ctx.options = (temperature, logit_scale, softcap, ignore_index, start, dtype), group, gather
+        ctx.mark_non_differentiable(rows)
+        return logprob, entropy, rows
+
+    @staticmethod
+    def backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, _):
+        hidden, weight, target, bias, token_temperature, lse, entropy = ctx.saved_tensors
+        head, group, gather = ctx.options
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        with gather(weight, bias) if gather is not contextlib.nullcontext else contextlib.nullcontext():
+            grads = linear_logprob_bwd(
+                hidden, weight, target, bias, token_temperature, *head, lse, entropy, d_logprob, d_entropy, *wanted
+            )
+        d_hidden, d_weight, d_bias = (grad if want else None for grad, want in zip(grads, wanted))
+        if group is not None and d_hidden is not None:
+            d_hidden = d_hidden.float()
+            dist.all_reduce(d_hidden, group=group)
+            d_hidden = d_hidden.to(hidden.dtype)
+        return d_hidden, d_weight, None, d_bias, None, None, None, None, None, None, None, None
+
+
+def _gather_partials(partial: Tensor, vocab: int, group: dist.ProcessGroup) -> Tensor:
+    """(ranks, rows, N) of every rank, with one collective; a row more carries the shards' size to compare."""
+    mine = torch.cat([partial, partial.new_full((1, partial.shape[1]), vocab)])
+    every = mine.new_empty((dist.get_world_size(group), *mine.shape))
+    dist.all_gather_into_tensor(every.view(-1, mine.shape[1]), mine, group=group)
+    if (every[:, -1] != vocab).any():
+        raise ValueError("weight: the shards of a group must have the same number of rows; pad the vocabulary")
+    return every[:, :-1]

@@ -1,0 +1,199 @@
+"""log softmax(logits / T)[index] and its entropy, in one pass over the logits; the gradient in one pass more.
+
+    z = logits / T      logprob = z[index] - lse(z)      entropy = -sum_j p_j log p_j
+    d logits_j = (d_logprob (1[j = index] - p_j) - d_entropy p_j (log p_j + entropy)) / T
+"""
+
+import torch
+from torch import Tensor
+
+from flashpo._op import native, op
+from flashpo.ops._check import check_index, check_positive, check_range
+from flashpo.ops.token_stats import TokenStats, check_outputs, merge_partials, partial_from_logits, select
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("entropy",),
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Per-token log-probabilities of `index` under softmax(logits / temperature), with side statistics.
+
+    Args:
+        logits: (..., V) float32, bfloat16, float16 (float64: reference only). -inf entries count as impossible.
+        index: (...) int64 on the same device; entries equal to `ignore_index` cost nothing and give exactly 0.
+        temperature: a positive number.
+        outputs: names of the `TokenStats` fields wanted besides `logprob`.
+        inplace_backward: let backward write the gradient over `logits`, which saves a tensor of their size. Nothing
+            else may need their values afterwards; autograd raises if it does.
+
+    Returns:
+        TokenStats of shape (...), fp32, in nats; `logprob` and `entropy` are differentiable.
+
+    Raises:
+        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, the vocabulary is empty, temperature is
+        not positive, an index is outside [0, V) (on CUDA: an asynchronous device assertion).
+    """
+    check_index("logits", logits, "index", index)
+    check_positive("temperature", temperature)
+    if inplace_backward and torch.compiler.is_compiling():
+        raise ValueError("inplace_backward cannot be honoured under torch.compile")
+    side = check_outputs(outputs)
+    if logits.dim() != 3:
+        logits = logits.reshape(1, -1, logits.shape[-1])
+    flat = index.reshape(-1)
+    logprob, entropy, rows = SelectiveLogSoftmax.apply(
+        logits, flat, temperature, ignore_index, side, inplace_backward
+    )
+    return select(outputs, index.shape, logprob, entropy, rows)
+
+
+@op
+def selective_log_softmax_fwd(
+    logits: Tensor,  # (B, T, V)
+    index: Tensor,  # (B T)
+    temperature: float,
+    ignore_index: int,
+    side: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, lse) of shape (B T) and side (3 or 0, B T), as `merge_partials` gives them."""
+    check_range("index", index, logits.shape[-1], ignore_index)
+    z = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    partial = partial_from_logits(z, index, side)
+    rows = merge_partials.reference(partial[None], z.shape[-1])
+    ignored = index == ignore_index
+    return tuple(row.masked_fill(ignored, 0.0) for row in rows)
+
+
+@selective_log_softmax_fwd.fake
+def _(logits, index, temperature, ignore_index, side):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows = [logits.new_empty(index.shape, dtype=dtype) for _ in range(3)]
+    return *rows, logits.new_empty((3 if side else 0, len(index)), dtype=dtype)
+
+
+def _grad(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy) -> Tensor:
+    z = logits.flatten(0, 1).to(lse.dtype) / temperature
+    logp = (z - lse[:, None]).clamp(min=torch.finfo(z.dtype).min)
+    p = logp.exp()
+    d = torch.zeros_like(z)
+    ignored = index == ignore_index
+    if d_logprob is not None:
+        onehot = torch.arange(z.shape[-1], device=z.device) == index[:, None]
+        d += d_logprob[:, None] * (onehot.to(z.dtype) - p)
+    if d_entropy is not None:
+        d -= d_entropy[:, None] * p * (logp + entropy[:, None])
+    return (d / temperature).masked_fill(ignored[:, None], 0.0).to(logits.dtype).view(logits.shape)
+
+
+@op
+def selective_log_softmax_bwd(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+) -> Tensor:
+    """d logits (B, T, V), contiguous, in the logits' dtype."""
+    return _grad(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy)
+
+
+@selective_log_softmax_bwd.fake
+def _(logits, *rest):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@op(mutates=("logits",))
+def selective_log_softmax_bwd_(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+) -> None:
+    """The same, written over the logits."""
+    logits.copy_(_grad(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy))
+
+
+@selective_log_softmax_bwd_.fake
+def _(*args):
+    return None
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@selective_log_softmax_fwd.backend("native")  # csrc/cpu/selective_log_softmax.cpp
+def _(logits, index, temperature, ignore_index, side):
+    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    rows = logits.new_empty((6 if side else 3, len(index)), dtype=torch.float32)
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    native.selective_log_softmax_fwd(
+        logits, index.contiguous(), temperature, ignore_index, rows, torch.get_num_threads()
+    )
+    return rows[0], rows[1], rows[2], rows[3:]
+
+
+def _native_bwd(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy, out):
+    native.selective_log_softmax_bwd(
+        logits if logits.stride(-1) == 1 else logits.contiguous(),
+        index.contiguous(),
+        temperature,
+        ignore_index,
+        lse,
+        entropy,
+        None if d_logprob is None else d_logprob.contiguous(),
+        None if d_entropy is None else d_entropy.contiguous(),
+        out,
+        torch.get_num_threads(),
+    )
+
+
+@selective_log_softmax_bwd.backend("native")
+def _(logits, *rest):
+    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _native_bwd(logits, *rest, out)
+    return out
+
+
+@selective_log_softmax_bwd_.backend("native")
+def _(logits, *rest):
+    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES or logits.stride(-1) != 1:
+        return NotImplemented
+    _native_bwd(logits, *rest, logits)
+
+
+class SelectiveLogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, index, temperature, ignore_index, side, inplace_backward):
+        ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
+        logprob, entropy, lse, rows = selective_log_softmax_fwd(logits, index, temperature, ignore_index, side)
+        ctx.save_for_backward(logits, index, lse, entropy)
+        ctx.options = temperature, ignore_index, inplace_backward
+        ctx.mark_non_differentiable(rows)
+        return logprob, entropy, rows
+
+    @staticmethod
+    def backward(ctx, d_logprob, d_entropy, _):
+        logits, index, lse, entropy = ctx.saved_tensors
+        temperature, ignore_index, inplace = ctx.options
+        args = logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy
+        if not inplace:
+            return selective_log_softmax_bwd(*args), None, None, None, None, None
+        selective_log_softmax_bwd_(*args)
+        torch.autograd.graph.increment_version(logits)
+        return logits.detach(), None, None, None, None, None

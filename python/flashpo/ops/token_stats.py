@@ -1,0 +1,113 @@
+"""Statistics of a softmax, one token a row, and the partial sums that they are made of.
+
+With logits z_j over the vocabulary, target t and log-sum-exp L = log sum_j exp(z_j):
+
+    logprob           z_t - L
+    entropy           L - sum_j p_j z_j                     p_j = exp(z_j - L)
+    log_sum_sq_probs  log sum_j p_j^2
+    mean_logit        mean_j z_j
+    is_top1           t is the first of the largest z_j
+
+Any part J of the vocabulary is summed up in one column of a *partial*, a float tensor (ROWS, N). Logits count there
+in bits, y_j = z_j log2(e), relative to a reference r near their maximum; parts are joined by `merge_partials`.
+
+    REF     r                                SQSUM   sum_J 2^(2 (y_j - r))
+    SUM     sum_J 2^(y_j - r)                YSUM    sum_J y_j
+    WSUM    sum_J 2^(y_j - r) (y_j - r)      BEFORE  max of y_j over j in J before the target, or -inf
+    TARGET  y_t if t is in J, else -inf      MAX     max_J y_j
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpo._op import op
+
+LN2 = math.log(2.0)
+REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX = range(8)
+ROWS = 8  # with the side outputs; the first 4 without
+SIDE_OUTPUTS = ("log_sum_sq_probs", "mean_logit", "is_top1")
+
+
+class TokenStats(NamedTuple):
+    """Per-token results, each of the target's shape and fp32 (`is_top1`: bool); None = not asked for.
+
+    `logprob` and `entropy` are in nats and differentiable, the others are not.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def check_outputs(outputs: tuple[str, ...]) -> bool:
+    """Whether `outputs` asks for any side output; raises on an unknown name."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}")
+    unknown = [name for name in outputs if name not in TokenStats._fields]
+    if unknown:
+        raise ValueError(f"outputs: unknown name {unknown[0]!r}; known are {TokenStats._fields}")
+    return any(name in outputs for name in SIDE_OUTPUTS)
+
+
+def select(outputs: tuple[str, ...], shape: torch.Size, logprob: Tensor, entropy: Tensor, side: Tensor) -> TokenStats:
+    """The asked outputs of an op's flat results, in the target's shape."""
+    log_sum_sq_probs, mean_logit, is_top1 = side.unbind(0) if len(side) else (None, None, None)
+    return TokenStats(
+        logprob.view(shape),
+        entropy.view(shape) if "entropy" in outputs else None,
+        log_sum_sq_probs.view(shape) if "log_sum_sq_probs" in outputs else None,
+        mean_logit.view(shape) if "mean_logit" in outputs else None,
+        (is_top1 > 0).view(shape) if "is_top1" in outputs else None,
+    )
+
+
+def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
+    """The partial of logits z (N, J), in nats; a target outside [0, J) belongs to another part."""
+    y = z / LN2
+    ref = y.amax(-1)
+    shifted = (y - ref.clamp(min=torch.finfo(y.dtype).min)[:, None]).clamp(min=torch.finfo(y.dtype).min)
+    e = shifted.exp2()
+    inside = (target >= 0) & (target < y.shape[-1])
+    y_target = y.gather(-1, target.where(inside, 0)[:, None])[:, 0].where(inside, -torch.inf)
+    rows = [ref, e.sum(-1), (e * shifted).sum(-1), y_target]
+    if side:
+        earlier = torch.arange(y.shape[-1], device=y.device) < target[:, None]
+        before = y.where(earlier, -torch.inf).amax(-1)
+        rows += [(e * e).sum(-1), y.sum(-1), before, ref]
+    return torch.stack(rows)
+
+
+@op
+def merge_partials(
+    partials: Tensor,  # (S, 4 or ROWS, N): S parts of the vocabulary
+    vocab: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, lse, side) of the whole vocabulary; side is (3, N) in SIDE_OUTPUTS' order, or (0, N)."""
+    refs = partials[:, REF]
+    ref = refs.amax(0)
+    shift = (refs - ref).nan_to_num(nan=0.0, neginf=-1e30)  # a part of nothing but -inf weighs 0
+    scale = shift.exp2()
+    total = (partials[:, SUM] * scale).sum(0)
+    weighted = ((partials[:, WSUM] + shift * partials[:, SUM]) * scale).sum(0)
+    bits = total.log2()
+    target = partials[:, TARGET].amax(0)
+    logprob = ((target - ref) - bits) * LN2
+    entropy = (bits - weighted / total) * LN2
+    lse = (ref + bits) * LN2
+    if partials.shape[1] == 4:
+        return logprob, entropy, lse, partials.new_empty((0, partials.shape[-1]))
+    log_sum_sq = ((partials[:, SQSUM] * scale * scale).sum(0).log2() - 2 * bits) * LN2
+    mean = partials[:, YSUM].sum(0) * (LN2 / vocab)
+    top1 = (target >= partials[:, MAX].amax(0)) & (target > partials[:, BEFORE].amax(0))
+    return logprob, entropy, lse, torch.stack([log_sum_sq, mean, top1.to(mean.dtype)])
+
+
+@merge_partials.fake
+def _(partials, vocab):
+    rows = partials.new_empty((3, partials.shape[-1]))
+    return *rows.unbind(0), partials.new_empty((3 if partials.shape[1] == ROWS else 0, partials.shape[-1]))
