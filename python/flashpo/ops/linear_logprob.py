@@ -18,8 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashpo._op import op
+from flashpo.ops import _linear_logprob_cpu as cpu
 from flashpo.ops._check import check_device, check_float, check_index, check_positive, check_range
-from flashpo.ops.token_stats import ROWS, TokenStats, check_outputs, merge_partials, partial_from_logits, select
+from flashpo.ops.token_stats import (
+    ROWS,
+    TokenStats,
+    check_outputs,
+    merge_partials,
+    neutral_partial,
+    partial_from_logits,
+    select,
+)
 
 
 def linear_logprob(
@@ -151,17 +160,12 @@ def linear_logprob_partial(
     check_range("target", target, vocab, ignore_index)
     z, _ = _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
     partial = partial_from_logits(z, target - vocab_start, side)
-    return partial.where(target != ignore_index, neutral_column(len(partial), partial))
+    return partial.where(target != ignore_index, neutral_partial(*partial.shape, partial))
 
 
 @linear_logprob_partial.fake
 def _(hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, vocab, side, dtype):
     return hidden.new_empty((ROWS if side else 4, len(target)), dtype=torch.promote_types(dtype, torch.float32))
-
-
-def neutral_column(rows: int, like: Tensor) -> Tensor:
-    """(rows, 1): the partial of an ignored token, from which `merge_partials` makes exact zeros."""
-    return torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0][:rows], dtype=like.dtype, device=like.device)[:, None]
 
 
 @op
@@ -208,6 +212,39 @@ def linear_logprob_bwd(
 def _(hidden, weight, target, bias, *rest):
     like = (hidden, weight, bias)
     return tuple(torch.empty_like(x) if wanted else hidden.new_empty(0) for x, wanted in zip(like, rest[-3:]))
+
+
+@linear_logprob_partial.backend("native")
+def _(*args):
+    return cpu.partial(*args) if cpu.takes(args[0], args[-1]) else NotImplemented
+
+
+@linear_logprob_bwd.backend("native")
+def _(*args):
+    return cpu.backward(*args) if cpu.takes(args[0], args[10]) else NotImplemented
+
+
+_TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+@linear_logprob_partial.backend("triton")  # kernels/linear_logprob.py
+def _(hidden, weight, *rest):
+    if not {hidden.dtype, weight.dtype, rest[-1]} <= _TRITON_DTYPES:
+        return NotImplemented
+    from flashpo.kernels.linear_logprob import partial
+
+    return partial(hidden, weight, *rest)
+
+
+@linear_logprob_bwd.backend("triton")
+def _(hidden, weight, target, bias, token_temperature, t, scale, softcap, ignore_index, start, dtype, *rest):
+    if not {hidden.dtype, weight.dtype, dtype} <= _TRITON_DTYPES:
+        return NotImplemented
+    from flashpo.kernels.linear_logprob import backward
+
+    return backward(
+        hidden, weight, target, bias, token_temperature, t, scale, softcap, ignore_index, start, dtype, *rest
+    )
 
 
 class LinearLogprob(torch.autograd.Function):

@@ -177,6 +177,33 @@ def _(logits, *rest):
     _native_bwd(logits, *rest, logits)
 
 
+@selective_log_softmax_fwd.backend("triton")  # kernels/selective_log_softmax.py
+def _(logits, *rest):
+    if logits.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    from flashpo.kernels.selective_log_softmax import forward
+
+    return forward(logits, *rest)
+
+
+@selective_log_softmax_bwd.backend("triton")
+def _(logits, *rest):
+    if logits.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    from flashpo.kernels.selective_log_softmax import backward
+
+    return backward(logits, *rest, torch.empty_like(logits, memory_format=torch.contiguous_format))
+
+
+@selective_log_softmax_bwd_.backend("triton")
+def _(logits, *rest):
+    if logits.dtype not in _KERNEL_DTYPES or logits.stride(-1) != 1:
+        return NotImplemented
+    from flashpo.kernels.selective_log_softmax import backward
+
+    backward(logits, *rest, logits)
+
+
 class SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, index, temperature, ignore_index, side, inplace_backward):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo._op import op
+from flashpo._op import native, op
 
 LN2 = math.log(2.0)
 REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX = range(8)
@@ -82,6 +82,15 @@ def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
     return torch.stack(rows)
 
 
+def neutral_partial(rows: int, tokens: int, like: Tensor) -> Tensor:
+    """(rows, tokens): what stands for ignored tokens; `merge_partials` of it alone gives exact zeros."""
+    partial = like.new_zeros((rows, tokens), dtype=torch.promote_types(like.dtype, torch.float32))
+    partial[SUM] = 1
+    if rows == ROWS:
+        partial[SQSUM] = 1
+    return partial
+
+
 @op
 def merge_partials(
     partials: Tensor,  # (S, 4 or ROWS, N): S parts of the vocabulary
@@ -111,3 +120,21 @@ def merge_partials(
 def _(partials, vocab):
     rows = partials.new_empty((3, partials.shape[-1]))
     return *rows.unbind(0), partials.new_empty((3 if partials.shape[1] == ROWS else 0, partials.shape[-1]))
+
+
+@merge_partials.backend("native")  # csrc/cpu/token_stats.cpp
+def _(partials, vocab):
+    if partials.device.type != "cpu" or partials.dtype != torch.float32:
+        return NotImplemented
+    rows = partials.new_empty((6 if partials.shape[1] == ROWS else 3, partials.shape[-1]))
+    native.merge_partials(partials.contiguous(), vocab, rows)
+    return rows[0], rows[1], rows[2], rows[3:]
+
+
+@merge_partials.backend("triton")  # kernels/token_stats.py
+def _(partials, vocab):
+    if partials.dtype != torch.float32:
+        return NotImplemented
+    from flashpo.kernels.token_stats import merge_partials as launch
+
+    return launch(partials, vocab)
