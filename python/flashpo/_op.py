@@ -35,7 +35,7 @@ def why_unavailable(backend: str, device: str) -> str | None:
     if backend == "native":
         if native is None:
             return "flashpo._C is not built"
-        if device == "cuda" and not native.cuda_kernels:
+        if device == "cuda" and not native.built_with_cuda:
             return "built without a CUDA compiler"
         return None if device in ("cpu", "cuda") else f"no native kernels for {device}"
     if backend == "triton":

@@ -1,0 +1,78 @@
+// The module flashpo._C: every kernel of ops.h, and which instruction set was chosen for this CPU.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "ops.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+using namespace flashpo;
+
+namespace {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The best set of this CPU; FLASHPO_ISA asks for a lesser one (to test it), never for one that cannot run.
+Isa choose_isa() {
+  Isa best = Isa::baseline;
+#ifdef FLASHPO_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    best = Isa::avx512;
+#endif
+  const char* wanted = std::getenv("FLASHPO_ISA");
+  if (wanted == nullptr) return best;
+  const std::string name = wanted;
+  const Isa isa = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::baseline;
+  if (name != "avx512" && name != "avx2" && name != "baseline")
+    throw std::invalid_argument("FLASHPO_ISA must be baseline, avx2 or avx512, got " + name);
+  if (isa > best) throw std::invalid_argument("FLASHPO_ISA=" + name + " cannot run on this CPU");
+  return isa;
+}
+
+template <typename F>
+F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
+  return isa == Isa::avx512 ? avx512_form : isa == Isa::avx2 ? avx2_form : baseline_form;
+}
+
+}  // namespace
+
+#ifdef FLASHPO_X86
+#define CPU(f) pick(isa, &baseline::f, &avx2::f, &avx512::f)
+#else
+#define CPU(f) (&baseline::f)
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  TorchExchange::instance().load();
+  const Isa isa = choose_isa();
+  m.attr("isa") = isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+
+  using ReleaseGil = py::call_guard<py::gil_scoped_release>;  // after the casters: they need it
+  m.def("selective_log_softmax_fwd", CPU(selective_log_softmax_fwd), ReleaseGil());
+  m.def("selective_log_softmax_bwd", CPU(selective_log_softmax_bwd), ReleaseGil());
+  m.def("linear_logprob_fold", CPU(linear_logprob_fold), ReleaseGil());
+  m.def("linear_logprob_grad", CPU(linear_logprob_grad), ReleaseGil());
+  m.def("merge_partials", &merge_partials, ReleaseGil());
+
+#ifdef FLASHPO_CUDA
+  m.attr("built_with_cuda") = true;
+  m.def("cuda_device", [](int index) {
+    const CudaDevice d = cuda_device(index);
+    py::dict facts;
+    facts["capability"] = py::make_tuple(d.major, d.minor);
+    facts["multiprocessors"] = d.multiprocessors;
+    facts["shared_memory_per_block"] = d.shared_memory_per_block;
+    facts["driver"] = d.driver;
+    facts["runtime"] = d.runtime;
+    return facts;
+  });
+#else
+  m.attr("built_with_cuda") = false;
+#endif
+}

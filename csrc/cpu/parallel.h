@@ -1,0 +1,16 @@
+// parallel_for(n, threads, body): body(begin, end) over [0, n), cut into `threads` contiguous parts.
+#pragma once
+#include <cstdint>
+
+namespace flashpo {
+
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+void parallel_for(int64_t n, int threads, Body body, void* context);
+
+template <typename F>
+static inline void parallel_for(int64_t n, int threads, F&& f) {
+  parallel_for(
+      n, threads, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
+}
+
+}  // namespace flashpo

@@ -1,0 +1,177 @@
+// selective_log_softmax on the CPU: one pass over each row of logits, W interleaved parts of the row to a vector.
+#include <algorithm>
+
+#include "../ops.h"
+#include "online.h"
+#include "parallel.h"
+
+namespace flashpo::FLASHPO_ISA {
+namespace {
+
+struct Rows {  // (B, T, V) logits with unit stride along V
+  const Tensor& logits;
+  int64_t count() const { return logits.size(0) * logits.size(1); }
+  int64_t offset(int64_t row) const {
+    const int64_t t = logits.size(1);
+    return row / t * logits.stride(0) + row % t * logits.stride(1);
+  }
+};
+
+// Joins the W lanes of one row into (logprob, entropy, lse [, log_sum_sq_probs, mean_logit, is_top1]).
+template <bool SIDE>
+void finish(const Online<SIDE>& o, float y_target, int64_t vocab, float* out, int64_t stride) {
+  float ref = LOWEST;
+  for (int i = 0; i < W; ++i) ref = std::max(ref, o.ref[i]);
+  float sum = 0, wsum = 0, sqsum = 0, ysum = 0, before = -INFINITY, top = -INFINITY;
+  for (int i = 0; i < W; ++i) {
+    const float shift = std::max(std::max(o.ref[i], LOWEST) - ref, NOTHING);
+    const float scale = std::exp2(shift);
+    sum += o.sum.value[i] * scale;
+    wsum += (o.wsum.value[i] + shift * o.sum.value[i]) * scale;
+    sqsum += o.sqsum[i] * scale * scale;
+    ysum += o.ysum[i];
+    before = std::max(before, o.before[i]);
+    top = std::max(top, o.top[i]);
+  }
+  const float bits = std::log2(sum);
+  out[0] = ((y_target - ref) - bits) * LN2;
+  out[stride] = (bits - wsum / sum) * LN2;
+  out[2 * stride] = (ref + bits) * LN2;
+  if (SIDE) {
+    out[3 * stride] = (std::log2(sqsum) - 2 * bits) * LN2;
+    out[4 * stride] = ysum * (LN2 / vocab);
+    out[5 * stride] = y_target >= top && y_target > before;
+  }
+}
+
+template <typename T, bool SIDE>
+void forward_row(const T* x, int64_t vocab, int64_t index, float c, float* out, int64_t stride) {
+  Online<SIDE> online;
+  const vi target = splat_int(static_cast<int32_t>(index));
+  vf y[BLOCK];
+  for (int64_t start = 0; start < vocab; start += BLOCK * W) {
+    const auto position = [&](int i) { return splat_int(static_cast<int32_t>(start + i * W)) + iota(); };
+    if (vocab - start >= BLOCK * W) {
+      for (int i = 0; i < BLOCK; ++i) y[i] = load(x + start + i * W) * c;
+      online.fold(y, BLOCK, target, position);
+      continue;
+    }
+    const int left = static_cast<int>(vocab - start), whole = left / W, rest = left % W;
+    for (int i = 0; i < whole; ++i) y[i] = load(x + start + i * W) * c;
+    if (rest > 0) y[whole] = load_part(x + start + whole * W, rest, -INFINITY) * c;
+    if constexpr (SIDE) {  // absent lanes must not enter the mean: fold them apart
+      if (whole > 0) online.fold(y, whole, target, position);
+      if (rest > 0) {
+        const vf ysum = online.ysum;
+        const vf last = iota() < splat_int(rest) ? y[whole] : vf{};
+        online.fold(y + whole, 1, target, [&](int) { return position(whole); });
+        online.ysum = ysum + last;
+      }
+    } else {
+      online.fold(y, whole + (rest > 0), target, position);
+    }
+  }
+  finish<SIDE>(online, load_part(x + index, 1, 0)[0] * c, vocab, out, stride);
+}
+
+template <typename T>
+void forward(const Tensor& logits, const int64_t* index, float c, int64_t ignore_index, const Tensor& out,
+             int threads) {
+  const Rows rows{logits};
+  const int64_t n = rows.count(), vocab = logits.size(2);
+  const bool side = out.size(0) == 6;
+  parallel_for(n, n * vocab < 32768 ? 1 : threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* o = out.data<float>() + row;
+      if (index[row] == ignore_index) {
+        for (int i = 0; i < out.size(0); ++i) o[i * n] = 0;
+        continue;
+      }
+      const T* x = logits.data<const T>() + rows.offset(row);
+      (side ? forward_row<T, true> : forward_row<T, false>)(x, vocab, index[row], c, o, n);
+    }
+  });
+}
+
+template <typename T>
+void backward_row(const T* x, T* out, int64_t vocab, int64_t index, float c, float lse_bits, Gradient g, float at) {
+  const float y_target = load_part(x + index, 1, 0)[0] * c;
+  const vf lse = splat(lse_bits);
+  int64_t j = 0;
+  for (; j + W <= vocab; j += W) store(out + j, g(load(x + j) * c, lse));
+  if (j < vocab) store_part(out + j, g(load_part(x + j, vocab - j, -INFINITY) * c, lse), vocab - j);
+  store_part(out + index, g(splat(y_target), lse) + at, 1);  // after the row: never rounded before the sum
+}
+
+template <typename T>
+void backward(const Tensor& logits, const int64_t* index, float inv_temperature, int64_t ignore_index,
+              const float* lse, const float* entropy, const float* d_logprob, const float* d_entropy,
+              const Tensor& out, int threads) {
+  const Rows from{logits}, to{out};
+  const int64_t n = from.count(), vocab = logits.size(2);
+  parallel_for(n, n * vocab < 32768 ? 1 : threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* o = out.data<T>() + to.offset(row);
+      if (index[row] == ignore_index) {
+        std::memset(static_cast<void*>(o), 0, vocab * sizeof(T));
+        continue;
+      }
+      const float dl = d_logprob ? d_logprob[row] : 0, dh = d_entropy ? d_entropy[row] : 0;
+      const Gradient g{splat(-(dl + dh * entropy[row]) * inv_temperature), splat(-dh * LN2 * inv_temperature)};
+      backward_row(logits.data<const T>() + from.offset(row), o, vocab, index[row], inv_temperature * LOG2E,
+                   lse[row] * LOG2E, g, dl * inv_temperature);
+    }
+  });
+}
+
+void check(const Tensor& logits, const Tensor& index, int64_t ignore_index) {
+  expect(logits.dim() == 3 && logits.size(2) > 0 && logits.stride(2) == 1, "logits must be (B, T, V), dense along V");
+  const int64_t n = logits.size(0) * logits.size(1);
+  expect_dense("index", index, DType::i64, {n});
+  const int64_t* at = index.data<int64_t>();
+  for (int64_t i = 0; i < n; ++i)
+    expect(at[i] == ignore_index || (at[i] >= 0 && at[i] < logits.size(2)),
+           "index holds values outside [0, V) that are not ignore_index");
+}
+
+}  // namespace
+
+void selective_log_softmax_fwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,
+                               const Tensor& out, int threads) {
+  check(logits, index, ignore_index);
+  const int64_t n = index.size(0);
+  expect_dense("out", out, DType::f32, {out.size(0) == 6 ? 6 : 3, n});
+  const float c = LOG2E / temperature;
+  switch (logits.dtype()) {
+    case DType::f32: return forward<float>(logits, index.data<int64_t>(), c, ignore_index, out, threads);
+    case DType::bf16: return forward<bf16>(logits, index.data<int64_t>(), c, ignore_index, out, threads);
+    case DType::f16: return forward<f16>(logits, index.data<int64_t>(), c, ignore_index, out, threads);
+    default: expect(false, "logits must be float32, bfloat16 or float16");
+  }
+}
+
+void selective_log_softmax_bwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,
+                               const Tensor& lse, const Tensor& entropy, const Tensor& d_logprob,
+                               const Tensor& d_entropy, const Tensor& out, int threads) {
+  check(logits, index, ignore_index);
+  const int64_t n = index.size(0);
+  expect_dense("lse", lse, DType::f32, {n});
+  expect_dense("entropy", entropy, DType::f32, {n});
+  expect_dense("d_logprob", d_logprob, DType::f32, {n}, true);
+  expect_dense("d_entropy", d_entropy, DType::f32, {n}, true);
+  expect(out.dim() == 3 && out.dtype() == logits.dtype() && out.stride(2) == 1 && out.size(0) == logits.size(0) &&
+             out.size(1) == logits.size(1) && out.size(2) == logits.size(2),
+         "out must look like logits");
+  const auto run = [&](auto kernel) {
+    kernel(logits, index.data<int64_t>(), 1 / temperature, ignore_index, lse.data<float>(), entropy.data<float>(),
+           d_logprob.data<float>(), d_entropy.data<float>(), out, threads);
+  };
+  switch (logits.dtype()) {
+    case DType::f32: return run(backward<float>);
+    case DType::bf16: return run(backward<bf16>);
+    case DType::f16: return run(backward<f16>);
+    default: expect(false, "logits must be float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace flashpo::FLASHPO_ISA

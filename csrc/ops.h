@@ -1,0 +1,34 @@
+// Every kernel entry point. The CPU ones exist once per instruction set, each in its own namespace.
+#pragma once
+#include "tensor.h"
+
+#define FLASHPO_DECLARE_CPU(ISA)                                                                                      \
+  namespace flashpo::ISA {                                                                                            \
+  void selective_log_softmax_fwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,  \
+                                 const Tensor& out, int threads);                                                     \
+  void selective_log_softmax_bwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,  \
+                                 const Tensor& lse, const Tensor& entropy, const Tensor& d_logprob,                   \
+                                 const Tensor& d_entropy, const Tensor& out, int threads);                            \
+  void linear_logprob_fold(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,               \
+                           const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \
+                           double softcap, const Tensor& state, int threads);                                         \
+  void linear_logprob_grad(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,               \
+                           const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \
+                           double softcap, const Tensor& lse, const Tensor& entropy, const Tensor& d_logprob,         \
+                           const Tensor& d_entropy, const Tensor& rows_out, int threads);                             \
+  }
+
+FLASHPO_DECLARE_CPU(baseline)
+FLASHPO_DECLARE_CPU(avx2)
+FLASHPO_DECLARE_CPU(avx512)
+
+namespace flashpo {
+
+void merge_partials(const Tensor& partials, int64_t vocab, const Tensor& out);
+
+struct CudaDevice {
+  int major, minor, multiprocessors, shared_memory_per_block, driver, runtime;
+};
+CudaDevice cuda_device(int index);  // throws std::runtime_error where there is no such device or no driver
+
+}  // namespace flashpo

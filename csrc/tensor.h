@@ -1,0 +1,34 @@
+// A borrowed view of a torch tensor, as DLPack describes it. No pybind11 and no torch in here: kernels include it.
+#pragma once
+#include <cstdint>
+
+#include "dlpack.h"
+
+namespace flashpo {
+
+enum class DType { f32, bf16, f16, i64, other };
+
+struct Tensor {
+  DLTensor dl{};         // data == nullptr and ndim == -1 stand for None
+  Tensor() { dl.ndim = -1; }
+
+  bool defined() const { return dl.ndim >= 0; }
+  int dim() const { return dl.ndim; }
+  int64_t size(int i) const { return dl.shape[i < 0 ? i + dl.ndim : i]; }
+  int64_t stride(int i) const { return dl.strides[i < 0 ? i + dl.ndim : i]; }  // in elements
+  DType dtype() const;
+
+  template <typename T>
+  T* data() const {
+    return defined() ? reinterpret_cast<T*>(static_cast<char*>(dl.data) + dl.byte_offset) : nullptr;
+  }
+};
+
+// The checks that stand beside a kernel; each throws std::invalid_argument, which Python sees as ValueError.
+// Not inline: a copy compiled for AVX-512 must never be the one that the linker keeps for every machine.
+void expect(bool fine, const char* message);
+// `x` is a contiguous CPU tensor of that dtype and shape; an undefined one passes where it is optional.
+void expect_dense(const char* name, const Tensor& x, DType dtype, std::initializer_list<int64_t> shape,
+                  bool optional = false);
+
+}  // namespace flashpo

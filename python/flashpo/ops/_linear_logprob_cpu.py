@@ -1,0 +1,157 @@
+"""linear_logprob on the CPU: torch's GEMM makes tiles that stay in cache, C++ folds or differentiates them while hot.
+
+Tiles are (J, N), a row per vocabulary entry: C++ then has a token per SIMD lane, and in bfloat16 the GEMMs that make
+such a tile and that take dW = tile @ hidden from it need half the time of their transposes. dH wants the other layout
+there, so C++ writes 16-bit gradients in both. torch's 16-bit GEMMs round their output: the logits to the compute dtype,
+dH once per tile of the vocabulary before it is added in fp32, dW once per block of tokens.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flashpo._op import native
+from flashpo.ops._check import check_range
+from flashpo.ops.token_stats import BEFORE, MAX, REF, ROWS, TARGET, neutral_partial
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE_BYTES = 16 << 20  # two tiles and what else a pass needs stay below 64 MB
+MAX_TOKENS = 2048  # in a tile
+
+
+def takes(hidden: Tensor, dtype: torch.dtype) -> bool:
+    return hidden.device.type == "cpu" and dtype in DTYPES
+
+
+class Tiles:
+    """The head cut into parts of the vocabulary, the tokens that are not ignored into blocks, and one tile for each
+    pair of them in a buffer that all share."""
+
+    def __init__(
+        self, hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
+    ):
+        ignored = target == ignore_index
+        self.live = (~ignored).nonzero()[:, 0] if ignored.any() else None
+        self.hidden = self.pick(hidden).to(dtype)
+        self.target = self.pick(target).contiguous()
+        self.inv_temperature = None if token_temperature is None else self.pick(token_temperature).float().reciprocal()
+        self.weight, self.start, self.dtype = weight, start, dtype
+        self.bias = None if bias is None else bias.float()
+        self.scalars = 1 / temperature, logit_scale, softcap or 0.0
+        self.tokens = max(min(len(self.hidden), MAX_TOKENS), 1)
+        self.width = min(len(weight), max(TILE_BYTES // (dtype.itemsize * self.tokens), 256))
+        self.buffer = hidden.new_empty(self.width * self.tokens, dtype=dtype)
+        cast = weight.dtype != dtype
+        self.weight_buffer = weight.new_empty((self.width, weight.shape[1]), dtype=dtype) if cast else None
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The rows of the live tokens."""
+        return x if self.live is None else x[self.live]
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """(vocabulary entries, their rows of the head in the compute dtype)"""
+        for begin in range(0, len(self.weight), self.width):
+            part = slice(begin, min(begin + self.width, len(self.weight)))
+            rows = self.weight[part]
+            yield part, rows if self.weight_buffer is None else self.weight_buffer[: len(rows)].copy_(rows)
+
+    def blocks(self) -> list[slice]:
+        n = len(self.hidden)
+        return [slice(begin, min(begin + self.tokens, n)) for begin in range(0, n, self.tokens)]
+
+    def logits(self, rows: Tensor, block: slice) -> Tensor:
+        tile = self.buffer[: len(rows) * (block.stop - block.start)].view(len(rows), -1)
+        return torch.mm(rows, self.hidden[block].t(), out=tile)
+
+    def describe(self, part: slice, block: slice) -> tuple:
+        """What C++ has to know of a tile besides its values."""
+        bias = None if self.bias is None else self.bias[part]
+        inv_temperature = None if self.inv_temperature is None else self.inv_temperature[block]
+        return self.target[block], self.start + part.start, bias, inv_temperature, *self.scalars
+
+
+def partial(
+    hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, vocab, side, dtype
+) -> Tensor:
+    check_range("target", target, vocab, ignore_index)
+    tiles = Tiles(
+        hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
+    )
+    partial_rows = ROWS if side else 4
+    empty = torch.zeros(partial_rows + 2, 1)  # C++ keeps the compensations of two sums below
+    empty[[REF, TARGET, BEFORE, MAX] if side else [REF, TARGET]] = -torch.inf
+    states = [(block, empty.repeat(1, block.stop - block.start)) for block in tiles.blocks()]
+    for part, rows in tiles.parts():
+        for block, state in states:
+            tile = tiles.logits(rows, block)
+            native.linear_logprob_fold(tile, *tiles.describe(part, block), state, torch.get_num_threads())
+    whole = neutral_partial(partial_rows, len(target), empty)
+    live = slice(None) if tiles.live is None else tiles.live
+    if states:
+        whole[:, live] = torch.cat([state[:partial_rows] for _, state in states], 1)
+    return whole
+
+
+def backward(
+    hidden,
+    weight,
+    target,
+    bias,
+    token_temperature,
+    temperature,
+    logit_scale,
+    softcap,
+    ignore_index,
+    start,
+    dtype,
+    lse,
+    entropy,
+    d_logprob,
+    d_entropy,
+    want_hidden,
+    want_weight,
+    want_bias,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = Tiles(
+        hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
+    )
+    upstream = [None if x is None else tiles.pick(x).contiguous() for x in (lse, entropy, d_logprob, d_entropy)]
+    two_layouts = want_hidden and dtype.itemsize == 2
+    transposed = torch.empty_like(tiles.buffer) if two_layouts else None
+
+    blocks = tiles.blocks()
+    none = hidden.new_empty(0)
+    d_hidden = torch.zeros(tiles.hidden.shape) if want_hidden else none
+    d_weight = (torch.empty_like if blocks else torch.zeros_like)(weight) if want_weight else none.clone()
+    d_bias = torch.zeros(len(weight)) if want_bias else none.clone()
+    # A sum over several blocks of tokens is kept in fp32 and rounded once.
+    in_fp32 = len(blocks) > 1 and weight.dtype != torch.float32
+    d_rows = torch.empty(tiles.width, weight.shape[1]) if want_weight and in_fp32 else None
+    for part, rows in tiles.parts():
+        d_part = d_weight[part] if d_rows is None else d_rows[: len(rows)]
+        for block in blocks:
+            tile = tiles.logits(rows, block)
+            flipped = None if transposed is None else transposed[: tile.numel()].view(tile.shape[1], -1)
+            of_block = [None if x is None else x[block] for x in upstream]
+            native.linear_logprob_grad(tile, *tiles.describe(part, block), *of_block, flipped, torch.get_num_threads())
+            if want_hidden:
+                add_product(d_hidden[block], tile.t() if flipped is None else flipped, rows, part.start == 0)
+            if want_weight:
+                add_product(d_part, tile, tiles.hidden[block], block.start == 0)
+            if want_bias:
+                d_bias[part] += tile.sum(1, dtype=torch.float32)
+        if d_rows is not None:
+            d_weight[part] = d_part
+    if want_hidden and tiles.live is not None:
+        d_hidden = torch.zeros_like(hidden).index_copy_(0, tiles.live, d_hidden.to(hidden.dtype))
+    return d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype) if want_bias else d_bias
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, or = where it is the first."""
+    if total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    else:
+        product = torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
