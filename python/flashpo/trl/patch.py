@@ -1,0 +1,254 @@
+"""Replaces the names in `trl.trainer.utils` through which SFT, DPO, KTO, GRPO and RLOO score their tokens.
+
+    hidden states (`add_fused_lm_head`)     _ChunkedLogProbFunction, _use_triton             -> linear_logprob
+    logits (`selective_log_softmax` ...)    is_triton_available, _supports_trl_loss_kernel,
+                                            _fused_logprob_entropy                           -> selective_log_softmax
+
+All five are looked up in that module at every call, so models made before the patch are reached too, and nothing of a
+trainer's own mathematics is restated. What our ops do not take (other devices, float64, an index of K tokens a
+position) goes to TRL's own code, as before.
+"""
+
+import contextlib
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from types import CodeType, ModuleType
+
+import torch
+from torch import Tensor
+
+from flashpo.ops.linear_logprob import LinearLogprob
+from flashpo.ops.selective_log_softmax import selective_log_softmax
+
+DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IGNORED = -(2**31)  # an index that no caller has by mistake, unlike -100, which must go on raising
+
+# What this file was written for: the parameters of each seam, and the function that has to read it.
+SIGNATURES = {
+    "_ChunkedLogProbFunction.forward": "ctx hidden weight bias targets temperature chunk_size "
+    "final_logit_softcapping logit_scale outputs",
+    "_use_triton": "device",
+    "_supports_trl_loss_kernel": "logits index row_mask",
+    "_fused_logprob_entropy": "logits index temperature row_mask",
+    "maybe_gather_lm_head_ctx": "params",
+}
+READERS = {
+    "add_fused_lm_head": ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx"),
+    "selective_log_softmax": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
+    "selective_log_softmax_and_entropy": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
+    "entropy_from_logits": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
+}
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class PatchError(RuntimeError):
+    """The installed TRL is not the one that FlashPO knows."""
+
+
+def patch() -> None:
+    """Let every TRL trainer of this process score its tokens with FlashPO. A second call does nothing.
+
+    Raises:
+        PatchError: TRL's internals are not those that FlashPO was written for; nothing has been changed.
+    """
+    _state.update(wanted=True)
+
+
+def unpatch() -> None:
+    """Take `patch()` back; TRL has its own objects again, unless a `patched()` block is still open."""
+    _state.update(wanted=False)
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """`patch()` for the length of a block; blocks nest, also across threads."""
+    _state.update(users=+1)
+    try:
+        yield
+    finally:
+        _state.update(users=-1)
+
+
+@contextlib.contextmanager
+def stock() -> Iterator[None]:
+    """TRL's own code for the length of a block, whoever else wants the patch. For comparisons (`verify`)."""
+    _state.update(suspended=+1)
+    try:
+        yield
+    finally:
+        _state.update(suspended=-1)
+
+
+class _State:
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.wanted, self.users, self.suspended = False, 0, 0
+        self.originals: dict[str, object] | None = None  # of the names replaced; None: nothing is replaced
+
+    def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
+        with self.lock:
+            before = self.wanted, self.users, self.suspended
+            self.wanted = self.wanted if wanted is None else wanted
+            self.users += users
+            self.suspended += suspended
+            try:
+                self._apply((self.wanted or self.users > 0) and not self.suspended)
+            except BaseException:
+                self.wanted, self.users, self.suspended = before
+                raise
+
+    def _apply(self, active: bool) -> None:
+        if active == (self.originals is not None):
+            return
+        utils = importlib.import_module("trl.trainer.utils")
+        if active:
+            check(utils)
+            seams = _seams(utils)
+            self.originals = {name: utils.__dict__[name] for name in seams if name in utils.__dict__}
+            utils.__dict__.update(seams)
+            return
+        for name in set(_seams(utils)) - set(self.originals):
+            del utils.__dict__[name]
+        utils.__dict__.update(self.originals)
+        self.originals = None
+
+
+_state = _State()
+
+
+def check(utils: ModuleType) -> None:
+    """Raise PatchError unless the seams of `trl.trainer.utils` are the ones that this file was written for."""
+    import trl
+    from trl.kernels import chunked_logprob
+
+    def refuse(what: str, found: object, wanted: object):
+        raise PatchError(
+            f"TRL {trl.__version__}: trl.trainer.utils.{what} is {found}, FlashPO was written for {wanted}. "
+            "Install trl 1.16, or a FlashPO that knows this TRL."
+        )
+
+    for name, wanted in SIGNATURES.items():
+        seam = utils
+        for part in name.split("."):
+            seam = getattr(seam, part, None)
+        if seam is None:
+            if name == "_fused_logprob_entropy" and not utils.is_triton_available():
+                continue  # TRL defines it only where Triton is installed
+            refuse(name, "missing", f"({wanted})")
+        found = " ".join(inspect.signature(seam).parameters)
+        if found != wanted:
+            refuse(name, f"({found})", f"({wanted})")
+    for name, wanted in READERS.items():
+        reader = getattr(utils, name, None)
+        unread = set(wanted) - _global_names(inspect.unwrap(reader).__code__) if reader else "missing"
+        if unread:
+            refuse(name, f"without {unread}" if reader else unread, f"one that reads {wanted}")
+    if chunked_logprob.OPTIONAL_OUTPUTS != OUTPUTS:
+        refuse("_ChunkedLogProbFunction's outputs", chunked_logprob.OPTIONAL_OUTPUTS, OUTPUTS)
+
+
+def _global_names(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            names |= _global_names(const)
+    return names
+
+
+def _seams(utils: ModuleType) -> dict[str, object]:
+    """Our object for each name, around the one that is there now."""
+    stock_head, stock_compact = utils._ChunkedLogProbFunction, utils._use_triton
+    stock_triton, stock_supports = utils.is_triton_available, utils._supports_trl_loss_kernel
+    stock_kernel: Callable | None = getattr(utils, "_fused_logprob_entropy", None)
+
+    class Head:
+        @staticmethod
+        def apply(
+            hidden: Tensor,  # (N, H), N may be 0
+            weight: Tensor,  # (V, H)
+            bias: Tensor | None,
+            targets: Tensor,  # (N,), none of them ignored: TRL has dropped those
+            temperature: float,
+            chunk_size: int,  # TRL's tile width; our backends choose their own
+            final_logit_softcapping: float | None = None,
+            logit_scale: float = 1.0,
+            outputs: tuple[str, ...] = OUTPUTS,
+        ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+            if hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
+                return stock_head.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+                )
+            if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
+                raise ValueError(
+                    f"the LM head's weight is {tuple(weight.shape)} for hidden states {tuple(hidden.shape)}: "
+                    "it is still sharded, or the hidden states are not those before the head"
+                )
+            logprob, entropy, side = LinearLogprob.apply(
+                hidden,
+                weight,
+                targets,
+                bias,
+                None,
+                float(temperature),
+                float(logit_scale),
+                None if final_logit_softcapping is None else float(final_logit_softcapping),
+                -100,
+                any(name in outputs for name in OUTPUTS[1:]),
+                None,
+                lambda *params: utils.maybe_gather_lm_head_ctx(*params),  # ZeRO-3: backward gathers the head again
+            )
+            log_sum_sq_probs, mean_logits, is_top1 = side if len(side) else (None, None, None)
+            return (
+                logprob,
+                entropy if "entropy" in outputs else None,
+                log_sum_sq_probs if "log_sum_sq_probs" in outputs else None,
+                mean_logits if "mean_logits" in outputs else None,
+                is_top1 > 0 if "is_top1" in outputs else None,
+            )
+
+    def compact(device: torch.device) -> bool:
+        """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
+        return device.type in DEVICES or stock_compact(device)
+
+    def ours(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) -> bool:
+        return (
+            logits.device.type in DEVICES
+            and logits.dtype in DTYPES
+            and logits.dim() > 0
+            and logits.shape[-1] > 0
+            and (
+                index is None
+                or (
+                    index.shape == logits.shape[:-1]
+                    and index.dtype in (torch.int32, torch.int64)
+                    and index.device == logits.device
+                )
+            )
+            and (row_mask is None or (row_mask.shape == logits.shape[:-1] and row_mask.device == logits.device))
+        )
+
+    def supports(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> bool:
+        return ours(logits, index, row_mask) or (stock_triton() and stock_supports(logits, index, row_mask))
+
+    def logprob_entropy(
+        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not ours(logits, index, row_mask):
+            return stock_kernel(logits, index, temperature=temperature, row_mask=row_mask)
+        index = index.long()
+        if row_mask is not None:
+            index = index.masked_fill(row_mask == 0, IGNORED)
+        stats = selective_log_softmax(logits, index, temperature=temperature, ignore_index=IGNORED)
+        return stats.logprob, stats.entropy
+
+    return {
+        "_ChunkedLogProbFunction": Head,
+        "_use_triton": compact,
+        # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
+        "is_triton_available": lambda *min_version: True,
+        "_supports_trl_loss_kernel": supports,
+        "_fused_logprob_entropy": logprob_entropy,
+    }

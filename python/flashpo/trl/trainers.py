@@ -1,0 +1,52 @@
+"""TRL's trainers, accelerated: `from flashpo.trl import GRPOTrainer` in the place of `from trl import GRPOTrainer`.
+
+Each is TRL's own class; it scores its tokens with FlashPO, and any other trainer of the process stays as it is.
+"""
+
+import trl
+
+from flashpo.trl.patch import patched
+
+
+class Accelerated:
+    """Opens the patch around the methods in which a TRL trainer runs its model on labels."""
+
+    def training_step(self, *args, **kwargs):
+        with patched():
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, *args, **kwargs):
+        with patched():
+            return super().prediction_step(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        with patched():
+            return super().compute_loss(*args, **kwargs)
+
+
+class AcceleratedReference(Accelerated):
+    """For trainers that can score the reference model for a whole dataset at once (`precompute_ref_log_probs`)."""
+
+    def compute_ref_log_probs(self, *args, **kwargs):
+        with patched():
+            return super().compute_ref_log_probs(*args, **kwargs)
+
+
+class SFTTrainer(Accelerated, trl.SFTTrainer):
+    pass
+
+
+class DPOTrainer(AcceleratedReference, trl.DPOTrainer):
+    pass
+
+
+class KTOTrainer(AcceleratedReference, trl.KTOTrainer):
+    pass
+
+
+class GRPOTrainer(Accelerated, trl.GRPOTrainer):
+    pass
+
+
+class RLOOTrainer(Accelerated, trl.RLOOTrainer):
+    pass

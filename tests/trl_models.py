@@ -1,0 +1,170 @@
+"""Tiny models and a real tokenizer on disk, data sets and trainers on them, and one training step as numbers."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+import flashpo.trl
+from flashpo.trl.verify import Step, compare, compute_dtype, tolerance_for
+
+WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z the quick brown fox jumps over lazy dog yes no".split()
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+VOCAB = 97  # off every tile
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+# initializer_range 0.3: logits with a spread of a few nats, as a trained model has; the default 0.02 makes them all 0
+SMALL = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+)  # fmt: skip
+CONFIGS = {
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False),
+    "qwen3_tied": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, head_dim=16, final_logit_softcapping=5.0, query_pre_attn_scalar=16
+    ),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
+    "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
+    "phi": lambda: transformers.PhiConfig(**{**SMALL, "num_key_value_heads": 2}),  # a head with a bias
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, tie_word_embeddings=False
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def model_path(kind: str = "qwen3") -> str:
+    """A folder with the model and tokenizer: TRL loads the reference model again by path."""
+    folder = tempfile.mkdtemp(prefix=f"flashpo-{kind}-")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
+    base = Tokenizer(words)
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def text(n: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator))
+
+
+PROMPTS = [text(2 + i % 4, i) for i in range(16)]
+DATA = {
+    "SFT": [{"prompt": p + " ", "completion": text(3 + i % 5, 100 + i)} for i, p in enumerate(PROMPTS)],
+    "DPO": [
+        {"prompt": p + " ", "chosen": text(3 + i % 5, 200 + i), "rejected": text(7 - i % 5, 300 + i)}
+        for i, p in enumerate(PROMPTS)
+    ],
+    "KTO": [
+        {"prompt": p + " ", "completion": text(3 + i % 5, 400 + i), "label": i % 2 == 0} for i, p in enumerate(PROMPTS)
+    ],
+    "GRPO": [{"prompt": p} for p in PROMPTS],
+    "RLOO": [{"prompt": p} for p in PROMPTS],
+}
+
+
+def reward(completions, completion_ids, **kwargs) -> list[float]:
+    """Varied enough that no group is without an advantage."""
+    return [sum((7 * token) % 11 for token in ids) / 20 - 0.1 * len(ids) for ids in completion_ids]
+
+
+def make_trainer(name: str, package=trl, model: str | object = "qwen3", seed: int = 1, data=None, **options):
+    """`package.<name>Trainer` on a tiny model in fp32, without what TRL's defaults add (bf16, checkpointing)."""
+    settings = dict(
+        output_dir=tempfile.mkdtemp(prefix="flashpo-out-"), use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1, seed=seed,
+        per_device_train_batch_size=4, learning_rate=1e-3, dataloader_pin_memory=False,
+    )  # fmt: skip
+    if name in ("GRPO", "RLOO"):
+        settings |= dict(num_generations=4, max_completion_length=8, temperature=0.9)
+    extra = {}
+    for key in ("peft_config", "ref_model", "eval_dataset", "tools"):
+        if key in options:
+            extra[key] = options.pop(key)
+    config = getattr(trl, f"{name}Config")(**{**settings, **options})
+    if name in ("GRPO", "RLOO"):
+        extra["reward_funcs"] = reward
+    # by path, as TRL reloads the reference from `config._name_or_path`
+    loaded = AutoModelForCausalLM.from_pretrained(model_path(model)) if isinstance(model, str) else model
+    return getattr(package, f"{name}Trainer")(
+        model=loaded,
+        args=config,
+        processing_class=tokenizer(),
+        train_dataset=Dataset.from_list(data or DATA[name]),
+        **extra,
+    )
+
+
+class Recorder(TrainerCallback):
+    """The gradients of every optimizer step, as the optimizer gets them."""
+
+    def __init__(self):
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+        self.gradients.append({n: g.detach().clone() for n, g in whole.items()})
+
+
+# of the log line: not the same twice
+CLOCKS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time", "epoch", "total_flos")
+
+
+def train(trainer) -> list[Step]:
+    """`trainer.train()`; each logged step's loss, metrics and gradients."""
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    steps = []
+    for log, gradients in zip(trainer.state.log_history, recorder.gradients):
+        metrics = {k: float(v) for k, v in log.items() if k not in CLOCKS and v is not None}
+        steps.append(Step(metrics.pop("loss"), metrics, gradients))
+    assert steps, "the trainer logged no step"
+    return steps
+
+
+def assert_same(stock: list[Step], ours: list[Step], dtype: torch.dtype = torch.float32) -> None:
+    assert len(stock) == len(ours)
+    for i, (a, b) in enumerate(zip(stock, ours)):
+        assert any(g.abs().max() > 0 for g in a.gradients.values()), "every gradient is 0: nothing is compared"
+        wrong = [line for line in compare(i, a, b, tolerance_for(dtype)) if not line.agrees]
+        assert not wrong, "\n".join(map(str, wrong))
+
+
+def assert_same_training(name: str, **options) -> list[Step]:
+    """One `train()` of TRL's own class and one of ours agree, and ours ran our operator; returns TRL's steps."""
+    flashpo.stats(reset=True)
+    stock_trainer = make_trainer(name, trl, **options)
+    stock = train(stock_trainer)
+    assert not flashpo.stats(), "TRL's own trainer must stay as it is"
+    ours = train(make_trainer(name, flashpo.trl, **options))
+    assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    assert_same(stock, ours, compute_dtype(stock_trainer, stock_trainer.model))
+    return stock
+
+
+def assert_ran(*ops: str) -> None:
+    counts = flashpo.stats()
+    assert all(counts.get(op) for op in ops), f"expected {ops}, ran: {counts}"
