@@ -228,23 +228,21 @@ _TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @linear_logprob_partial.backend("triton")  # kernels/linear_logprob.py
-def _(hidden, weight, *rest):
-    if not {hidden.dtype, weight.dtype, rest[-1]} <= _TRITON_DTYPES:
+def _(*args):
+    if not {args[0].dtype, args[1].dtype, args[-1]} <= _TRITON_DTYPES:
         return NotImplemented
     from flashpo.kernels.linear_logprob import partial
 
-    return partial(hidden, weight, *rest)
+    return partial(*args)
 
 
 @linear_logprob_bwd.backend("triton")
-def _(hidden, weight, target, bias, token_temperature, t, scale, softcap, ignore_index, start, dtype, *rest):
-    if not {hidden.dtype, weight.dtype, dtype} <= _TRITON_DTYPES:
+def _(*args):
+    if not {args[0].dtype, args[1].dtype, args[10]} <= _TRITON_DTYPES:
         return NotImplemented
     from flashpo.kernels.linear_logprob import backward
 
-    return backward(
-        hidden, weight, target, bias, token_temperature, t, scale, softcap, ignore_index, start, dtype, *rest
-    )
+    return backward(*args)
 
 
 class LinearLogprob(torch.autograd.Function):
