@@ -1,0 +1,104 @@
+"""Every Triton kernel compiles ahead of time, without a GPU, for each family of them and fits in its shared memory."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled: unset TRITON_INTERPRET", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashpo.kernels import linear_logprob, selective_log_softmax, token_stats
+
+# (target, shared memory a program may have, the instruction that multiplies 16-bit matrices)
+TARGETS = {
+    "A100": (GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync"),
+    "RTX 4090": (GPUTarget("cuda", 89, 32), 99 * 1024, "mma.sync"),
+    "H100": (GPUTarget("cuda", 90, 32), 227 * 1024, "wgmma.mma_async"),
+    "B200": (GPUTarget("cuda", 100, 32), 227 * 1024, "tcgen05.mma"),
+    "RTX 5090": (GPUTarget("cuda", 120, 32), 99 * 1024, "mma.sync"),
+    "MI300": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+INTEGERS = ("index", "target", "rows", "live")
+OPERANDS = ("logits", "d_logits", "hidden", "weight", "bias")
+FLOATS = ("out", "partials", "lse", "entropy", "d_logprob", "d_entropy", "token_temperature")
+SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
+
+
+def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, **constants):
+    """As a launch with aligned tensors of `dtype` and long rows would; arguments named in `absent` are None."""
+    types, aligned = {}, {}
+    out = dtype if kernel is linear_logprob.d_logits_kernel else "fp32"
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or name in absent:
+            types[name] = "constexpr"
+            constants.setdefault(name, None)
+        elif name in SCALES:
+            types[name] = "fp32"
+        elif name in INTEGERS:
+            types[name] = "*i64"
+        elif name in OPERANDS or name in FLOATS:
+            types[name] = "*" + (dtype if name in OPERANDS else out if name == "out" else "fp32")
+        else:
+            types[name] = "i32"
+        if types[name][0] == "*" or name in ("H", "V") or "stride" in name:
+            aligned[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constants, aligned)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_kernels(name, dtype):
+    target, limit, _ = TARGETS[name]
+    for longest, kernel, constants in (
+        (8192, selective_log_softmax.forward_kernel, {"SIDE": True}),
+        (4096, selective_log_softmax.backward_kernel, {}),
+    ):
+        block, warps = selective_log_softmax.block_and_warps(151_936, longest)
+        compiled = compile(kernel, target, dtype, BLOCK=block, num_warps=warps, **constants)
+        assert compiled.metadata.shared <= limit
+        if target.backend == "cuda":  # 16 bytes a load
+            assert "ld.global.v4.b32" in compiled.asm["ptx"] or "ld.global.v2.b64" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_joining_kernels(name):
+    target, limit, _ = TARGETS[name]
+    for kernel in (token_stats.merge_partials_kernel, linear_logprob.join_kernel):
+        for side in (False, True):
+            assert compile(kernel, target, "fp32", SIDE=side, BLOCK=128).metadata.shared <= limit
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
+def test_gemm_kernels(name, dtype, full):
+    target, limit, instruction = TARGETS[name]
+    block_n, block_v, block_h, stages, warps = linear_logprob.tiles(DTYPES[dtype], limit)
+    tile = {
+        "DTYPE": linear_logprob.TRITON_DTYPES[DTYPES[dtype]],
+        "BLOCK_N": block_n,
+        "BLOCK_V": block_v,
+        "BLOCK_H": block_h,
+        "num_stages": stages,
+        "num_warps": warps,
+    }
+    absent = () if full else ("bias", "token_temperature", "softcap")
+    for kernel, constants, gradient in (
+        (linear_logprob.partial_kernel, {"SIDE": full, "SPLIT": linear_logprob.SPLIT}, ()),
+        (linear_logprob.d_logits_kernel, {}, () if full else ("d_entropy",)),
+    ):
+        compiled = compile(kernel, target, dtype, absent + gradient, **constants, **tile)
+        assert compiled.metadata.shared <= limit
+        text = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
+        if dtype == "fp32":
+            assert "tf32" not in text  # fp32 is fp32
+        else:
+            assert instruction in text
