@@ -7,9 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from peft import LoraConfig
 import trl
 from datasets import Dataset
+from peft import LoraConfig
 from trl_models import CONFIGS, DATA, assert_ran, assert_same, assert_same_training, make_trainer, train
 
 import flashpo.trl
@@ -122,7 +122,8 @@ def grpo():
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # `train` sets it
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    assert inputs["old_per_token_logps"] is not None and inputs["ref_per_token_logps"] is not None
+    assert inputs["old_per_token_logps"] is not None
+    assert inputs["ref_per_token_logps"] is not None
     torch.manual_seed(5)
     with torch.no_grad():
         for p in trainer.model.parameters():
@@ -144,7 +145,7 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 
 
 @pytest.mark.parametrize("tool", [False, True], ids=["", "tool_mask"])
-@pytest.mark.parametrize("loss_type, level, beta", itertools.product(LOSSES, ("token", "sequence"), (0.0, 0.04)))
+@pytest.mark.parametrize(("loss_type", "level", "beta"), itertools.product(LOSSES, ("token", "sequence"), (0.0, 0.04)))
 def test_grpo_loss(grpo, loss_type, level, beta, tool, monkeypatch):
     trainer, inputs, tool_mask = grpo
     for name, value in dict(loss_type=loss_type, importance_sampling_level=level, beta=beta).items():
@@ -166,7 +167,8 @@ def test_grpo_batch_of_nothing_but_masked_tokens_trains_nothing(grpo):
     with patched():
         step = _loss(trainer, inputs)
     assert step.loss == 0
-    assert step.gradients and all((g == 0).all() for g in step.gradients.values())
+    assert step.gradients
+    assert all((g == 0).all() for g in step.gradients.values())
 
 
 def test_train_is_not_vacuous():

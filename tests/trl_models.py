@@ -2,7 +2,6 @@
 
 import functools
 import tempfile
-from pathlib import Path
 
 import torch
 import transformers
@@ -89,8 +88,8 @@ def reward(completions, completion_ids, **kwargs) -> list[float]:
     return [sum((7 * token) % 11 for token in ids) / 20 - 0.1 * len(ids) for ids in completion_ids]
 
 
-def make_trainer(name: str, package=trl, model: str | object = "qwen3", seed: int = 1, data=None, **options):
-    """`package.<name>Trainer` on a tiny model in fp32, without what TRL's defaults add (bf16, checkpointing)."""
+def make_trainer(name: str, package=trl, model: str = "qwen3", seed: int = 1, data=None, **options):
+    """`package.<name>Trainer` on a tiny model (a kind of CONFIGS or a folder), in fp32 and without checkpointing."""
     settings = dict(
         output_dir=tempfile.mkdtemp(prefix="flashpo-out-"), use_cpu=True, bf16=False, gradient_checkpointing=False,
         report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1, seed=seed,
@@ -105,10 +104,8 @@ def make_trainer(name: str, package=trl, model: str | object = "qwen3", seed: in
     config = getattr(trl, f"{name}Config")(**{**settings, **options})
     if name in ("GRPO", "RLOO"):
         extra["reward_funcs"] = reward
-    # by path, as TRL reloads the reference from `config._name_or_path`
-    loaded = AutoModelForCausalLM.from_pretrained(model_path(model)) if isinstance(model, str) else model
     return getattr(package, f"{name}Trainer")(
-        model=loaded,
+        model=AutoModelForCausalLM.from_pretrained(model_path(model) if model in CONFIGS else model),
         args=config,
         processing_class=tokenizer(),
         train_dataset=Dataset.from_list(data or DATA[name]),

@@ -1,6 +1,7 @@
-"""`python -m flashpo.run script.py [args]`: an unmodified TRL script, accelerated; `accelerate launch -m flashpo.run ...`.
+"""Runs an unmodified TRL script, accelerated: `python -m flashpo.run script.py [args]`.
 
-At the end, also of a script that failed, says what ran on which backend and how often.
+For several processes: `accelerate launch -m flashpo.run script.py [args]`. At the end, also of a script that failed,
+says what ran on which backend and how often.
 """
 
 import importlib.abc

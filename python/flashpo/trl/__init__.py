@@ -6,15 +6,13 @@ Importing this package does not import TRL yet: a script may still want to set i
 import importlib
 
 from flashpo.trl.patch import PatchError, patch, patched, unpatch
+from flashpo.trl.verify import VerificationError, verify
 
 _TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
-_LAZY = {name: "trainers" for name in _TRAINERS} | {"verify": "verify", "VerificationError": "verify"}
 __all__ = ["PatchError", "VerificationError", "patch", "patched", "unpatch", "verify", *_TRAINERS]
 
 
 def __getattr__(name: str):
-    if name not in _LAZY:
+    if name not in _TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value  # also replaces the submodule that the import has just bound to the name `verify`
-    return value
+    return getattr(importlib.import_module("flashpo.trl.trainers"), name)

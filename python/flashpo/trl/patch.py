@@ -179,7 +179,15 @@ def _seams(utils: ModuleType) -> dict[str, object]:
         ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
             if hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
                 return stock_head.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+                    hidden,
+                    weight,
+                    bias,
+                    targets,
+                    temperature,
+                    chunk_size,
+                    final_logit_softcapping,
+                    logit_scale,
+                    outputs,
                 )
             if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
                 raise ValueError(

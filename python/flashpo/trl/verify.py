@@ -3,10 +3,8 @@
 import contextlib
 import copy
 import dataclasses
-import itertools
 import math
 import random
-from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,0 +1,99 @@
+"""`python -m flashpo.run` and `accelerate launch -m flashpo.run`: an unmodified script, and a report at the end."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("trl")
+from trl_models import model_path
+
+SCRIPT = """
+import os, sys
+assert "trl" not in sys.modules and "transformers" not in sys.modules, "a script may set its environment first"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+import neighbour  # of the script's own folder
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+def main():
+    rows = [{"prompt": "a b ", "completion": f"{w} d e"} for w in "abcdefgh"]
+    config = SFTConfig(output_dir=sys.argv[2], use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no")
+    SFTTrainer(sys.argv[1], args=config, train_dataset=Dataset.from_list(rows)).train()
+    print("module", __name__, "argv", sys.argv[0].endswith("script.py"), len(sys.argv))
+    if len(sys.argv) > 3:
+        raise RuntimeError("the script failed")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "neighbour.py").write_text("")
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def run(*args, command=(sys.executable, "-m", "flashpo.run")):
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def test_script_is_accelerated_and_reported(script, tmp_path):
+    done = run(script, model_path(), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "module __main__ argv True 3" in done.stdout
+    assert "flashpo: linear_logprob_partial: " in done.stderr
+    assert "flashpo: linear_logprob_bwd: " in done.stderr
+    assert "WARNING: none" not in done.stderr
+
+
+def test_report_comes_after_an_exception_too(script, tmp_path):
+    done = run(script, model_path(), tmp_path / "out", "fail")
+    assert done.returncode == 1
+    assert "RuntimeError: the script failed" in done.stderr
+    assert "flashpo: linear_logprob_partial: " in done.stderr
+
+
+def test_warns_when_nothing_ran(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text("import sys; print(sys.argv[1:]); sys.exit(7)")
+    done = run(path, "--flag", "-m")
+    assert done.returncode == 7
+    assert "['--flag', '-m']" in done.stdout
+    assert "WARNING: none of its operators ran" in done.stderr
+    assert "did not import a TRL trainer" in done.stderr
+
+
+def test_module(tmp_path):
+    done = run("-m", "trl.scripts.sft", "--help")
+    assert done.returncode == 0
+    assert "--model_name_or_path" in done.stdout
+
+
+def test_usage():
+    assert run().returncode == 2
+    missing = run("missing.py")
+    assert missing.returncode == 2
+    assert "no such file: missing.py" in missing.stderr
+
+
+def test_accelerate_launch(script, tmp_path):
+    launch = os.path.join(os.path.dirname(sys.executable), "accelerate")
+    options = ("launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "-m", "flashpo.run")  # fmt: skip
+    done = run(script, model_path(), tmp_path / "out", command=(launch, *options))
+    assert done.returncode == 0, done.stderr
+    assert "module __main__" in done.stdout
+    assert "flashpo: linear_logprob_bwd: " in done.stderr
+
+
+def test_two_processes_and_one_report(script, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run(script, model_path(), tmp_path / "out", command=(*torchrun, "-m", "flashpo.run"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("module __main__") == 2
+    assert done.stderr.count("flashpo: linear_logprob_bwd: ") == 1, "by the first process"

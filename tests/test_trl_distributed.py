@@ -1,0 +1,126 @@
+"""Two gloo processes: under DDP and FSDP2 our gradients are TRL's, and they are reduced over the processes."""
+
+import os
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("trl")
+import torch.multiprocessing as mp
+import trl
+
+import flashpo.trl
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+RL = dict(per_device_train_batch_size=4, num_generations=4, beta=0.04)
+OPTIONS = {
+    "SFT": dict(gradient_accumulation_steps=2),
+    "DPO": {},
+    "KTO": {},
+    "GRPO": RL | dict(entropy_coef=0.01),
+    "RLOO": RL,
+}
+
+
+def check_ddp(rank: int, folder: str, name: str) -> None:
+    from trl_models import assert_ran, assert_same, make_trainer, train
+
+    options = OPTIONS[name] | dict(model=folder, ddp_backend="gloo", ddp_find_unused_parameters=False, max_steps=2)
+    stock_trainer = make_trainer(name, trl, **options)
+    stock = train(stock_trainer)
+    assert isinstance(stock_trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    assert not flashpo.stats()
+    ours = train(make_trainer(name, flashpo.trl, **options))
+    assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    if rank:  # only the first process logs; gradients count on both
+        for step in (*stock, *ours):
+            step.loss, step.metrics = 0.0, {}
+    assert_same(stock, ours)
+    for step in ours:
+        for parameter, gradient in step.gradients.items():
+            both = [torch.empty_like(gradient) for _ in range(2)]
+            dist.all_gather(both, gradient)
+            assert torch.equal(*both), f"{parameter} was not reduced"
+
+
+def check_fsdp2(rank: int, folder: str, head_alone: bool) -> None:
+    """`head_alone`: the head is a unit of its own, whose hooks never fire: TRL gets a sharded DTensor from it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+    from trl_models import SPECIAL, VOCAB, assert_ran, assert_same
+
+    from flashpo.trl.patch import patched, stock
+    from flashpo.trl.verify import Step
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    if head_alone:
+        fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model.lm_head.weight, DTensor)
+
+    generator = torch.Generator().manual_seed(rank)  # each process its own sequences, one with none to score
+    ids = torch.randint(len(SPECIAL), VOCAB, (2, 9), generator=generator)
+    labels = ids.masked_fill(torch.rand(2, 9, generator=generator) > 0.6 * rank, -100)
+    weights = torch.randn(2, 2, 8, generator=generator)
+
+    def step(code) -> Step:
+        model.zero_grad(set_to_none=True)
+        with code():
+            out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+            loss = (weights[0] * out.log_probs + weights[1] * out.entropy).sum()
+            loss.backward()
+        return Step(loss.item(), {}, {n: p.grad.full_tensor() for n, p in model.named_parameters()})
+
+    expected = step(stock)
+    flashpo.stats(reset=True)
+    actual = step(patched)
+    assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    assert_same([expected], [actual])
+
+
+def work(rank: int, port: int, folder: str, checks: list, errors) -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path.insert(0, here)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for check, argument in checks:
+        try:
+            flashpo.stats(reset=True)
+            check(rank, folder, argument)
+        except Exception:
+            errors.put(f"rank {rank}, {check.__name__}({argument}):\n{traceback.format_exc()}")
+            os._exit(1)  # the other process may be waiting in a collective; spawn ends it
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def in_two_processes(*checks) -> None:
+    from trl.trainer.utils import _find_free_port
+    from trl_models import model_path
+
+    context = mp.get_context("spawn")
+    errors = context.SimpleQueue()
+    try:
+        mp.spawn(work, (_find_free_port(), model_path("qwen3"), checks, errors), nprocs=2)
+    except mp.ProcessExitedException:
+        pytest.fail(errors.get() if not errors.empty() else "a process ended without an error")
+
+
+def test_ddp():
+    in_two_processes(*[(check_ddp, name) for name in OPTIONS])
+
+
+def test_fsdp2():
+    in_two_processes((check_fsdp2, False), (check_fsdp2, True))

@@ -1,0 +1,145 @@
+"""`flashpo.trl.verify`: agrees on every trainer, leaves it as it was, and finds what is wrong."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+import trl
+from peft import LoraConfig
+from trl_models import make_trainer, train
+
+import flashpo.trl
+from flashpo.ops.linear_logprob import LinearLogprob
+from flashpo.trl import VerificationError, verify
+from flashpo.trl.verify import Step, compare, tolerance_for
+
+OPTIONS = {
+    "SFT": {},
+    "DPO": dict(gradient_accumulation_steps=2),
+    "KTO": {},
+    "GRPO": dict(per_device_train_batch_size=8, beta=0.04, num_iterations=2),
+    "RLOO": dict(per_device_train_batch_size=8, beta=0.04),
+}
+
+
+@pytest.mark.parametrize("package", [trl, flashpo.trl], ids=["trl", "flashpo"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_agrees(name, package):
+    trainer = make_trainer(name, package, **OPTIONS[name])
+    report = verify(trainer)
+    assert not report.disagreements
+    assert {line.step for line in report.lines} == {0, 1}
+    names = {line.name for line in report.lines}
+    assert {"loss", "entropy", "grad model.embed_tokens.weight", "grad lm_head.weight"} <= names
+    assert report.ops["linear_logprob_partial"]
+    assert "all agree" in str(report)
+    assert "grad lm_head.weight" in str(report)
+    assert any(line.stock > 0 for line in report.lines if line.name.startswith("grad "))
+
+
+@pytest.mark.parametrize("name", ["SFT", "GRPO"])
+def test_bf16_autocast_lora(name):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    report = verify(make_trainer(name, bf16=True, peft_config=lora, gradient_checkpointing=True, **OPTIONS[name]))
+    assert report.dtype == torch.bfloat16
+    assert all("lora" in line.name for line in report.lines if line.name.startswith("grad "))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_after_it_is_as_if_it_had_not_been(name):
+    """Bit for bit: parameters, optimizer, batches, dropout, generation, metrics."""
+    options = OPTIONS[name] | dict(max_steps=2)
+    plain = make_trainer(name, **options)
+    expected = train(plain)
+    verified = make_trainer(name, **options)  # which seeds the random state again
+    verified.model.eval()  # a mode that is not the one of a step
+    random_state = torch.get_rng_state()
+    attributes = {k: id(v) for k, v in verified.__dict__.items()}
+    metrics = copy.deepcopy(dict(verified._metrics["train"]))
+    verify(verified)
+    assert {k: id(v) for k, v in verified.__dict__.items()} == attributes
+    assert dict(verified._metrics["train"]) == metrics
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not verified.model.training
+    assert all(p.grad is None for p in verified.model.parameters())
+    for stock, ours in zip(expected, train(verified), strict=True):
+        assert stock.loss == ours.loss
+        assert stock.metrics == ours.metrics
+        assert all(torch.equal(g, ours.gradients[n]) for n, g in stock.gradients.items())
+    for a, b in zip(plain.model.parameters(), verified.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_after_training_too():
+    """The optimizer has a state then, and GRPO a buffer of completions."""
+    trainer = make_trainer("GRPO", max_steps=1, **OPTIONS["GRPO"])
+    trainer.train()
+    before = copy.deepcopy(trainer.optimizer.state_dict())
+    buffered, step = trainer._buffered_inputs, trainer._step
+    verify(trainer, steps=1)
+    assert trainer._buffered_inputs is buffered
+    assert trainer._step == step
+    after = trainer.optimizer.state_dict()
+    assert all(torch.equal(v, after["state"][i][k]) for i, s in before["state"].items() for k, v in s.items())
+
+
+@pytest.mark.parametrize(("scale", "name"), [(1.001, "grad "), (0.0, "grad ")])
+def test_a_wrong_gradient_is_found(scale, name, monkeypatch):
+    """Forward right, backward wrong (Liger#968, #1298): loss and metrics agree."""
+    backward = LinearLogprob.backward
+    monkeypatch.setattr(LinearLogprob, "backward", staticmethod(lambda ctx, *g: _scaled(backward(ctx, *g), scale)))
+    with pytest.raises(VerificationError, match="disagree on grad") as error:
+        verify(make_trainer("SFT"))
+    wrong = {line.name for line in error.value.report.disagreements}
+    assert "grad model.embed_tokens.weight" in wrong
+    assert "loss" not in wrong
+    assert "<-- disagrees" in str(error.value)
+
+
+def _scaled(grads, scale):
+    return tuple(None if g is None else scale * g for g in grads)
+
+
+def test_a_dropped_temperature_is_found(monkeypatch):
+    """unsloth-zoo#832."""
+    forward = LinearLogprob.forward
+
+    def cold(ctx, hidden, weight, target, bias, token_temperature, temperature, *rest):
+        return forward(ctx, hidden, weight, target, bias, token_temperature, 1.0, *rest)
+
+    monkeypatch.setattr(LinearLogprob, "forward", staticmethod(cold))
+    with pytest.raises(VerificationError, match="entropy"):
+        verify(make_trainer("GRPO", **OPTIONS["GRPO"]))
+
+
+def test_a_patch_that_does_nothing_is_found(monkeypatch):
+    monkeypatch.setattr(sys.modules["flashpo.trl.patch"], "DEVICES", ())
+    with pytest.raises(VerificationError, match="none of FlashPO's operators ran"):
+        verify(make_trainer("SFT"))
+
+
+def test_a_failed_verification_restores_too(monkeypatch):
+    trainer = make_trainer("SFT")
+    attributes = dict(trainer.__dict__)
+    monkeypatch.setattr(LinearLogprob, "backward", staticmethod(lambda ctx, *grads: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        verify(trainer)
+    assert trainer.__dict__ == attributes
+
+
+def test_compare_does_not_pass_nan_or_a_missing_gradient():
+    one = {"a": torch.ones(3)}
+    nan = Step(1.0, {"kl": float("nan")}, one)
+    tolerance = tolerance_for(torch.float32)
+    assert all(line.agrees for line in compare(0, nan, nan, tolerance))
+    for other in (
+        Step(1.0, {"kl": 0.0}, one),
+        Step(1.0, {}, {}),
+        Step(1.0, {"kl": float("nan")}, {"a": torch.full((3,), float("nan"))}),
+        Step(float("nan"), {"kl": float("nan")}, one),
+        Step(float("inf"), {"kl": float("nan")}, one),
+    ):
+        assert not all(line.agrees for line in compare(0, nan, other, tolerance))
