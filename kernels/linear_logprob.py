@@ -98,7 +98,11 @@ def inverse_temperature(token_temperature, temperature, n):
     return tl.full(n.shape, 1.0, tl.float32) / temperature
 
 
-@triton.jit(do_not_specialize=["N", "J", "vocab_start"])
+# per-token arguments may be rows of one tensor, whose alignment varies with their length
+@triton.jit(
+    do_not_specialize=["N", "J", "vocab_start"],
+    do_not_specialize_on_alignment=["target", "token_temperature"],
+)
 def partial_kernel(
     hidden,  # (N, H)
     weight,  # (J, H)
@@ -150,7 +154,7 @@ def partial_kernel(
     store_partial(part, n, i < count, N, ref, total, weighted, y_target, sq_sum, y_sum, before, ref, SIDE)
 
 
-@triton.jit(do_not_specialize=["N", "S", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "S", "ignore_index"], do_not_specialize_on_alignment=["target"])
 def join_kernel(partials, target, out, N, S, ignore_index, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     """The parts (S, R, N) as one; an ignored token's, which nothing wrote, become 0, 1, 0, 0, 1, 0, 0, 0."""
     N = N.to(tl.int64)
@@ -175,7 +179,10 @@ def join_kernel(partials, target, out, N, S, ignore_index, SIDE: tl.constexpr, B
     )
 
 
-@triton.jit(do_not_specialize=["start", "stop", "vocab_start"])
+@triton.jit(
+    do_not_specialize=["start", "stop", "vocab_start"],
+    do_not_specialize_on_alignment=["target", "token_temperature", "lse", "entropy", "d_logprob", "d_entropy"],
+)
 def d_logits_kernel(
     hidden,
     weight,
@@ -188,7 +195,7 @@ def d_logits_kernel(
     entropy,
     d_logprob,  # (N,) or None
     d_entropy,  # (N,) or None
-    out,  # (N, columns): d (hidden weight^T) of the columns start ... stop - 1
+    out,  # (N, whole tiles): d (hidden weight^T) of the columns start ... stop - 1, and no matter what beyond
     start,
     stop,
     H,
@@ -223,8 +230,8 @@ def d_logits_kernel(
     if d_entropy is not None:
         d -= tl.load(d_entropy + n)[:, None] * p * (logp * LN2 + tl.load(entropy + n)[:, None])
     d *= slope * cold[:, None]
-    inside = (i[:, None] < count) & (v[None, :] < stop)
-    tl.store(out + n[:, None] * stride_out + column[None, :], d.to(out.dtype.element_ty), mask=inside)
+    # whole tiles: a limit on columns, which may be odd, would cost the 16-byte stores
+    tl.store(out + n[:, None] * stride_out + column[None, :], d.to(out.dtype.element_ty), mask=i[:, None] < count)
 
 
 def _plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype):
@@ -333,7 +340,8 @@ def backward(
     )
     rows, live, tile = _plan(hidden, weight, target, ignore_index, dtype)
     chunk = min(J, max(1024, min(8192, CHUNK_BYTES // (N * dtype.itemsize) // 256 * 256)))
-    dx = hidden.new_zeros((N, chunk), dtype=dtype)  # an ignored token's row stays 0
+    width = triton.cdiv(chunk, tile["BLOCK_V"]) * tile["BLOCK_V"]
+    dx = hidden.new_zeros((N, width), dtype=dtype)  # an ignored token's row stays 0
     if want_weight:  # an ignored token's hidden state may be anything, inf too
         operand = hidden.to(dtype).masked_fill((target == ignore_index)[:, None], 0.0)
     for start in range(0, J, chunk):
@@ -352,13 +360,13 @@ def backward(
                 entropy,
                 d_logprob,
                 d_entropy,
-                part,
+                dx,
                 start,
                 stop,
                 H,
                 hidden.stride(0),
                 weight.stride(0),
-                chunk,
+                width,
                 temperature,
                 logit_scale,
                 softcap,

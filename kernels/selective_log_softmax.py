@@ -11,7 +11,7 @@ from flashpo.kernels.token_stats import LN2, LOG2E, LOWEST, fold, store_stats
 from flashpo.ops._check import check_range
 
 
-@triton.jit(do_not_specialize=["T", "N", "ignore_index"])
+@triton.jit(do_not_specialize=["T", "N", "ignore_index"], do_not_specialize_on_alignment=["index"])
 def forward_kernel(
     logits,  # (B, T, V)
     index,  # (N,) with N = B T
@@ -49,7 +49,11 @@ def forward_kernel(
     store_stats(out, n, n < N, N, ref, total, weighted, y_target, sq_sum, y_sum, before, ref, mean_scale, SIDE)
 
 
-@triton.jit(do_not_specialize=["T", "ignore_index"])
+# per-token arguments may be rows of one tensor, whose alignment varies with their length
+@triton.jit(
+    do_not_specialize=["T", "ignore_index"],
+    do_not_specialize_on_alignment=["index", "lse", "entropy", "d_logprob", "d_entropy"],
+)
 def backward_kernel(
     logits,
     index,

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles ahead of time, without a GPU, for each family of them and fits in its shared memory."""
 
+import collections
 import os
 
 import pytest
@@ -12,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import create_function_from_signature
 
 from flashpo.kernels import linear_logprob, selective_log_softmax, token_stats
 
@@ -102,3 +104,38 @@ def test_gemm_kernels(name, dtype, full):
             assert "tf32" not in text  # fp32 is fp32
         else:
             assert instruction in text
+            if target.backend == "cuda" and kernel is linear_logprob.d_logits_kernel:  # 16 bytes a store
+                assert "st.global.v4.b32" in text
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    """Launches compile nothing here: they only record what Triton would compile, by kernel."""
+    seen = collections.defaultdict(set)
+    backend = triton.compiler.make_backend(TARGETS["H100"][0])
+
+    def record(kernel, *args, grid, warmup, **options):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, key, rest = bind(*args, **options)
+        seen[kernel.fn.__name__].add(str((key, rest)))
+
+    monkeypatch.setattr(triton.JITFunction, "run", record)
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["whole", "tokens of a longer sequence"])
+def test_one_compilation_for_all_lengths(layout, variants):
+    """Lengths, batch sizes and temperatures are run-time values; 16 and 1 are the ones that Triton likes to fix."""
+    for B, T in ((1, 1), (1, 2), (2, 1), (3, 7), (16, 16), (2, 48), (1, 100), (5, 33), (4, 160), (7, 17)):
+        logits = torch.zeros(B, T, 1024) if layout == "whole" else torch.zeros(B, T + 1, 1024)[:, :-1]
+        index, rows = torch.zeros(B * T, dtype=torch.int64), torch.zeros(4, B * T).unbind()  # aligned or not
+        temperature = 0.5 + T
+        selective_log_softmax.forward(logits, index, temperature, -B, True)
+        selective_log_softmax.backward(logits, index, temperature, -B, *rows, torch.empty(B, T, 1024))
+        hidden, weight = torch.zeros(B * T, 64), torch.zeros(1024 * T, 64)
+        head = index, None, None, temperature, 1.0 / T, 30.0 * T, -B, T * 16
+        linear_logprob.partial(hidden, weight, *head, 2**20, True, torch.float32)
+        linear_logprob.backward(hidden, weight, *head, torch.float32, *rows, True, True, False)
+        token_stats.merge_partials(torch.zeros(T, 8, B), 1024 * T)
+    assert len(variants) == 6
+    assert {name: len(keys) for name, keys in variants.items()} == dict.fromkeys(variants, 1)
