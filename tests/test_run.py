@@ -19,7 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 def main():
     rows = [{"prompt": "a b ", "completion": f"{w} d e"} for w in "abcdefgh"]
-    config = SFTConfig(output_dir=sys.argv[2], use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no")
+    settings = dict(use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no")
+    config = SFTConfig(output_dir=sys.argv[2], **settings)
     SFTTrainer(sys.argv[1], args=config, train_dataset=Dataset.from_list(rows)).train()
     print("module", __name__, "argv", sys.argv[0].endswith("script.py"), len(sys.argv))
     if len(sys.argv) > 3:

@@ -33,8 +33,10 @@ def check_ddp(rank: int, folder: str, name: str) -> None:
     stock = train(stock_trainer)
     assert isinstance(stock_trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     assert not flashpo.stats()
-    ours = train(make_trainer(name, flashpo.trl, **options))
+    ours_trainer = make_trainer(name, flashpo.trl, **options)
+    ours = train(ours_trainer)
     assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    flashpo.trl.verify(ours_trainer, steps=1)  # of the wrapped model
     if rank:  # only the first process logs; gradients count on both
         for step in (*stock, *ours):
             step.loss, step.metrics = 0.0, {}

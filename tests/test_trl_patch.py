@@ -162,7 +162,7 @@ def test_fused_head_outputs_and_gradients(kind, temperature):
     assert_ran("linear_logprob_partial", "linear_logprob_bwd")
     for name in ("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"):
         a, b = getattr(actual, name), getattr(expected, name)
-        assert a.shape == b.shape and a.dtype == b.dtype, name
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
         assert (a.float() - b.float()).abs().max() <= FP32 * b.float().abs().clamp(min=1).max(), name
     assert (actual.log_probs[labels[:, 1:] == -100] == 0).all()
     assert (actual.entropy[labels[:, 1:] == -100] == 0).all()
@@ -177,9 +177,8 @@ def test_only_valid_positions_reach_the_head(monkeypatch):
     ids, labels = batch(keep=0.3)
     with patched():
         head = utils._ChunkedLogProbFunction
-        monkeypatch.setattr(
-            head, "apply", lambda hidden, *rest, to=head.apply: rows.append(len(hidden)) or to(hidden, *rest)
-        )
+        apply = head.apply
+        monkeypatch.setattr(head, "apply", lambda hidden, *rest: rows.append(len(hidden)) or apply(hidden, *rest))
         model(ids, labels=labels, fused_lm_head=True)
     assert rows == [(labels[:, 1:] != -100).sum()]
 

@@ -1,6 +1,7 @@
 """One optimisation step of stock TRL and of ours: the same loss, gradients and logged metrics, over TRL's options."""
 
 import copy
+import importlib
 import itertools
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 pytest.importorskip("trl")
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from trl_models import CONFIGS, DATA, assert_ran, assert_same, assert_same_training, make_trainer, train
 
 import flashpo.trl
+from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.trl import patched
+from flashpo.trl.patch import stock
 from flashpo.trl.verify import Step
 
 LORA = dict(peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
@@ -94,6 +97,56 @@ def test_lora(name):
     assert_same_training(name, **LORA, **(RL | dict(beta=0.04) if name in ("GRPO", "RLOO") else {}))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_trl_4612_an_adapter_on_the_head_is_refused(name):
+    """It would never be trained: the head's weight is read directly. TRL raises, and so do we."""
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        make_trainer(name, flashpo.trl, peft_config=LoraConfig(target_modules=["lm_head"]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_trained_copy_of_the_head_beside_an_adapter(name):
+    """`modules_to_save`: the policy uses the copy, a reference without adapters the original."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    steps = assert_same_training(name, peft_config=lora, **(RL | dict(beta=0.04) if name in ("GRPO", "RLOO") else {}))
+    assert any("lm_head.modules_to_save" in parameter for parameter in steps[0].gradients)
+
+
+def test_prompt_tuning():
+    """Virtual tokens lengthen the labels."""
+    assert_same_training("DPO", peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_bf16_parameters(name):
+    assert_same_training(name, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("options", [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}])
+def test_sft_in_one_row(options):
+    assert_same_training("SFT", **options)
+
+
+@pytest.mark.parametrize("name", ["SFT", "GRPO"])
+def test_torch_compile(name):
+    """What Dynamo makes of the patched module; the backend `eager` keeps a compiler out of it."""
+    rl = RL if name == "GRPO" else {}
+    assert_same_training(name, torch_compile=True, torch_compile_backend="eager", **rl)
+
+
+@pytest.mark.parametrize("name", ["ORPO", "CPO"])
+def test_experimental_trainers_on_logits(name, monkeypatch):
+    """Those that still work on `outputs.logits` are reached by the patch, through `selective_log_softmax`."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    package = importlib.import_module(f"trl.experimental.{name.lower()}")
+    expected = train(make_trainer(name, package))
+    flashpo.stats(reset=True)
+    with patched():
+        actual = train(make_trainer(name, package))
+    assert_ran("selective_log_softmax_fwd", "selective_log_softmax_bwd")
+    assert_same(expected, actual)
+
+
 def test_head_cast_to_fp32_under_autocast():
     assert_same_training("GRPO", cast_lm_head_to_fp32=True, bf16=True, **RL)
 
@@ -108,8 +161,8 @@ def test_evaluation():
     for package in (trl, flashpo.trl):
         evaluated = make_trainer("DPO", package, eval_dataset=Dataset.from_list(DATA["DPO"])).evaluate()
         logs.append({k: v for k, v in evaluated.items() if "runtime" not in k and "per_second" not in k})
-    stock, ours = (Step(log.pop("eval_loss"), log, {"": torch.ones(1)}) for log in logs)
-    assert_same([stock], [ours])
+    steps = [Step(log.pop("eval_loss"), log, {"": torch.ones(1)}) for log in logs]
+    assert_same(steps[:1], steps[1:])
 
 
 # the whole matrix of GRPO's loss on one generated batch, with ratios away from 1
@@ -118,7 +171,7 @@ def test_evaluation():
 @pytest.fixture(scope="module")
 def grpo():
     """A trainer and one of its batches, off-policy: the policy is moved after old and reference were scored."""
-    trainer = make_trainer("GRPO", beta=0.04, num_iterations=2, steps_per_generation=2, **RL)
+    trainer = make_trainer("GRPO", flashpo.trl, beta=0.04, num_iterations=2, steps_per_generation=2, **RL)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # `train` sets it
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -135,7 +188,7 @@ def grpo():
 def _loss(trainer, inputs) -> Step:
     trainer._metrics["train"].clear()
     trainer.model.zero_grad(set_to_none=True)
-    loss = trainer._compute_loss(trainer.model, inputs)
+    loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     metrics = {k: v[-1] for k, v in trainer._metrics["train"].items()}
     return Step(loss.item(), metrics, {n: p.grad.clone() for n, p in trainer.model.named_parameters()})
@@ -151,21 +204,37 @@ def test_grpo_loss(grpo, loss_type, level, beta, tool, monkeypatch):
     for name, value in dict(loss_type=loss_type, importance_sampling_level=level, beta=beta).items():
         monkeypatch.setattr(trainer, name, value)
     inputs = copy.copy(inputs) | ({"tool_mask": tool_mask} if tool else {})
-    stock = _loss(trainer, inputs)
-    assert stock.loss != 0
     flashpo.stats(reset=True)
-    with patched():
-        ours = _loss(trainer, inputs)
+    with stock():
+        expected = _loss(trainer, inputs)
+    assert expected.loss != 0
+    assert not flashpo.stats()
+    actual = _loss(trainer, inputs)
     assert_ran("linear_logprob_partial", "linear_logprob_bwd")
-    assert_same([stock], [ours])
+    assert_same([expected], [actual])
+
+
+def test_grpo_tool_tokens_do_not_reach_the_head(grpo, monkeypatch):
+    """Nor can the ratio of one overflow: its old log-prob is real, the policy's is not computed."""
+    trainer, inputs, tool_mask = grpo
+    old = inputs["old_per_token_logps"].where(tool_mask == 1, -200.0)
+    inputs = inputs | {"tool_mask": tool_mask, "old_per_token_logps": old}
+    rows = []
+    forward = LinearLogprob.forward
+    monkeypatch.setattr(
+        LinearLogprob, "forward", staticmethod(lambda ctx, h, *rest: rows.append(len(h)) or forward(ctx, h, *rest))
+    )
+    step = _loss(trainer, inputs)
+    assert rows == [(inputs["completion_mask"] * tool_mask).sum()]
+    assert all(g.isfinite().all() for g in step.gradients.values())
+    assert step.metrics["kl"] < 10
 
 
 def test_grpo_batch_of_nothing_but_masked_tokens_trains_nothing(grpo):
     """N = 0 rows reach the head: a zero that is connected to the model, and zero gradients."""
     trainer, inputs, _ = grpo
     inputs = inputs | {"completion_mask": torch.zeros_like(inputs["completion_mask"])}
-    with patched():
-        step = _loss(trainer, inputs)
+    step = _loss(trainer, inputs)
     assert step.loss == 0
     assert step.gradients
     assert all((g == 0).all() for g in step.gradients.values())
@@ -173,7 +242,7 @@ def test_grpo_batch_of_nothing_but_masked_tokens_trains_nothing(grpo):
 
 def test_train_is_not_vacuous():
     """Guards this file's own comparison: a loss off by a thousandth is seen in loss and gradients."""
-    stock = train(make_trainer("SFT"))
-    wrong = [Step(s.loss, s.metrics, {n: 1.001 * g for n, g in s.gradients.items()}) for s in stock]
+    right = train(make_trainer("SFT"))
+    wrong = [Step(s.loss, s.metrics, {n: 1.001 * g for n, g in s.gradients.items()}) for s in right]
     with pytest.raises(AssertionError, match="grad"):
-        assert_same(stock, wrong)
+        assert_same(right, wrong)

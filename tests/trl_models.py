@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 import flashpo.trl
 from flashpo.trl.verify import Step, compare, compute_dtype, tolerance_for
 
-WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z the quick brown fox jumps over lazy dog yes no".split()
+WORDS = [*"abcdefghijklmnopqrstuvwxyz", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "yes", "no"]
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
 VOCAB = 97  # off every tile
 TEMPLATE = (
@@ -24,7 +24,8 @@ TEMPLATE = (
 # initializer_range 0.3: logits with a spread of a few nats, as a trained model has; the default 0.02 makes them all 0
 SMALL = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.3,
+    pad_token_id=0, eos_token_id=1, bos_token_id=1,
 )  # fmt: skip
 CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False),
@@ -83,32 +84,35 @@ DATA = {
 }
 
 
+DATA["ORPO"] = DATA["CPO"] = DATA["DPO"]
+
+
 def reward(completions, completion_ids, **kwargs) -> list[float]:
     """Varied enough that no group is without an advantage."""
     return [sum((7 * token) % 11 for token in ids) / 20 - 0.1 * len(ids) for ids in completion_ids]
 
 
-def make_trainer(name: str, package=trl, model: str = "qwen3", seed: int = 1, data=None, **options):
-    """`package.<name>Trainer` on a tiny model (a kind of CONFIGS or a folder), in fp32 and without checkpointing."""
+def make_trainer(name: str, package=trl, model: str = "qwen3", dtype=torch.float32, **options):
+    """`package.<name>Trainer` on a tiny model (a kind of CONFIGS or a folder), without autocast or checkpointing."""
     settings = dict(
         output_dir=tempfile.mkdtemp(prefix="flashpo-out-"), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1, seed=seed,
+        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1, seed=1,
         per_device_train_batch_size=4, learning_rate=1e-3, dataloader_pin_memory=False,
     )  # fmt: skip
     if name in ("GRPO", "RLOO"):
         settings |= dict(num_generations=4, max_completion_length=8, temperature=0.9)
     extra = {}
-    for key in ("peft_config", "ref_model", "eval_dataset", "tools"):
+    for key in ("peft_config", "eval_dataset"):
         if key in options:
             extra[key] = options.pop(key)
-    config = getattr(trl, f"{name}Config")(**{**settings, **options})
+    config = getattr(package if hasattr(package, f"{name}Config") else trl, f"{name}Config")(**settings | options)
     if name in ("GRPO", "RLOO"):
         extra["reward_funcs"] = reward
     return getattr(package, f"{name}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(model_path(model) if model in CONFIGS else model),
+        model=AutoModelForCausalLM.from_pretrained(model_path(model) if model in CONFIGS else model, dtype=dtype),
         args=config,
         processing_class=tokenizer(),
-        train_dataset=Dataset.from_list(data or DATA[name]),
+        train_dataset=Dataset.from_list(DATA[name]),
         **extra,
     )
 

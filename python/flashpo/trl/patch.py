@@ -82,6 +82,11 @@ def stock() -> Iterator[None]:
         _state.update(suspended=-1)
 
 
+def active() -> bool:
+    """Whether TRL scores with FlashPO now. What our trainers do beyond that asks it, so that `stock` is stock."""
+    return _state.originals is not None
+
+
 class _State:
     def __init__(self):
         self.lock = threading.RLock()
@@ -178,17 +183,8 @@ def _seams(utils: ModuleType) -> dict[str, object]:
             outputs: tuple[str, ...] = OUTPUTS,
         ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
             if hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
-                return stock_head.apply(
-                    hidden,
-                    weight,
-                    bias,
-                    targets,
-                    temperature,
-                    chunk_size,
-                    final_logit_softcapping,
-                    logit_scale,
-                    outputs,
-                )
+                head = temperature, chunk_size, final_logit_softcapping, logit_scale
+                return stock_head.apply(hidden, weight, bias, targets, *head, outputs)
             if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
                 raise ValueError(
                     f"the LM head's weight is {tuple(weight.shape)} for hidden states {tuple(hidden.shape)}: "

@@ -62,7 +62,7 @@ class Report:
         gradient = "" if any(x.stock for x in self.lines if x.name.startswith("grad ")) else "; every gradient is 0"
         width = max([len(line.name) for line in self.lines] or [4])
         rows = [
-            f"{len(self.lines)} comparisons, {verdict}{gradient}; {self.dtype}, relative tolerance {self.tolerance:.1e}",
+            f"{len(self.lines)} comparisons, {verdict}{gradient}; {self.dtype}, tolerance {self.tolerance:.1e}",
             f"accelerated run: {ran or 'nothing of FlashPO ran'}",
             f"step  {'':{width}}  {'stock':>13}  {'flashpo':>13}  {'error':>8}  {'allowed':>8}",
         ]
@@ -198,7 +198,8 @@ def _run(trainer, model: nn.Module, batches: list, tapes: dict[str, list], repla
 
 
 def _whole(gradient: Tensor) -> Tensor:
-    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).detach().clone()
+    """On the host: both runs' gradients are kept, and a device may have no room for them."""
+    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).detach().to("cpu", copy=True)
 
 
 def _tape(trainer, name: str, tape, replay: bool):
