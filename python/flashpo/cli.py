@@ -1,0 +1,38 @@
+"""`flashpo run | doctor | bench`: every command takes the rest of the command line as it is."""
+
+import sys
+
+USAGE = """usage: flashpo <command> ...
+
+  run script.py [args]    run an unmodified TRL script, accelerated
+  doctor [--check]        what of FlashPO runs on this machine, and why the rest does not;
+                          --check compares every backend with float64
+  bench [op] [options]    time the operators against torch, TRL and others (bench --help)
+  --version               print the version"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 fine, 1 a check failed, 2 the command line was wrong."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        from flashpo import __version__
+
+        print(__version__)
+        return 0
+    if command == "run":
+        from flashpo.run import main as run
+
+        return run(rest)
+    if command == "doctor":
+        from flashpo.doctor import main as doctor
+
+        return doctor(rest)
+    if command == "bench":
+        from flashpo.bench.run import main as bench
+
+        return bench(rest) or 0
+    print(f"flashpo: unknown command {command!r}\n{USAGE}", file=sys.stderr)
+    return 2

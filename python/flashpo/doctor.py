@@ -1,0 +1,217 @@
+"""`flashpo doctor`: what every operator runs on here and why not on more; `--check`: every backend against float64.
+
+A check passes where, for every result and gradient, max |ours - exact| <= 2 max |torch - exact| + 1e-6 max |exact|,
+with torch's plain formula in the same dtype.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flashpo
+from flashpo import _op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """`ours(*inputs)` and `plain(*inputs)` are the same function and return tensors."""
+
+    make: Callable[[], list[Tensor]]  # float64 inputs are differentiable and get cast, others are kept
+    ours: Callable[..., tuple[Tensor, ...]]
+    plain: Callable[..., tuple[Tensor, ...]]
+
+
+def _target(*shape: int, vocab: int) -> Tensor:
+    return torch.randint(vocab, shape).masked_fill(torch.rand(shape) < 0.2, IGNORED)
+
+
+def _eager(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    logp = z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
+    chosen = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    ignored = target == IGNORED
+    return chosen.masked_fill(ignored, 0.0), -(logp.exp() * logp).sum(-1).masked_fill(ignored, 0.0)
+
+
+PROBES = {
+    "selective_log_softmax": Probe(
+        lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
+        lambda z, target: flashpo.selective_log_softmax(z, target)[:2],
+        _eager,
+    ),
+    "selective_log_softmax, in-place backward": Probe(
+        lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
+        lambda z, target: flashpo.selective_log_softmax(z.clone(), target, inplace_backward=True)[:2],
+        _eager,
+    ),
+    "linear_logprob": Probe(
+        lambda: [
+            torch.randn(67, 48, dtype=torch.float64),
+            torch.randn(2051, 48, dtype=torch.float64) * 4 / 48**0.5,
+            _target(67, vocab=2051),
+        ],
+        lambda hidden, weight, target: flashpo.linear_logprob(hidden, weight, target)[:2],
+        lambda hidden, weight, target: _eager(F.linear(hidden, weight), target),
+    ),
+}
+
+
+def _run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wide: torch.dtype) -> list[Tensor]:
+    """Results and gradients, under random upstream gradients, of inputs rounded to `dtype` and kept as `wide`."""
+    cast = [
+        x.to(dtype).to(device, wide).requires_grad_() if x.dtype == torch.float64 else x.to(device) for x in inputs
+    ]
+    results = fn(*cast)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(r.shape, generator=generator).to(r) for r in results]
+    grads = torch.autograd.grad(results, [x for x in cast if x.requires_grad], upstream)
+    return [x.detach().double().cpu() for x in (*results, *grads)]
+
+
+class Checked(NamedTuple):
+    error: float  # the largest of all results and gradients, in units of the largest exact value
+    of_torch: float
+    passed: bool
+
+
+def check(probe: Probe, backend: str, device: str, dtype: torch.dtype) -> Checked:
+    """Raises NotImplementedError where the backend cannot run on these tensors."""
+    torch.manual_seed(0)
+    inputs = probe.make()
+    with flashpo.backend(backend):
+        ours = _run(probe.ours, inputs, device, dtype, dtype)
+    plain = _run(probe.plain, inputs, device, dtype, dtype)
+    exact = _run(probe.plain, inputs, "cpu", dtype, torch.float64)
+    worst = Checked(0.0, 0.0, True)
+    for x, y, e in zip(ours, plain, exact):
+        scale = e.abs().max().item()
+        error, of_torch = (a.sub(e).abs().max().item() / scale for a in (x, y))
+        passed = error <= 2 * of_torch + 1e-6  # False for NaN
+        if not passed or error >= worst.error:
+            worst = Checked(error, of_torch, passed)
+        if not passed:
+            break
+    return worst
+
+
+def check_all(devices: list[str]) -> bool:
+    """Print a line for every probe, device, backend and dtype; whether all of them passed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a process's first multi-threaded exp is now and then accurate to 3e-5 only
+    torch.linspace(-5, 5, 4096).exp().logsumexp(0).log()
+    torch.set_num_threads(threads)
+    print(f"\n{'against float64':42s} {'device':6s} {'backend':8s} {'dtype':9s} {'error':>9s} {'torch':>9s}")
+    failed = 0
+    for name, probe in PROBES.items():
+        for device in devices:
+            for backend in _op.BACKENDS:
+                if _op.why_unavailable(backend, device) is not None:
+                    continue
+                for dtype in DTYPES:
+                    line = f"{name:42s} {device:6s} {backend:8s} {str(dtype).removeprefix('torch.'):9s}"
+                    try:
+                        result = check(probe, backend, device, dtype)
+                    except NotImplementedError:
+                        print(f"{line} not implemented", flush=True)
+                        continue
+                    failed += not result.passed
+                    verdict = "ok" if result.passed else "FAILED"
+                    print(f"{line} {result.error:9.1e} {result.of_torch:9.1e} {verdict}", flush=True)
+    print("all checks passed" if not failed else f"{failed} checks FAILED")
+    return not failed
+
+
+def machine() -> list[tuple[str, str]]:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    native = _op.native
+    facts = [
+        ("flashpo", flashpo.__version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", version("triton") if importlib.util.find_spec("triton") else "not installed"),
+        ("trl", version("trl")),
+        ("transformers", version("transformers")),
+        ("native", "not built" if native is None else f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
+        ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
+    ]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return [*facts, ("cuda", f"no device (torch built for {built})" if built else "torch built without it")]
+    driver = torch._C._cuda_getDriverVersion() if torch.version.cuda else 0
+    facts.append(("cuda", f"{torch.version.cuda or torch.version.hip}, driver for {driver // 1000}.{driver % 1000 // 10}"))
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        facts.append((f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
+    return facts
+
+
+def chosen(device: str) -> tuple[dict[str, str], str | None]:
+    """The backend that each operator of the probes takes for fp32 tensors, and the error of a forced one that cannot."""
+    before = _op.CALLS.copy()
+    problem = None
+    for probe in PROBES.values():
+        try:
+            _run(probe.ours, probe.make(), device, torch.float32, torch.float32)
+        except NotImplementedError as error:
+            problem = str(error)
+    used = {op: backend for (op, backend), n in _op.CALLS.items() if n > before[op, backend]}
+    _op.CALLS.clear()
+    _op.CALLS.update(before)
+    return used, problem
+
+
+def table(device: str) -> list[str]:
+    """Operators x backends, and the reasons why one is not there."""
+    used, problem = chosen(device)
+    reasons: list[str] = []
+    lines = [f"{'operator on ' + device:32s}" + "".join(f"{b:14s}" for b in _op.BACKENDS)]
+    for name, op in _op.OPS.items():
+        line = f"{name:32s}"
+        for backend in _op.BACKENDS:
+            reason = _op.why_unavailable(backend, device)
+            if reason is None and backend != "torch" and backend not in op.kernels:
+                reason = "has no kernel there"
+            tried = [*op.kernels, "torch"]
+            if reason is None and name in used and tried.index(backend) < tried.index(used[name]):
+                reason = f"is not the forced backend {_op.forced}" if _op.forced else "does not take such tensors"
+            if reason is None:
+                line += f"{'used' if used.get(name) == backend else 'available':14s}"
+                continue
+            reason = f"{backend}: {reason}"
+            if reason not in reasons:
+                reasons.append(reason)
+            line += f"{f'no [{reasons.index(reason) + 1}]':14s}"
+        lines.append(line.rstrip())
+    lines += [f"  [{i}] {reason}" for i, reason in enumerate(reasons, 1)]
+    return lines if problem is None else [*lines, f"  ERROR: {problem}"]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="flashpo doctor", description="What of FlashPO runs on this machine")
+    parser.add_argument("--check", action="store_true", help="compare every backend with float64, forward and backward")
+    args = parser.parse_args(argv)
+    for name, fact in machine():
+        print(f"{name:14s}{fact}")
+    for variable in ("FLASHPO_BACKEND", "FLASHPO_ISA", "TRITON_INTERPRET"):
+        if variable in os.environ:
+            print(f"{variable}={os.environ[variable]}")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        print("\n" + "\n".join(table(device)))
+    return 0 if not args.check or check_all(devices) else 1
