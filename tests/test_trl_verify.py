@@ -138,6 +138,7 @@ def test_compare_does_not_pass_nan_or_a_missing_gradient():
     for other in (
         Step(1.0, {"kl": 0.0}, one),
         Step(1.0, {}, {}),
+        Step(1.0, {"kl": float("nan")}, {}),
         Step(1.0, {"kl": float("nan")}, {"a": torch.full((3,), float("nan"))}),
         Step(float("nan"), {"kl": float("nan")}, one),
         Step(float("inf"), {"kl": float("nan")}, one),
