@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("selective_log_softmax_fwd", CPU(selective_log_softmax_fwd), ReleaseGil());
   m.def("selective_log_softmax_bwd", CPU(selective_log_softmax_bwd), ReleaseGil());
   m.def("linear_logprob_fold", CPU(linear_logprob_fold), ReleaseGil());
+  m.def("linear_logprob_finish", CPU(linear_logprob_finish), ReleaseGil());
   m.def("linear_logprob_grad", CPU(linear_logprob_grad), ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
 

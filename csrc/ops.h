@@ -7,15 +7,17 @@
   void selective_log_softmax_fwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,  \
                                  const Tensor& out, int threads);                                                     \
   void selective_log_softmax_bwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,  \
-                                 const Tensor& lse, const Tensor& entropy, const Tensor& d_logprob,                   \
-                                 const Tensor& d_entropy, const Tensor& out, int threads);                            \
+                                 const Tensor& rows, const Tensor& d_logprob, const Tensor& d_entropy,                \
+                                 const Tensor& out, int threads);                                                     \
   void linear_logprob_fold(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,               \
                            const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \
-                           double softcap, const Tensor& state, int threads);                                         \
+                           double softcap, const Tensor& state, bool first, int threads);                             \
+  void linear_logprob_finish(const Tensor& state, const Tensor& inv_temperature, double unit_of_all,                  \
+                             const Tensor& partial);                                                                  \
   void linear_logprob_grad(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,               \
                            const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \
-                           double softcap, const Tensor& lse, const Tensor& entropy, const Tensor& d_logprob,         \
-                           const Tensor& d_entropy, const Tensor& rows_out, int threads);                             \
+                           double softcap, const Tensor& results, const Tensor& d_logprob, const Tensor& d_entropy,   \
+                           const Tensor& rows_out, int threads);                                                      \
   }
 
 FLASHPO_DECLARE_CPU(baseline)

@@ -27,10 +27,12 @@ void expect_dense(const char* name, const Tensor& x, DType dtype, std::initializ
     throw std::invalid_argument(std::string(name) + " must be a tensor, got None");
   }
   bool fine = x.dtype() == dtype && x.dim() == static_cast<int>(shape.size()) && x.dl.device.device_type == kDLCPU;
+  int64_t elements = 1;
+  for (const int64_t wanted : shape) elements *= wanted;
   int64_t stride = 1;
   for (int i = x.dim() - 1; fine && i >= 0; --i) {
     const int64_t wanted = shape.begin()[i];
-    fine = x.size(i) == wanted && (wanted <= 1 || x.stride(i) == stride);
+    fine = x.size(i) == wanted && (wanted == 1 || elements == 0 || x.stride(i) == stride);
     stride *= wanted;
   }
   if (!fine) throw std::invalid_argument(std::string(name) + " has the wrong dtype, shape, strides or device");

@@ -23,6 +23,7 @@ constexpr int W = 4;
 using vf = float __attribute__((vector_size(4 * W)));
 using vi = int32_t __attribute__((vector_size(4 * W)));
 using vu = uint32_t __attribute__((vector_size(4 * W)));
+using vi64 = int64_t __attribute__((vector_size(8 * W)));
 using vu16 = uint16_t __attribute__((vector_size(2 * W)));
 using vf16 = _Float16 __attribute__((vector_size(2 * W)));
 
@@ -46,12 +47,13 @@ static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf at_least(vf x, float low) { return x < splat(low) ? splat(low) : x; }
 
 static inline bool any(vi mask) {
-  int32_t bits = 0;
-  for (int i = 0; i < W; ++i) bits |= mask[i];
+  uint64_t words[W / 2], bits = 0;
+  std::memcpy(words, &mask, sizeof words);
+  for (int i = 0; i < W / 2; ++i) bits |= words[i];
   return bits != 0;
 }
 
-// W elements from memory as floats, and back with round-to-nearest-even.
+// W elements from memory as floats.
 static inline vf load(const float* p) {
   vf x;
   std::memcpy(&x, p, sizeof x);
@@ -67,17 +69,50 @@ static inline vf load(const f16* p) {
   std::memcpy(&x, p, sizeof x);
   return __builtin_convertvector(x, vf);
 }
-static inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
-static inline void store(bf16* p, vf x) {
-  vu bits = (vu)x;
-  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  bits = x == x ? bits : (vu)splat_int(0x7fc0);
+static inline vi load_int(const int64_t* p) {
+  vi64 x;
+  std::memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, vi);
+}
+
+// The bits of a T, rounded to nearest even, in the low half of each lane (a float: in all of it). A NaN that an
+// operation made has no low bits to carry, so it stays a NaN.
+static inline vu to_bits(vf x, float*) { return (vu)x; }
+static inline vu to_bits(vf x, bf16*) {
+  const vu bits = (vu)x;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+static inline vu to_bits(vf x, f16*) {
+  return __builtin_convertvector((vu16)__builtin_convertvector(x, vf16), vu);
+}
+static inline void store_bits(float* p, vu bits) { std::memcpy(p, &bits, sizeof bits); }
+template <typename T>
+static inline void store_bits(T* p, vu bits) {
   const vu16 half = __builtin_convertvector(bits, vu16);
   std::memcpy(p, &half, sizeof half);
 }
-static inline void store(f16* p, vf x) {
-  const vf16 half = __builtin_convertvector(x, vf16);
-  std::memcpy(p, &half, sizeof half);
+template <typename T>
+static inline void store(T* p, vf x) {
+  store_bits(p, to_bits(x, p));
+}
+
+// x[i][j] <-> x[j][i], by exchanging ever larger off-diagonal squares.
+static inline void transpose(vu (&x)[W]) {
+#pragma GCC unroll 4
+  for (int size = 1; size < W; size *= 2) {
+    vi upper, lower;
+    for (int j = 0; j < W; ++j) {
+      upper[j] = j & size ? W + j - size : j;
+      lower[j] = j & size ? W + j : j + size;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & size) continue;
+      const vu a = x[i], b = x[i + size];
+      x[i] = __builtin_shuffle(a, b, (vu)upper);
+      x[i + size] = __builtin_shuffle(a, b, (vu)lower);
+    }
+  }
 }
 
 // The first `count` < W elements; the other lanes are `fill`.
@@ -109,36 +144,45 @@ static inline vf exp2(vf y) {
   return y < splat(-126.0f) ? vf{} : result;
 }
 
+// Polynomial near 0 (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would lose what x has.
 static inline vf tanh(vf x) {
   const vf e = exp2(at_least(x < splat(20.0f) ? x : splat(20.0f), -20.0f) * (2 * LOG2E));
-  return 1.0f - 2.0f / (e + 1.0f);
+  const vf z = x * x;
+  vf p = splat(-5.70498872745e-3f) * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return z < splat(0.39f) ? p * z * x + x : 1.0f - 2.0f / (e + 1.0f);
 }
 
-// z = softcap tanh((x + b) logit_scale / softcap) / T, in bits: y = z log2(e).
+// z = softcap tanh((x + b) logit_scale / softcap) / T, in bits y = z log2(e), comes in two steps: value(x), and that
+// times unit(1 / T). Differences of values are exact where differences of y would not be.
 struct Transform {
   float logit_scale;
   float softcap;  // 0: none
 
   template <bool CAPPED>
-  vf bits(vf x, float bias, vf inv_temperature) const {
+  vf value(vf x, float bias) const {
     if constexpr (CAPPED) {
       x = (x + bias) * logit_scale;
       if (softcap != 0) x = softcap * tanh(x * (1 / softcap));
-      return x * (inv_temperature * LOG2E);
     }
-    return x * (inv_temperature * (logit_scale * LOG2E));
+    return x;
   }
-  // dz/dx for the same x
   template <bool CAPPED>
-  vf slope(vf x, float bias, vf inv_temperature) const {
-    vf s = inv_temperature * logit_scale;
+  vf unit(vf inv_temperature) const {
+    return inv_temperature * (CAPPED ? LOG2E : logit_scale * LOG2E);
+  }
+  // dz/dx is logit_scale / T times this
+  template <bool CAPPED>
+  vf cap_slope(vf x, float bias) const {
     if constexpr (CAPPED) {
       if (softcap != 0) {
         const vf t = tanh((x + bias) * (logit_scale / softcap));
-        s *= 1.0f - t * t;
+        return 1.0f - t * t;
       }
     }
-    return s;
+    return splat(1.0f);
   }
 };
 

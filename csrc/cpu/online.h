@@ -5,7 +5,8 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-enum Row { REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX, ROWS };
+enum Row { REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX, ROWS };  // of a partial; the first 4 without side outputs
+enum Result { LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST, LOG_SUM_SQ_PROBS, MEAN_LOGIT, IS_TOP1, RESULTS };
 
 constexpr int BLOCK = 32;  // vectors folded at a time
 
@@ -19,63 +20,75 @@ struct Sum {
     low = y - (next - value);
     value = next;
   }
+  void scale(vf by) {
+    value *= by;
+    low *= by;
+  }
 };
 
+// Logits are kept as values x, of which y = x unit is in bits; ref, before, top and ysum are values too.
 template <bool SIDE>
 struct Online {
   // The reference follows the maximum only when it lags by more than LAG bits: any reference near it will do.
   static constexpr float LAG = 8.0f;
   vf ref = splat(-INFINITY);
   Sum sum, wsum;
-  vf sqsum{}, ysum{}, before = splat(-INFINITY), top = splat(-INFINITY);  // with SIDE
+  Sum sqsum, ysum;  // these only with SIDE
+  vf before = splat(-INFINITY), top = splat(-INFINITY);
 
-  // y[i] in bits; position[i] is its place in the vocabulary, to be compared with the target's.
+  // position(i) is the place of x[i] in the vocabulary, to be compared with the target's.
   template <typename Position>
-  void fold(const vf* y, int count, vi target, Position position) {
-    vf highest = y[0];
-    for (int i = 1; i < count; ++i) highest = max(highest, y[i]);
-    if (any(highest > ref + LAG)) raise(highest);
+  void fold(const vf* x, int count, vf unit, vi target, Position position) {
+    vf highest = x[0];
+    for (int i = 1; i < count; ++i) highest = max(highest, x[i]);
+    const vi lags = (highest - at_least(ref, LOWEST)) * unit > LAG;
+    if (any(lags)) raise(lags ? highest : ref, unit);
     // -inf (masked vocabulary) must not meet itself in a difference
     const vf base = at_least(ref, LOWEST);
-    vf e_sum{}, we_sum{}, sq_sum{}, y_sum{};
+    vf e_sum{}, we_sum{}, sq_sum{}, x_sum{};
+#pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
-      const vf shifted = at_least(y[i] - base, NOTHING);
+      const vf shifted = at_least((x[i] - base) * unit, NOTHING);
       const vf e = exp2(shifted);
       e_sum += e;
       we_sum += e * shifted;
       if constexpr (SIDE) {
         sq_sum += e * e;
-        y_sum += y[i];
-        before = position(i) < target ? max(before, y[i]) : before;
+        x_sum += x[i];
+        before = position(i) < target ? max(before, x[i]) : before;
       }
     }
     sum.add(e_sum);
     wsum.add(we_sum);
     if constexpr (SIDE) {
-      sqsum += sq_sum;
-      ysum += y_sum;
+      sqsum.add(sq_sum);
+      ysum.add(x_sum);
       top = max(top, highest);
     }
   }
 
-  void raise(vf highest) {
-    const vf raised = highest > ref + LAG ? highest : ref;
-    const vf shift = at_least(at_least(ref, LOWEST) - at_least(raised, LOWEST), NOTHING);
+  void raise(vf raised, vf unit) {
+    const vf shift = at_least((at_least(ref, LOWEST) - at_least(raised, LOWEST)) * unit, NOTHING);
     const vf scale = exp2(shift);
-    wsum.value = (wsum.value + shift * sum.value) * scale;
-    wsum.low = (wsum.low + shift * sum.low) * scale;
-    sum.value *= scale;
-    sum.low *= scale;
-    if constexpr (SIDE) sqsum *= scale * scale;
+    wsum = {(wsum.value + shift * sum.value) * scale, (wsum.low + shift * sum.low) * scale};
+    sum.scale(scale);
+    if constexpr (SIDE) sqsum.scale(scale * scale);
     ref = raised;
   }
 };
 
-// d loss / d x of one logit from its log-probability in bits, y - lse: p (a + b log2 p), a and b constant per token.
+// What the value of a reference, in bits, loses when it is rounded.
+static inline float rounding_of(float ref, float unit) {
+  return ref == -INFINITY ? 0.0f : std::fma(ref, unit, -(ref * unit));
+}
+
+// d loss / d x of one logit from its log-probability in bits, (x unit - log_z) - log_z_rest: p (a + b log2 p), a and
+// b constant per token.
 struct Gradient {
-  vf a, b;  // -(d_logprob + d_entropy entropy) and -d_entropy ln 2
-  vf operator()(vf y, vf lse_bits) const {
-    const vf log2p = at_least(y - lse_bits, NOTHING);
+  vf a, b;  // -(d_logprob + d_entropy entropy) and -d_entropy ln 2, times what of dz/dx is constant
+  vf unit, log_z, log_z_rest;
+  vf operator()(vf x) const {
+    const vf log2p = at_least((x * unit - log_z) - log_z_rest, NOTHING);
     return exp2(log2p) * (a + b * log2p);
   }
 };

@@ -1,7 +1,5 @@
 """Argument checks shared by the ops: each error names the argument, what was wanted and what came."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -49,5 +47,5 @@ def check_range(name: str, index: Tensor, vocab: int, ignore_index: int) -> None
 def check_positive(name: str, value: float) -> None:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")

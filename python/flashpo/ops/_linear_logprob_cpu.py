@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashpo._op import native
 from flashpo.ops._check import check_range
-from flashpo.ops.token_stats import BEFORE, MAX, REF, ROWS, TARGET, neutral_partial
+from flashpo.ops.token_stats import neutral_partial, partial_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_BYTES = 16 << 20  # two tiles and what else a pass needs stay below 64 MB
@@ -78,18 +78,19 @@ def partial(
     tiles = Tiles(
         hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
     )
-    partial_rows = ROWS if side else 4
-    empty = torch.zeros(partial_rows + 2, 1)  # C++ keeps the compensations of two sums below
-    empty[[REF, TARGET, BEFORE, MAX] if side else [REF, TARGET]] = -torch.inf
-    states = [(block, empty.repeat(1, block.stop - block.start)) for block in tiles.blocks()]
+    threads, state_rows = torch.get_num_threads(), 12 if side else 6
+    states = [(block, torch.empty(state_rows, block.stop - block.start)) for block in tiles.blocks()]
     for part, rows in tiles.parts():
         for block, state in states:
             tile = tiles.logits(rows, block)
-            native.linear_logprob_fold(tile, *tiles.describe(part, block), state, torch.get_num_threads())
-    whole = neutral_partial(partial_rows, len(target), empty)
-    live = slice(None) if tiles.live is None else tiles.live
-    if states:
-        whole[:, live] = torch.cat([state[:partial_rows] for _, state in states], 1)
+            native.linear_logprob_fold(tile, *tiles.describe(part, block), state, part.start == 0, threads)
+    whole = neutral_partial(side, len(target), tiles.buffer)
+    for block, state in states:
+        *_, bias, inv_temperature, inv_temperature_of_all, scale, cap = tiles.describe(slice(0, 0), block)
+        column = torch.empty(len(whole), state.shape[1])
+        unit = inv_temperature_of_all * (1.0 if cap or bias is not None else scale)
+        native.linear_logprob_finish(state, inv_temperature, unit, column)
+        whole[:, block if tiles.live is None else tiles.live[block]] = column
     return whole
 
 
@@ -105,8 +106,7 @@ def backward(
     ignore_index,
     start,
     dtype,
-    lse,
-    entropy,
+    results,
     d_logprob,
     d_entropy,
     want_hidden,
@@ -116,24 +116,27 @@ def backward(
     tiles = Tiles(
         hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
     )
-    upstream = [None if x is None else tiles.pick(x).contiguous() for x in (lse, entropy, d_logprob, d_entropy)]
+    upstream = [None if x is None else tiles.pick(x) for x in (results.t(), d_logprob, d_entropy)]
+    of_blocks = [(block, [None if x is None else x[block].t().contiguous() for x in upstream]) for block in tiles.blocks()]
+    # Rows 64 bytes off a power of two, so that the lines C++ writes at once fall into different cache sets; zeros
+    # there, since oneDNN multiplies what it finds behind a row by 0.
     two_layouts = want_hidden and dtype.itemsize == 2
-    transposed = torch.empty_like(tiles.buffer) if two_layouts else None
+    transposed = hidden.new_empty((tiles.tokens, tiles.width + 32), dtype=dtype) if two_layouts else None
+    if transposed is not None:
+        transposed[:, tiles.width :] = 0
 
-    blocks = tiles.blocks()
     none = hidden.new_empty(0)
     d_hidden = torch.zeros(tiles.hidden.shape) if want_hidden else none
-    d_weight = (torch.empty_like if blocks else torch.zeros_like)(weight) if want_weight else none.clone()
+    d_weight = (torch.empty_like if of_blocks else torch.zeros_like)(weight) if want_weight else none.clone()
     d_bias = torch.zeros(len(weight)) if want_bias else none.clone()
     # A sum over several blocks of tokens is kept in fp32 and rounded once.
-    in_fp32 = len(blocks) > 1 and weight.dtype != torch.float32
+    in_fp32 = len(of_blocks) > 1 and weight.dtype != torch.float32
     d_rows = torch.empty(tiles.width, weight.shape[1]) if want_weight and in_fp32 else None
     for part, rows in tiles.parts():
         d_part = d_weight[part] if d_rows is None else d_rows[: len(rows)]
-        for block in blocks:
+        for block, of_block in of_blocks:
             tile = tiles.logits(rows, block)
-            flipped = None if transposed is None else transposed[: tile.numel()].view(tile.shape[1], -1)
-            of_block = [None if x is None else x[block] for x in upstream]
+            flipped = None if transposed is None else transposed[: tile.shape[1], : len(rows)]
             native.linear_logprob_grad(tile, *tiles.describe(part, block), *of_block, flipped, torch.get_num_threads())
             if want_hidden:
                 add_product(d_hidden[block], tile.t() if flipped is None else flipped, rows, part.start == 0)

@@ -9,7 +9,6 @@ log-sum-exp and turns them into gradients in place. Floor: one GEMM forward; wit
 """
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +20,17 @@ from flashpo._op import op
 from flashpo.ops import _linear_logprob_cpu as cpu
 from flashpo.ops._check import check_device, check_float, check_index, check_positive, check_range
 from flashpo.ops.token_stats import (
-    ROWS,
+    ENTROPY,
+    LN2,
+    LOG_Z,
+    LOG_Z_REST,
+    LOGPROB,
     TokenStats,
     check_outputs,
     merge_partials,
     neutral_partial,
     partial_from_logits,
+    partial_rows,
     select,
 )
 
@@ -68,7 +72,7 @@ def linear_logprob(
     side = check_outputs(outputs)
     _check(hidden, weight, target, bias, logit_scale, softcap)
     token_temperature = _token_temperature(temperature, target)
-    logprob, entropy, rows = LinearLogprob.apply(
+    results = LinearLogprob.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         target.reshape(-1),
@@ -82,13 +86,13 @@ def linear_logprob(
         group,
         contextlib.nullcontext,
     )
-    return select(outputs, target.shape, logprob, entropy, rows)
+    return select(outputs, target.shape, *results)
 
 
 def _check(hidden, weight, target, bias, logit_scale, softcap) -> None:
     check_index("hidden", hidden, "target", target)
     check_float("weight", weight)
-    if weight.dim() != 2 or len(weight) == 0:
+    if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight must be (V, H) with V > 0, got {tuple(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
         given = ": these are logits; linear_logprob takes the hidden states before the head"
@@ -104,8 +108,7 @@ def _check(hidden, weight, target, bias, logit_scale, softcap) -> None:
         check_device("bias", bias, "hidden", hidden)
     if softcap is not None:
         check_positive("softcap", softcap)
-    if not math.isfinite(logit_scale) or logit_scale == 0:
-        raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+    check_positive("logit_scale", logit_scale)
 
 
 def _token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | None:
@@ -156,16 +159,16 @@ def linear_logprob_partial(
     side: bool,
     dtype: torch.dtype,  # the GEMM's
 ) -> Tensor:
-    """The partial (ROWS or 4, N) of this part of the vocabulary; (0, 1, 0, ...) for an ignored token."""
+    """The partial (R, N) of this part of the vocabulary; (0, 1, 0, ...) for an ignored token."""
     check_range("target", target, vocab, ignore_index)
     z, _ = _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
     partial = partial_from_logits(z, target - vocab_start, side)
-    return partial.where(target != ignore_index, neutral_partial(*partial.shape, partial))
+    return partial.where(target != ignore_index, neutral_partial(side, len(target), partial))
 
 
 @linear_logprob_partial.fake
 def _(hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, vocab, side, dtype):
-    return hidden.new_empty((ROWS if side else 4, len(target)), dtype=torch.promote_types(dtype, torch.float32))
+    return hidden.new_empty((partial_rows(side), target.shape[0]), dtype=torch.promote_types(dtype, torch.float32))
 
 
 @op
@@ -181,8 +184,7 @@ def linear_logprob_bwd(
     ignore_index: int,
     vocab_start: int,
     dtype: torch.dtype,
-    lse: Tensor,  # (N,)
-    entropy: Tensor,
+    rows: Tensor,  # of merge_partials
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
     want_hidden: bool,
@@ -191,14 +193,15 @@ def linear_logprob_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias) in their argument's dtype; one that is not wanted is an empty tensor."""
     z, slope = _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
-    logp = (z - lse[:, None]).clamp(min=torch.finfo(z.dtype).min)
+    bits = (z / LN2 - rows[LOG_Z, :, None]) - rows[LOG_Z_REST, :, None]
+    logp = (bits * LN2).clamp(min=torch.finfo(z.dtype).min)
     p = logp.exp()
     dx = torch.zeros_like(z)
     if d_logprob is not None:
         onehot = torch.arange(z.shape[-1], device=z.device) == (target - vocab_start)[:, None]
         dx += d_logprob[:, None] * (onehot.to(z.dtype) - p)
     if d_entropy is not None:
-        dx -= d_entropy[:, None] * p * (logp + entropy[:, None])
+        dx -= d_entropy[:, None] * p * (logp + rows[ENTROPY, :, None])
     dx = (dx * slope).masked_fill((target == ignore_index)[:, None], 0.0)
     none = hidden.new_empty(0)
     return (
@@ -268,28 +271,28 @@ class LinearLogprob(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         shards = 1 if group is None else dist.get_world_size(group)
-        start = 0 if group is None else dist.get_rank(group) * len(weight)
-        vocab = shards * len(weight)
+        start = 0 if group is None else dist.get_rank(group) * weight.shape[0]
+        vocab = shards * weight.shape[0]
         head = bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start
         partial = linear_logprob_partial(hidden, weight, target, *head, vocab, side, dtype)
         partials = partial[None] if group is None else _gather_partials(partial, vocab, group)
-        logprob, entropy, lse, rows = merge_partials(partials, vocab)
+        rows = merge_partials(partials, vocab)
         if group is not None:
-            ignored = target == ignore_index
-            logprob, entropy, rows = (x.masked_fill(ignored, 0.0) for x in (logprob, entropy, rows))
-        ctx.save_for_backward(hidden, weight, target, bias, token_temperature, lse, entropy)
+            rows = rows.masked_fill(target == ignore_index, 0.0)
+        ctx.save_for_backward(hidden, weight, target, bias, token_temperature, rows)
         ctx.options = (temperature, logit_scale, softcap, ignore_index, start, dtype), group, gather
-        ctx.mark_non_differentiable(rows)
-        return logprob, entropy, rows
+        of_side = rows[LOG_Z_REST + 1 :]
+        ctx.mark_non_differentiable(of_side)
+        return rows[LOGPROB], rows[ENTROPY], of_side
 
     @staticmethod
     def backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, _):
-        hidden, weight, target, bias, token_temperature, lse, entropy = ctx.saved_tensors
+        hidden, weight, target, bias, token_temperature, rows = ctx.saved_tensors
         head, group, gather = ctx.options
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         with gather(weight, bias) if gather is not contextlib.nullcontext else contextlib.nullcontext():
             grads = linear_logprob_bwd(
-                hidden, weight, target, bias, token_temperature, *head, lse, entropy, d_logprob, d_entropy, *wanted
+                hidden, weight, target, bias, token_temperature, *head, rows, d_logprob, d_entropy, *wanted
             )
         d_hidden, d_weight, d_bias = (grad if want else None for grad, want in zip(grads, wanted))
         if group is not None and d_hidden is not None:

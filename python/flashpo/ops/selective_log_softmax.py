@@ -9,7 +9,19 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import check_index, check_positive, check_range
-from flashpo.ops.token_stats import TokenStats, check_outputs, merge_partials, partial_from_logits, select
+from flashpo.ops.token_stats import (
+    ENTROPY,
+    LN2,
+    LOG_Z,
+    LOG_Z_REST,
+    LOGPROB,
+    TokenStats,
+    check_outputs,
+    merge_partials,
+    partial_from_logits,
+    result_rows,
+    select,
+)
 
 
 def selective_log_softmax(
@@ -46,10 +58,8 @@ def selective_log_softmax(
     if logits.dim() != 3:
         logits = logits.reshape(1, -1, logits.shape[-1])
     flat = index.reshape(-1)
-    logprob, entropy, rows = SelectiveLogSoftmax.apply(
-        logits, flat, temperature, ignore_index, side, inplace_backward
-    )
-    return select(outputs, index.shape, logprob, entropy, rows)
+    results = SelectiveLogSoftmax.apply(logits, flat, temperature, ignore_index, side, inplace_backward)
+    return select(outputs, index.shape, *results)
 
 
 @op
@@ -59,26 +69,24 @@ def selective_log_softmax_fwd(
     temperature: float,
     ignore_index: int,
     side: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, lse) of shape (B T) and side (3 or 0, B T), as `merge_partials` gives them."""
+) -> Tensor:
+    """The rows (4 or 7, B T) of `merge_partials`; 0 for an ignored index."""
     check_range("index", index, logits.shape[-1], ignore_index)
     z = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     partial = partial_from_logits(z, index, side)
-    rows = merge_partials.reference(partial[None], z.shape[-1])
-    ignored = index == ignore_index
-    return tuple(row.masked_fill(ignored, 0.0) for row in rows)
+    return merge_partials.reference(partial[None], z.shape[-1]).masked_fill(index == ignore_index, 0.0)
 
 
 @selective_log_softmax_fwd.fake
 def _(logits, index, temperature, ignore_index, side):
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    rows = [logits.new_empty(index.shape, dtype=dtype) for _ in range(3)]
-    return *rows, logits.new_empty((3 if side else 0, len(index)), dtype=dtype)
+    return logits.new_empty((result_rows(side), index.shape[0]), dtype=dtype)
 
 
-def _grad(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy) -> Tensor:
-    z = logits.flatten(0, 1).to(lse.dtype) / temperature
-    logp = (z - lse[:, None]).clamp(min=torch.finfo(z.dtype).min)
+def _grad(logits, index, temperature, ignore_index, rows, d_logprob, d_entropy) -> Tensor:
+    z = logits.flatten(0, 1).to(rows.dtype) / temperature
+    bits = (z / LN2 - rows[LOG_Z, :, None]) - rows[LOG_Z_REST, :, None]
+    logp = (bits * LN2).clamp(min=torch.finfo(z.dtype).min)
     p = logp.exp()
     d = torch.zeros_like(z)
     ignored = index == ignore_index
@@ -86,7 +94,7 @@ def _grad(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_e
         onehot = torch.arange(z.shape[-1], device=z.device) == index[:, None]
         d += d_logprob[:, None] * (onehot.to(z.dtype) - p)
     if d_entropy is not None:
-        d -= d_entropy[:, None] * p * (logp + entropy[:, None])
+        d -= d_entropy[:, None] * p * (logp + rows[ENTROPY, :, None])
     return (d / temperature).masked_fill(ignored[:, None], 0.0).to(logits.dtype).view(logits.shape)
 
 
@@ -96,13 +104,12 @@ def selective_log_softmax_bwd(
     index: Tensor,
     temperature: float,
     ignore_index: int,
-    lse: Tensor,
-    entropy: Tensor,
+    rows: Tensor,  # forward's
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor:
     """d logits (B, T, V), contiguous, in the logits' dtype."""
-    return _grad(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy)
+    return _grad(logits, index, temperature, ignore_index, rows, d_logprob, d_entropy)
 
 
 @selective_log_softmax_bwd.fake
@@ -116,13 +123,12 @@ def selective_log_softmax_bwd_(
     index: Tensor,
     temperature: float,
     ignore_index: int,
-    lse: Tensor,
-    entropy: Tensor,
+    rows: Tensor,  # forward's
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> None:
     """The same, written over the logits."""
-    logits.copy_(_grad(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy))
+    logits.copy_(_grad(logits, index, temperature, ignore_index, rows, d_logprob, d_entropy))
 
 
 @selective_log_softmax_bwd_.fake
@@ -137,23 +143,22 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _(logits, index, temperature, ignore_index, side):
     if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
         return NotImplemented
-    rows = logits.new_empty((6 if side else 3, len(index)), dtype=torch.float32)
+    rows = logits.new_empty((result_rows(side), len(index)), dtype=torch.float32)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     native.selective_log_softmax_fwd(
         logits, index.contiguous(), temperature, ignore_index, rows, torch.get_num_threads()
     )
-    return rows[0], rows[1], rows[2], rows[3:]
+    return rows
 
 
-def _native_bwd(logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy, out):
+def _native_bwd(logits, index, temperature, ignore_index, rows, d_logprob, d_entropy, out):
     native.selective_log_softmax_bwd(
         logits if logits.stride(-1) == 1 else logits.contiguous(),
         index.contiguous(),
         temperature,
         ignore_index,
-        lse,
-        entropy,
+        rows,
         None if d_logprob is None else d_logprob.contiguous(),
         None if d_entropy is None else d_entropy.contiguous(),
         out,
@@ -208,17 +213,18 @@ class SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, index, temperature, ignore_index, side, inplace_backward):
         ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
-        logprob, entropy, lse, rows = selective_log_softmax_fwd(logits, index, temperature, ignore_index, side)
-        ctx.save_for_backward(logits, index, lse, entropy)
+        rows = selective_log_softmax_fwd(logits, index, temperature, ignore_index, side)
+        ctx.save_for_backward(logits, index, rows)
         ctx.options = temperature, ignore_index, inplace_backward
-        ctx.mark_non_differentiable(rows)
-        return logprob, entropy, rows
+        of_side = rows[LOG_Z_REST + 1 :]
+        ctx.mark_non_differentiable(of_side)
+        return rows[LOGPROB], rows[ENTROPY], of_side
 
     @staticmethod
     def backward(ctx, d_logprob, d_entropy, _):
-        logits, index, lse, entropy = ctx.saved_tensors
+        logits, index, rows = ctx.saved_tensors
         temperature, ignore_index, inplace = ctx.options
-        args = logits, index, temperature, ignore_index, lse, entropy, d_logprob, d_entropy
+        args = logits, index, temperature, ignore_index, rows, d_logprob, d_entropy
         if not inplace:
             return selective_log_softmax_bwd(*args), None, None, None, None, None
         selective_log_softmax_bwd_(*args)

@@ -8,13 +8,17 @@ With logits z_j over the vocabulary, target t and log-sum-exp L = log sum_j exp(
     mean_logit        mean_j z_j
     is_top1           t is the first of the largest z_j
 
-Any part J of the vocabulary is summed up in one column of a *partial*, a float tensor (ROWS, N). Logits count there
-in bits, y_j = z_j log2(e), relative to a reference r near their maximum; parts are joined by `merge_partials`.
+Any part J of the vocabulary is summed up in one column of a *partial*, a float tensor (R, N). Logits count there in
+bits, y_j = z_j log2(e), relative to a reference r near their maximum; parts are joined by `merge_partials`.
 
     REF     r                                SQSUM   sum_J 2^(2 (y_j - r))
     SUM     sum_J 2^(y_j - r)                YSUM    sum_J y_j
-    WSUM    sum_J 2^(y_j - r) (y_j - r)      BEFORE  max of y_j over j in J before the target, or -inf
-    TARGET  y_t if t is in J, else -inf      MAX     max_J y_j
+    WSUM    sum_J 2^(y_j - r) (y_j - r)      BEFORE  max of y_j - r over j in J before the target, or -inf
+    TARGET  y_t - r if t is in J, else -inf  MAX     max_J y_j - r
+
+What comes out is one tensor of rows, LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST and, where they were asked for, the side
+outputs. Backward needs L: in bits it is LOG_Z + LOG_Z_REST, the first near the largest logit and the second small, so
+that p_j = 2^((y_j - LOG_Z) - LOG_Z_REST) is exact to fp32 however large the logits are.
 """
 
 import math
@@ -27,8 +31,16 @@ from flashpo._op import native, op
 
 LN2 = math.log(2.0)
 REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX = range(8)
-ROWS = 8  # with the side outputs; the first 4 without
+LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST = range(4)
 SIDE_OUTPUTS = ("log_sum_sq_probs", "mean_logit", "is_top1")
+
+
+def partial_rows(side: bool) -> int:
+    return 8 if side else 4
+
+
+def result_rows(side: bool) -> int:
+    return 7 if side else 4
 
 
 class TokenStats(NamedTuple):
@@ -56,7 +68,7 @@ def check_outputs(outputs: tuple[str, ...]) -> bool:
 
 def select(outputs: tuple[str, ...], shape: torch.Size, logprob: Tensor, entropy: Tensor, side: Tensor) -> TokenStats:
     """The asked outputs of an op's flat results, in the target's shape."""
-    log_sum_sq_probs, mean_logit, is_top1 = side.unbind(0) if len(side) else (None, None, None)
+    log_sum_sq_probs, mean_logit, is_top1 = side.unbind(0) if side.shape[0] else (None, None, None)
     return TokenStats(
         logprob.view(shape),
         entropy.view(shape) if "entropy" in outputs else None,
@@ -73,30 +85,31 @@ def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
     shifted = (y - ref.clamp(min=torch.finfo(y.dtype).min)[:, None]).clamp(min=torch.finfo(y.dtype).min)
     e = shifted.exp2()
     inside = (target >= 0) & (target < y.shape[-1])
-    y_target = y.gather(-1, target.where(inside, 0)[:, None])[:, 0].where(inside, -torch.inf)
-    rows = [ref, e.sum(-1), (e * shifted).sum(-1), y_target]
+    relative = y - ref[:, None]
+    of_target = relative.gather(-1, target.where(inside, 0)[:, None])[:, 0].where(inside, -torch.inf)
+    rows = [ref, e.sum(-1), (e * shifted).sum(-1), of_target]
     if side:
         earlier = torch.arange(y.shape[-1], device=y.device) < target[:, None]
-        before = y.where(earlier, -torch.inf).amax(-1)
-        rows += [(e * e).sum(-1), y.sum(-1), before, ref]
+        before = relative.where(earlier, -torch.inf).amax(-1)
+        rows += [(e * e).sum(-1), y.sum(-1), before, relative.amax(-1)]
     return torch.stack(rows)
 
 
-def neutral_partial(rows: int, tokens: int, like: Tensor) -> Tensor:
-    """(rows, tokens): what stands for ignored tokens; `merge_partials` of it alone gives exact zeros."""
-    partial = like.new_zeros((rows, tokens), dtype=torch.promote_types(like.dtype, torch.float32))
+def neutral_partial(side: bool, tokens: int, like: Tensor) -> Tensor:
+    """(R, tokens): what stands for ignored tokens; `merge_partials` of it alone gives exact zeros."""
+    partial = like.new_zeros((partial_rows(side), tokens), dtype=torch.promote_types(like.dtype, torch.float32))
     partial[SUM] = 1
-    if rows == ROWS:
+    if side:
         partial[SQSUM] = 1
     return partial
 
 
 @op
 def merge_partials(
-    partials: Tensor,  # (S, 4 or ROWS, N): S parts of the vocabulary
+    partials: Tensor,  # (S, R, N): S parts of the vocabulary
     vocab: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, lse, side) of the whole vocabulary; side is (3, N) in SIDE_OUTPUTS' order, or (0, N)."""
+) -> Tensor:
+    """The rows LOGPROB ... LOG_Z_REST and the side outputs of the whole vocabulary, (4 or 7, N)."""
     refs = partials[:, REF]
     ref = refs.amax(0)
     shift = (refs - ref).nan_to_num(nan=0.0, neginf=-1e30)  # a part of nothing but -inf weighs 0
@@ -104,37 +117,34 @@ def merge_partials(
     total = (partials[:, SUM] * scale).sum(0)
     weighted = ((partials[:, WSUM] + shift * partials[:, SUM]) * scale).sum(0)
     bits = total.log2()
-    target = partials[:, TARGET].amax(0)
-    logprob = ((target - ref) - bits) * LN2
-    entropy = (bits - weighted / total) * LN2
-    lse = (ref + bits) * LN2
-    if partials.shape[1] == 4:
-        return logprob, entropy, lse, partials.new_empty((0, partials.shape[-1]))
-    log_sum_sq = ((partials[:, SQSUM] * scale * scale).sum(0).log2() - 2 * bits) * LN2
-    mean = partials[:, YSUM].sum(0) * (LN2 / vocab)
-    top1 = (target >= partials[:, MAX].amax(0)) & (target > partials[:, BEFORE].amax(0))
-    return logprob, entropy, lse, torch.stack([log_sum_sq, mean, top1.to(mean.dtype)])
+    target = (partials[:, TARGET] + shift).amax(0)
+    rows = [(target - bits) * LN2, (bits - weighted / total) * LN2, ref, bits]
+    if partials.shape[1] == partial_rows(side=True):
+        top1 = (target >= (partials[:, MAX] + shift).amax(0)) & (target > (partials[:, BEFORE] + shift).amax(0))
+        rows += [
+            ((partials[:, SQSUM] * scale * scale).sum(0).log2() - 2 * bits) * LN2,
+            partials[:, YSUM].sum(0) * (LN2 / vocab),
+            top1.to(ref.dtype),
+        ]
+    return torch.stack(rows)
 
 
 @merge_partials.fake
 def _(partials, vocab):
-    rows = partials.new_empty((3, partials.shape[-1]))
-    return *rows.unbind(0), partials.new_empty((3 if partials.shape[1] == ROWS else 0, partials.shape[-1]))
+    return partials.new_empty((result_rows(partials.shape[1] == partial_rows(side=True)), partials.shape[-1]))
 
 
 @merge_partials.backend("native")  # csrc/cpu/token_stats.cpp
 def _(partials, vocab):
     if partials.device.type != "cpu" or partials.dtype != torch.float32:
         return NotImplemented
-    rows = partials.new_empty((6 if partials.shape[1] == ROWS else 3, partials.shape[-1]))
+    rows = partials.new_empty((result_rows(partials.shape[1] == partial_rows(side=True)), partials.shape[-1]))
     native.merge_partials(partials.contiguous(), vocab, rows)
-    return rows[0], rows[1], rows[2], rows[3:]
+    return rows
 
 
-@merge_partials.backend("triton")  # kernels/token_stats.py
+@merge_partials.backend("triton")
 def _(partials, vocab):
-    if partials.dtype != torch.float32:
-        return NotImplemented
-    from flashpo.kernels.token_stats import merge_partials as launch
+    from flashpo.kernels.token_stats import merge_partials as run
 
-    return launch(partials, vocab)
+    return run(partials, vocab) if partials.dtype == torch.float32 else NotImplemented

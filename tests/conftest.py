@@ -1,0 +1,40 @@
+"""Seeds, NaN-filled allocations and the `gpu` marker, for every test."""
+
+import os
+import zlib
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config):
+    # torch's first multi-threaded exp or logsumexp of a process is now and then accurate to 3e-5 only: take it here
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    x = torch.linspace(-5, 5, 4096)
+    x.exp(), x.abs().log(), x.logsumexp(0)
+    torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request):
+    """Inputs depend on the test's own name: not on its neighbours, nor on -k."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty returns NaN, so that an element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

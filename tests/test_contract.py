@@ -1,0 +1,222 @@
+"""Every op x backend x dtype: values and gradients against fp64, with plain torch's own error as the yardstick."""
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from inputs import ALL, CASES, DTYPES, IGNORED, Case, backends
+
+import flashpo
+from flashpo import linear_logprob, selective_log_softmax
+from flashpo._op import OPS
+
+SMALL = [case for case in CASES if case.vocab < 3000 and case.tokens != (4100,)]
+named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+small = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+every_backend = pytest.mark.parametrize("backend", backends())
+
+
+def run(function, inputs, target, upstream):
+    """Outputs, and gradients of sum_i upstream_i output_i; an upstream of None is an output that nothing uses."""
+    out = function(inputs, target)
+    used = [(x, d.to(x.dtype)) for x, d in zip((out.logprob, out.entropy), upstream) if d is not None]
+    grads = torch.autograd.grad([x for x, _ in used], inputs, [d for _, d in used])
+    return [x.detach().double() for x in out], grads
+
+
+@named
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_values_and_gradients(case: Case, backend, dtype):
+    inputs, target = case.make()
+    upstream = torch.randn(2, *case.tokens)
+    exact, exact_grads = run(case.plain, case.cast(inputs, dtype, torch.float64), target, upstream)
+    plain, plain_grads = run(case.plain, case.cast(inputs, dtype), target, upstream)
+    flashpo.stats(reset=True)
+    with flashpo.backend(backend):
+        ours, grads = run(case.ours, case.cast(inputs, dtype), target, upstream)
+    assert {used for counts in flashpo.stats().values() for used in counts} == {backend}
+    for name, out, true, baseline in zip(ALL, ours, exact, plain):
+        if name == "mean_logit" and case.masked:
+            continue  # -inf by definition
+        if name == "is_top1":  # a tie in 16 bits may fall either way in torch's rounding of the logits
+            assert (out == baseline).all()
+        else:
+            assert_as_accurate(out, true, baseline)
+    for grad, x, true, baseline in zip(grads, inputs, exact_grads, plain_grads):
+        assert grad.dtype == dtype
+        assert grad.shape == x.shape
+        assert_as_accurate(grad, true, baseline)
+    ignored = target == IGNORED
+    assert all((x[ignored] == 0).all() for x in ours)
+
+
+@small
+@every_backend
+@pytest.mark.parametrize("used", ["logprob", "entropy"])
+def test_each_gradient_alone(case: Case, backend, used):
+    """One output used, one input that needs a gradient: the others' work is skipped, the result the same."""
+    inputs, target = case.make()
+    d = torch.randn(case.tokens)
+    upstream = (d, None) if used == "logprob" else (None, d)
+    with flashpo.backend(backend):
+        leaves = case.cast(inputs, torch.float32)
+        _, together = run(case.ours, leaves, target, upstream)
+        for i, whole in enumerate(together):
+            alone = [x.detach() for x in leaves]
+            alone[i].requires_grad_()
+            out = getattr(case.ours(alone, target), used)
+            assert torch.equal(torch.autograd.grad(out, alone[i], d)[0], whole)
+
+
+@every_backend
+def test_gradcheck_in_float64(backend):
+    case = Case("", (5,), 7, 19, True, 0.8, 0.7, 3.0, "some")
+    inputs, target = case.make()
+    with flashpo.backend("torch"):  # the only one that takes float64: what every other is measured against
+        assert torch.autograd.gradcheck(
+            lambda *x: case.ours(x, target)[:2], [x.requires_grad_() for x in inputs], fast_mode=True
+        )
+        logits = torch.randn(5, 19, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x: selective_log_softmax(x, target)[:2], [logits])
+
+
+@every_backend
+def test_opcheck(backend):
+    """Schema, fake and aliasing of every operator, with arguments recorded from real calls."""
+    calls = {}
+    for case in (Case("", (6,), None, 40), Case("", (6,), 8, 40, bias=True, ignored="some")):
+        inputs, target = case.make()
+        leaves = case.cast(inputs, torch.float32)
+        with flashpo.backend(backend), _Recorder(calls):
+            out = case.ours(leaves, target)
+            (out.logprob.sum() + out.entropy.sum()).backward()
+    logits = torch.randn(4, 9, requires_grad=True)
+    with _Recorder(calls):
+        selective_log_softmax(logits, torch.zeros(4, dtype=torch.long), inplace_backward=True).logprob.sum().backward()
+    assert set(calls) == set(OPS)
+    tests = ("test_schema", "test_faketensor")
+    for name, args in calls.items():
+        with flashpo.backend(backend):
+            torch.library.opcheck(OPS[name].overload, args, test_utils=tests)
+
+
+class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "flashpo":
+            copies = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
+            self.calls.setdefault(func._opname, copies)
+        return func(*args, **(kwargs or {}))
+
+
+@every_backend
+@pytest.mark.parametrize("hidden", [None, 16], ids=["logits", "head"])
+def test_compiles_into_one_graph(backend, hidden):
+    """fullgraph, and one graph for every length."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(inputs, target):
+        out = linear_logprob(*inputs, target) if hidden else selective_log_softmax(*inputs, target, temperature=0.7)
+        return (out.logprob - 0.1 * out.entropy).sum()
+
+    compiled = torch.compile(loss, backend=count, fullgraph=True, dynamic=True)
+    with flashpo.backend(backend):
+        for tokens in (5, 8, 13, 21):
+            case = Case("", (tokens,), hidden, 130, ignored="some")
+            inputs, target = case.make()
+            leaves = case.cast(inputs, torch.float32)
+            expected = torch.autograd.grad(loss(leaves, target), leaves)
+            got = torch.autograd.grad(compiled(leaves, target), leaves)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    assert len(graphs) == 1
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_its_batch(backend, dtype):
+    """Bitwise: from logits, where our own code fixes the order of everything."""
+    case = Case("", (40,), None, 5003)
+    (logits,), target = case.make()
+    logits = logits.to(dtype)
+    with flashpo.backend(backend):
+        together = selective_log_softmax(logits, target, outputs=ALL)
+        alone = selective_log_softmax(logits[7:8].clone(), target[7:8], outputs=ALL)
+    assert all(torch.equal(a[7:8], b) for a, b in zip(together, alone))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_over_the_logits(backend, dtype):
+    case = Case("", (3, 6), None, 999, ignored="some")
+    (logits,), target = case.make()
+    d = torch.randn(2, *case.tokens)
+    with flashpo.backend(backend):
+        _, (expected,) = run(case.ours, case.cast([logits], dtype), target, d)
+        mine = logits.to(dtype).requires_grad_()
+        x = mine * 1  # not a leaf, as the output of a model is
+        out = selective_log_softmax(x, target, inplace_backward=True)
+        storage = x.data_ptr()
+        x.register_hook(lambda g: seen.append(g.data_ptr()))
+        seen = []
+        torch.autograd.backward([out.logprob, out.entropy], list(d))
+    assert seen == [storage]
+    assert torch.equal(mine.grad, expected)
+
+
+def test_backward_over_the_logits_is_found_out():
+    """Whoever else saved the logits for backward gets autograd's error, not wrong gradients."""
+    x = torch.randn(4, 9, requires_grad=True) * 1
+    target = torch.zeros(4, dtype=torch.long)
+    other = (x * x).sum()
+    selective_log_softmax(x, target, inplace_backward=True).logprob.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@every_backend
+def test_autocast_chooses_the_compute_dtype(backend):
+    case = Case("", (12,), 32, 301)
+    (h, w), target = case.make()
+    h, w = h.float().requires_grad_(), w.float().requires_grad_()
+    with flashpo.backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = linear_logprob(h, w, target)
+        expected = linear_logprob(h.bfloat16(), w.bfloat16(), target)
+        assert torch.equal(out.logprob, expected.logprob)
+        out.logprob.sum().backward()
+    assert h.grad.dtype == w.grad.dtype == torch.float32
+
+
+def test_a_tied_weight_gets_one_gradient():
+    embedding = torch.nn.Embedding(50, 8)
+    tokens = torch.randint(50, (6,))
+
+    def loss(logprob):
+        return logprob(embedding(tokens), embedding.weight, tokens.roll(-1)).sum()
+
+    ours = torch.autograd.grad(loss(lambda h, w, t: linear_logprob(h, w, t).logprob), embedding.weight)[0]
+    plain = torch.autograd.grad(
+        loss(lambda h, w, t: (h @ w.t()).log_softmax(-1).gather(-1, t[:, None])), embedding.weight
+    )[0]
+    torch.testing.assert_close(ours, plain)
+
+
+def test_a_frozen_head_costs_no_gemm():
+    """dW is neither computed nor allocated for a frozen head, dH not for frozen hidden states."""
+    target = torch.randint(40, (6,))
+    for frozen in (0, 1):
+        leaves = [torch.randn(6, 8, requires_grad=frozen != 0), torch.randn(40, 8, requires_grad=frozen != 1)]
+        with _Recorder(calls := {}), torch.profiler.profile() as profile:
+            linear_logprob(*leaves, target).logprob.sum().backward()
+        assert calls["linear_logprob_bwd"][-3:] == (frozen != 0, frozen != 1, False)
+        gemms = [e.count for e in profile.key_averages() if e.key == "aten::mm"]
+        assert gemms == [3]  # forward, recompute, one gradient
