@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpo.kernels.token_stats import LN2, LOG2E, LOWEST, fold, join, store_partial
+from flashpo.kernels.token_stats import ENTROPY, LN2, LOG2E, LOG_Z, LOG_Z_REST, LOWEST, fold, join, store_partial
 from flashpo.ops._check import check_range
 
 # Columns of the vocabulary a program folds. It depends on nothing, so that neither does the order in which a token's
@@ -109,7 +109,7 @@ def partial_kernel(
     target,  # (N,)
     bias,  # (J,) or None
     token_temperature,  # (N,) or None
-    rows,  # (N,): the live tokens first
+    order,  # (N,): the live tokens first
     live,  # (): how many
     out,  # (splits, 4 or 8, N)
     N,
@@ -133,7 +133,7 @@ def partial_kernel(
     count = tl.load(live)
     if tl.program_id(0) * BLOCK_N >= count:
         return
-    n = tl.load(rows + i, mask=i < count, other=0)  # a token past the last costs nothing more and is not stored
+    n = tl.load(order + i, mask=i < count, other=0)  # a token past the last costs nothing more and is not stored
     own = tl.load(target + n) - vocab_start
     bits = inverse_temperature(token_temperature, temperature, n) * LOG2E
     ref = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -143,15 +143,17 @@ def partial_kernel(
         v = start + tl.arange(0, BLOCK_V)
         x = logits_tile(hidden, weight, n, v, J, H, stride_h, stride_w, DTYPE, BLOCK_N, BLOCK_V, BLOCK_H)
         z, _ = transform(x, bias, v, J, logit_scale, softcap)
-        y = tl.where(v[None, :] < J, z * bits[:, None], float("-inf"))
-        y_target = tl.maximum(y_target, tl.max(tl.where(v[None, :] == own[:, None], y, float("-inf")), 1))
+        z = tl.where(v[None, :] < J, z, float("-inf"))
+        y_target = tl.maximum(y_target, tl.max(tl.where(v[None, :] == own[:, None], z, float("-inf")), 1) * bits)
         ref, total, weighted, sq_sum, y_sum, before = fold(
-            ref, total, weighted, sq_sum, y_sum, before, y, v, own, J, SIDE
+            ref, total, weighted, sq_sum, y_sum, before, z, bits, v, own, J, SIDE
         )
     R: tl.constexpr = 8 if SIDE else 4
     N = N.to(tl.int64)
     part = out + (split * R).to(tl.int64) * N
-    store_partial(part, n, i < count, N, ref, total, weighted, y_target, sq_sum, y_sum, before, ref, SIDE)
+    base = tl.maximum(ref, LOWEST)
+    y_target, before, top = y_target - base, before - base, ref - base
+    store_partial(part, n, i < count, N, ref, total, weighted, y_target, sq_sum, y_sum, before, top, SIDE)
 
 
 @triton.jit(do_not_specialize=["N", "S", "ignore_index"], do_not_specialize_on_alignment=["target"])
@@ -180,8 +182,8 @@ def join_kernel(partials, target, out, N, S, ignore_index, SIDE: tl.constexpr, B
 
 
 @triton.jit(
-    do_not_specialize=["start", "stop", "vocab_start"],
-    do_not_specialize_on_alignment=["target", "token_temperature", "lse", "entropy", "d_logprob", "d_entropy"],
+    do_not_specialize=["N", "start", "stop", "vocab_start"],
+    do_not_specialize_on_alignment=["target", "token_temperature", "d_logprob", "d_entropy"],
 )
 def d_logits_kernel(
     hidden,
@@ -189,13 +191,13 @@ def d_logits_kernel(
     target,
     bias,
     token_temperature,
-    rows,
+    order,
     live,
-    lse,
-    entropy,
+    rows,  # (4 or 7, N): merge_partials'
     d_logprob,  # (N,) or None
     d_entropy,  # (N,) or None
     out,  # (N, whole tiles): d (hidden weight^T) of the columns start ... stop - 1, and no matter what beyond
+    N,
     start,
     stop,
     H,
@@ -215,20 +217,23 @@ def d_logits_kernel(
     count = tl.load(live)
     if tl.program_id(0) * BLOCK_N >= count:
         return
-    n = tl.load(rows + i, mask=i < count, other=0)
+    n = tl.load(order + i, mask=i < count, other=0)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     v = start + column
     x = logits_tile(hidden, weight, n, v, stop, H, stride_h, stride_w, DTYPE, BLOCK_N, BLOCK_V, BLOCK_H)
     z, slope = transform(x, bias, v, stop, logit_scale, softcap)
     cold = inverse_temperature(token_temperature, temperature, n)
-    logp = tl.maximum(z * (cold * LOG2E)[:, None] - (tl.load(lse + n) * LOG2E)[:, None], LOWEST)  # bits
+    at = rows + n
+    N = N.to(tl.int64)
+    relative = tl.fma(z, (cold * LOG2E)[:, None], -tl.maximum(tl.load(at + N * LOG_Z), LOWEST)[:, None])
+    logp = tl.maximum(relative - tl.load(at + N * LOG_Z_REST)[:, None], LOWEST)  # bits
     p = tl.exp2(logp)
     d = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if d_logprob is not None:
         own = tl.load(target + n) - vocab_start
         d += tl.load(d_logprob + n)[:, None] * ((v[None, :] == own[:, None]).to(tl.float32) - p)
     if d_entropy is not None:
-        d -= tl.load(d_entropy + n)[:, None] * p * (logp * LN2 + tl.load(entropy + n)[:, None])
+        d -= tl.load(d_entropy + n)[:, None] * p * (logp * LN2 + tl.load(at + N * ENTROPY)[:, None])
     d *= slope * cold[:, None]
     # whole tiles: a limit on columns, which may be odd, would cost the 16-byte stores
     tl.store(out + n[:, None] * stride_out + column[None, :], d.to(out.dtype.element_ty), mask=i[:, None] < count)
@@ -237,7 +242,7 @@ def d_logits_kernel(
 def _plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype):
     """What both passes need: the live tokens first and how many they are, on the device; and the tile."""
     ignored = target == ignore_index
-    rows = ignored.to(torch.uint8).argsort(stable=True)
+    order = ignored.to(torch.uint8).argsort(stable=True)
     live = (~ignored).sum()
     block_n, block_v, block_h, stages, warps = tiles(
         dtype, shared_memory(hidden.device), max(hidden.itemsize, weight.itemsize, dtype.itemsize)
@@ -250,7 +255,7 @@ def _plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dty
         "num_stages": stages,
         "num_warps": warps,
     }
-    return rows, live, tile
+    return order, live, tile
 
 
 def _unit(x: Tensor | None) -> Tensor | None:
@@ -278,7 +283,7 @@ def partial(
     if N == 0:
         return out
     hidden, weight, target, bias, token_temperature = map(_unit, (hidden, weight, target, bias, token_temperature))
-    rows, live, tile = _plan(hidden, weight, target, ignore_index, dtype)
+    order, live, tile = _plan(hidden, weight, target, ignore_index, dtype)
     splits = triton.cdiv(J, SPLIT)
     parts = hidden.new_empty((splits, R, N), dtype=torch.float32)
     with torch.cuda.device_of(hidden):
@@ -288,7 +293,7 @@ def partial(
             target,
             bias,
             token_temperature,
-            rows,
+            order,
             live,
             parts,
             N,
@@ -320,8 +325,7 @@ def backward(
     ignore_index: int,
     vocab_start: int,
     dtype: torch.dtype,
-    lse: Tensor,
-    entropy: Tensor,
+    rows: Tensor,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
     want_hidden: bool,
@@ -335,10 +339,11 @@ def backward(
     d_bias = torch.empty_like(bias) if want_bias else hidden.new_empty(0)
     if N == 0 or not (want_hidden or want_weight or want_bias):
         return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
-    hidden, weight, target, bias, token_temperature, lse, entropy, d_logprob, d_entropy = map(
-        _unit, (hidden, weight, target, bias, token_temperature, lse, entropy, d_logprob, d_entropy)
+    hidden, weight, target, bias, token_temperature, d_logprob, d_entropy = map(
+        _unit, (hidden, weight, target, bias, token_temperature, d_logprob, d_entropy)
     )
-    rows, live, tile = _plan(hidden, weight, target, ignore_index, dtype)
+    rows = rows.contiguous()
+    order, live, tile = _plan(hidden, weight, target, ignore_index, dtype)
     chunk = min(J, max(1024, min(8192, CHUNK_BYTES // (N * dtype.itemsize) // 256 * 256)))
     width = triton.cdiv(chunk, tile["BLOCK_V"]) * tile["BLOCK_V"]
     dx = hidden.new_zeros((N, width), dtype=dtype)  # an ignored token's row stays 0
@@ -354,13 +359,13 @@ def backward(
                 target,
                 bias,
                 token_temperature,
-                rows,
+                order,
                 live,
-                lse,
-                entropy,
+                rows,
                 d_logprob,
                 d_entropy,
                 dx,
+                N,
                 start,
                 stop,
                 H,

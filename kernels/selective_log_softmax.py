@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpo.kernels.token_stats import LN2, LOG2E, LOWEST, fold, store_stats
+from flashpo.kernels.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOWEST, fold, store_stats
 from flashpo.ops._check import check_range
 
 
@@ -15,7 +15,7 @@ from flashpo.ops._check import check_range
 def forward_kernel(
     logits,  # (B, T, V)
     index,  # (N,) with N = B T
-    out,  # (3 or 6, N)
+    out,  # (4 or 7, N)
     T,
     N,
     V,
@@ -32,37 +32,40 @@ def forward_kernel(
     N = N.to(tl.int64)
     target = tl.load(index + n)
     if tl.load(index + row) == ignore_index:
-        for r in tl.static_range(6 if SIDE else 3):
+        for r in tl.static_range(7 if SIDE else 4):
             tl.store(out + N * r + n, tl.zeros((1,), tl.float32))
         return
     base = logits + (row // T) * stride_b + (row % T) * stride_t
     ref = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
     weighted, sq_sum, y_sum, before = total, total, total, ref
+    scales = tl.full((1,), 1.0, tl.float32) * scale
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        y = tl.load(base + cols, mask=cols < V, other=float("-inf")).to(tl.float32)[None, :] * scale
+        x = tl.load(base + cols, mask=cols < V, other=float("-inf")).to(tl.float32)[None, :]
         ref, total, weighted, sq_sum, y_sum, before = fold(
-            ref, total, weighted, sq_sum, y_sum, before, y, cols, target, V, SIDE
+            ref, total, weighted, sq_sum, y_sum, before, x, scales, cols, target, V, SIDE
         )
-    y_target = tl.load(base + target).to(tl.float32) * scale
-    store_stats(out, n, n < N, N, ref, total, weighted, y_target, sq_sum, y_sum, before, ref, mean_scale, SIDE)
+    x_target = tl.load(base + target).to(tl.float32)
+    relative = tl.fma(x_target, scales, -tl.maximum(ref, LOWEST))
+    is_top1 = (x_target * scale >= ref) & (x_target * scale > before)
+    store_stats(out, n, n < N, N, ref, total, weighted, relative, sq_sum, y_sum, is_top1, mean_scale, SIDE)
 
 
 # per-token arguments may be rows of one tensor, whose alignment varies with their length
 @triton.jit(
-    do_not_specialize=["T", "ignore_index"],
-    do_not_specialize_on_alignment=["index", "lse", "entropy", "d_logprob", "d_entropy"],
+    do_not_specialize=["T", "N", "ignore_index"],
+    do_not_specialize_on_alignment=["index", "d_logprob", "d_entropy"],
 )
 def backward_kernel(
     logits,
     index,
-    lse,
-    entropy,
+    rows,  # (4 or 7, N): forward's
     d_logprob,  # (N,) or None
     d_entropy,  # (N,) or None
     d_logits,  # (B, T, V): may be the logits themselves, every element is read by the program that writes it
     T,
+    N,
     V,
     stride_b,
     stride_t,
@@ -80,14 +83,17 @@ def backward_kernel(
     if target == ignore_index:
         tl.store(out, tl.zeros((BLOCK,), d_logits.dtype.element_ty), mask=cols < V)
         return
-    y = tl.load(logits + (row // T) * stride_b + (row % T) * stride_t + cols, mask=cols < V, other=0.0)
-    logp = tl.maximum(y.to(tl.float32) * scale - tl.load(lse + row) * LOG2E, LOWEST)  # bits
+    x = tl.load(logits + (row // T) * stride_b + (row % T) * stride_t + cols, mask=cols < V, other=0.0)
+    at = rows + row
+    N = N.to(tl.int64)
+    relative = tl.fma(x.to(tl.float32), scale, -tl.maximum(tl.load(at + N * LOG_Z), LOWEST))
+    logp = tl.maximum(relative - tl.load(at + N * LOG_Z_REST), LOWEST)  # bits
     p = tl.exp2(logp)
     d = tl.zeros((BLOCK,), tl.float32)
     if d_logprob is not None:
         d += tl.load(d_logprob + row) * ((cols == target).to(tl.float32) - p)
     if d_entropy is not None:
-        d -= tl.load(d_entropy + row) * p * (logp * LN2 + tl.load(entropy + row))
+        d -= tl.load(d_entropy + row) * p * (logp * LN2 + tl.load(at + N * ENTROPY))
     tl.store(out, (d * inverse_temperature).to(d_logits.dtype.element_ty), mask=cols < V)
 
 
@@ -105,12 +111,10 @@ def _rows(*tensors: Tensor) -> tuple[int, ...]:
     return T, *(stride for x in tensors for stride in x.stride()[:2])
 
 
-def forward(
-    logits: Tensor, index: Tensor, temperature: float, ignore_index: int, side: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(logits: Tensor, index: Tensor, temperature: float, ignore_index: int, side: bool) -> Tensor:
     N, V = len(index), logits.shape[-1]
     check_range("index", index, V, ignore_index)
-    out = logits.new_empty((6 if side else 3, N), dtype=torch.float32)
+    rows = logits.new_empty((7 if side else 4, N), dtype=torch.float32)
     if N > 0:
         if logits.stride(-1) != 1:
             logits = logits.contiguous()
@@ -120,7 +124,7 @@ def forward(
             forward_kernel[(N,)](
                 logits,
                 index.contiguous(),
-                out,
+                rows,
                 T,
                 N,
                 V,
@@ -133,7 +137,7 @@ def forward(
                 BLOCK=block,
                 num_warps=warps,
             )
-    return out[0], out[1], out[2], out[3:]
+    return rows
 
 
 def backward(
@@ -141,8 +145,7 @@ def backward(
     index: Tensor,
     temperature: float,
     ignore_index: int,
-    lse: Tensor,
-    entropy: Tensor,
+    rows: Tensor,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
     d_logits: Tensor,
@@ -158,12 +161,12 @@ def backward(
             backward_kernel[(N, triton.cdiv(V, block))](
                 logits,
                 index.contiguous(),
-                lse.contiguous(),
-                entropy.contiguous(),
+                rows.contiguous(),
                 None if d_logprob is None else d_logprob.contiguous(),
                 None if d_entropy is None else d_entropy.contiguous(),
                 d_logits,
                 T,
+                N,
                 V,
                 *strides,
                 math.log2(math.e) / temperature,

@@ -15,23 +15,28 @@ LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 # -inf times a weight of 0 would be NaN, this is 0: differences of logits end here
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX = (tl.constexpr(row) for row in range(8))
+LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST = (tl.constexpr(row) for row in range(4))
 
 
 @triton.jit
-def fold(ref, total, weighted, sq_sum, y_sum, before, y, cols, target, vocab, SIDE: tl.constexpr):
-    """Add the tile y (R, C) of columns `cols` to the sums (R,) so far; y is -inf where cols >= vocab."""
-    top = tl.maximum(ref, tl.max(y, 1))
+def fold(ref, total, weighted, sq_sum, y_sum, before, x, scale, cols, target, vocab, SIDE: tl.constexpr):
+    """Add the tile y = x (R, C) scale (R,) of columns `cols` to the sums (R,) so far; x is -inf where cols >= vocab.
+
+    BEFORE is in absolute bits here, relative to nothing.
+    """
+    top = tl.maximum(ref, tl.max(x, 1) * scale)
     base = tl.maximum(top, LOWEST)  # finite even if all logits so far are -inf
-    shifted = tl.maximum(y - base[:, None], LOWEST)
+    shifted = tl.maximum(tl.fma(x, scale[:, None], -base[:, None]), LOWEST)
     e = tl.exp2(shifted)
     shift = tl.maximum(ref - base, LOWEST)
-    scale = tl.exp2(shift)
-    weighted = (weighted + shift * total) * scale + tl.sum(e * shifted, 1)
-    total = total * scale + tl.sum(e, 1)
+    rescale = tl.exp2(shift)
+    weighted = (weighted + shift * total) * rescale + tl.sum(e * shifted, 1)
+    total = total * rescale + tl.sum(e, 1)
     if SIDE:
-        sq_sum = sq_sum * scale * scale + tl.sum(e * e, 1)
-        y_sum += tl.sum(tl.where(cols[None, :] < vocab, y, 0.0), 1)
-        before = tl.maximum(before, tl.max(tl.where(cols[None, :] < target[:, None], y, float("-inf")), 1))
+        sq_sum = sq_sum * rescale * rescale + tl.sum(e * e, 1)
+        y_sum += tl.sum(tl.where(cols[None, :] < vocab, x, 0.0), 1) * scale
+        earlier = tl.where(cols[None, :] < target[:, None], x, float("-inf"))
+        before = tl.maximum(before, tl.max(earlier, 1) * scale)
     return top, total, weighted, sq_sum, y_sum, before
 
 
@@ -54,12 +59,12 @@ def join(partials, n, inside, N, S, SIDE: tl.constexpr):
         part_total = tl.load(part + N * SUM, mask=inside, other=1.0)
         total += part_total * scale
         weighted += (tl.load(part + N * WSUM, mask=inside, other=0.0) + shift * part_total) * scale
-        target = tl.maximum(target, tl.load(part + N * TARGET, mask=inside, other=0.0))
+        target = tl.maximum(target, tl.load(part + N * TARGET, mask=inside, other=0.0) + shift)
         if SIDE:
             sq_sum += tl.load(part + N * SQSUM, mask=inside, other=1.0) * scale * scale
             y_sum += tl.load(part + N * YSUM, mask=inside, other=0.0)
-            before = tl.maximum(before, tl.load(part + N * BEFORE, mask=inside, other=0.0))
-            top = tl.maximum(top, tl.load(part + N * MAX, mask=inside, other=0.0))
+            before = tl.maximum(before, tl.load(part + N * BEFORE, mask=inside, other=0.0) + shift)
+            top = tl.maximum(top, tl.load(part + N * MAX, mask=inside, other=0.0) + shift)
     return ref, total, weighted, target, sq_sum, y_sum, before, top
 
 
@@ -78,17 +83,18 @@ def store_partial(out, n, inside, N, ref, total, weighted, target, sq_sum, y_sum
 
 @triton.jit
 def store_stats(
-    out, n, inside, N, ref, total, weighted, target, sq_sum, y_sum, before, top, mean_scale, SIDE: tl.constexpr
+    out, n, inside, N, ref, total, weighted, target, sq_sum, y_sum, is_top1, mean_scale, SIDE: tl.constexpr
 ):
-    """logprob, entropy, lse and the side outputs of whole rows, into `out` (3 or 6, N)."""
+    """The rows of whole tokens, LOGPROB ... LOG_Z_REST and the side outputs, into `out` (4 or 7, N)."""
     bits = tl.log2(total)
-    tl.store(out + n, ((target - ref) - bits) * LN2, mask=inside)
-    tl.store(out + N + n, (bits - weighted / total) * LN2, mask=inside)
-    tl.store(out + N * 2 + n, (ref + bits) * LN2, mask=inside)
+    tl.store(out + N * LOGPROB + n, (target - bits) * LN2, mask=inside)
+    tl.store(out + N * ENTROPY + n, (bits - weighted / total) * LN2, mask=inside)
+    tl.store(out + N * LOG_Z + n, ref, mask=inside)
+    tl.store(out + N * LOG_Z_REST + n, bits, mask=inside)
     if SIDE:
-        tl.store(out + N * 3 + n, (tl.log2(sq_sum) - 2 * bits) * LN2, mask=inside)
-        tl.store(out + N * 4 + n, y_sum * mean_scale, mask=inside)
-        tl.store(out + N * 5 + n, ((target >= top) & (target > before)).to(tl.float32), mask=inside)
+        tl.store(out + N * 4 + n, (tl.log2(sq_sum) - 2 * bits) * LN2, mask=inside)
+        tl.store(out + N * 5 + n, y_sum * mean_scale, mask=inside)
+        tl.store(out + N * 6 + n, is_top1.to(tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "S"])
@@ -97,15 +103,16 @@ def merge_partials_kernel(partials, out, N, S, mean_scale, SIDE: tl.constexpr, B
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     ref, total, weighted, target, sq_sum, y_sum, before, top = join(partials, n, inside, N, S, SIDE)
-    store_stats(out, n, inside, N, ref, total, weighted, target, sq_sum, y_sum, before, top, mean_scale, SIDE)
+    is_top1 = (target >= top) & (target > before)
+    store_stats(out, n, inside, N, ref, total, weighted, target, sq_sum, y_sum, is_top1, mean_scale, SIDE)
 
 
-def merge_partials(partials: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merge_partials(partials: Tensor, vocab: int) -> Tensor:
     S, R, N = partials.shape
-    out = partials.new_empty((6 if R == 8 else 3, N))
+    rows = partials.new_empty((7 if R == 8 else 4, N))
     if N > 0:
         with torch.cuda.device_of(partials):
             merge_partials_kernel[(triton.cdiv(N, 128),)](
-                partials.contiguous(), out, N, S, math.log(2.0) / vocab, SIDE=R == 8, BLOCK=128
+                partials.contiguous(), rows, N, S, math.log(2.0) / vocab, SIDE=R == 8, BLOCK=128
             )
-    return out[0], out[1], out[2], out[3:]
+    return rows

@@ -136,7 +136,16 @@ def test_selective_log_softmax_masked_vocabulary():
     logits[0, 2, 1:] = -torch.inf  # a certain token
     logits[0, 3, ::2] = torch.finfo(torch.float32).min
     index = torch.tensor([[8999, 3, 0, 7]])
-    compare(lambda x: selective_log_softmax(x, index, outputs=("entropy", "log_sum_sq_probs")), [logits], (1, 4))
+    compare(
+        lambda x: selective_log_softmax(x, index, outputs=("entropy", "log_sum_sq_probs", "is_top1")), [logits], (1, 4)
+    )
+
+
+def test_large_logits():
+    """Far from 0 too, probabilities add up to 1 in the gradient: it is taken relative to the largest logit."""
+    logits, index = torch.randn(1, 4, 9000) * 3 + torch.tensor([[[-3e4], [100.0], [3e3], [1e5]]]), indices((1, 4), 9000)
+    _, (grad,) = compare(lambda x: selective_log_softmax(x, index, outputs=ALL), [logits], (1, 4), torch.ones(2, 1, 4))
+    assert grad.double().sum(-1).abs().max() < 1e-5
 
 
 def test_top1_is_the_first_of_equals():
@@ -179,7 +188,7 @@ HEADS = {
     "temperature": {"temperature": 0.6},
     "per-token temperature": {"temperature": "token"},
     "Gemma": {"softcap": 5.0, "logit_scale": 0.5, "temperature": 1.3},
-    "negative scale": {"logit_scale": -0.5, "softcap": 8.0},
+    "Granite": {"logit_scale": 0.125},
 }
 
 
@@ -231,7 +240,7 @@ def test_linear_logprob_masked_vocabulary():
     bias[:1100] = -torch.inf
     target = torch.tensor([1100, 1300, 1200])
     compare(
-        lambda h, w, b: linear_logprob(h, w, target, b, outputs=("entropy", "log_sum_sq_probs")),
+        lambda h, w, b: linear_logprob(h, w, target, b, outputs=("entropy", "log_sum_sq_probs", "is_top1")),
         [hidden, weight, bias],
         (3,),
     )
@@ -273,41 +282,21 @@ def test_vocabulary_in_parts(side):
     live = target != IGNORED
     d_logprob, d_entropy = torch.randn(2, N)
     parts = [(0, slice(0, cut)), (cut, slice(cut, V))]
+    head = None, 0.8, 1.0, None, IGNORED  # token temperature, temperature, scale, softcap
 
     def both(backend, dtype, parts):
         h, w, b, *upstream = (x.to(dtype) for x in (hidden, weight, bias, d_logprob, d_entropy))
         with flashpo.backend(backend):
             columns = [
-                linear_logprob_partial(h, w[s], target, b[s], None, 0.8, 1.0, None, IGNORED, start, V, side, dtype)
-                for start, s in parts
+                linear_logprob_partial(h, w[s], target, b[s], *head, start, V, side, dtype) for start, s in parts
             ]
-            logprob, entropy, lse, rows = merge_partials(torch.stack(columns), V)
+            rows = merge_partials(torch.stack(columns), V)
             grads = [
-                linear_logprob_bwd(
-                    h,
-                    w[s],
-                    target,
-                    b[s],
-                    None,
-                    0.8,
-                    1.0,
-                    None,
-                    IGNORED,
-                    start,
-                    dtype,
-                    lse,
-                    entropy,
-                    *upstream,
-                    *[True] * 3,
-                )
+                linear_logprob_bwd(h, w[s], target, b[s], *head, start, dtype, rows, *upstream, True, True, True)
                 for start, s in parts
             ]
         d_hidden, d_weight, d_bias = zip(*grads)
-        return [x[..., live] for x in (logprob, entropy, lse, rows)] + [
-            sum(d_hidden),
-            torch.cat(d_weight),
-            torch.cat(d_bias),
-        ]
+        return [*rows[:, live], sum(d_hidden), torch.cat(d_weight), torch.cat(d_bias)]
 
     whole = [(0, slice(0, V))]
     for out in (both("triton", torch.float32, parts), both("triton", torch.float32, whole)):

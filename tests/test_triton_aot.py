@@ -27,9 +27,9 @@ TARGETS = {
     "MI300": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-INTEGERS = ("index", "target", "rows", "live")
+INTEGERS = ("index", "target", "order", "live")
 OPERANDS = ("logits", "d_logits", "hidden", "weight", "bias")
-FLOATS = ("out", "partials", "lse", "entropy", "d_logprob", "d_entropy", "token_temperature")
+FLOATS = ("out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature")
 SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
 
 
@@ -128,14 +128,14 @@ def test_one_compilation_for_all_lengths(layout, variants):
     """Lengths, batch sizes and temperatures are run-time values; 16 and 1 are the ones that Triton likes to fix."""
     for B, T in ((1, 1), (1, 2), (2, 1), (3, 7), (16, 16), (2, 48), (1, 100), (5, 33), (4, 160), (7, 17)):
         logits = torch.zeros(B, T, 1024) if layout == "whole" else torch.zeros(B, T + 1, 1024)[:, :-1]
-        index, rows = torch.zeros(B * T, dtype=torch.int64), torch.zeros(4, B * T).unbind()  # aligned or not
+        index, rows = torch.zeros(B * T, dtype=torch.int64), torch.zeros(7, B * T)
         temperature = 0.5 + T
         selective_log_softmax.forward(logits, index, temperature, -B, True)
-        selective_log_softmax.backward(logits, index, temperature, -B, *rows, torch.empty(B, T, 1024))
+        selective_log_softmax.backward(logits, index, temperature, -B, rows, rows[1], rows[2], torch.empty(B, T, 1024))
         hidden, weight = torch.zeros(B * T, 64), torch.zeros(1024 * T, 64)
         head = index, None, None, temperature, 1.0 / T, 30.0 * T, -B, T * 16
         linear_logprob.partial(hidden, weight, *head, 2**20, True, torch.float32)
-        linear_logprob.backward(hidden, weight, *head, torch.float32, *rows, True, True, False)
+        linear_logprob.backward(hidden, weight, *head, torch.float32, rows, rows[1], rows[2], True, True, False)
         token_stats.merge_partials(torch.zeros(T, 8, B), 1024 * T)
     assert len(variants) == 6
     assert {name: len(keys) for name, keys in variants.items()} == dict.fromkeys(variants, 1)
