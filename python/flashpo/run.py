@@ -9,6 +9,7 @@ import importlib.util
 import os
 import runpy
 import sys
+from typing import Any
 
 from flashpo._op import stats
 
@@ -23,7 +24,7 @@ class PatchOnImport(importlib.abc.MetaPathFinder):
         if name != "trl.trainer.utils":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module):

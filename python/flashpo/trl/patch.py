@@ -13,14 +13,16 @@ import contextlib
 import importlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
+from flashpo.ops.token_stats import TokenStats, select
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,14 +86,14 @@ def stock() -> Iterator[None]:
 
 def active() -> bool:
     """Whether TRL scores with FlashPO now. What our trainers do beyond that asks it, so that `stock` is stock."""
-    return _state.originals is not None
+    return bool(_state.originals)
 
 
 class _State:
     def __init__(self):
         self.lock = threading.RLock()
         self.wanted, self.users, self.suspended = False, 0, 0
-        self.originals: dict[str, object] | None = None  # of the names replaced; None: nothing is replaced
+        self.originals: dict[str, object] = {}  # of the names replaced; empty: nothing is replaced
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
@@ -106,7 +108,7 @@ class _State:
                 raise
 
     def _apply(self, active: bool) -> None:
-        if active == (self.originals is not None):
+        if active == bool(self.originals):
             return
         utils = importlib.import_module("trl.trainer.utils")
         if active:
@@ -118,7 +120,7 @@ class _State:
         for name in set(_seams(utils)) - set(self.originals):
             del utils.__dict__[name]
         utils.__dict__.update(self.originals)
-        self.originals = None
+        self.originals = {}
 
 
 _state = _State()
@@ -129,14 +131,14 @@ def check(utils: ModuleType) -> None:
     import trl
     from trl.kernels import chunked_logprob
 
-    def refuse(what: str, found: object, wanted: object):
+    def refuse(what: str, found: object, wanted: object) -> NoReturn:
         raise PatchError(
             f"TRL {trl.__version__}: trl.trainer.utils.{what} is {found}, FlashPO was written for {wanted}. "
             "Install trl 1.16, or a FlashPO that knows this TRL."
         )
 
     for name, wanted in SIGNATURES.items():
-        seam = utils
+        seam: Any = utils
         for part in name.split("."):
             seam = getattr(seam, part, None)
         if seam is None:
@@ -146,11 +148,12 @@ def check(utils: ModuleType) -> None:
         found = " ".join(inspect.signature(seam).parameters)
         if found != wanted:
             refuse(name, f"({found})", f"({wanted})")
-    for name, wanted in READERS.items():
-        reader = getattr(utils, name, None)
-        unread = set(wanted) - _global_names(inspect.unwrap(reader).__code__) if reader else "missing"
-        if unread:
-            refuse(name, f"without {unread}" if reader else unread, f"one that reads {wanted}")
+    for name, names in READERS.items():
+        reader: Any = getattr(utils, name, None)
+        if reader is None:
+            refuse(name, "missing", "a function")
+        if unread := set(names) - _global_names(inspect.unwrap(reader).__code__):
+            refuse(name, f"without {unread}", f"one that reads {names}")
     if chunked_logprob.OPTIONAL_OUTPUTS != OUTPUTS:
         refuse("_ChunkedLogProbFunction's outputs", chunked_logprob.OPTIONAL_OUTPUTS, OUTPUTS)
 
@@ -167,7 +170,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
     """Our object for each name, around the one that is there now."""
     stock_head, stock_compact = utils._ChunkedLogProbFunction, utils._use_triton
     stock_triton, stock_supports = utils.is_triton_available, utils._supports_trl_loss_kernel
-    stock_kernel: Callable | None = getattr(utils, "_fused_logprob_entropy", None)
+    stock_kernel: Any = getattr(utils, "_fused_logprob_entropy", None)
 
     class Head:
         @staticmethod
@@ -181,7 +184,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
             final_logit_softcapping: float | None = None,
             logit_scale: float = 1.0,
             outputs: tuple[str, ...] = OUTPUTS,
-        ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        ) -> TokenStats:
             if hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
                 head = temperature, chunk_size, final_logit_softcapping, logit_scale
                 return stock_head.apply(hidden, weight, bias, targets, *head, outputs)
@@ -190,7 +193,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
                     f"the LM head's weight is {tuple(weight.shape)} for hidden states {tuple(hidden.shape)}: "
                     "it is still sharded, or the hidden states are not those before the head"
                 )
-            logprob, entropy, side = LinearLogprob.apply(
+            results = LinearLogprob.apply(
                 hidden,
                 weight,
                 targets,
@@ -204,14 +207,8 @@ def _seams(utils: ModuleType) -> dict[str, object]:
                 None,
                 lambda *params: utils.maybe_gather_lm_head_ctx(*params),  # ZeRO-3: backward gathers the head again
             )
-            log_sum_sq_probs, mean_logits, is_top1 = side if len(side) else (None, None, None)
-            return (
-                logprob,
-                entropy if "entropy" in outputs else None,
-                log_sum_sq_probs if "log_sum_sq_probs" in outputs else None,
-                mean_logits if "mean_logits" in outputs else None,
-                is_top1 > 0 if "is_top1" in outputs else None,
-            )
+            names = tuple("mean_logit" if name == "mean_logits" else name for name in outputs)
+            return select(names, targets.shape, *results)  # TokenStats' fields are in TRL's order
 
     def compact(device: torch.device) -> bool:
         """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
@@ -239,7 +236,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
 
     def logprob_entropy(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         if not ours(logits, index, row_mask):
             return stock_kernel(logits, index, temperature=temperature, row_mask=row_mask)
         index = index.long()

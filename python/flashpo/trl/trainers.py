@@ -3,12 +3,13 @@
 Each is TRL's own class; it scores its tokens with FlashPO, and any other trainer of the process stays as it is.
 """
 
+import transformers
 import trl
 
 from flashpo.trl.patch import active, patched
 
 
-class Accelerated:
+class Accelerated(transformers.Trainer):
     """Opens the patch around the methods in which a TRL trainer runs its model on labels."""
 
     def training_step(self, *args, **kwargs):
@@ -29,7 +30,7 @@ class AcceleratedReference(Accelerated):
 
     def compute_ref_log_probs(self, *args, **kwargs):
         with patched():
-            return super().compute_ref_log_probs(*args, **kwargs)
+            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
 
 
 class SFTTrainer(Accelerated, trl.SFTTrainer):

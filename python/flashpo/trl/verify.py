@@ -95,7 +95,7 @@ def verify(trainer, steps: int = 2) -> Report:
         raise NotImplementedError("verify cannot read gradients under DeepSpeed; run it once without")
     model = trainer.model_wrapped
     dtype = compute_dtype(trainer, model)
-    tapes = {name: [] for name in REPLAYED if hasattr(trainer, name)}
+    tapes: dict[str, list] = {name: [] for name in REPLAYED if hasattr(trainer, name)}
     with _untouched(trainer, model):
         batches = _batches(trainer, steps)
         with stock():
@@ -117,8 +117,10 @@ def verify(trainer, steps: int = 2) -> Report:
 
 def compute_dtype(trainer, model: nn.Module) -> torch.dtype:
     """The narrowest dtype on the way from tokens to log-probs: autocast's, else the parameters'."""
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({autocast} - {None})
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if trainer.accelerator.mixed_precision in autocast:
+        dtypes.add(autocast[trainer.accelerator.mixed_precision])
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -151,14 +153,15 @@ def compare(index: int, stock: Step, ours: Step, tolerance: float) -> Iterator[L
     norms = {name: _norm(g) for name, g in stock.gradients.items()}
     total, count = math.hypot(*norms.values()), sum(g.numel() for g in stock.gradients.values())
     for name in sorted(stock.gradients.keys() | ours.gradients.keys()):
-        a, b = stock.gradients.get(name), ours.gradients.get(name)
-        if a is None or b is None:  # a parameter that only one of the two trains
-            yield Line(index, f"grad {name}", *(math.nan if g is None else _norm(g) for g in (a, b)), math.inf, 0.0)
+        g, h = stock.gradients.get(name), ours.gradients.get(name)
+        if g is None or h is None:  # a parameter that only one of the two trains
+            a, b = (math.nan if x is None else _norm(x) for x in (g, h))
+            yield Line(index, f"grad {name}", a, b, math.inf, 0.0)
             continue
-        share = total * math.sqrt(a.numel() / count)
-        overflow = not math.isfinite(norms[name]) and not math.isfinite(_norm(b))  # fp16: the step is skipped
-        error = 0.0 if overflow else _norm(b - a)
-        yield Line(index, f"grad {name}", norms[name], _norm(b), error, tolerance * (norms[name] + share))
+        share = total * math.sqrt(g.numel() / count)
+        overflow = not math.isfinite(norms[name]) and not math.isfinite(_norm(h))  # fp16: the step is skipped
+        error = 0.0 if overflow else _norm(h - g)
+        yield Line(index, f"grad {name}", norms[name], _norm(h), error, tolerance * (norms[name] + share))
 
 
 def _norm(gradient: Tensor) -> float:
