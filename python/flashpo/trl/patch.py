@@ -43,6 +43,7 @@ READERS = {
     "selective_log_softmax_and_entropy": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
     "entropy_from_logits": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
 }
+MISSING = object()  # `_fused_logprob_entropy` where Triton is not installed
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -114,12 +115,14 @@ class _State:
         if active:
             check(utils)
             seams = _seams(utils)
-            self.originals = {name: utils.__dict__[name] for name in seams if name in utils.__dict__}
+            self.originals = {name: utils.__dict__.get(name, MISSING) for name in seams}
             utils.__dict__.update(seams)
             return
-        for name in set(_seams(utils)) - set(self.originals):
-            del utils.__dict__[name]
-        utils.__dict__.update(self.originals)
+        for name, original in self.originals.items():
+            if original is MISSING:
+                del utils.__dict__[name]
+            else:
+                utils.__dict__[name] = original
         self.originals = {}
 
 
