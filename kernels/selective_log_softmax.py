@@ -141,6 +141,7 @@ def forward(logits: Tensor, index: Tensor, temperature: float, ignore_index: int
 
 
 def backward(
+    d_logits: Tensor,
     logits: Tensor,
     index: Tensor,
     temperature: float,
@@ -148,7 +149,6 @@ def backward(
     rows: Tensor,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
-    d_logits: Tensor,
 ) -> Tensor:
     """Writes d_logits, which has a unit last stride and may be `logits`."""
     N, V = len(index), logits.shape[-1]

@@ -85,7 +85,9 @@ class Case:
         if self.softcap is not None:
             z = self.softcap * torch.tanh(z / self.softcap)
         temperature = self.options(target)["temperature"]
-        return eager(z / (temperature if isinstance(temperature, float) else temperature[..., None].to(z.dtype)), target)
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature[..., None].to(z.dtype)
+        return eager(z / temperature, target)
 
 
 CASES = [

@@ -131,7 +131,7 @@ def test_one_compilation_for_all_lengths(layout, variants):
         index, rows = torch.zeros(B * T, dtype=torch.int64), torch.zeros(7, B * T)
         temperature = 0.5 + T
         selective_log_softmax.forward(logits, index, temperature, -B, True)
-        selective_log_softmax.backward(logits, index, temperature, -B, rows, rows[1], rows[2], torch.empty(B, T, 1024))
+        selective_log_softmax.backward(torch.empty(B, T, 1024), logits, index, temperature, -B, rows, rows[1], rows[2])
         hidden, weight = torch.zeros(B * T, 64), torch.zeros(1024 * T, 64)
         head = index, None, None, temperature, 1.0 / T, 30.0 * T, -B, T * 16
         linear_logprob.partial(hidden, weight, *head, 2**20, True, torch.float32)

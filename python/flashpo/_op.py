@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 try:
-    from flashpo import _C as native  # compiled: CPU kernels, and the CUDA ones where it was built with them
+    from flashpo import _C as native  # type: ignore[attr-defined]  # CPU kernels, CUDA ones where built with them
 except ImportError:
     native = None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashpo._op import native
 from flashpo.ops._check import check_range
-from flashpo.ops.token_stats import neutral_partial, partial_rows
+from flashpo.ops.token_stats import neutral_partial
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_BYTES = 16 << 20  # two tiles and what else a pass needs stay below 64 MB
@@ -29,7 +29,18 @@ class Tiles:
     pair of them in a buffer that all share."""
 
     def __init__(
-        self, hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
+        self,
+        hidden,
+        weight,
+        target,
+        bias,
+        token_temperature,
+        temperature,
+        logit_scale,
+        softcap,
+        ignore_index,
+        start,
+        dtype,
     ):
         ignored = target == ignore_index
         self.live = (~ignored).nonzero()[:, 0] if ignored.any() else None
@@ -72,7 +83,19 @@ class Tiles:
 
 
 def partial(
-    hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, vocab, side, dtype
+    hidden,
+    weight,
+    target,
+    bias,
+    token_temperature,
+    temperature,
+    logit_scale,
+    softcap,
+    ignore_index,
+    start,
+    vocab,
+    side,
+    dtype,
 ) -> Tensor:
     check_range("target", target, vocab, ignore_index)
     tiles = Tiles(
@@ -117,7 +140,9 @@ def backward(
         hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
     )
     upstream = [None if x is None else tiles.pick(x) for x in (results.t(), d_logprob, d_entropy)]
-    of_blocks = [(block, [None if x is None else x[block].t().contiguous() for x in upstream]) for block in tiles.blocks()]
+    of_blocks = [
+        (block, [None if x is None else x[block].t().contiguous() for x in upstream]) for block in tiles.blocks()
+    ]
     # Rows 64 bytes off a power of two, so that the lines C++ writes at once fall into different cache sets; zeros
     # there, since oneDNN multiplies what it finds behind a row by 0.
     two_layouts = want_hidden and dtype.itemsize == 2

@@ -5,7 +5,8 @@
     dx_j = dz_j (1 - tanh^2) logit_scale / T      d hidden = dx W      d weight = dx^T h      d bias = sum dx
 
 Forward folds tiles of logits into a partial (see `token_stats`); backward computes the tiles again from the saved
-log-sum-exp and turns them into gradients in place. Floor: one GEMM forward; with backward four, three if the head is frozen.
+log-sum-exp and turns them into gradients in place. Floor: one GEMM forward; four with backward, three if the head is
+frozen.
 """
 
 import contextlib
@@ -117,9 +118,8 @@ def _token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | 
         return None
     check_float("temperature", temperature)
     if temperature.shape != target.shape:
-        raise ValueError(
-            f"temperature must be a number or of the target's shape {tuple(target.shape)}, got {tuple(temperature.shape)}"
-        )
+        wanted, got = tuple(target.shape), tuple(temperature.shape)
+        raise ValueError(f"temperature must be a number or of the target's shape {wanted}, got {got}")
     if temperature.requires_grad:
         raise ValueError("temperature must not require grad: linear_logprob has no gradient for it")
     check_device("temperature", temperature, "target", target)
@@ -167,7 +167,8 @@ def linear_logprob_partial(
 
 
 @linear_logprob_partial.fake
-def _(hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, vocab, side, dtype):
+def _(hidden, weight, target, *rest):
+    *_, side, dtype = rest
     return hidden.new_empty((partial_rows(side), target.shape[0]), dtype=torch.promote_types(dtype, torch.float32))
 
 
@@ -207,7 +208,7 @@ def linear_logprob_bwd(
     return (
         (dx @ weight.to(dtype).to(dx.dtype)).to(hidden.dtype) if want_hidden else none,
         (dx.t() @ hidden.to(dtype).to(dx.dtype)).to(weight.dtype) if want_weight else none.clone(),
-        dx.sum(0).to(bias.dtype) if want_bias else none.clone(),
+        dx.sum(0).to(hidden.dtype if bias is None else bias.dtype) if want_bias else none.clone(),
     )
 
 

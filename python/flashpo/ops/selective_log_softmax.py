@@ -1,7 +1,7 @@
 """log softmax(logits / T)[index] and its entropy, in one pass over the logits; the gradient in one pass more.
 
-    z = logits / T      logprob = z[index] - lse(z)      entropy = -sum_j p_j log p_j
-    d logits_j = (d_logprob (1[j = index] - p_j) - d_entropy p_j (log p_j + entropy)) / T
+z = logits / T      logprob = z[index] - lse(z)      entropy = -sum_j p_j log p_j
+d logits_j = (d_logprob (1[j = index] - p_j) - d_entropy p_j (log p_j + entropy)) / T
 """
 
 import torch
@@ -152,7 +152,7 @@ def _(logits, index, temperature, ignore_index, side):
     return rows
 
 
-def _native_bwd(logits, index, temperature, ignore_index, rows, d_logprob, d_entropy, out):
+def _native_bwd(out, logits, index, temperature, ignore_index, rows, d_logprob, d_entropy):
     native.selective_log_softmax_bwd(
         logits if logits.stride(-1) == 1 else logits.contiguous(),
         index.contiguous(),
@@ -171,7 +171,7 @@ def _(logits, *rest):
     if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
         return NotImplemented
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _native_bwd(logits, *rest, out)
+    _native_bwd(out, logits, *rest)
     return out
 
 
@@ -179,7 +179,7 @@ def _(logits, *rest):
 def _(logits, *rest):
     if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES or logits.stride(-1) != 1:
         return NotImplemented
-    _native_bwd(logits, *rest, logits)
+    _native_bwd(logits, logits, *rest)
 
 
 @selective_log_softmax_fwd.backend("triton")  # kernels/selective_log_softmax.py
@@ -197,7 +197,7 @@ def _(logits, *rest):
         return NotImplemented
     from flashpo.kernels.selective_log_softmax import backward
 
-    return backward(logits, *rest, torch.empty_like(logits, memory_format=torch.contiguous_format))
+    return backward(torch.empty_like(logits, memory_format=torch.contiguous_format), logits, *rest)
 
 
 @selective_log_softmax_bwd_.backend("triton")
@@ -206,7 +206,7 @@ def _(logits, *rest):
         return NotImplemented
     from flashpo.kernels.selective_log_softmax import backward
 
-    backward(logits, *rest, logits)
+    backward(logits, logits, *rest)
 
 
 class SelectiveLogSoftmax(torch.autograd.Function):

@@ -50,10 +50,10 @@ class TokenStats(NamedTuple):
     """
 
     logprob: Tensor
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logit: Tensor | None = None
-    is_top1: Tensor | None = None
+    entropy: Tensor = None  # type: ignore[assignment]  # whoever asked for it has it
+    log_sum_sq_probs: Tensor = None  # type: ignore[assignment]
+    mean_logit: Tensor = None  # type: ignore[assignment]
+    is_top1: Tensor = None  # type: ignore[assignment]
 
 
 def check_outputs(outputs: tuple[str, ...]) -> bool:
@@ -68,14 +68,10 @@ def check_outputs(outputs: tuple[str, ...]) -> bool:
 
 def select(outputs: tuple[str, ...], shape: torch.Size, logprob: Tensor, entropy: Tensor, side: Tensor) -> TokenStats:
     """The asked outputs of an op's flat results, in the target's shape."""
-    log_sum_sq_probs, mean_logit, is_top1 = side.unbind(0) if side.shape[0] else (None, None, None)
-    return TokenStats(
-        logprob.view(shape),
-        entropy.view(shape) if "entropy" in outputs else None,
-        log_sum_sq_probs.view(shape) if "log_sum_sq_probs" in outputs else None,
-        mean_logit.view(shape) if "mean_logit" in outputs else None,
-        (is_top1 > 0).view(shape) if "is_top1" in outputs else None,
-    )
+    stats = {"logprob": logprob, "entropy": entropy, **dict(zip(SIDE_OUTPUTS, side))}
+    if "is_top1" in stats:
+        stats["is_top1"] = stats["is_top1"] > 0
+    return TokenStats(**{name: x.view(shape) for name, x in stats.items() if name == "logprob" or name in outputs})
 
 
 def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:

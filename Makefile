@@ -1,0 +1,51 @@
+# make demo    stock TRL against FlashPO on a small model, in a few minutes; results in out/demo
+# make test    everything that runs without a GPU
+# Both make .venv first. Others: lint, sanitize, bench, clean.
+
+PYTHON ?= python3
+VENV ?= .venv
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE = 1
+
+RUN = $(VENV)/bin/python
+SITE = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+SOURCES = $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: demo test lint sanitize bench clean
+
+demo: $(VENV)/ready
+	$(RUN) -m flashpo.bench.demo --out out/demo
+
+# The interpreter and the compiler of Triton exclude each other in one process.
+test: $(VENV)/ready
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/test_triton.py
+	$(RUN) -m pytest -q --durations=15 tests
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# Torch comes first and by its exact version: a range would admit another build of it.
+$(VENV)/ready: $(SOURCES)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt torch==2.13.0
+	$(RUN) -m pip install -q -c constraints.txt triton || echo "no Triton for this platform: its tests are skipped"
+	$(RUN) -m pip install -q -c constraints.txt -e ".[trl,test,bench]"
+	touch $@
+
+# A second environment that borrows the first one's packages, but not its FlashPO.
+sanitize: $(VENV)/ready
+	test -x $(VENV)-sanitize/bin/python || $(PYTHON) -m venv $(VENV)-sanitize
+	echo $(abspath $(SITE)) > $$($(VENV)-sanitize/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	$(VENV)-sanitize/bin/python -m pip install -q --no-deps --force-reinstall . \
+		-C cmake.define.FLASHPO_SANITIZE=ON -C cmake.define.FLASHPO_CUDA=OFF -C build-dir=build/sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider tests/test_contract.py \
+		-k "values_and_gradients and native or over_the_logits"
+
+bench: $(VENV)/ready
+	$(RUN) -m flashpo.cli bench
+
+clean:
+	rm -rf $(VENV) $(VENV)-sanitize build dist out

@@ -1,0 +1,103 @@
+"""`flashpo bench`: tables for people first, then one JSON document on the last line of output."""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import torch
+from flashpo.bench import cases
+from flashpo.bench.timing import Device
+
+import flashpo
+from flashpo import _op
+
+SUITES = ("linear_logprob", "selective_log_softmax", "overhead")
+
+
+def machine(device: str) -> dict:
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo") as file:
+            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        name = f"{fields.get('model name', platform.processor())} model {fields.get('model', '?')}"
+    return {
+        "machine": name,
+        "threads": torch.get_num_threads(),
+        "isa": getattr(_op.native, "isa", None),
+        "flashpo": flashpo.__version__,
+        "torch": torch.__version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "load": os.getloadavg()[0],
+    }
+
+
+def show(title: str, records: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for record in records for key in record if key != "variant"))
+    width = max(len(record["variant"]) for record in records)
+    print(f"\n{title}\n{'':{width}}" + "".join(f"  {column}" for column in columns))
+    for record in records:
+        cells = "".join(f"{number(record.get(column)):>{len(column) + 2}}" for column in columns)
+        print(f"{record['variant']:{width}}{cells}", flush=True)
+
+
+def number(x: float | None) -> str:
+    return "" if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def plot(tables: dict[str, list[dict]], folder: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, records in tables.items():
+        unit = "us" if "us" in records[0] else "ms"
+        figure, axes = plt.subplots(figsize=(8, 0.4 * len(records) + 1.2), layout="constrained")
+        names = [record["variant"] for record in records]
+        colours = ["tab:blue" if name.startswith("FlashPO") else "silver" for name in names]
+        bars = axes.barh(names, [record[unit] for record in records], color=colours)
+        axes.bar_label(bars, fmt="%.3g", padding=3)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel=unit)
+        figure.savefig(folder / (title.replace(" ", "_").replace("=", "") + ".png"), dpi=120)
+        plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="flashpo bench", description=__doc__)
+    parser.add_argument("op", nargs="?", choices=SUITES, help="one suite; default: all")
+    parser.add_argument("--peers", action="store_true", help="torch, TRL, Liger, CCE too: what is installed")
+    parser.add_argument("--quick", action="store_true", help="the smallest shape of each op")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FOLDER", help="write a PNG of each table")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="append the JSON document to this .jsonl file")
+    args = parser.parse_args(argv)
+
+    torch.manual_seed(0)
+    document = {**machine(args.device), "command": "flashpo bench " + " ".join(sys.argv[1:] if argv is None else argv)}
+    document["tables"] = tables = {}
+    print(f"{document['machine']}, {document['threads']} threads, {document['isa']}, torch {document['torch']}")
+    for title, records in cases.run(Device(args.device), args.op, args.peers, args.quick):
+        tables[title] = records
+        show(title, records)
+    document["backends"] = flashpo.stats()
+    if args.plot:
+        plot(tables, args.plot)
+    text = json.dumps(document)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            file.write(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

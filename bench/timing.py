@@ -1,0 +1,75 @@
+"""Time and memory of functions that do the same thing: warm, interleaved, medians."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Function = Callable[[], object]
+
+
+class Device:
+    """The CPU, or one CUDA device whose L2 is emptied before each call."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.cuda = name == "cuda"
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=name) if self.cuda else None
+
+    def seconds(self, f: Function) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            f()
+            return time.perf_counter() - start
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        f()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def peak_bytes(self, f: Function) -> int:
+        """By how much memory in use grows at most during f()."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            f()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # resets the high-water mark
+        before = _status_bytes("VmRSS")
+        f()
+        return max(_status_bytes("VmHWM") - before, 0)
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
+
+
+def compare(device: Device, variants: dict[str, Function], budget: float = 4.0, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each variant. All take turns, so that a change of the machine's mood meets all of them.
+
+    Each is warmed up for a tenth of `budget` seconds, then called in at least `rounds` rounds, and in more as long as
+    its share of `budget` lasts.
+    """
+    for f in variants.values():
+        start = time.perf_counter()
+        while True:
+            f()
+            if time.perf_counter() - start > budget / 10:
+                break
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    start = time.perf_counter()
+    while len(next(iter(times.values()))) < rounds or time.perf_counter() - start < budget * len(variants):
+        for name, f in variants.items():
+            times[name].append(device.seconds(f))
+        if len(times[name]) >= 200:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}

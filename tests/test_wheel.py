@@ -1,0 +1,91 @@
+"""The wheel that `pip wheel` makes: what it links, what it holds, and that it works where nothing else is installed."""
+
+import pathlib
+import subprocess
+import sys
+import venv
+import zipfile
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    build = ["-C", f"build-dir={out}/build", "--no-deps", "--quiet", "--wheel-dir", str(out)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *build, str(ROOT)], check=True)
+    return next(out.glob("*.whl"))
+
+
+def test_links_neither_torch_nor_cuda(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        (extension,) = (name for name in archive.namelist() if name.endswith(".so"))
+        archive.extract(extension, tmp_path)
+    dynamic = subprocess.run(["readelf", "-d", tmp_path / extension], capture_output=True, text=True, check=True)
+    needed = [line.split("[")[1].rstrip("]") for line in dynamic.stdout.splitlines() if "(NEEDED)" in line]
+    assert needed
+    assert not [name for name in needed if any(banned in name for banned in ("torch", "c10", "cuda", "cudart", "gomp"))]
+
+
+def test_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    roots = {name.split("/")[0] for name in names}
+    assert roots == {"flashpo", next(root for root in roots if root.endswith(".dist-info"))}
+    assert {"flashpo/py.typed", "flashpo/kernels/linear_logprob.py", "flashpo/bench/run.py"} <= names
+    assert "flashpo/kernels/__init__.py" not in names
+
+
+def test_works_in_a_clean_environment(wheel, tmp_path):
+    """Torch, borrowed from here, is all that there is besides the wheel."""
+    venv.create(tmp_path, with_pip=True)
+    python = tmp_path / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    (tmp_path / "lib" / version / "site-packages" / "torch.pth").write_text(
+        f"{pathlib.Path(torch.__file__).parents[1]}\n"
+    )
+    code = """
+import torch, flashpo
+out = flashpo.linear_logprob(torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 1, 8]))
+assert out.logprob.isfinite().all() and flashpo.stats()["linear_logprob_partial"] == {"native": 1}, flashpo.stats()
+assert flashpo.__file__.startswith(%r)
+"""
+    subprocess.run([python, "-c", code % str(tmp_path)], check=True, cwd=tmp_path)
+    doctor = subprocess.run([tmp_path / "bin" / "flashpo", "doctor"], capture_output=True, text=True, cwd=tmp_path)
+    assert doctor.returncode == 0, doctor.stderr
+    assert "linear_logprob_partial" in doctor.stdout
+
+
+def test_builds_without_a_cuda_compiler(tmp_path):
+    options = ["-C", "cmake.define.FLASHPO_CUDA=OFF", "-C", f"build-dir={tmp_path}/build", "--no-deps", "--quiet"]
+    target = ["--target", str(tmp_path / "site")]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *target, str(ROOT)], check=True)
+    code = "import torch, sys; sys.path.insert(0, sys.argv[1]); from flashpo import _C; print(_C.built_with_cuda)"
+    run = [sys.executable, "-S", "-c", code.replace("import torch, sys", "import sys"), str(tmp_path / "site")]
+    run[-2] = f"import sys; sys.path += {sys.path!r}; " + run[-2]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same(isa):
+    """To rounding: the sets differ in how many sums run side by side."""
+    code = """
+import sys, torch, flashpo
+torch.manual_seed(0)
+h, w, t = torch.randn(33, 24), torch.randn(517, 24), torch.randint(517, (33,))
+h.requires_grad_(), w.requires_grad_()
+out = flashpo.linear_logprob(h, w, t)
+(out.logprob - out.entropy).sum().backward()
+exact = flashpo.linear_logprob(h.double(), w.double(), t)
+for x, y in zip((out.logprob, out.entropy), (exact.logprob, exact.entropy)):
+    torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+assert flashpo._op.native.isa == sys.argv[1]
+"""
+    supported = torch.backends.cpu.get_cpu_capability().lower()
+    if (isa, supported) in (("avx2", "default"), ("avx512", "default"), ("avx512", "avx2")):
+        pytest.skip(f"this CPU has {supported}")
+    subprocess.run([sys.executable, "-c", code, isa], check=True, env={"FLASHPO_ISA": isa})
