@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpo.kernels.token_stats import ENTROPY, LN2, LOG2E, LOG_Z, LOG_Z_REST, LOWEST, fold, join, store_partial
+from flashpo.kernels.token_stats import (
+    ENTROPY,
+    LN2,
+    LOG2E,
+    LOG_Z,
+    LOG_Z_REST,
+    LOWEST,
+    fold,
+    join,
+    log2_prob,
+    store_partial,
+)
 from flashpo.ops._check import check_range
 
 # Columns of the vocabulary a program folds. It depends on nothing, so that neither does the order in which a token's
@@ -136,24 +147,24 @@ def partial_kernel(
     n = tl.load(order + i, mask=i < count, other=0)  # a token past the last costs nothing more and is not stored
     own = tl.load(target + n) - vocab_start
     bits = inverse_temperature(token_temperature, temperature, n) * LOG2E
-    ref = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    weighted, sq_sum, y_sum, y_target, before = total, total, total, ref, ref
+    weighted, sq_sum, y_sum, z_target, before = total, total, total, top, top
     for start in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, J), BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         x = logits_tile(hidden, weight, n, v, J, H, stride_h, stride_w, DTYPE, BLOCK_N, BLOCK_V, BLOCK_H)
         z, _ = transform(x, bias, v, J, logit_scale, softcap)
         z = tl.where(v[None, :] < J, z, float("-inf"))
-        y_target = tl.maximum(y_target, tl.max(tl.where(v[None, :] == own[:, None], z, float("-inf")), 1) * bits)
-        ref, total, weighted, sq_sum, y_sum, before = fold(
-            ref, total, weighted, sq_sum, y_sum, before, z, bits, v, own, J, SIDE
+        z_target = tl.maximum(z_target, tl.max(tl.where(v[None, :] == own[:, None], z, float("-inf")), 1))
+        top, total, weighted, sq_sum, y_sum, before = fold(
+            top, total, weighted, sq_sum, y_sum, before, z, bits, v, own, J, SIDE
         )
     R: tl.constexpr = 8 if SIDE else 4
     N = N.to(tl.int64)
     part = out + (split * R).to(tl.int64) * N
-    base = tl.maximum(ref, LOWEST)
-    y_target, before, top = y_target - base, before - base, ref - base
-    store_partial(part, n, i < count, N, ref, total, weighted, y_target, sq_sum, y_sum, before, top, SIDE)
+    base = tl.maximum(top, LOWEST)
+    y_target, before, relative = (z_target - base) * bits, (before - base) * bits, (top - base) * bits
+    store_partial(part, n, i < count, N, top * bits, total, weighted, y_target, sq_sum, y_sum, before, relative, SIDE)
 
 
 @triton.jit(do_not_specialize=["N", "S", "ignore_index"], do_not_specialize_on_alignment=["target"])
@@ -225,8 +236,8 @@ def d_logits_kernel(
     cold = inverse_temperature(token_temperature, temperature, n)
     at = rows + n
     N = N.to(tl.int64)
-    relative = tl.fma(z, (cold * LOG2E)[:, None], -tl.maximum(tl.load(at + N * LOG_Z), LOWEST)[:, None])
-    logp = tl.maximum(relative - tl.load(at + N * LOG_Z_REST)[:, None], LOWEST)  # bits
+    log_z, log_z_rest = tl.load(at + N * LOG_Z)[:, None], tl.load(at + N * LOG_Z_REST)[:, None]
+    logp = log2_prob(z, (cold * LOG2E)[:, None], log_z, log_z_rest)
     p = tl.exp2(logp)
     d = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if d_logprob is not None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpo.kernels.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOWEST, fold, store_stats
+from flashpo.kernels.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOWEST, fold, log2_prob, store_stats
 from flashpo.ops._check import check_range
 
 
@@ -36,20 +36,20 @@ def forward_kernel(
             tl.store(out + N * r + n, tl.zeros((1,), tl.float32))
         return
     base = logits + (row // T) * stride_b + (row % T) * stride_t
-    ref = tl.full((1,), float("-inf"), tl.float32)
+    top = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
-    weighted, sq_sum, y_sum, before = total, total, total, ref
+    weighted, sq_sum, y_sum, before = total, total, total, top
     scales = tl.full((1,), 1.0, tl.float32) * scale
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(base + cols, mask=cols < V, other=float("-inf")).to(tl.float32)[None, :]
-        ref, total, weighted, sq_sum, y_sum, before = fold(
-            ref, total, weighted, sq_sum, y_sum, before, x, scales, cols, target, V, SIDE
+        top, total, weighted, sq_sum, y_sum, before = fold(
+            top, total, weighted, sq_sum, y_sum, before, x, scales, cols, target, V, SIDE
         )
     x_target = tl.load(base + target).to(tl.float32)
-    relative = tl.fma(x_target, scales, -tl.maximum(ref, LOWEST))
-    is_top1 = (x_target * scale >= ref) & (x_target * scale > before)
-    store_stats(out, n, n < N, N, ref, total, weighted, relative, sq_sum, y_sum, is_top1, mean_scale, SIDE)
+    relative = (x_target - tl.maximum(top, LOWEST)) * scale
+    is_top1 = (x_target >= top) & (x_target > before)
+    store_stats(out, n, n < N, N, top * scale, total, weighted, relative, sq_sum, y_sum, is_top1, mean_scale, SIDE)
 
 
 # per-token arguments may be rows of one tensor, whose alignment varies with their length
@@ -86,8 +86,7 @@ def backward_kernel(
     x = tl.load(logits + (row // T) * stride_b + (row % T) * stride_t + cols, mask=cols < V, other=0.0)
     at = rows + row
     N = N.to(tl.int64)
-    relative = tl.fma(x.to(tl.float32), scale, -tl.maximum(tl.load(at + N * LOG_Z), LOWEST))
-    logp = tl.maximum(relative - tl.load(at + N * LOG_Z_REST), LOWEST)  # bits
+    logp = log2_prob(x.to(tl.float32), scale, tl.load(at + N * LOG_Z), tl.load(at + N * LOG_Z_REST))
     p = tl.exp2(logp)
     d = tl.zeros((BLOCK,), tl.float32)
     if d_logprob is not None:

@@ -19,25 +19,33 @@ LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST = (tl.constexpr(row) for row in range(4))
 
 
 @triton.jit
-def fold(ref, total, weighted, sq_sum, y_sum, before, x, scale, cols, target, vocab, SIDE: tl.constexpr):
-    """Add the tile y = x (R, C) scale (R,) of columns `cols` to the sums (R,) so far; x is -inf where cols >= vocab.
+def fold(top, total, weighted, sq_sum, y_sum, before, x, scale, cols, target, vocab, SIDE: tl.constexpr):
+    """Add the tile x (R, C) of columns `cols` to the sums (R,) so far; y = x scale (R,), x is -inf where cols >= vocab.
 
-    BEFORE is in absolute bits here, relative to nothing.
+    `top` and `before` are the largest x so far, not bits: (x - top) scale is exactly 0 for the largest, and no compiler
+    can round it otherwise by making a fused multiply-add of x scale - top scale.
     """
-    top = tl.maximum(ref, tl.max(x, 1) * scale)
-    base = tl.maximum(top, LOWEST)  # finite even if all logits so far are -inf
-    shifted = tl.maximum(tl.fma(x, scale[:, None], -base[:, None]), LOWEST)
+    raised = tl.maximum(top, tl.max(x, 1))
+    base = tl.maximum(raised, LOWEST)  # finite even if all logits so far are -inf
+    shifted = tl.maximum((x - base[:, None]) * scale[:, None], LOWEST)
     e = tl.exp2(shifted)
-    shift = tl.maximum(ref - base, LOWEST)
+    shift = tl.maximum((top - base) * scale, LOWEST)
     rescale = tl.exp2(shift)
     weighted = (weighted + shift * total) * rescale + tl.sum(e * shifted, 1)
     total = total * rescale + tl.sum(e, 1)
     if SIDE:
         sq_sum = sq_sum * rescale * rescale + tl.sum(e * e, 1)
         y_sum += tl.sum(tl.where(cols[None, :] < vocab, x, 0.0), 1) * scale
-        earlier = tl.where(cols[None, :] < target[:, None], x, float("-inf"))
-        before = tl.maximum(before, tl.max(earlier, 1) * scale)
-    return top, total, weighted, sq_sum, y_sum, before
+        before = tl.maximum(before, tl.max(tl.where(cols[None, :] < target[:, None], x, float("-inf")), 1))
+    return raised, total, weighted, sq_sum, y_sum, before
+
+
+@triton.jit
+def log2_prob(x, scale, log_z, log_z_rest):
+    """log2 of softmax from the rows of `store_stats`; finite for -inf. The first maximum also keeps x scale - log_z
+    from being fused: it is exactly 0 for the largest logit, whose product was rounded to make log_z."""
+    y = tl.maximum(x * scale, LOWEST)
+    return tl.maximum((y - tl.maximum(log_z, LOWEST)) - log_z_rest, LOWEST)
 
 
 @triton.jit

@@ -17,6 +17,8 @@ def pytest_configure(config):
     x = torch.linspace(-5, 5, 4096)
     x.exp(), x.abs().log(), x.logsumexp(0)
     torch.set_num_threads(threads)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreter  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):

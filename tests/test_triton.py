@@ -16,42 +16,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is chosen when Triton is imported: set TRITON_INTERPRET=1", allow_module_level=True)
 
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
 from flashpo.kernels import linear_logprob as kernels
 
 ALL = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
 
-
-@pytest.fixture(autouse=True)
-def bfloat16_as_on_a_gpu(monkeypatch):
-    """Triton 3.7's interpreter multiplies matrices of bfloat16 bit patterns, and truncates to bfloat16."""
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def rounding_cast(self, x, dtype):
-        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, x, dtype)
-        return TensorHandle(torch.tensor(x.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
-
-    def dot_of_numbers(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = cast(self, a, tl.float32), cast(self, b, tl.float32)
-        return dot(self, a, b, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_of_numbers)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN, so that an element that no kernel wrote shows."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def results(f, inputs, upstream, backend):
@@ -142,10 +113,9 @@ def test_selective_log_softmax_masked_vocabulary():
 
 
 def test_large_logits():
-    """Far from 0 too, probabilities add up to 1 in the gradient: it is taken relative to the largest logit."""
+    """Far from 0 too, results are those of the same logits near it: all is relative to the largest one."""
     logits, index = torch.randn(1, 4, 9000) * 3 + torch.tensor([[[-3e4], [100.0], [3e3], [1e5]]]), indices((1, 4), 9000)
-    _, (grad,) = compare(lambda x: selective_log_softmax(x, index, outputs=ALL), [logits], (1, 4), torch.ones(2, 1, 4))
-    assert grad.double().sum(-1).abs().max() < 1e-5
+    compare(lambda x: selective_log_softmax(x, index, outputs=ALL), [logits], (1, 4))
 
 
 def test_top1_is_the_first_of_equals():
