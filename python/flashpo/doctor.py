@@ -69,9 +69,7 @@ PROBES = {
 
 def _run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wide: torch.dtype) -> list[Tensor]:
     """Results and gradients, under random upstream gradients, of inputs rounded to `dtype` and kept as `wide`."""
-    cast = [
-        x.to(dtype).to(device, wide).requires_grad_() if x.dtype == torch.float64 else x.to(device) for x in inputs
-    ]
+    cast = [x.to(dtype).to(device, wide).requires_grad_() if x.dtype == torch.float64 else x.to(device) for x in inputs]
     results = fn(*cast)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(r.shape, generator=generator).to(r) for r in results]
@@ -125,6 +123,10 @@ def check_all(devices: list[str]) -> bool:
                     except NotImplementedError:
                         print(f"{line} not implemented", flush=True)
                         continue
+                    except Exception as error:  # a stale build, a driver too old: the very thing to report
+                        failed += 1
+                        print(f"{line} FAILED: {type(error).__name__}: {error}", flush=True)
+                        continue
                     failed += not result.passed
                     verdict = "ok" if result.passed else "FAILED"
                     print(f"{line} {result.error:9.1e} {result.of_torch:9.1e} {verdict}", flush=True)
@@ -150,11 +152,13 @@ def machine() -> list[tuple[str, str]]:
         ("native", "not built" if native is None else f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
     ]
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
+    built = torch.version.cuda or torch.version.hip
+    if built is None or not torch.cuda.is_available():
         return [*facts, ("cuda", f"no device (torch built for {built})" if built else "torch built without it")]
-    driver = torch._C._cuda_getDriverVersion() if torch.version.cuda else 0
-    facts.append(("cuda", f"{torch.version.cuda or torch.version.hip}, driver for {driver // 1000}.{driver % 1000 // 10}"))
+    facts.append(("cuda", built))
+    if torch.version.cuda:
+        driver = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009: not in torch's stubs of a CPU build
+        facts.append(("driver", f"for CUDA up to {driver // 1000}.{driver % 1000 // 10}"))
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         facts.append((f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
@@ -162,14 +166,14 @@ def machine() -> list[tuple[str, str]]:
 
 
 def chosen(device: str) -> tuple[dict[str, str], str | None]:
-    """The backend that each operator of the probes takes for fp32 tensors, and the error of a forced one that cannot."""
+    """The backend that each operator of the probes takes for fp32 tensors, and what went wrong."""
     before = _op.CALLS.copy()
     problem = None
     for probe in PROBES.values():
         try:
             _run(probe.ours, probe.make(), device, torch.float32, torch.float32)
-        except NotImplementedError as error:
-            problem = str(error)
+        except Exception as error:  # a forced backend that cannot run, a stale build: the very thing to report
+            problem = f"{type(error).__name__}: {error}"
     used = {op: backend for (op, backend), n in _op.CALLS.items() if n > before[op, backend]}
     _op.CALLS.clear()
     _op.CALLS.update(before)

@@ -1,0 +1,226 @@
+"""`make demo`: the same unmodified TRL scripts with and without `flashpo run`, on arithmetic, on any CPU, in minutes.
+
+Runs examples/sft.py and then, from the stock run's checkpoint, examples/grpo.py, each stock and accelerated with the
+same seeds; prints a table, writes demo.png and demo.json. A step's time is the median of the times between the
+trainer's log lines, so it holds everything: data, generation, optimiser. The LM head alone is timed in this process,
+interleaved, through the same TRL function on the SFT and GRPO shapes of the demo.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+STOCK = [sys.executable]
+FLASHPO = [sys.executable, "-m", "flashpo.run"]
+FIRST_STEPS = 5  # not timed: allocations and caches
+FOOTNOTE = """
+The model is a small Qwen3 with random weights, 4 layers, hidden size 128 and a vocabulary of 2,048, of which the data
+use 16: the head has the share of the work that it has in Qwen3-0.6B, but sequences of 20 tokens are far from real ones.
+The head was timed apart, its two variants interleaved; the runs follow one another, so a busy machine distorts their
+ratios. Peak memory is the process's, most of it libraries; stock TRL's tile is 32,768 columns wide, whatever V is."""
+
+
+class Run(NamedTuple):
+    step_time: float  # seconds
+    tokens_per_s: float
+    peak_memory: float  # bytes, of the process
+    loss: list[float]
+    reward: list[float]
+
+
+def train(title: str, python: list[str], script: str, out: Path, steps: int, *args: str) -> Run:
+    """Run the script in a process of its own and read its progress from the log lines that the trainer prints."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [*python, EXAMPLES / script, "--output-dir", out, "--max-steps", str(steps), *args]
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads take ten times as long where the CPU is shared
+    times = []
+    with open(out / "stderr.log", "w") as errors, tqdm(total=steps, desc=title, unit="step") as bar:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+        try:
+            for line in process.stdout:
+                if line.startswith("{'loss'"):
+                    times.append(time.perf_counter())
+                    bar.update()
+        except BaseException:
+            process.kill()
+            raise
+        _, status, usage = os.wait4(process.pid, 0)  # the peak memory of this child alone
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        tail = (out / "stderr.log").read_text()[-3000:]
+        raise SystemExit(f"{title} failed with status {process.returncode}; the end of {out / 'stderr.log'}:\n{tail}")
+
+    history = [row for row in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+    step_time = statistics.median(b - a for a, b in zip(times[FIRST_STEPS:], times[FIRST_STEPS + 1 :]))
+    return Run(
+        step_time,
+        history[-1]["num_tokens"] / len(history) / step_time,
+        usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        [row["loss"] for row in history],
+        [row["reward"] for row in history if "reward" in row],
+    )
+
+
+def head_times(checkpoint: Path, batch: int, outputs: tuple[str, ...], repeats: int = 15) -> tuple[float, float]:
+    """Median seconds of the LM head, forward and backward, stock and accelerated, on `batch` problems."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from trl.trainer.utils import add_fused_lm_head
+
+    import flashpo.trl
+    from flashpo.trl.patch import stock
+
+    sys.path.insert(0, str(EXAMPLES))
+    import arithmetic
+
+    rows = arithmetic.problems(batch, seed=2)
+    tokens = AutoTokenizer.from_pretrained(checkpoint)
+    prompts, completions = ([tokens(row[key])["input_ids"] for row in rows] for key in ("prompt", "completion"))
+    length = max(len(p) + len(c) for p, c in zip(prompts, completions)) + 1
+    labels = torch.full((batch, length), -100)
+    for row, prompt, completion in zip(labels, prompts, completions):
+        end = len(prompt) + len(completion)
+        row[len(prompt) : end + 1] = torch.tensor([*completion, tokens.eos_token_id])
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    hidden = torch.randn(batch, length, model.config.hidden_size, requires_grad=True)
+
+    class Hidden(torch.nn.Module):
+        """Stands for the layers below the head."""
+
+        def forward(self, **_):
+            return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    model.model = Hidden()
+    add_fused_lm_head(model, outputs=outputs)
+
+    def step() -> float:
+        start = time.perf_counter()
+        model(labels=labels, fused_lm_head=True).loss.backward()
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {"stock": [], "flashpo": []}
+    for _ in tqdm(range(repeats + 3), desc=f"LM head, {batch} sequences", unit="pair"):
+        with stock():
+            times["stock"].append(step())
+        with flashpo.trl.patched():
+            times["flashpo"].append(step())
+    return tuple(statistics.median(values[3:]) for values in times.values())
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table(sft: list[Run], grpo: list[Run], heads: list[tuple[float, float]]) -> str:
+    lines = [f"{'':28s}{'stock TRL':>12s}{'flashpo run':>13s}{'ratio':>8s}"]
+
+    def row(name: str, a: float, b: float, form: str, better: float | None = None) -> None:
+        ratio = "" if better is None else f"{better:7.2f}x"
+        lines.append(f"{name:28s}{form.format(a):>12s}{form.format(b):>13s}{ratio:>8s}")
+
+    for name, (a, b), head in (("SFT", sft, heads[0]), ("GRPO", grpo, heads[1])):
+        row(f"{name} step, ms", 1e3 * a.step_time, 1e3 * b.step_time, "{:.1f}", a.step_time / b.step_time)
+        row(f"{name} LM head, ms", 1e3 * head[0], 1e3 * head[1], "{:.1f}", head[0] / head[1])
+        row(f"{name} tokens/s", a.tokens_per_s, b.tokens_per_s, "{:.0f}", b.tokens_per_s / a.tokens_per_s)
+        peaks = [run.peak_memory / 2**20 for run in (a, b)]
+        row(f"{name} peak memory, MiB", *peaks, "{:.0f}", peaks[0] / peaks[1])
+        row(f"{name} last loss", a.loss[-1], b.loss[-1], "{:.4f}")
+    for when, part in (("first", slice(10)), ("last", slice(-10, None))):
+        row(f"GRPO reward, {when} 10 steps", *(mean(run.reward[part]) for run in grpo), "{:.3f}")
+    return "\n".join(lines)
+
+
+def differences(sft: list[Run], grpo: list[Run]) -> str:
+    a, b = (run.loss for run in sft)
+    same = next((i for i, (x, y) in enumerate(zip(*(run.reward for run in grpo))) if x != y), len(grpo[0].reward))
+    apart = [abs(x - y) for x, y in zip(*(run.loss[: max(same, 1)] for run in grpo))]
+    return (
+        f"SFT, largest difference of a step's loss: {max(abs(x - y) for x, y in zip(a, b)):.1e} "
+        f"(first 10 steps {max(abs(x - y) for x, y in zip(a[:10], b[:10])):.1e}; loss {a[0]:.2f} -> {a[-1]:.2f}).\n"
+        f"GRPO, the same over the first {len(apart)} steps, before sampling told them apart: {max(apart):.1e}. "
+        "From there on\nthe two runs draw other completions and only their rewards are comparable."
+    )
+
+
+def plot(path: Path, sft: list[Run], grpo: list[Run], heads: list[tuple[float, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (rewards, losses, bars) = plt.subplots(1, 3, figsize=(15, 4))
+    for run, one_loss, name, colour in zip(grpo, sft, ("stock TRL", "flashpo run"), ("tab:gray", "tab:orange")):
+        smooth = [mean(run.reward[max(0, i - 4) : i + 1]) for i in range(len(run.reward))]
+        rewards.plot(run.reward, color=colour, alpha=0.25)
+        rewards.plot(smooth, color=colour, label=name)
+        losses.plot(one_loss.loss, color=colour, label=name, linestyle="-" if name == "stock TRL" else "--")
+    rewards.set(title="GRPO: reward (mean of 5 steps)", xlabel="step", ylim=(0, 1))
+    losses.set(title="SFT: loss", xlabel="step", yscale="log")
+    pairs = {
+        "SFT step": [run.step_time for run in sft],
+        "SFT head": heads[0],
+        "GRPO step": [run.step_time for run in grpo],
+        "GRPO head": heads[1],
+    }
+    for i, (name, colour) in enumerate((("stock TRL", "tab:gray"), ("flashpo run", "tab:orange"))):
+        at = [x + (i - 0.5) * 0.4 for x in range(len(pairs))]
+        drawn = bars.bar(at, [1e3 * pair[i] for pair in pairs.values()], 0.4, color=colour, label=name)
+        bars.bar_label(drawn, fmt="%.0f")
+    bars.set_xticks(range(len(pairs)), pairs)
+    bars.set(title="Time, ms")
+    for axes in (rewards, losses, bars):
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="flashpo.bench.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--sft-steps", type=int, default=250)
+    parser.add_argument("--grpo-steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if not EXAMPLES.is_dir():
+        raise SystemExit(f"the demo runs the scripts of FlashPO's repository; there is no {EXAMPLES}")
+    if min(args.sft_steps, args.grpo_steps) < FIRST_STEPS + 2:
+        raise SystemExit(f"--sft-steps and --grpo-steps must be at least {FIRST_STEPS + 2}")
+    out, seed = args.out, ("--seed", str(args.seed))
+    subprocess.run([sys.executable, EXAMPLES / "arithmetic.py", out, *seed], check=True, stderr=subprocess.DEVNULL)
+
+    def pair(script: str, steps: int, model: Path) -> list[Run]:
+        return [
+            train(f"{script} {name}", python, script, out / f"{script[:-3]}-{name}", steps, "--model", model, *seed)
+            for name, python in (("stock", STOCK), ("flashpo", FLASHPO))
+        ]
+
+    sft = pair("sft.py", args.sft_steps, out / "model")
+    checkpoint = out / "sft-stock"  # for both GRPO runs
+    grpo = pair("grpo.py", args.grpo_steps, checkpoint)
+    heads = [
+        head_times(checkpoint, 64, ("log_probs", "entropy", "is_top1")),
+        head_times(checkpoint, 128, ("log_probs", "entropy")),
+    ]
+    print("\n" + table(sft, grpo, heads) + "\n\n" + differences(sft, grpo))
+    print(FOOTNOTE)
+    plot(out / "demo.png", sft, grpo, heads)
+    results = {"sft": [r._asdict() for r in sft], "grpo": [r._asdict() for r in grpo], "head_seconds": heads}
+    (out / "demo.json").write_text(json.dumps(results))
+    print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

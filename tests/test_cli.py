@@ -1,0 +1,110 @@
+"""The command line: help, errors, `doctor` and its check."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flashpo
+from flashpo import _op, cli, doctor
+
+
+def python_m(*args, **env):
+    command = [sys.executable, "-m", "flashpo", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
+
+
+def test_help_names_every_command():
+    result = python_m("--help")
+    assert result.returncode == 0
+    assert all(word in result.stdout for word in ("run script.py", "doctor", "bench"))
+
+
+def test_no_command_is_help(capsys):
+    assert cli.main([]) == 0
+    assert "usage: flashpo" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == flashpo.__version__
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["accelerate"]) == 2
+    assert "'accelerate'" in capsys.readouterr().err
+
+
+def test_unknown_backend_says_which_there_are():
+    result = python_m("doctor", FLASHPO_BACKEND="cuda")
+    assert result.returncode == 1
+    assert "backend must be one of ('native', 'triton', 'torch') or None, got 'cuda'" in result.stderr
+
+
+def test_run_without_a_script(capsys):
+    assert cli.main(["run"]) == 2
+    assert "flashpo run" in capsys.readouterr().err
+
+
+def test_run_passes_arguments(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    assert "['--lr', '1']" in python_m("run", str(script), "--lr", "1").stdout
+
+
+def test_doctor_shows_every_operator_and_reason(capsys):
+    before = flashpo.stats()
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in _op.OPS)
+    assert all(name in out for name in ("torch", "triton", "threads", "native"))
+    for backend in _op.BACKENDS:
+        reason = _op.why_unavailable(backend, "cpu")
+        assert reason is None or f"{backend}: {reason}" in out
+    assert flashpo.stats() == before
+
+
+def test_doctor_probes_every_operator():
+    used, problem = doctor.chosen("cpu")
+    assert problem is None
+    assert set(used) == set(_op.OPS), "an operator without a probe in flashpo.doctor"
+    best = "native" if _op.why_unavailable("native", "cpu") is None else "torch"
+    assert set(used.values()) == {best}
+
+
+def test_doctor_reports_a_forced_backend_that_cannot_run(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_op, "why_unavailable", lambda backend, device: "too old" if backend == "triton" else None)
+    with flashpo.backend("triton"):
+        assert cli.main(["doctor"]) == 0
+    assert "ERROR: NotImplementedError: flashpo::" in capsys.readouterr().out
+
+
+def test_check_passes(capsys):
+    assert cli.main(["doctor", "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "all checks passed" in out
+    assert "FAILED" not in out
+    for name in doctor.PROBES:
+        for backend in _op.BACKENDS:
+            if _op.why_unavailable(backend, "cpu") is None:
+                assert any(name in line and backend in line and "ok" in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize("broken", ["wrong by 1 %", "NaN", "raises"])
+def test_check_fails(monkeypatch, capsys, broken):
+    probe = doctor.PROBES["linear_logprob"]
+
+    def ours(*inputs):
+        if broken == "raises":
+            raise RuntimeError("undefined symbol")
+        factor = 1.01 if broken == "wrong by 1 %" else torch.nan
+        return tuple(x * factor for x in probe.ours(*inputs))
+
+    monkeypatch.setattr(doctor, "PROBES", {"linear_logprob": doctor.Probe(probe.make, ours, probe.plain)})
+    assert cli.main(["doctor", "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "checks FAILED" in out
+    assert broken != "raises" or "RuntimeError: undefined symbol" in out

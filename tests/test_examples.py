@@ -1,0 +1,111 @@
+"""The examples: the arithmetic, its tokenizer and model, two steps of each script, stock and under `flashpo run`."""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def examples_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    sys.path.insert(0, str(EXAMPLES))
+    import arithmetic
+
+    sys.path.remove(str(EXAMPLES))
+    return arithmetic.save(tmp_path_factory.mktemp("model"), vocab_size=64, hidden_size=32, layers=1)
+
+
+def run(python, script, out, model, *args):
+    small = ["--model", model, "--output-dir", out, "--max-steps", "2", "--batch-size", "8"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *python, EXAMPLES / script, *small, *args],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [row for row in history if "loss" in row], result.stderr
+
+
+def test_problems_are_right_and_reproducible():
+    import arithmetic
+
+    assert arithmetic.problems(5, seed=3) == arithmetic.problems(5, seed=3)
+    finished = 0
+    for row in arithmetic.problems(200, seed=0):
+        terms = [int(term) for term in row["prompt"].rstrip("=").split("+")]
+        assert int(row["answer"]) == sum(terms)
+        totals = [int(total) for total in row["completion"].split(",")]
+        assert totals == [sum(terms[:n]) for n in range(2, len(totals) + 2)]
+        finished += len(totals) == len(terms) - 1
+    assert 70 < finished < 130
+
+
+def test_tokenizer_gives_the_text_back():
+    import arithmetic
+
+    tokens = arithmetic.tokenizer()
+    row = arithmetic.problem(random.Random(0))
+    text = row["prompt"] + row["completion"]
+    ids = tokens(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert tokens.decode(ids) == text
+    assert tokens.unk_token_id not in ids
+
+
+def test_head_has_the_share_of_qwen3():
+    import arithmetic
+
+    model = arithmetic.model()
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    head = model.lm_head.weight.numel()
+    assert 0.24 < head / (head + layers) < 0.28  # Qwen3-0.6B: 0.26
+
+
+def test_reward_is_for_the_last_number():
+    import grpo
+
+    completions = ["7,13", "7", "", "13,7", [{"role": "assistant", "content": "so it is 13"}]]
+    assert grpo.exact_answer(completions, answer=["13"] * 5) == [1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_sft(model, tmp_path):
+    stock, _ = run([], "sft.py", tmp_path / "stock", model)
+    ours, said = run(["-m", "flashpo", "run"], "sft.py", tmp_path / "flashpo", model)
+    assert "linear_logprob" in said
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in stock], rel=1e-4)
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_dataset_from_a_file(script, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+2=", "completion": "3", "answer": "3"}\n' * 16)
+    rows = importlib.import_module(script).load(argparse.Namespace(dataset=str(data)))
+    assert len(rows) == 16
+    assert rows[0] == {"prompt": "1+2=", "completion": "3", "answer": "3"}
+
+
+def test_grpo(model, tmp_path):
+    few = "--num-generations", "4", "--max-completion-length", "8"
+    for python in [], ["-m", "flashpo", "run"]:
+        out = tmp_path / (python[-1] if python else "stock")
+        history, said = run(python, "grpo.py", out, model, *few)
+        assert [0 <= row["reward"] <= 1 for row in history] == [True, True]
+        assert ("linear_logprob" in said) == bool(python)
