@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 
 import torch
-from flashpo.bench import peers
-from flashpo.bench.timing import Device, compare
 
 from flashpo import linear_logprob, selective_log_softmax
+from flashpo.bench import peers
+from flashpo.bench.timing import Device, compare
 
 HEAD_SHAPES = {"cpu": [(1024, 896, 32768), (2048, 1024, 151936)], "cuda": [(8192, 4096, 151936)]}  # N, H, V
 LOGITS_SHAPES = {"cpu": (2048, 151936), "cuda": (8192, 151936)}  # larger than any cache

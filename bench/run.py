@@ -9,11 +9,11 @@ import sys
 import time
 
 import torch
-from flashpo.bench import cases
-from flashpo.bench.timing import Device
 
 import flashpo
 from flashpo import _op
+from flashpo.bench import cases
+from flashpo.bench.timing import Device
 
 SUITES = ("linear_logprob", "selective_log_softmax", "overhead")
 
