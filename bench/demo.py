@@ -34,6 +34,7 @@ class Run(NamedTuple):
     tokens_per_s: float
     peak_memory: float  # bytes, of the process
     loss: list[float]
+    grad_norm: list[float]
     reward: list[float]
 
 
@@ -67,6 +68,7 @@ def train(title: str, python: list[str], script: str, out: Path, steps: int, *ar
         history[-1]["num_tokens"] / len(history) / step_time,
         usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         [row["loss"] for row in history],
+        [row["grad_norm"] for row in history],
         [row["reward"] for row in history if "reward" in row],
     )
 
@@ -96,16 +98,11 @@ def head_times(checkpoint: Path, batch: int, outputs: tuple[str, ...], repeats: 
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     hidden = torch.randn(batch, length, model.config.hidden_size, requires_grad=True)
 
-    class Hidden(torch.nn.Module):
-        """Stands for the layers below the head."""
-
-        def forward(self, **_):
-            return BaseModelOutputWithPast(last_hidden_state=hidden)
-
-    model.model = Hidden()
+    model.model.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden)  # the layers cost nothing
     add_fused_lm_head(model, outputs=outputs)
 
     def step() -> float:
+        model.zero_grad()
         start = time.perf_counter()
         model(labels=labels, fused_lm_head=True).loss.backward()
         return time.perf_counter() - start
@@ -143,14 +140,17 @@ def table(sft: list[Run], grpo: list[Run], heads: list[tuple[float, float]]) -> 
 
 
 def differences(sft: list[Run], grpo: list[Run]) -> str:
-    a, b = (run.loss for run in sft)
-    same = next((i for i, (x, y) in enumerate(zip(*(run.reward for run in grpo))) if x != y), len(grpo[0].reward))
-    apart = [abs(x - y) for x, y in zip(*(run.loss[: max(same, 1)] for run in grpo))]
+    def largest(a: list[float], b: list[float], steps: int, relative: bool = False) -> str:
+        return f"{max(abs(x - y) / (abs(x) if relative else 1) for x, y in zip(a[:steps], b[:steps])):.1e}"
+
+    (a, b), total = (run.loss for run in sft), len(grpo[0].reward)
+    same = next((i for i, (x, y) in enumerate(zip(*(run.reward for run in grpo))) if x != y), total)
+    norms = largest(*(run.grad_norm for run in grpo), max(same, 1), relative=True)
     return (
-        f"SFT, largest difference of a step's loss: {max(abs(x - y) for x, y in zip(a, b)):.1e} "
-        f"(first 10 steps {max(abs(x - y) for x, y in zip(a[:10], b[:10])):.1e}; loss {a[0]:.2f} -> {a[-1]:.2f}).\n"
-        f"GRPO, the same over the first {len(apart)} steps, before sampling told them apart: {max(apart):.1e}. "
-        "From there on\nthe two runs draw other completions and only their rewards are comparable."
+        f"SFT, largest difference of a step's loss: {largest(a, b, 10)} in the first 10 steps, {largest(a, b, 50)} in 50, "
+        f"{largest(a, b, len(a))} in all {len(a)}:\ntraining amplifies what rounding began. GRPO: on-policy losses are the "
+        f"mean advantage whatever the log-probs, so\ncompare the gradient's norm: {norms} relative in the {max(same, 1)} of "
+        f"{total} steps before sampling tells the runs apart."
     )
 
 
@@ -161,11 +161,12 @@ def plot(path: Path, sft: list[Run], grpo: list[Run], heads: list[tuple[float, f
     import matplotlib.pyplot as plt
 
     figure, (rewards, losses, bars) = plt.subplots(1, 3, figsize=(15, 4))
-    for run, one_loss, name, colour in zip(grpo, sft, ("stock TRL", "flashpo run"), ("tab:gray", "tab:orange")):
-        smooth = [mean(run.reward[max(0, i - 4) : i + 1]) for i in range(len(run.reward))]
-        rewards.plot(run.reward, color=colour, alpha=0.25)
-        rewards.plot(smooth, color=colour, label=name)
-        losses.plot(one_loss.loss, color=colour, label=name, linestyle="-" if name == "stock TRL" else "--")
+    styles = ("stock TRL", "tab:gray", "-"), ("flashpo run", "tab:orange", "--")
+    for of_sft, of_grpo, (name, colour, dashes) in zip(sft, grpo, styles):
+        smooth = [mean(of_grpo.reward[max(0, i - 4) : i + 1]) for i in range(len(of_grpo.reward))]
+        rewards.plot(of_grpo.reward, dashes, color=colour, alpha=0.25)
+        rewards.plot(smooth, dashes, color=colour, label=name)
+        losses.plot(of_sft.loss, dashes, color=colour, label=name)
     rewards.set(title="GRPO: reward (mean of 5 steps)", xlabel="step", ylim=(0, 1))
     losses.set(title="SFT: loss", xlabel="step", yscale="log")
     pairs = {
@@ -174,12 +175,13 @@ def plot(path: Path, sft: list[Run], grpo: list[Run], heads: list[tuple[float, f
         "GRPO step": [run.step_time for run in grpo],
         "GRPO head": heads[1],
     }
-    for i, (name, colour) in enumerate((("stock TRL", "tab:gray"), ("flashpo run", "tab:orange"))):
+    for i, (name, colour, _) in enumerate(styles):
         at = [x + (i - 0.5) * 0.4 for x in range(len(pairs))]
         drawn = bars.bar(at, [1e3 * pair[i] for pair in pairs.values()], 0.4, color=colour, label=name)
         bars.bar_label(drawn, fmt="%.0f")
     bars.set_xticks(range(len(pairs)), pairs)
     bars.set(title="Time, ms")
+    bars.margins(y=0.15)
     for axes in (rewards, losses, bars):
         axes.legend()
     figure.tight_layout()

@@ -8,6 +8,8 @@ from inputs import ALL, CASES, DTYPES, IGNORED, Case, backends
 import flashpo
 from flashpo import linear_logprob, selective_log_softmax
 from flashpo._op import OPS
+from flashpo.ops.linear_logprob import linear_logprob_partial
+from flashpo.ops.token_stats import LOG_Z, LOG_Z_REST, merge_partials
 
 SMALL = [case for case in CASES if case.vocab < 3000 and case.tokens != (4100,)]
 named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -180,6 +182,30 @@ def test_backward_over_the_logits_is_found_out():
     selective_log_softmax(x, target, inplace_backward=True).logprob.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         other.backward()
+
+
+@every_backend
+def test_parts_of_the_vocabulary_make_the_whole(backend):
+    """Also a part of nothing but -inf."""
+    case = Case("", (9,), 8, 90, bias=True)
+    (h, w, b), target = case.make()
+    h, w, b = h.float(), w.float(), b.float()
+    b[30:60] = -torch.inf
+    target[target < 60] = 5
+    options = None, 0.8, 1.0, None, IGNORED
+    with flashpo.backend(backend):
+        parts = [
+            linear_logprob_partial(h, w[i : i + 30], target, b[i : i + 30], *options, i, 90, True, torch.float32)
+            for i in (0, 30, 60)
+        ]
+        whole = linear_logprob_partial(h, w, target, b, *options, 0, 90, True, torch.float32)
+        results = [merge_partials(torch.stack(x), 90) for x in (parts, [whole])]
+    mean = 5  # -inf by definition
+    for row, (joined, at_once) in enumerate(zip(*results)):
+        if row not in (LOG_Z, LOG_Z_REST, mean):  # only the sum of these two is defined
+            assert joined.isfinite().all()
+            torch.testing.assert_close(joined, at_once)
+    torch.testing.assert_close(*(x[LOG_Z] + x[LOG_Z_REST] for x in results))
 
 
 @every_backend

@@ -157,7 +157,7 @@ def machine() -> list[tuple[str, str]]:
         return [*facts, ("cuda", f"no device (torch built for {built})" if built else "torch built without it")]
     facts.append(("cuda", built))
     if torch.version.cuda:
-        driver = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009: not in torch's stubs of a CPU build
+        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
         facts.append(("driver", f"for CUDA up to {driver // 1000}.{driver % 1000 // 10}"))
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)

@@ -78,10 +78,11 @@ def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
     """The partial of logits z (N, J), in nats; a target outside [0, J) belongs to another part."""
     y = z / LN2
     ref = y.amax(-1)
-    shifted = (y - ref.clamp(min=torch.finfo(y.dtype).min)[:, None]).clamp(min=torch.finfo(y.dtype).min)
+    lowest = torch.finfo(y.dtype).min  # -inf may not meet itself in a difference, nor 0 in a product
+    relative = y - ref.clamp(min=lowest)[:, None]
+    shifted = relative.clamp(min=lowest)
     e = shifted.exp2()
     inside = (target >= 0) & (target < y.shape[-1])
-    relative = y - ref[:, None]
     of_target = relative.gather(-1, target.where(inside, 0)[:, None])[:, 0].where(inside, -torch.inf)
     rows = [ref, e.sum(-1), (e * shifted).sum(-1), of_target]
     if side:
