@@ -18,8 +18,10 @@ import torch
 
 try:
     from flashpo import _C as native  # type: ignore[attr-defined]  # CPU kernels, CUDA ones where built with them
-except ImportError:
-    native = None
+
+    why_no_native = ""
+except ImportError as error:  # said by `why_unavailable`, so by doctor and by a forced backend's error
+    native, why_no_native = None, str(error)
 
 BACKENDS = ("native", "triton", "torch")
 LIB = torch.library.Library("flashpo", "DEF")
@@ -34,7 +36,7 @@ def why_unavailable(backend: str, device: str) -> str | None:
     """None where `backend` can run on `device`, else the reason why not."""
     if backend == "native":
         if native is None:
-            return "flashpo._C is not built"
+            return f"flashpo._C does not load: {why_no_native}"
         if device == "cuda" and not native.built_with_cuda:
             return "built without a CUDA compiler"
         return None if device in ("cpu", "cuda") else f"no native kernels for {device}"
