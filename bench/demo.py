@@ -2,8 +2,7 @@
 
 Runs examples/sft.py and then, from the stock run's checkpoint, examples/grpo.py, each stock and accelerated with the
 same seeds; prints a table, writes demo.png and demo.json. A step's time is the median of the times between the
-trainer's log lines, so it holds everything: data, generation, optimiser. The LM head alone is timed in this process,
-interleaved, through the same TRL function on the SFT and GRPO shapes of the demo.
+trainer's log lines, so it holds everything: data, generation, optimiser. The LM head alone is timed by head.py.
 """
 
 import argparse
@@ -25,8 +24,10 @@ FIRST_STEPS = 5  # not timed: allocations and caches
 FOOTNOTE = """
 The model is a small Qwen3 with random weights, 4 layers, hidden size 128 and a vocabulary of 2,048, of which the data
 use 16: the head has the share of the work that it has in Qwen3-0.6B, but sequences of 20 tokens are far from real ones.
-The head was timed apart, its two variants interleaved; the runs follow one another, so a busy machine distorts their
-ratios. Peak memory is the process's, most of it libraries; stock TRL's tile is 32,768 columns wide, whatever V is."""
+The head was timed apart, its two variants interleaved. Two things favour FlashPO more than on a GPU with a real model:
+on CPUs stock TRL also scores prompts and padding, and its tile is 32,768 columns wide whatever the vocabulary, which
+costs memory and cache. The runs follow one another, so a busy machine distorts their ratios. Peak memory is the whole
+process's, most of it libraries."""
 
 
 class Run(NamedTuple):
@@ -38,15 +39,19 @@ class Run(NamedTuple):
     reward: list[float]
 
 
+def environment() -> dict[str, str]:
+    # Spinning threads of OpenMP take ten times as long where others use the CPU, too.
+    passive = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return passive | os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
 def train(title: str, python: list[str], script: str, out: Path, steps: int, *args: str) -> Run:
     """Run the script in a process of its own and read its progress from the log lines that the trainer prints."""
     out.mkdir(parents=True, exist_ok=True)
     command = [*python, EXAMPLES / script, "--output-dir", out, "--max-steps", str(steps), *args]
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads take ten times as long where the CPU is shared
     times = []
     with open(out / "stderr.log", "w") as errors, tqdm(total=steps, desc=title, unit="step") as bar:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment())
         try:
             for line in process.stdout:
                 if line.startswith("{'loss'"):
@@ -73,47 +78,11 @@ def train(title: str, python: list[str], script: str, out: Path, steps: int, *ar
     )
 
 
-def head_times(checkpoint: Path, batch: int, outputs: tuple[str, ...], repeats: int = 15) -> tuple[float, float]:
-    """Median seconds of the LM head, forward and backward, stock and accelerated, on `batch` problems."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-    from trl.trainer.utils import add_fused_lm_head
-
-    import flashpo.trl
-    from flashpo.trl.patch import stock
-
-    sys.path.insert(0, str(EXAMPLES))
-    import arithmetic
-
-    rows = arithmetic.problems(batch, seed=2)
-    tokens = AutoTokenizer.from_pretrained(checkpoint)
-    prompts, completions = ([tokens(row[key])["input_ids"] for row in rows] for key in ("prompt", "completion"))
-    length = max(len(p) + len(c) for p, c in zip(prompts, completions)) + 1
-    labels = torch.full((batch, length), -100)
-    for row, prompt, completion in zip(labels, prompts, completions):
-        end = len(prompt) + len(completion)
-        row[len(prompt) : end + 1] = torch.tensor([*completion, tokens.eos_token_id])
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    hidden = torch.randn(batch, length, model.config.hidden_size, requires_grad=True)
-
-    model.model.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden)  # the layers cost nothing
-    add_fused_lm_head(model, outputs=outputs)
-
-    def step() -> float:
-        model.zero_grad()
-        start = time.perf_counter()
-        model(labels=labels, fused_lm_head=True).loss.backward()
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {"stock": [], "flashpo": []}
-    for _ in tqdm(range(repeats + 3), desc=f"LM head, {batch} sequences", unit="pair"):
-        with stock():
-            times["stock"].append(step())
-        with flashpo.trl.patched():
-            times["flashpo"].append(step())
-    return tuple(statistics.median(values[3:]) for values in times.values())
+def head_times(checkpoint: Path) -> list[tuple[float, float]]:
+    """Median seconds of the LM head, forward and backward, stock and accelerated, in an SFT and in a GRPO step."""
+    command = [sys.executable, Path(__file__).with_name("head.py"), checkpoint]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment())
+    return [tuple(pair) for pair in json.loads(result.stdout)]
 
 
 def mean(values: list[float]) -> float:
@@ -147,10 +116,10 @@ def differences(sft: list[Run], grpo: list[Run]) -> str:
     same = next((i for i, (x, y) in enumerate(zip(*(run.reward for run in grpo))) if x != y), total)
     norms = largest(*(run.grad_norm for run in grpo), max(same, 1), relative=True)
     return (
-        f"SFT, largest difference of a step's loss: {largest(a, b, 10)} in the first 10 steps, {largest(a, b, 50)} in 50, "
-        f"{largest(a, b, len(a))} in all {len(a)}:\ntraining amplifies what rounding began. GRPO: on-policy losses are the "
-        f"mean advantage whatever the log-probs, so\ncompare the gradient's norm: {norms} relative in the {max(same, 1)} of "
-        f"{total} steps before sampling tells the runs apart."
+        f"SFT, largest difference of a step's loss: {largest(a, b, 10)} in the first 10 steps,\n"
+        f"{largest(a, b, 50)} in 50, {largest(a, b, len(a))} in all {len(a)}: training amplifies what rounding began.\n"
+        "GRPO: an on-policy loss is the mean advantage whatever the log-probs, so compare the gradient's norm:\n"
+        f"{norms} relative, over {max(same, 1)} of {total} steps (until sampling tells the runs apart, if it does)."
     )
 
 
@@ -211,10 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     sft = pair("sft.py", args.sft_steps, out / "model")
     checkpoint = out / "sft-stock"  # for both GRPO runs
     grpo = pair("grpo.py", args.grpo_steps, checkpoint)
-    heads = [
-        head_times(checkpoint, 64, ("log_probs", "entropy", "is_top1")),
-        head_times(checkpoint, 128, ("log_probs", "entropy")),
-    ]
+    heads = head_times(checkpoint)
     print("\n" + table(sft, grpo, heads) + "\n\n" + differences(sft, grpo))
     print(FOOTNOTE)
     plot(out / "demo.png", sft, grpo, heads)
