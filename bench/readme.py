@@ -52,7 +52,9 @@ def main() -> int:
     def fill(match: re.Match) -> str:
         title = match[1]
         if title not in tables:
-            raise SystemExit(f"README.md asks for {title!r}, which bench/results does not have; it has {sorted(tables)}")
+            raise SystemExit(
+                f"README.md asks for {title!r}, which bench/results does not have; it has {sorted(tables)}"
+            )
         return f"<!-- table: {title} -->\n{markdown(*tables[title])}\n<!-- end -->"
 
     filled = re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)

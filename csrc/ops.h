@@ -12,7 +12,8 @@
   void linear_logprob_fold(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,               \
                            const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \
                            double softcap, const Tensor& state, bool first, int threads);                             \
-  void linear_logprob_finish(const Tensor& state, const Tensor& inv_temperature, double unit_of_all,                  \
+  void linear_logprob_finish(const Tensor& state, const Tensor& bias, const Tensor& inv_temperature,                  \
+                             double inv_temperature_of_all, double logit_scale, double softcap,                       \
                              const Tensor& partial);                                                                  \
   void linear_logprob_grad(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,               \
                            const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \

@@ -269,7 +269,7 @@ def _plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dty
     return order, live, tile
 
 
-def _unit(x: Tensor | None) -> Tensor | None:
+def _unit(x):
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -347,7 +347,7 @@ def backward(
     (N, H), J = hidden.shape, len(weight)
     d_hidden = hidden.new_zeros((N, H) if want_hidden else 0, dtype=torch.float32)
     d_weight = torch.empty_like(weight) if want_weight else hidden.new_empty(0)
-    d_bias = torch.empty_like(bias) if want_bias else hidden.new_empty(0)
+    d_bias = torch.empty_like(bias) if bias is not None and want_bias else hidden.new_empty(0)
     if N == 0 or not (want_hidden or want_weight or want_bias):
         return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
     hidden, weight, target, bias, token_temperature, d_logprob, d_entropy = map(

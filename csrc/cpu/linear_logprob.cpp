@@ -176,6 +176,9 @@ void grad_columns(T* tile, const Tile& t, const Upstream& up, int64_t row, int r
     if (rows_out != nullptr) store_transposed(bits, rows, lanes, rows_out + column * out_stride + row, out_stride);
 }
 
+// Whether values are more than what the GEMM gave: CAPPED in the kernels above.
+bool is_capped(const Tensor& bias, double softcap) { return bias.defined() || softcap != 0; }
+
 Tile describe(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,
               const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale, double softcap) {
   expect(tile.dim() == 2 && tile.stride(1) == 1, "tile must be (J, N), dense along N");
@@ -200,7 +203,7 @@ void linear_logprob_fold(const Tensor& tile, const Tensor& target, int64_t start
                          const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,
                          double softcap, const Tensor& state, bool first, int threads) {
   const Tile t = describe(tile, target, start, bias, inv_temperature, inv_temperature_of_all, logit_scale, softcap);
-  const bool side = state.size(0) == state_rows(true), capped = bias.defined() || softcap != 0;
+  const bool side = state.size(0) == state_rows(true), capped = is_capped(bias, softcap);
   expect_dense("state", state, DType::f32, {state_rows(side), t.tokens});
   const auto run = [&](auto type) {
     using T = decltype(type);
@@ -221,13 +224,14 @@ void linear_logprob_fold(const Tensor& tile, const Tensor& target, int64_t start
   }
 }
 
-void linear_logprob_finish(const Tensor& state, const Tensor& inv_temperature, double unit_of_all,
-                           const Tensor& partial) {
+void linear_logprob_finish(const Tensor& state, const Tensor& bias, const Tensor& inv_temperature,
+                           double inv_temperature_of_all, double logit_scale, double softcap, const Tensor& partial) {
   const int64_t n = state.size(1);
   const bool side = state.size(0) == state_rows(true);
   expect_dense("state", state, DType::f32, {state_rows(side), n});
   expect_dense("partial", partial, DType::f32, {side ? ROWS : 4, n});
   expect_dense("inv_temperature", inv_temperature, DType::f32, {n}, true);
+  const double unit_of_all = inv_temperature_of_all * (is_capped(bias, softcap) ? 1.0 : logit_scale);
   const auto in = [&](Row r, int64_t i) { return state.data<const float>()[r * n + i]; };
   const auto out = [&](Row r, int64_t i) -> float& { return partial.data<float>()[r * n + i]; };
   for (int64_t i = 0; i < n; ++i) {
@@ -260,7 +264,7 @@ void linear_logprob_grad(const Tensor& tile, const Tensor& target, int64_t start
          "rows_out must be the transposed shape of tile, in its dtype");
   const Upstream up{results.data<float>(), d_logprob.data<float>(), d_entropy.data<float>()};
   const int64_t out_stride = rows_out.defined() ? rows_out.stride(0) : 0;
-  const bool capped = bias.defined() || softcap != 0;
+  const bool capped = is_capped(bias, softcap);
   const auto run = [&](auto type) {
     using T = decltype(type);
     const auto grad = [&](auto with_cap) {

@@ -53,11 +53,10 @@ class Op:
 
     def __init__(self, reference: Callable, mutates: tuple[str, ...]):
         self.name, self.reference = reference.__name__, reference
-        self.kernels: dict[str, Callable] = {}
+        self.kernels: dict[str, Callable] = {"torch": reference}  # in the order in which they are tried
         LIB.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
         LIB.impl(self.name, self._run, "CompositeExplicitAutograd")  # below autograd, for every device
         self.overload = getattr(torch.ops.flashpo, self.name).default
-        self._said: set[tuple[str, str]] = set()
         OPS[self.name] = self
 
     def fake(self, fn: Callable) -> Callable:
@@ -66,7 +65,8 @@ class Op:
 
     def backend(self, name: str) -> Callable[[Callable], Callable]:
         def add(fn: Callable) -> Callable:
-            self.kernels[name] = fn
+            self.kernels = self.kernels | {name: fn}
+            self.kernels["torch"] = self.kernels.pop("torch")  # last
             return fn
 
         return add
@@ -76,14 +76,13 @@ class Op:
         if torch.is_autocast_enabled(device):  # an op computes in the dtypes that it is given
             with torch.autocast(device, enabled=False):
                 return self._run(*args)
-        for name, kernel in (*self.kernels.items(), ("torch", self.reference)):
+        for name, kernel in self.kernels.items():
             if forced not in (None, name) or why_unavailable(name, device) is not None:
                 continue
             out = kernel(*args)
             if out is not NotImplemented:
                 CALLS[self.name, name] += 1
-                if (name, device) not in self._said:
-                    self._said.add((name, device))
+                if CALLS[self.name, name] == 1:
                     log.info("%s runs on %s for %s tensors", self.name, name, device)
                 return out
         reason = why_unavailable(forced, device) if forced else None

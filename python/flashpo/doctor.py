@@ -194,9 +194,9 @@ def table(device: str) -> list[str]:
         line = f"{name:32s}"
         for backend in _op.BACKENDS:
             reason = _op.why_unavailable(backend, device)
-            if reason is None and backend != "torch" and backend not in op.kernels:
+            if reason is None and backend not in op.kernels:
                 reason = "has no kernel there"
-            tried = [*op.kernels, "torch"]
+            tried = list(op.kernels)
             if reason is None and name in used and tried.index(backend) < tried.index(used[name]):
                 reason = f"is not the forced backend {_op.forced}" if _op.forced else "does not take such tensors"
             if reason is None:

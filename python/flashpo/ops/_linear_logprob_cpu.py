@@ -6,6 +6,8 @@ there, so C++ writes 16-bit gradients in both. torch's 16-bit GEMMs round their 
 dH once per tile of the vocabulary before it is added in fp32, dW once per block of tokens.
 """
 
+import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +20,19 @@ from flashpo.ops.token_stats import neutral_partial
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_BYTES = 16 << 20  # two tiles and what else a pass needs stay below 64 MB
 MAX_TOKENS = 2048  # in a tile
+
+
+_kept = threading.local()
+
+
+def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that this thread keeps from call to call: fresh pages would cost a tenth of the pass to fault in."""
+    size = math.prod(shape) * dtype.itemsize
+    kept = getattr(_kept, name, None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=torch.uint8)
+        setattr(_kept, name, kept)
+    return kept[:size].view(dtype).view(shape)
 
 
 def takes(hidden: Tensor, dtype: torch.dtype) -> bool:
@@ -52,7 +67,7 @@ class Tiles:
         self.scalars = 1 / temperature, logit_scale, softcap or 0.0
         self.tokens = max(min(len(self.hidden), MAX_TOKENS), 1)
         self.width = min(len(weight), max(TILE_BYTES // (dtype.itemsize * self.tokens), 256))
-        self.buffer = hidden.new_empty(self.width * self.tokens, dtype=dtype)
+        self.buffer = workspace("tile", (self.width * self.tokens,), dtype)
         cast = weight.dtype != dtype
         self.weight_buffer = weight.new_empty((self.width, weight.shape[1]), dtype=dtype) if cast else None
 
@@ -109,10 +124,8 @@ def partial(
             native.linear_logprob_fold(tile, *tiles.describe(part, block), state, part.start == 0, threads)
     whole = neutral_partial(side, len(target), tiles.buffer)
     for block, state in states:
-        *_, bias, inv_temperature, inv_temperature_of_all, scale, cap = tiles.describe(slice(0, 0), block)
         column = torch.empty(len(whole), state.shape[1])
-        unit = inv_temperature_of_all * (1.0 if cap or bias is not None else scale)
-        native.linear_logprob_finish(state, inv_temperature, unit, column)
+        native.linear_logprob_finish(state, *tiles.describe(slice(0, 0), block)[2:], column)
         whole[:, block if tiles.live is None else tiles.live[block]] = column
     return whole
 
@@ -146,7 +159,7 @@ def backward(
     # Rows 64 bytes off a power of two, so that the lines C++ writes at once fall into different cache sets; zeros
     # there, since oneDNN multiplies what it finds behind a row by 0.
     two_layouts = want_hidden and dtype.itemsize == 2
-    transposed = hidden.new_empty((tiles.tokens, tiles.width + 32), dtype=dtype) if two_layouts else None
+    transposed = workspace("transposed", (tiles.tokens, tiles.width + 32), dtype) if two_layouts else None
     if transposed is not None:
         transposed[:, tiles.width :] = 0
 

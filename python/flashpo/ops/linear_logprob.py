@@ -25,7 +25,6 @@ from flashpo.ops.token_stats import (
     LN2,
     LOG_Z,
     LOG_Z_REST,
-    LOGPROB,
     TokenStats,
     check_outputs,
     merge_partials,
@@ -33,6 +32,7 @@ from flashpo.ops.token_stats import (
     partial_from_logits,
     partial_rows,
     select,
+    split,
 )
 
 
@@ -282,12 +282,12 @@ class LinearLogprob(torch.autograd.Function):
             rows = rows.masked_fill(target == ignore_index, 0.0)
         ctx.save_for_backward(hidden, weight, target, bias, token_temperature, rows)
         ctx.options = (temperature, logit_scale, softcap, ignore_index, start, dtype), group, gather
-        of_side = rows[LOG_Z_REST + 1 :]
-        ctx.mark_non_differentiable(of_side)
-        return rows[LOGPROB], rows[ENTROPY], of_side
+        logprob, entropy, *side_rows = split(rows)
+        ctx.mark_non_differentiable(*side_rows)
+        return logprob, entropy, *side_rows
 
     @staticmethod
-    def backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, _):
+    def backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_):
         hidden, weight, target, bias, token_temperature, rows = ctx.saved_tensors
         head, group, gather = ctx.options
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]

@@ -14,13 +14,13 @@ from flashpo.ops.token_stats import (
     LN2,
     LOG_Z,
     LOG_Z_REST,
-    LOGPROB,
     TokenStats,
     check_outputs,
     merge_partials,
     partial_from_logits,
     result_rows,
     select,
+    split,
 )
 
 
@@ -56,9 +56,12 @@ def selective_log_softmax(
         raise ValueError("inplace_backward cannot be honoured under torch.compile")
     side = check_outputs(outputs)
     if logits.dim() != 3:
-        logits = logits.reshape(1, -1, logits.shape[-1])
-    flat = index.reshape(-1)
-    results = SelectiveLogSoftmax.apply(logits, flat, temperature, ignore_index, side, inplace_backward)
+        logits = logits.unsqueeze(0) if logits.dim() == 2 else logits.reshape(1, -1, logits.shape[-1])
+    flat = index if index.dim() == 1 else index.reshape(-1)
+    if logits.requires_grad and torch.is_grad_enabled():
+        results = SelectiveLogSoftmax.apply(logits, flat, temperature, ignore_index, side, inplace_backward)
+    else:
+        results = split(selective_log_softmax_fwd(logits, flat, temperature, ignore_index, side))
     return select(outputs, index.shape, *results)
 
 
@@ -216,12 +219,12 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         rows = selective_log_softmax_fwd(logits, index, temperature, ignore_index, side)
         ctx.save_for_backward(logits, index, rows)
         ctx.options = temperature, ignore_index, inplace_backward
-        of_side = rows[LOG_Z_REST + 1 :]
-        ctx.mark_non_differentiable(of_side)
-        return rows[LOGPROB], rows[ENTROPY], of_side
+        logprob, entropy, *side_rows = split(rows)
+        ctx.mark_non_differentiable(*side_rows)
+        return logprob, entropy, *side_rows
 
     @staticmethod
-    def backward(ctx, d_logprob, d_entropy, _):
+    def backward(ctx, d_logprob, d_entropy, *_):
         logits, index, rows = ctx.saved_tensors
         temperature, ignore_index, inplace = ctx.options
         args = logits, index, temperature, ignore_index, rows, d_logprob, d_entropy

@@ -66,12 +66,21 @@ def check_outputs(outputs: tuple[str, ...]) -> bool:
     return any(name in outputs for name in SIDE_OUTPUTS)
 
 
-def select(outputs: tuple[str, ...], shape: torch.Size, logprob: Tensor, entropy: Tensor, side: Tensor) -> TokenStats:
+def split(rows: Tensor) -> tuple[Tensor, ...]:
+    """(logprob, entropy, and the side outputs where there are any) of a tensor of results."""
+    logprob, entropy, _, _, *side = rows.unbind(0)
+    return logprob, entropy, *side
+
+
+def select(outputs: tuple[str, ...], shape: torch.Size, logprob: Tensor, entropy: Tensor, *side: Tensor) -> TokenStats:
     """The asked outputs of an op's flat results, in the target's shape."""
-    stats = {"logprob": logprob, "entropy": entropy, **dict(zip(SIDE_OUTPUTS, side))}
-    if "is_top1" in stats:
-        stats["is_top1"] = stats["is_top1"] > 0
-    return TokenStats(**{name: x.view(shape) for name, x in stats.items() if name == "logprob" or name in outputs})
+    if len(shape) != 1:
+        logprob, entropy = logprob.view(shape), entropy.view(shape)
+        side = tuple(x.view(shape) for x in side)
+    if not side:
+        return TokenStats(logprob, entropy) if "entropy" in outputs else TokenStats(logprob)
+    stats = {"entropy": entropy, **dict(zip(SIDE_OUTPUTS, (*side[:-1], side[-1] > 0)))}
+    return TokenStats(logprob, **{name: x for name, x in stats.items() if name in outputs})
 
 
 def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
