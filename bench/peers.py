@@ -51,6 +51,7 @@ def liger(h, w, target):
 
 def installed(device: str) -> dict:
     """name -> function of (hidden, weight, target)."""
+    torch._dynamo.reset()  # the last shape's graphs would count towards the limit of recompilations
     found = {"torch eager": eager, "torch.compile": torch.compile(eager)}
     if importlib.util.find_spec("trl"):
         found["TRL"] = trl

@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", action="store_true", help="torch, TRL, Liger, CCE too: what is installed")
     parser.add_argument("--quick", action="store_true", help="the smallest shape of each op")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FOLDER", help="write a PNG of each table")
+    plots = {"nargs": "?", "type": pathlib.Path, "const": pathlib.Path("out/bench"), "metavar": "FOLDER"}
+    parser.add_argument("--plot", help="write a PNG of each table (default: into out/bench)", **plots)
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="append the JSON document to this .jsonl file")
     args = parser.parse_args(argv)
 

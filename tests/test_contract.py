@@ -8,6 +8,7 @@ from inputs import ALL, CASES, DTYPES, IGNORED, Case, backends
 import flashpo
 from flashpo import linear_logprob, selective_log_softmax
 from flashpo._op import OPS
+from flashpo.ops._linear_logprob_cpu import Tiles
 from flashpo.ops.linear_logprob import linear_logprob_partial
 from flashpo.ops.token_stats import LOG_Z, LOG_Z_REST, merge_partials
 
@@ -246,3 +247,19 @@ def test_a_frozen_head_costs_no_gemm():
         assert calls["linear_logprob_bwd"][-3:] == (frozen != 0, frozen != 1, False)
         gemms = [e.count for e in profile.key_averages() if e.key == "aten::mm"]
         assert gemms == [3]  # forward, recompute, one gradient
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    """Buffers of the CPU path stay below 64 MB for few tokens, many tokens, and a head that autocast converts."""
+    for tokens, features, vocab, dtype in (
+        (10, 1024, 151936, torch.bfloat16),
+        (5000, 8192, 262144, torch.bfloat16),
+        (100_000, 64, 262144, torch.float32),
+    ):
+        hidden, weight = torch.empty(1, features).expand(tokens, -1), torch.empty(1, features).expand(vocab, -1)
+        tiles = Tiles(
+            hidden, weight, torch.zeros(tokens, dtype=torch.long), *(None, None, 1.0, 1.0, None, -100, 0), dtype
+        )
+        tile = tiles.buffer.numel() * dtype.itemsize
+        part = tiles.width * features * 4
+        assert 2 * tile + part <= 64 << 20

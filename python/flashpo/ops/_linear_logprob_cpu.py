@@ -66,7 +66,9 @@ class Tiles:
         self.bias = None if bias is None else bias.float()
         self.scalars = 1 / temperature, logit_scale, softcap or 0.0
         self.tokens = max(min(len(self.hidden), MAX_TOKENS), 1)
-        self.width = min(len(weight), max(TILE_BYTES // (dtype.itemsize * self.tokens), 256))
+        # A part's rows of the head, converted or summed up in fp32, are held to two tiles' size as well.
+        widest = min(TILE_BYTES // (dtype.itemsize * self.tokens), 2 * TILE_BYTES // (4 * weight.shape[1]))
+        self.width = min(len(weight), max(widest, 256))
         self.buffer = workspace("tile", (self.width * self.tokens,), dtype)
         cast = weight.dtype != dtype
         self.weight_buffer = weight.new_empty((self.width, weight.shape[1]), dtype=dtype) if cast else None
