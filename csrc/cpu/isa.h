@@ -33,7 +33,8 @@ using f16 = _Float16;
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.69314718055994531f;
 constexpr float LOWEST = -3.0e38f;  // stands for -inf where a difference is taken
-constexpr float NOTHING = -150.0f;  // 2^NOTHING is 0 in fp32
+constexpr float SMALLEST = -126.0f;  // 2^SMALLEST is fp32's smallest normal number
+constexpr float NOTHING = -150.0f;   // 2^NOTHING is 0 in fp32
 
 static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat_int(int32_t x) { return x - vi{}; }
@@ -44,7 +45,7 @@ static inline vi iota() {
 }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 // A NaN in x passes through, so that a poisoned logit shows in the result.
-static inline vf at_least(vf x, float low) { return x < splat(low) ? splat(low) : x; }
+static inline vf at_least(vf x, float low) { return splat(low) > x ? splat(low) : x; }
 
 static inline bool any(vi mask) {
   uint64_t words[W / 2], bits = 0;
@@ -130,8 +131,8 @@ static inline void store_part(T* p, vf x, int count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// 2^y for y <= 127; 0 below -126. Relative error 1e-7 (minimax polynomial of degree 5 on [-1/2, 1/2], 2^0 exact).
-static inline vf exp2(vf y) {
+// 2^y for -126 <= y <= 127. Relative error 1e-7 (minimax polynomial of degree 5 on [-1/2, 1/2], 2^0 exact).
+static inline vf exp2_normal(vf y) {
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
   const vf shifted = y + magic;
   const vf r = y - (shifted - magic);
@@ -140,9 +141,11 @@ static inline vf exp2(vf y) {
   p = p * r + 0.240222424f;
   p = p * r + 0.693147004f;
   p = p * r + 1.0f;
-  const vf result = (vf)((vi)p + ((vi)shifted << 23));
-  return y < splat(-126.0f) ? vf{} : result;
+  return (vf)((vi)p + ((vi)shifted << 23));
 }
+
+// The same for all y <= 127; 0 below -126.
+static inline vf exp2(vf y) { return y < splat(SMALLEST) ? vf{} : exp2_normal(y); }
 
 // Polynomial near 0 (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would lose what x has.
 static inline vf tanh(vf x) {

@@ -36,9 +36,11 @@ struct Online {
   Sum sqsum, ysum;  // these only with SIDE
   vf before = splat(-INFINITY), top = splat(-INFINITY);
 
-  // position(i) is the place of x[i] in the vocabulary, to be compared with the target's.
+  // position(i) is the place of x[i] in the vocabulary, to be compared with the target's; `upcoming` holds what will
+  // be folded next, fetched a line a step so that memory works while the arithmetic does.
   template <typename Position>
-  void fold(const vf* x, int count, vf unit, vi target, Position position) {
+  void fold(const vf* x, int count, vf unit, vi target, Position position, const char* upcoming = nullptr,
+            int bytes = 0) {
     vf highest = x[0];
     for (int i = 1; i < count; ++i) highest = max(highest, x[i]);
     const vi lags = (highest - at_least(ref, LOWEST)) * unit > LAG;
@@ -48,8 +50,10 @@ struct Online {
     vf e_sum{}, we_sum{}, sq_sum{}, x_sum{};
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
-      const vf shifted = at_least((x[i] - base) * unit, NOTHING);
-      const vf e = exp2(shifted);
+      __builtin_prefetch(upcoming + i * bytes);
+      // what is impossible counts as 2^SMALLEST, which no sum of at least 2^-LAG notices
+      const vf shifted = at_least((x[i] - base) * unit, SMALLEST);
+      const vf e = exp2_normal(shifted);
       e_sum += e;
       we_sum += e * shifted;
       if constexpr (SIDE) {

@@ -45,6 +45,9 @@ void finish(const Online<SIDE>& o, float x_target, float unit, int64_t vocab, fl
   }
 }
 
+// Bytes fetched ahead of the loads, which stand still while a block is computed.
+constexpr int AHEAD = 4096;
+
 template <typename T, bool SIDE>
 void forward_row(const T* row, int64_t vocab, int64_t index, float unit_of_all, float* out, int64_t stride) {
   Online<SIDE> online;
@@ -55,7 +58,7 @@ void forward_row(const T* row, int64_t vocab, int64_t index, float unit_of_all, 
     const auto position = [&](int i) { return splat_int(static_cast<int32_t>(start + i * W)) + iota(); };
     if (vocab - start >= BLOCK * W) {
       for (int i = 0; i < BLOCK; ++i) x[i] = load(row + start + i * W);
-      online.fold(x, BLOCK, unit, target, position);
+      online.fold(x, BLOCK, unit, target, position, reinterpret_cast<const char*>(row + start) + AHEAD, W * sizeof(T));
       continue;
     }
     const int left = static_cast<int>(vocab - start), whole = left / W, rest = left % W;
