@@ -39,7 +39,8 @@ sanitize: $(VENV)/ready
 	test -x $(VENV)-sanitize/bin/python || $(PYTHON) -m venv $(VENV)-sanitize
 	echo $(abspath $(SITE)) > $$($(VENV)-sanitize/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
 	$(VENV)-sanitize/bin/python -m pip install -q --no-deps --force-reinstall . \
-		-C cmake.define.FLASHPO_SANITIZE=ON -C cmake.define.FLASHPO_CUDA=OFF -C build-dir=build/sanitize
+		--config-settings=cmake.define.FLASHPO_SANITIZE=ON --config-settings=cmake.define.FLASHPO_CUDA=OFF \
+		--config-settings=build-dir=build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider tests/test_contract.py \
 		-k "values_and_gradients and native or over_the_logits"

@@ -12,16 +12,17 @@ PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
 
-step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; later steps run in any case
-  local name=$1 start=$SECONDS
+step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; a failure does not end the script
+  local name=$1 start=$SECONDS status
   shift
   if "$@" >"$OUT/$name.log" 2>&1; then status=ok; else status="FAILED ($?)" failed=1; fi
   echo "$name: $status, $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
+  [ "$status" = ok ]
 }
 
 : >"$OUT/summary.txt"
 [ -z "$WHEELS" ] || step wheels "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
-step build "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reinstall .
+step build "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reinstall . || exit 1
 step doctor "$PYTHON" -m flashpo doctor --check
 step tests "$PYTHON" -m pytest -q -m gpu tests
 if [ -z "$DRY" ]; then
@@ -32,5 +33,4 @@ if [ -z "$DRY" ]; then
 else
   step bench "$PYTHON" -m flashpo bench overhead --device cpu --out "$OUT/bench.jsonl" --plot "$OUT/plots"
 fi
-tail -n +1 "$OUT/summary.txt"
 exit $failed

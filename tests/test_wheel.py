@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    build = ["-C", f"build-dir={out}/build", "--no-deps", "--quiet", "--wheel-dir", str(out)]
+    build = [f"--config-settings=build-dir={out}/build", "--no-deps", "--quiet", "--wheel-dir", str(out)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *build, str(ROOT)], check=True)
     return next(out.glob("*.whl"))
 
@@ -61,12 +61,13 @@ assert flashpo.__file__.startswith(%r)
 
 
 def test_builds_without_a_cuda_compiler(tmp_path):
-    options = ["-C", "cmake.define.FLASHPO_CUDA=OFF", "-C", f"build-dir={tmp_path}/build", "--no-deps", "--quiet"]
+    settings = ("cmake.define.FLASHPO_CUDA=OFF", f"build-dir={tmp_path}/build")
+    options = [*(f"--config-settings={x}" for x in settings), "--no-deps", "--quiet"]
     target = ["--target", str(tmp_path / "site")]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, *target, str(ROOT)], check=True)
-    code = "import torch, sys; sys.path.insert(0, sys.argv[1]); from flashpo import _C; print(_C.built_with_cuda)"
-    run = [sys.executable, "-S", "-c", code.replace("import torch, sys", "import sys"), str(tmp_path / "site")]
-    run[-2] = f"import sys; sys.path += {sys.path!r}; " + run[-2]
+    # -S: without site there is no finder of an editable install in front of this one
+    code = f"import sys; sys.path[:0] = {[str(tmp_path / 'site'), *sys.path]!r}; from flashpo import _C"
+    run = [sys.executable, "-S", "-c", f"{code}; print(_C.built_with_cuda)"]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
