@@ -1,9 +1,8 @@
-"""Dispatch: forcing, falling back in sight, counting, and what a call costs."""
+"""Dispatch: forcing, falling back in sight, and counting."""
 
 import logging
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -70,20 +69,3 @@ def test_the_top_level_kernels_folder_is_not_a_package():
     import pathlib
 
     assert not (pathlib.Path(__file__).parents[1] / "kernels" / "__init__.py").exists()
-
-
-def overhead(call, requires_grad):
-    logits, index = call
-    logits = logits.requires_grad_(requires_grad)
-    best = float("inf")
-    for _ in range(30):
-        start = time.perf_counter()
-        for _ in range(200):
-            selective_log_softmax(logits, index)
-        best = min(best, (time.perf_counter() - start) / 200)
-    return best * 1e6
-
-
-if __name__ == "__main__":  # no test asserts a time; this prints what a call costs, in microseconds
-    example = torch.randn(3, 8), torch.zeros(3, dtype=torch.long)
-    print(f"no grad {overhead(example, False):.1f} us, with grad {overhead(example, True):.1f} us")

@@ -99,25 +99,11 @@ class Tiles:
         return self.target[block], self.start + part.start, bias, inv_temperature, *self.scalars
 
 
-def partial(
-    hidden,
-    weight,
-    target,
-    bias,
-    token_temperature,
-    temperature,
-    logit_scale,
-    softcap,
-    ignore_index,
-    start,
-    vocab,
-    side,
-    dtype,
-) -> Tensor:
+def partial(hidden, weight, target, *rest) -> Tensor:
+    *head, vocab, side, dtype = rest
+    *_, ignore_index, _ = head
     check_range("target", target, vocab, ignore_index)
-    tiles = Tiles(
-        hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
-    )
+    tiles = Tiles(hidden, weight, target, *(*head, dtype))
     threads, state_rows = torch.get_num_threads(), 12 if side else 6
     states = [(block, torch.empty(state_rows, block.stop - block.start)) for block in tiles.blocks()]
     for part, rows in tiles.parts():
@@ -132,28 +118,9 @@ def partial(
     return whole
 
 
-def backward(
-    hidden,
-    weight,
-    target,
-    bias,
-    token_temperature,
-    temperature,
-    logit_scale,
-    softcap,
-    ignore_index,
-    start,
-    dtype,
-    results,
-    d_logprob,
-    d_entropy,
-    want_hidden,
-    want_weight,
-    want_bias,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = Tiles(
-        hidden, weight, target, bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start, dtype
-    )
+def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    *head, results, d_logprob, d_entropy, want_hidden, want_weight, want_bias = rest
+    tiles, dtype = Tiles(hidden, weight, target, bias, *head), head[-1]
     upstream = [None if x is None else tiles.pick(x) for x in (results.t(), d_logprob, d_entropy)]
     of_blocks = [
         (block, [None if x is None else x[block].t().contiguous() for x in upstream]) for block in tiles.blocks()
