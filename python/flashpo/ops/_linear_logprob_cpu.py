@@ -120,15 +120,15 @@ def partial(hidden, weight, target, *rest) -> Tensor:
 
 def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tensor]:
     *head, results, d_logprob, d_entropy, want_hidden, want_weight, want_bias = rest
-    tiles, dtype = Tiles(hidden, weight, target, bias, *head), head[-1]
+    tiles = Tiles(hidden, weight, target, bias, *head)
     upstream = [None if x is None else tiles.pick(x) for x in (results.t(), d_logprob, d_entropy)]
     of_blocks = [
         (block, [None if x is None else x[block].t().contiguous() for x in upstream]) for block in tiles.blocks()
     ]
     # Rows 64 bytes off a power of two, so that the lines C++ writes at once fall into different cache sets; zeros
     # there, since oneDNN multiplies what it finds behind a row by 0.
-    two_layouts = want_hidden and dtype.itemsize == 2
-    transposed = workspace("transposed", (tiles.tokens, tiles.width + 32), dtype) if two_layouts else None
+    two_layouts = want_hidden and tiles.dtype.itemsize == 2
+    transposed = workspace("transposed", (tiles.tokens, tiles.width + 32), tiles.dtype) if two_layouts else None
     if transposed is not None:
         transposed[:, tiles.width :] = 0
 
