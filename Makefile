@@ -11,6 +11,8 @@ RUN = $(VENV)/bin/python
 SITE = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt pyproject.toml constraints.txt
 
+SANITIZED = tests/test_contract.py
+
 .PHONY: demo test lint sanitize bench clean
 
 demo: $(VENV)/ready
@@ -42,8 +44,7 @@ sanitize: $(VENV)/ready
 		--config-settings=cmake.define.FLASHPO_SANITIZE=ON --config-settings=cmake.define.FLASHPO_CUDA=OFF \
 		--config-settings=build-dir=build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider tests/test_contract.py \
-		-k "values_and_gradients and native or over_the_logits"
+		$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider -m native $(SANITIZED)
 
 bench: $(VENV)/ready
 	$(RUN) -m flashpo.cli bench

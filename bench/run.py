@@ -15,8 +15,6 @@ from flashpo import _op
 from flashpo.bench import cases
 from flashpo.bench.timing import Device
 
-SUITES = ("linear_logprob", "selective_log_softmax", "overhead")
-
 
 def machine(device: str) -> dict:
     if device == "cuda":
@@ -72,7 +70,7 @@ def plot(tables: dict[str, list[dict]], folder: pathlib.Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flashpo bench", description=__doc__)
-    parser.add_argument("op", nargs="?", choices=SUITES, help="one suite; default: all")
+    parser.add_argument("op", nargs="?", choices=tuple(cases.SUITES), help="one suite; default: all")
     parser.add_argument("--peers", action="store_true", help="torch, TRL, Liger, CCE too: what is installed")
     parser.add_argument("--quick", action="store_true", help="the smallest shape of each op")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))

@@ -3,11 +3,12 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 Function = Callable[[], object]
+Tables = Iterator[tuple[str, list[dict]]]  # of (title, records)
 
 
 class Device:

@@ -12,6 +12,8 @@ DType Tensor::dtype() const {
     case kDLFloat * 256 + 16: return DType::f16;
     case kDLBfloat * 256 + 16: return DType::bf16;
     case kDLInt * 256 + 64: return DType::i64;
+    case kDLInt * 256 + 32: return DType::i32;
+    case kDLBool * 256 + 8: return DType::boolean;
     default: return DType::other;
   }
 }
@@ -21,12 +23,12 @@ void expect(bool fine, const char* message) {
 }
 
 void expect_dense(const char* name, const Tensor& x, DType dtype, std::initializer_list<int64_t> shape,
-                  bool optional) {
+                  bool optional, DLDeviceType device) {
   if (!x.defined()) {
     if (optional) return;
     throw std::invalid_argument(std::string(name) + " must be a tensor, got None");
   }
-  bool fine = x.dtype() == dtype && x.dim() == static_cast<int>(shape.size()) && x.dl.device.device_type == kDLCPU;
+  bool fine = x.dtype() == dtype && x.dim() == static_cast<int>(shape.size()) && x.dl.device.device_type == device;
   int64_t elements = 1;
   for (const int64_t wanted : shape) elements *= wanted;
   int64_t stride = 1;

@@ -6,7 +6,7 @@
 
 namespace flashpo {
 
-enum class DType { f32, bf16, f16, i64, other };
+enum class DType { f32, bf16, f16, i64, i32, boolean, other };
 
 struct Tensor {
   DLTensor dl{};         // data == nullptr and ndim == -1 stand for None
@@ -27,8 +27,8 @@ struct Tensor {
 // The checks that stand beside a kernel; each throws std::invalid_argument, which Python sees as ValueError.
 // Not inline: a copy compiled for AVX-512 must never be the one that the linker keeps for every machine.
 void expect(bool fine, const char* message);
-// `x` is a contiguous CPU tensor of that dtype and shape; an undefined one passes where it is optional.
+// `x` is a contiguous tensor of that dtype and shape; an undefined one passes where it is optional.
 void expect_dense(const char* name, const Tensor& x, DType dtype, std::initializer_list<int64_t> shape,
-                  bool optional = false);
+                  bool optional = false, DLDeviceType device = kDLCPU);
 
 }  // namespace flashpo

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -118,3 +119,9 @@ CASES = [
 def backends():
     """The backends that can run here, on CPU tensors."""
     return [b for b in flashpo._op.BACKENDS if flashpo._op.why_unavailable(b, "cpu") is None]
+
+
+# a test over the backends whose C++ case `make sanitize` repeats
+sanitized = pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=pytest.mark.native) if b == "native" else b for b in backends()]
+)

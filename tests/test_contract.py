@@ -3,7 +3,8 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from inputs import ALL, CASES, DTYPES, IGNORED, Case, backends
+from inputs import ALL, CASES, DTYPES, IGNORED, Case, backends, sanitized
+from op_examples import EXAMPLES, Recorder
 
 import flashpo
 from flashpo import linear_logprob, selective_log_softmax
@@ -27,7 +28,7 @@ def run(function, inputs, target, upstream):
 
 
 @named
-@every_backend
+@sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_values_and_gradients(case: Case, backend, dtype):
@@ -88,32 +89,14 @@ def test_gradcheck_in_float64(backend):
 def test_opcheck(backend):
     """Schema, fake and aliasing of every operator, with arguments recorded from real calls."""
     calls = {}
-    for case in (Case("", (6,), None, 40), Case("", (6,), 8, 40, bias=True, ignored="some")):
-        inputs, target = case.make()
-        leaves = case.cast(inputs, torch.float32)
-        with flashpo.backend(backend), _Recorder(calls):
-            out = case.ours(leaves, target)
-            (out.logprob.sum() + out.entropy.sum()).backward()
-    logits = torch.randn(4, 9, requires_grad=True)
-    with _Recorder(calls):
-        selective_log_softmax(logits, torch.zeros(4, dtype=torch.long), inplace_backward=True).logprob.sum().backward()
+    for example in EXAMPLES:
+        with Recorder(calls):
+            example()
     assert set(calls) == set(OPS)
     tests = ("test_schema", "test_faketensor")
     for name, args in calls.items():
         with flashpo.backend(backend):
             torch.library.opcheck(OPS[name].overload, args, test_utils=tests)
-
-
-class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self, calls):
-        super().__init__()
-        self.calls = calls
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "flashpo":
-            copies = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
-            self.calls.setdefault(func._opname, copies)
-        return func(*args, **(kwargs or {}))
 
 
 @every_backend
@@ -156,7 +139,7 @@ def test_a_row_does_not_depend_on_its_batch(backend, dtype):
     assert all(torch.equal(a[7:8], b) for a, b in zip(together, alone))
 
 
-@every_backend
+@sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_over_the_logits(backend, dtype):
     case = Case("", (3, 6), None, 999, ignored="some")
@@ -242,7 +225,7 @@ def test_a_frozen_head_costs_no_gemm():
     target = torch.randint(40, (6,))
     for frozen in (0, 1):
         leaves = [torch.randn(6, 8, requires_grad=frozen != 0), torch.randn(40, 8, requires_grad=frozen != 1)]
-        with _Recorder(calls := {}), torch.profiler.profile() as profile:
+        with Recorder(calls := {}), torch.profiler.profile() as profile:
             linear_logprob(*leaves, target).logprob.sum().backward()
         assert calls["linear_logprob_bwd"][-3:] == (frozen != 0, frozen != 1, False)
         gemms = [e.count for e in profile.key_averages() if e.key == "aten::mm"]

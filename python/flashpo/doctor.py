@@ -31,6 +31,7 @@ class Probe:
     make: Callable[[], list[Tensor]]  # float64 inputs are differentiable and get cast, others are kept
     ours: Callable[..., tuple[Tensor, ...]]
     plain: Callable[..., tuple[Tensor, ...]]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
 def _target(*shape: int, vocab: int) -> Tensor:
@@ -116,7 +117,7 @@ def check_all(devices: list[str]) -> bool:
             for backend in _op.BACKENDS:
                 if _op.why_unavailable(backend, device) is not None:
                     continue
-                for dtype in DTYPES:
+                for dtype in probe.dtypes:
                     line = f"{name:42s} {device:6s} {backend:8s} {str(dtype).removeprefix('torch.'):9s}"
                     if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
                         print(
