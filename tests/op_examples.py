@@ -3,7 +3,7 @@
 import torch
 from inputs import Case
 
-from flashpo import selective_log_softmax
+from flashpo import policy_loss, selective_log_softmax
 
 
 def scoring():
@@ -18,7 +18,14 @@ def scoring_in_place():
     selective_log_softmax(logits, torch.zeros(4, dtype=torch.long), inplace_backward=True).logprob.sum().backward()
 
 
-EXAMPLES = [scoring, scoring_in_place]
+def policy():
+    logprob, entropy = (torch.rand(3, 7).requires_grad_() for _ in range(2))
+    old, ref, mask = torch.rand(3, 7), torch.rand(3, 7), torch.rand(3, 7) < 0.7
+    options = dict(ref_logprob=ref, entropy=entropy, kl_coef=0.1, entropy_coef=0.1, top_entropy=0.5)
+    (2 * policy_loss(logprob, old, torch.randn(3), mask, **options).loss).backward()
+
+
+EXAMPLES = [scoring, scoring_in_place, policy]
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

@@ -95,7 +95,7 @@ def test_opcheck(backend):
     assert set(calls) == set(OPS)
     tests = ("test_schema", "test_faketensor")
     for name, args in calls.items():
-        with flashpo.backend(backend):
+        with flashpo.backend(backend if backend in OPS[name].kernels else None):
             torch.library.opcheck(OPS[name].overload, args, test_utils=tests)
 
 

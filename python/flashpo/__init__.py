@@ -4,7 +4,29 @@
 """
 
 from flashpo._op import backend, stats
-from flashpo.ops import TokenStats, linear_logprob, selective_log_softmax
+from flashpo.ops import (
+    LOSSES,
+    LossSpec,
+    PolicyLoss,
+    PolicyStats,
+    TokenStats,
+    entropy_threshold,
+    linear_logprob,
+    policy_loss,
+    selective_log_softmax,
+)
 
 __version__ = "0.1.0"
-__all__ = ["TokenStats", "backend", "linear_logprob", "selective_log_softmax", "stats"]
+__all__ = [
+    "LOSSES",
+    "LossSpec",
+    "PolicyLoss",
+    "PolicyStats",
+    "TokenStats",
+    "backend",
+    "entropy_threshold",
+    "linear_logprob",
+    "policy_loss",
+    "selective_log_softmax",
+    "stats",
+]

@@ -45,6 +45,12 @@ def _eager(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.masked_fill(ignored, 0.0), -(logp.exp() * logp).sum(-1).masked_fill(ignored, 0.0)
 
 
+def _ppo(logprob: Tensor, old: Tensor, advantage: Tensor, mask: Tensor) -> tuple[Tensor]:
+    ratio, advantage = (logprob - old).exp(), advantage[:, None]
+    loss = torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1.28) * advantage)
+    return ((loss * mask).sum() / mask.sum(),)
+
+
 PROBES = {
     "selective_log_softmax": Probe(
         lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
@@ -65,6 +71,19 @@ PROBES = {
         lambda hidden, weight, target: flashpo.linear_logprob(hidden, weight, target)[:2],
         lambda hidden, weight, target: _eager(F.linear(hidden, weight), target),
     ),
+    "policy_loss": Probe(
+        lambda: [
+            -torch.rand(9, 133, dtype=torch.float64),
+            -torch.rand(9, 133, dtype=torch.float64),
+            torch.randn(9, dtype=torch.float64),
+            torch.rand(9, 133) < 0.7,
+        ],
+        lambda logprob, old, advantage, mask: (
+            flashpo.policy_loss(logprob, old.detach(), advantage.detach(), mask, loss="dapo").loss,
+        ),
+        lambda logprob, old, advantage, mask: _ppo(logprob, old.detach(), advantage.detach(), mask),
+        (torch.float32,),
+    ),
 }
 
 
@@ -74,8 +93,9 @@ def _run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wi
     results = fn(*cast)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(r.shape, generator=generator).to(r) for r in results]
-    grads = torch.autograd.grad(results, [x for x in cast if x.requires_grad], upstream)
-    return [x.detach().double().cpu() for x in (*results, *grads)]
+    wanted = [x for x in cast if x.requires_grad]
+    grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
+    return [x.detach().double().cpu() for x in (*results, *grads) if x is not None]
 
 
 class Checked(NamedTuple):

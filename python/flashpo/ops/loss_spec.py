@@ -1,0 +1,212 @@
+"""What a policy loss is: `LossSpec`, one value for each independent choice, and `LOSSES`, the published losses as data.
+
+With d = log pi - log pi_old, a ratio w = exp(d) at some level, an advantage A, and sg() a constant of the gradient:
+
+    surrogate   loss of a token
+    clip        -min(min(w, ratio_cap) A, clip(w, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A where A < 0
+    cispo       -sg(clip(w, 1 - clip_low, 1 + clip_high)) A log pi
+    sapo        -4 / t sigmoid(t (w - 1)) A, t = sapo_temperatures[A <= 0]
+    vespo       -sg(phi) A log pi, phi = exp(l + k log W - l W) of the sequence's ratio W, (k, l) = vespo_gamma[A < 0]
+    gmpo        -A exp(mean over the sequence of d, clipped to [-clip_low, clip_high] on the side where A gains)
+    dppo_tv     -sg(min(w, ratio_cap) keep) A log pi, keep: pi - pi_old <= clip_high where A > 0, else >= -clip_low
+    dppo_kl     the same with KL((pi_old, 1 - pi_old), (pi, 1 - pi)) in place of |pi - pi_old|
+    reinforce   -A log pi
+
+The rest of a spec weighs that loss (importance correction, sequences too far off-policy), adds beta KL to a reference,
+averages over tokens, and subtracts an entropy bonus. Sources are named beside each preset.
+"""
+
+import ast
+import functools
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, get_args
+
+Ratio = Literal["token", "sequence", "sequence_token", "sequence_sum"]
+Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
+KL = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"]
+Importance = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
+Aggregation = Literal["token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length"]
+EmptySequences = Literal["zero", "excluded", "surrogate"]
+EntropyMean = Literal["tokens", "loss"]
+
+CHOICES = {  # field -> its values, in the order in which the kernels number them
+    "ratio": get_args(Ratio),
+    "surrogate": get_args(Surrogate),
+    "kl": get_args(KL),
+    "importance": get_args(Importance),
+    "aggregation": get_args(Aggregation),
+    "empty_sequences": get_args(EmptySequences),
+    "entropy_mean": get_args(EntropyMean),
+}
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A policy loss. `LOSSES["dapo"]` is one; `dataclasses.replace(spec, clip_high=0.3)` makes another.
+
+    Raises ValueError where options contradict each other or would do nothing.
+    """
+
+    # Level of w: one token's; the sequence's, exp(mean d) (GSPO); its value with the gradient of one token each
+    # (GSPO-token); the sequence's without the mean, exp(sum d) (RLOO)
+    ratio: Ratio = "token"
+    surrogate: Surrogate = "clip"
+    clip_low: float | None = 0.2  # None: not clipped on that side
+    clip_high: float | None = 0.2
+    ratio_cap: float | None = None  # TRL's delta (INTELLECT-2) for `clip`; the cap of the weight for `dppo_*`
+    dual_clip: float | None = None  # c > 1 (arXiv 1912.09729)
+    log_ratio_min: float | None = None  # log w is clamped before exp, without gradient beyond (verl)
+    log_ratio_max: float | None = None
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # for A > 0, for the others
+    vespo_gamma: tuple[tuple[float, float], tuple[float, float]] = (
+        (2.0, 3.0),
+        (3.0, 2.0),
+    )  # (k, lambda): A >= 0, A < 0
+
+    # beta KL, of a sample: k1 log pi - log ref, abs |k1|, k2 k1^2 / 2, k3 exp(-k1) + k1 - 1 (Schulman); with "+" the
+    # value of that estimator and the gradient of k2
+    kl_coef: float = 0.0
+    kl: KL = "k3"
+    kl_ratio_correction: bool = False  # times w, with its gradient: unbiased off-policy (DeepSeek-V3.2)
+    kl_log_clamp: float | None = None  # |log ref - log pi| is clamped before, |KL| after the estimate (verl)
+    kl_clamp: float | None = None
+
+    # Weight against the mismatch of sampler and trainer: r = pi_old / pi_rollout of a token or a sequence (product),
+    # clamped to [min, max] (truncate) or replaced by 0 outside of it (mask). geometric_mask: the tokens' r, where the
+    # sequence's geometric mean lies within the bounds. vespo takes log r into W instead.
+    importance: Importance = "none"
+    importance_min: float | None = None
+    importance_max: float | None = None
+    off_policy_threshold: float | None = None  # drop sequences with A < 0 and mean(log pi_rollout - log pi) above it
+    top_entropy: float = 1.0  # only this share of the tokens, those of highest entropy, has a loss (KL: all)
+
+    # token_mean: / tokens; token_sum: / 1; sequence_mean: the mean over sequences of their tokens' mean; sequence_sum:
+    # of their tokens' sum; fixed_length: of their tokens' sum / max_length
+    aggregation: Aggregation = "token_mean"
+    max_length: int | None = None
+    # A sequence without live tokens: counts as 0 (TRL); does not count (verl); counts as the loss at w = 1, that is -A
+    empty_sequences: EmptySequences = "zero"
+    entropy_coef: float = 0.0
+    entropy_mean: EntropyMean = "tokens"  # bonus: mean over this call's tokens (TRL), or aggregated as the loss
+
+    def __post_init__(self):
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
+
+        def need(fine: bool, message: str) -> None:
+            if not fine:
+                raise ValueError(message)
+
+        clipped = self.surrogate in ("clip", "gmpo", "dppo_tv", "dppo_kl")
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            need(value is None or not clipped or value >= 0, f"{name} must not be negative, got {value}")
+        need(self.clip_low is not None or not clipped, f"{self.surrogate} needs clip_low")
+        need(self.clip_high is not None or not clipped, f"{self.surrogate} needs clip_high")
+        need(
+            self.ratio_cap is None or self.surrogate in ("clip", "dppo_tv", "dppo_kl"),
+            f"ratio_cap does nothing for {self.surrogate}",
+        )
+        need(self.ratio_cap is None or self.ratio_cap > 0, f"ratio_cap must be positive, got {self.ratio_cap}")
+        need(self.dual_clip is None or self.surrogate == "clip", f"dual_clip does nothing for {self.surrogate}")
+        need(self.dual_clip is None or self.dual_clip > 1, f"dual_clip must be above 1, got {self.dual_clip}")
+        need(self.surrogate != "gmpo" or self.ratio == "sequence", "gmpo has a ratio of sequences: ratio='sequence'")
+        need(
+            not self.surrogate.startswith("dppo") or self.ratio == "token",
+            f"{self.surrogate} compares probabilities of tokens: ratio='token'",
+        )
+        need(self.surrogate != "gmpo" or not self.kl_ratio_correction, "gmpo does not correct its KL by the ratio")
+        need(
+            all(t > 0 for t in self.sapo_temperatures), f"sapo_temperatures must be positive: {self.sapo_temperatures}"
+        )
+        need(self.kl_coef != 0 or not self.kl_ratio_correction, "kl_ratio_correction does nothing while kl_coef is 0")
+        need(
+            self.surrogate != "vespo" or self.importance in ("none", "token_truncate", "token_mask"),
+            f"vespo takes importance weights of tokens, not {self.importance}",
+        )
+        bounded = self.importance_min is not None or self.importance_max is not None
+        need(
+            bounded == (self.importance != "none"),
+            "importance and its bounds (importance_min, importance_max) go together",
+        )
+        need(0 < self.top_entropy <= 1, f"top_entropy must be in (0, 1], got {self.top_entropy}")
+        need(
+            self.max_length is None or self.aggregation == "fixed_length",
+            f"max_length does nothing for aggregation={self.aggregation!r}",
+        )
+        need(self.max_length is None or self.max_length > 0, f"max_length must be positive, got {self.max_length}")
+        need(
+            self.empty_sequences != "surrogate" or self.aggregation == "sequence_mean",
+            "empty_sequences='surrogate' is for aggregation='sequence_mean'",
+        )
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The whole spec as a string, which operators take; `from_key` makes the spec of it again."""
+        return repr(asdict(self))
+
+    @staticmethod
+    @functools.cache
+    def from_key(key: str) -> "LossSpec":
+        return LossSpec(**ast.literal_eval(key))
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether there is one ratio for a sequence."""
+        return self.ratio != "token"
+
+
+FIELDS = tuple(field.name for field in fields(LossSpec))
+
+_grpo = LossSpec(aggregation="sequence_mean")
+_gspo = LossSpec(ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean")
+_gmpo = LossSpec(ratio="sequence", surrogate="gmpo", clip_low=0.4, clip_high=0.4, aggregation="sequence_mean")
+_dppo = LossSpec(surrogate="dppo_tv", ratio_cap=20.0)
+_verl = LossSpec(
+    log_ratio_min=-20.0, log_ratio_max=20.0, kl_log_clamp=20.0, kl_clamp=10.0, empty_sequences="excluded"
+)  # fmt: skip
+
+LOSSES: dict[str, LossSpec] = {
+    "ppo": LossSpec(),  # arXiv 1707.06347
+    "grpo": _grpo,  # arXiv 2402.03300, which has kl_coef=0.04
+    "bnpo": LossSpec(),  # TRL's name for the mean over a micro-batch's own tokens
+    "dr_grpo": LossSpec(aggregation="fixed_length"),  # arXiv 2503.20783; needs max_length
+    "dapo": LossSpec(clip_high=0.28),  # arXiv 2503.14476
+    "gspo": _gspo,  # arXiv 2507.18071
+    "gspo_token": replace(_gspo, ratio="sequence_token"),
+    "luspo": replace(_gspo, clip_low=2e-3, clip_high=2.5e-3, aggregation="sequence_sum"),  # arXiv 2602.05261
+    "cispo": LossSpec(surrogate="cispo", clip_low=None, clip_high=4.0),  # arXiv 2506.13585, the cap of 2510.13786
+    "sapo": replace(_grpo, surrogate="sapo"),  # arXiv 2511.20347
+    "vespo": LossSpec(surrogate="vespo"),  # arXiv 2602.10693
+    "gmpo": replace(_gmpo, empty_sequences="surrogate"),  # arXiv 2507.20673
+    "dppo_tv": _dppo,  # arXiv 2602.04879
+    "dppo_kl": replace(_dppo, surrogate="dppo_kl"),
+    "rloo": replace(_grpo, ratio="sequence_sum", empty_sequences="surrogate"),  # arXiv 2402.14740, as in TRL
+    "reinforce": LossSpec(surrogate="reinforce"),
+    # verl 0.9.1: dual clip always on, clamped logarithms, empty sequences left out
+    "verl_ppo": replace(_verl, dual_clip=3.0),
+    "verl_gspo": replace(
+        _verl, ratio="sequence_token", log_ratio_min=None, log_ratio_max=10.0, aggregation="sequence_mean"
+    ),
+    "verl_cispo": replace(_verl, surrogate="cispo"),
+    "verl_sapo": replace(_verl, surrogate="sapo", aggregation="sequence_mean"),
+    "verl_gmpo": replace(_gmpo, kl_log_clamp=20.0, kl_clamp=10.0),
+    "verl_dppo_tv": replace(_verl, surrogate="dppo_tv", ratio_cap=20.0),
+    "verl_dppo_kl": replace(_verl, surrogate="dppo_kl", ratio_cap=20.0),
+    "openrlhf_ppo": LossSpec(kl_clamp=10.0, empty_sequences="excluded"),
+}
+
+
+@functools.cache
+def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> LossSpec:
+    """The spec of a name in LOSSES, or a spec, with some of its fields replaced."""
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {sorted(LOSSES)} or a LossSpec, got {loss!r}")
+        loss = LOSSES[loss]
+    elif not isinstance(loss, LossSpec):
+        raise TypeError(f"loss must be a name in LOSSES or a LossSpec, got {type(loss).__name__}")
+    if unknown := [name for name, _ in overrides if name not in FIELDS]:
+        raise TypeError(f"policy_loss has no option {', '.join(unknown)}; a LossSpec has {', '.join(FIELDS)}")
+    return replace(loss, **dict(overrides))  # type: ignore[arg-type]  # __post_init__ checks them

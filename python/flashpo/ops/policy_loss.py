@@ -1,0 +1,190 @@
+"""The policy losses of `loss_spec.py`: per-token loss, explicit gradient, aggregation and statistics in one pass.
+
+Gradients are written out, not recorded: a clipped token's is 0 whatever its ratio, so no 0 * inf can become NaN, and
+log-ratios beyond SATURATION, 64, give the loss and gradient at that bound.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpo._op import op
+from flashpo.ops import _policy_loss_reference
+from flashpo.ops._check import check_device, check_float
+from flashpo.ops.entropy_threshold import entropy_threshold
+from flashpo.ops.loss_spec import LossSpec, resolve
+from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
+
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor  # scalar, differentiable
+    stats: PolicyStats
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    loss: str | LossSpec = "dapo",
+    cu_seqlens: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    importance_ratio: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_group: Any = None,
+    num_items: Tensor | float | None = None,
+    scale: float = 1.0,
+    **overrides,
+) -> PolicyLoss:
+    """Loss of a batch of completions under any `LossSpec`, and its statistics.
+
+        loss = scale (sum_t a_t m_t (k_t x_t + kl_coef KL_t) - entropy_coef H)
+
+    x: the spec's surrogate; m: mask; k: weights against a sampler's mismatch, off-policy and low-entropy tokens; a: the
+    spec's aggregation; H: mean entropy.
+
+    Args:
+        logprob: (B, T), or flat (N,) with `cu_seqlens`; fp32 (fp64: reference only), of the policy.
+        old_logprob: the same shape, of the policy that acted; None: the policy itself, every ratio is 1.
+        advantage: (B,) or (B, T); flat: one a sequence, (S,), or one a token, (N,).
+        mask: bool or 0/1 integers, the live tokens; what other tensors hold elsewhere is never looked at.
+        loss: a name in `LOSSES` or a LossSpec; `overrides` replace fields of it: `clip_high=0.3`.
+        cu_seqlens: (S + 1,) int64, where each sequence of flat tensors begins, and N.
+        ref_logprob: of the reference policy; needed where kl_coef is not 0.
+        rollout_logprob: of the sampler, NaN where unknown; needed for `importance`, used by `off_policy_threshold`.
+        importance_ratio: (B, T), (B,) or (B, 1): finished weights, in place of `importance` and `rollout_logprob`.
+        entropy: of the policy; needed for entropy_coef (differentiable) and top_entropy, else a statistic.
+        entropy_group: process group over whose ranks the share `top_entropy` is taken.
+        num_items: denominator of the aggregation instead of this call's own count: live tokens of the global batch for
+            token_mean, sequences for the others. A number or a scalar tensor.
+        scale: factor of the whole, such as 1 / gradient accumulation steps.
+
+    Returns:
+        PolicyLoss(loss, stats): a scalar, and PolicyStats that nothing has to wait for. A batch without live tokens
+        gives 0, which stays in the graph.
+
+    Raises:
+        ValueError, TypeError: a tensor the spec needs is missing, one that it cannot use is given, shapes, dtypes or
+        devices disagree, an option is unknown or contradicts another.
+    """
+    spec = resolve(loss, tuple(overrides.items()))
+    given = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
+    _check(spec, logprob, {**given, "entropy": entropy}, advantage, mask, importance_ratio, cu_seqlens)
+    shape = logprob.shape
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(shape[0] + 1, device=logprob.device) * shape[1]
+    logprob = logprob.reshape(-1)
+    old, ref, rollout, entropy = (
+        None if x is None else x.reshape(-1) for x in (old_logprob, ref_logprob, rollout_logprob, entropy)
+    )
+    mask = mask.reshape(-1)
+    advantage = _per_token_or_sequence(advantage, shape)
+    if importance_ratio is not None:
+        importance_ratio = _per_token_or_sequence(importance_ratio, shape)
+    threshold = None
+    if spec.top_entropy < 1 and entropy is not None:
+        threshold = entropy_threshold(entropy.detach(), mask, 1 - spec.top_entropy, group=entropy_group)
+    if num_items is not None:
+        num_items = torch.as_tensor(num_items, dtype=logprob.dtype, device=logprob.device).reshape(1)
+    args = (
+        logprob, old, advantage, mask, cu_seqlens, ref, rollout, importance_ratio, entropy, threshold, num_items,
+        float(scale), spec.key,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logprob, entropy)):
+        value, stats = PolicyLossFunction.apply(*args)
+    else:
+        stats = policy_loss_fwd(*args)[0]
+        value = stats[INDEX["loss"]]
+    return PolicyLoss(value, PolicyStats(stats))
+
+
+def _per_token_or_sequence(x: Tensor, shape: torch.Size) -> Tensor:
+    """(N,) where x has a value for each token, (S, 1) where it has one for each sequence."""
+    per_token = x.shape == shape
+    return x.reshape(-1) if per_token else x.reshape(-1, 1)
+
+
+def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens) -> None:
+    check_float("logprob", logprob)
+    if logprob.dim() != (2 if cu_seqlens is None else 1):
+        raise ValueError(f"logprob must be (B, T), or (N,) with cu_seqlens, got {tuple(logprob.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or len(cu_seqlens) == 0):
+        raise ValueError("cu_seqlens must be (S + 1,) int64")
+    sequences = logprob.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    for name, x in {**others, "mask": mask}.items():
+        if x is None:
+            continue
+        if x.shape != logprob.shape:
+            raise ValueError(f"{name} must have logprob's shape {tuple(logprob.shape)}, got {tuple(x.shape)}")
+        if name != "mask" and x.dtype != logprob.dtype:
+            raise TypeError(f"{name} must be {logprob.dtype} like logprob, got {x.dtype}")
+        check_device(name, x, "logprob", logprob)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or integers 0 and 1, got {mask.dtype}")
+    for name, x in {"advantage": advantage, "importance_ratio": importance_ratio}.items():
+        if x is None:
+            continue
+        if x.shape not in (logprob.shape, (sequences,), (sequences, 1)):
+            raise ValueError(
+                f"{name} must have one value for each of the {sequences} sequences or for each token, "
+                f"{tuple(logprob.shape)}, got {tuple(x.shape)}"
+            )
+        if x.dtype != logprob.dtype:
+            raise TypeError(f"{name} must be {logprob.dtype} like logprob, got {x.dtype}")
+        check_device(name, x, "logprob", logprob)
+
+    def need(name: str, wanted: bool, reason: str) -> None:
+        if wanted and others[name] is None:
+            raise ValueError(f"{name} is needed for {reason}")
+
+    need("ref_logprob", spec.kl_coef != 0, "kl_coef")
+    need("entropy", spec.entropy_coef != 0, "entropy_coef")
+    need("entropy", spec.top_entropy < 1, "top_entropy")
+    need("rollout_logprob", spec.importance != "none", f"importance={spec.importance!r}")
+    if importance_ratio is not None and spec.importance != "none":
+        raise ValueError(f"importance_ratio and importance={spec.importance!r} exclude each other")
+    if others["ref_logprob"] is not None and spec.kl_coef == 0:
+        raise ValueError("ref_logprob is given, but kl_coef is 0")
+    if spec.aggregation == "fixed_length" and spec.max_length is None:
+        raise ValueError("aggregation='fixed_length' needs max_length")
+
+
+policy_loss_fwd = op(_policy_loss_reference.policy_loss_fwd)
+
+
+@policy_loss_fwd.fake
+def _(logprob, *rest):
+    rows = 2 if LossSpec.from_key(rest[-1]).entropy_coef != 0 else 1
+    return logprob.new_empty(len(NAMES)), logprob.new_empty(rows, logprob.shape[0]), logprob.new_empty(rows)
+
+
+@op
+def policy_loss_bwd(grads: Tensor, factors: Tensor, d_loss: Tensor) -> Tensor:
+    """Rows of finished gradients: grads (R, N) times factors (R,) times d_loss ()."""
+    return grads * (factors * d_loss)[:, None]
+
+
+@policy_loss_bwd.fake
+def _(grads, factors, d_loss):
+    return torch.empty_like(grads)
+
+
+class PolicyLossFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, *rest):
+        stats, grads, factors = policy_loss_fwd(logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, *rest)
+        ctx.save_for_backward(grads, factors)
+        ctx.mark_non_differentiable(stats)
+        return stats[INDEX["loss"]].clone(), stats
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        grads, factors = ctx.saved_tensors
+        eager_cpu = grads.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (eager_cpu and bool((factors * d_loss == 1).all())):  # a GPU would have to be waited for
+            grads = policy_loss_bwd(grads, factors, d_loss)
+        d_entropy = grads[1] if ctx.needs_input_grad[8] and grads.shape[0] == 2 else None
+        return grads[0], *[None] * 7, d_entropy, *[None] * 4
