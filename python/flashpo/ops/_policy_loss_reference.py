@@ -193,7 +193,7 @@ def policy_loss_fwd(
     tokens, live_sequences = n.sum(), (n > 0).sum().to(dtype)
     counted = live_sequences if s.empty_sequences == "excluded" else torch.full_like(tokens, sequences)
     items = {"token_mean": tokens, "token_sum": torch.ones_like(tokens)}.get(s.aggregation, counted)
-    items = (items if num_items is None else num_items[0]).clamp(min=1)
+    items = items.clamp(min=1) if num_items is None else num_items[0].clamp(min=torch.finfo(dtype).tiny)
     share = m.to(dtype) / items
     if s.aggregation == "sequence_mean":
         share = share / at_least_1[segment]
@@ -257,6 +257,7 @@ def policy_loss_fwd(
         capped=count(capped),
         saturated=(saturated & m).sum().to(dtype),
         high_entropy_tokens=kept.sum().to(dtype),
+        high_entropy=live(entropy).where(kept, 0.0).sum(),
         phi=tokens * 0 if phi is None else phi.where(first, 0.0).sum(),
         off_policy_sequences=(dropped & first).sum().to(dtype),
         ratio_min=_extreme(w, one_each, False),

@@ -147,7 +147,7 @@ class LossSpec:
         return repr(asdict(self))
 
     @staticmethod
-    @functools.cache
+    @functools.lru_cache(maxsize=256)
     def from_key(key: str) -> "LossSpec":
         return LossSpec(**ast.literal_eval(key))
 
@@ -198,7 +198,7 @@ LOSSES: dict[str, LossSpec] = {
 }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> LossSpec:
     """The spec of a name in LOSSES, or a spec, with some of its fields replaced."""
     if isinstance(loss, str):

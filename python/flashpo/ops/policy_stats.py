@@ -28,7 +28,8 @@ SUMS = (
     "weight",
     "weight_squared",
     "off_policy_sequences",  # dropped by off_policy_threshold
-    "high_entropy_tokens",  # that top_entropy keeps
+    "high_entropy_tokens",  # that top_entropy keeps: all tokens where it is 1
+    "high_entropy",  # the entropy of those
     "phi",  # of vespo, a sum over sequences
 )
 EXTREMES = (  # name -> whether the largest (else the smallest) of all ranks counts
@@ -43,7 +44,7 @@ NAMES = (*SUMS, *(name for name, _ in EXTREMES))
 INDEX = {name: i for i, name in enumerate(NAMES)}
 # Ways to average a sum: name in SUMS -> what it is divided by
 OVER = {
-    "entropy": "tokens", "kl": "tokens", "approx_kl": "tokens", "saturated": "tokens", "high_entropy_tokens": "tokens",
+    "entropy": "tokens", "kl": "tokens", "approx_kl": "tokens", "saturated": "tokens", "high_entropy": "high_entropy_tokens",
     "ratio": "ratios", "clip_low": "ratios", "clip_high": "ratios", "below": "ratios", "above": "ratios",
     "capped": "ratios", "weight": "weights", "off_policy_sequences": "sequences", "phi": "sequences",
 }  # fmt: skip
