@@ -192,7 +192,9 @@ def policy_loss_fwd(
     # aggregation: a token's share of the loss
     tokens, live_sequences = n.sum(), (n > 0).sum().to(dtype)
     counted = live_sequences if s.empty_sequences == "excluded" else torch.full_like(tokens, sequences)
-    items = {"token_mean": tokens, "token_sum": torch.ones_like(tokens)}.get(s.aggregation, counted)
+    items = {"token_mean": tokens, "local_token_mean": tokens, "token_sum": torch.ones_like(tokens)}.get(
+        s.aggregation, counted
+    )
     items = items.clamp(min=1) if num_items is None else num_items[0].clamp(min=torch.finfo(dtype).tiny)
     share = m.to(dtype) / items
     if s.aggregation == "sequence_mean":
@@ -231,6 +233,7 @@ def policy_loss_fwd(
     def count(flag: Tensor) -> Tensor:
         return (flag & one_each).sum().to(dtype)
 
+    of_phi = first if advantage.dim() == 2 else m
     ratios = w.where(one_each, 0.0)
     low_clipped, high_clipped = below & (adv < 0), above & (adv > 0)
     if s.surrogate.startswith("dppo"):
@@ -258,7 +261,8 @@ def policy_loss_fwd(
         saturated=(saturated & m).sum().to(dtype),
         high_entropy_tokens=kept.sum().to(dtype),
         high_entropy=live(entropy).where(kept, 0.0).sum(),
-        phi=tokens * 0 if phi is None else phi.where(first, 0.0).sum(),
+        phis=tokens * 0 if phi is None else of_phi.sum().to(dtype),
+        phi=tokens * 0 if phi is None else phi.where(of_phi, 0.0).sum(),
         off_policy_sequences=(dropped & first).sum().to(dtype),
         ratio_min=_extreme(w, one_each, False),
         ratio_max=_extreme(w, one_each, True),

@@ -25,7 +25,9 @@ Ratio = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
 KL = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"]
 Importance = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]
-Aggregation = Literal["token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length"]
+Aggregation = Literal[
+    "token_mean", "token_sum", "sequence_mean", "sequence_sum", "fixed_length", "local_token_mean"
+]  # fmt: skip
 EmptySequences = Literal["zero", "excluded", "surrogate"]
 EntropyMean = Literal["tokens", "loss"]
 
@@ -80,8 +82,9 @@ class LossSpec:
     off_policy_threshold: float | None = None  # drop sequences with A < 0 and mean(log pi_rollout - log pi) above it
     top_entropy: float = 1.0  # only this share of the tokens, those of highest entropy, has a loss (KL: all)
 
-    # token_mean: / tokens; token_sum: / 1; sequence_mean: the mean over sequences of their tokens' mean; sequence_sum:
-    # of their tokens' sum; fixed_length: of their tokens' sum / max_length
+    # token_mean: / tokens, of the global batch where num_items says how many; local_token_mean: of this call always;
+    # token_sum: / 1; sequence_mean: the mean over sequences of their tokens' mean; sequence_sum: of their tokens' sum;
+    # fixed_length: of their tokens' sum / max_length
     aggregation: Aggregation = "token_mean"
     max_length: int | None = None
     # A sequence without live tokens: counts as 0 (TRL); does not count (verl); counts as the loss at w = 1, that is -A
@@ -170,7 +173,7 @@ _verl = LossSpec(
 LOSSES: dict[str, LossSpec] = {
     "ppo": LossSpec(),  # arXiv 1707.06347
     "grpo": _grpo,  # arXiv 2402.03300, which has kl_coef=0.04
-    "bnpo": LossSpec(),  # TRL's name for the mean over a micro-batch's own tokens
+    "bnpo": LossSpec(aggregation="local_token_mean"),  # TRL's name for it
     "dr_grpo": LossSpec(aggregation="fixed_length"),  # arXiv 2503.20783; needs max_length
     "dapo": LossSpec(clip_high=0.28),  # arXiv 2503.14476
     "gspo": _gspo,  # arXiv 2507.18071

@@ -72,7 +72,7 @@ def policy_loss(
     """
     spec = resolve(loss, tuple(overrides.items()))
     given = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
-    _check(spec, logprob, {**given, "entropy": entropy}, advantage, mask, importance_ratio, cu_seqlens)
+    _check(spec, logprob, {**given, "entropy": entropy}, advantage, mask, importance_ratio, cu_seqlens, num_items)
     shape = logprob.shape
     if cu_seqlens is None:
         cu_seqlens = torch.arange(shape[0] + 1, device=logprob.device) * shape[1]
@@ -107,7 +107,7 @@ def _per_token_or_sequence(x: Tensor, shape: torch.Size) -> Tensor:
     return x.reshape(-1) if per_token else x.reshape(-1, 1)
 
 
-def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens) -> None:
+def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens, num_items) -> None:
     check_float("logprob", logprob)
     if logprob.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"logprob must be (B, T), or (N,) with cu_seqlens, got {tuple(logprob.shape)}")
@@ -148,6 +148,8 @@ def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens)
         raise ValueError(f"importance_ratio and importance={spec.importance!r} exclude each other")
     if others["ref_logprob"] is not None and spec.kl_coef == 0:
         raise ValueError("ref_logprob is given, but kl_coef is 0")
+    if num_items is not None and spec.aggregation in ("local_token_mean", "token_sum"):
+        raise ValueError(f"num_items does nothing for aggregation={spec.aggregation!r}")
     if spec.aggregation == "fixed_length" and spec.max_length is None:
         raise ValueError("aggregation='fixed_length' needs max_length")
 

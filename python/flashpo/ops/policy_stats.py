@@ -30,7 +30,8 @@ SUMS = (
     "off_policy_sequences",  # dropped by off_policy_threshold
     "high_entropy_tokens",  # that top_entropy keeps: all tokens where it is 1
     "high_entropy",  # the entropy of those
-    "phi",  # of vespo, a sum over sequences
+    "phis",  # how many weights phi of vespo: of sequences, or of tokens where the advantages are theirs
+    "phi",
 )
 EXTREMES = (  # name -> whether the largest (else the smallest) of all ranks counts
     ("ratio_min", False),
@@ -44,9 +45,10 @@ NAMES = (*SUMS, *(name for name, _ in EXTREMES))
 INDEX = {name: i for i, name in enumerate(NAMES)}
 # Ways to average a sum: name in SUMS -> what it is divided by
 OVER = {
-    "entropy": "tokens", "kl": "tokens", "approx_kl": "tokens", "saturated": "tokens", "high_entropy": "high_entropy_tokens",
-    "ratio": "ratios", "clip_low": "ratios", "clip_high": "ratios", "below": "ratios", "above": "ratios",
-    "capped": "ratios", "weight": "weights", "off_policy_sequences": "sequences", "phi": "sequences",
+    "entropy": "tokens", "kl": "tokens", "approx_kl": "tokens", "saturated": "tokens",
+    "high_entropy": "high_entropy_tokens", "ratio": "ratios", "clip_low": "ratios", "clip_high": "ratios",
+    "below": "ratios", "above": "ratios", "capped": "ratios", "weight": "weights",
+    "off_policy_sequences": "sequences", "phi": "phis",
 }  # fmt: skip
 
 
