@@ -6,27 +6,43 @@
 from flashpo._op import backend, stats
 from flashpo.ops import (
     LOSSES,
+    PREFERENCE_LOSSES,
     LossSpec,
     PolicyLoss,
     PolicyStats,
+    PreferenceLoss,
+    SequenceLogprobs,
     TokenStats,
+    UnpairedLoss,
+    direct_advantage_loss,
     entropy_threshold,
+    kto_loss,
     linear_logprob,
     policy_loss,
+    preference_loss,
     selective_log_softmax,
+    sequence_logprobs,
 )
 
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
+    "PREFERENCE_LOSSES",
     "LossSpec",
     "PolicyLoss",
     "PolicyStats",
+    "PreferenceLoss",
+    "SequenceLogprobs",
     "TokenStats",
+    "UnpairedLoss",
     "backend",
+    "direct_advantage_loss",
     "entropy_threshold",
+    "kto_loss",
     "linear_logprob",
     "policy_loss",
+    "preference_loss",
     "selective_log_softmax",
+    "sequence_logprobs",
     "stats",
 ]

@@ -1,21 +1,34 @@
 """The ops: each file holds a public function, its reference, fake, backends and gradient."""
 
+from flashpo.ops._preference_terms import PREFERENCE_LOSSES
+from flashpo.ops.direct_advantage_loss import direct_advantage_loss
 from flashpo.ops.entropy_threshold import entropy_threshold
+from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
+from flashpo.ops.preference_loss import PreferenceLoss, preference_loss
 from flashpo.ops.selective_log_softmax import selective_log_softmax
+from flashpo.ops.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 from flashpo.ops.token_stats import TokenStats
 
 __all__ = [
     "LOSSES",
+    "PREFERENCE_LOSSES",
     "LossSpec",
     "PolicyLoss",
     "PolicyStats",
+    "PreferenceLoss",
+    "SequenceLogprobs",
     "TokenStats",
+    "UnpairedLoss",
+    "direct_advantage_loss",
     "entropy_threshold",
+    "kto_loss",
     "linear_logprob",
     "policy_loss",
+    "preference_loss",
     "selective_log_softmax",
+    "sequence_logprobs",
 ]

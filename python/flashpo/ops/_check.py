@@ -36,12 +36,17 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_range(name: str, index: Tensor, vocab: int, ignore_index: int) -> None:
-    """Every index in [0, vocab) or ignore_index. On a GPU a device assertion, so that nothing waits for it."""
+    """Every index in [0, vocab) or ignore_index."""
     fine = (((index >= 0) & (index < vocab)) | (index == ignore_index)).all()
-    if index.device.type != "cpu":
-        torch._assert_async(fine, f"{name} holds values outside [0, {vocab})")
+    check_that(fine, f"{name} holds values outside [0, {vocab}) that are not ignore_index ({ignore_index})")
+
+
+def check_that(fine: Tensor, message: str) -> None:
+    """A condition on values. On a GPU and in a compiled graph an assertion that nothing waits for."""
+    if fine.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(fine, message)
     elif not fine:
-        raise ValueError(f"{name} holds values outside [0, {vocab}) that are not ignore_index ({ignore_index})")
+        raise ValueError(message)
 
 
 def check_positive(name: str, value: float) -> None:

@@ -1,0 +1,87 @@
+"""KTO and unpaired APO: losses of single completions that are labelled desirable or undesirable."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpo.ops._check import check_device, check_float, check_positive
+
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+
+
+class UnpairedLoss(NamedTuple):
+    loss: Tensor  # (): mean of per_sequence; 0 for an empty batch
+    per_sequence: Tensor  # (B,)
+    rewards: Tensor  # (B,), no gradient: beta times the log-ratio to the reference
+
+
+def kto_loss(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    desirable: Tensor,
+    *,
+    loss: str = "kto",
+    beta: float = 0.1,
+    kl: Tensor | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> UnpairedLoss:
+    """mean of w_d (1 - s(b (x - z))) over desirable and of w_u (1 - s(b (z - x))) over undesirable sequences.
+
+    x is the log-ratio to the reference, s the logistic function, z = max(0, kl), without gradient (arXiv 2402.01306,
+    equation 7). `apo_zero_unpaired` has z = 0 (APO, arXiv 2408.06266, without pairs). As TRL's KTOTrainer.
+
+    Args:
+        logprob, ref_logprob: (B,) float, sums over each completion's tokens, for instance from `sequence_logprobs`.
+        desirable: (B,) bool.
+        loss: "kto" or "apo_zero_unpaired".
+        beta: a positive number.
+        kl: needed by "kto" alone: the log-ratios (any shape) of prompts with completions of other prompts, or their
+            mean; several ranks share one estimate, so take the mean over them first.
+        desirable_weight, undesirable_weight: w_d and w_u, positive numbers.
+
+    Raises:
+        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, a name is unknown, kl is missing, empty,
+        or given where it is not read.
+    """
+    if loss not in KTO_LOSSES:
+        raise ValueError(f"loss: unknown name {loss!r}; known are {', '.join(KTO_LOSSES)}; see also preference_loss")
+    for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):
+        check_positive(name, value)
+    check_positive("undesirable_weight", undesirable_weight)
+    _check_sequences(logprob, ref_logprob, desirable)
+    if (kl is None) == (loss == "kto"):
+        raise ValueError(f"kl is {'needed' if kl is None else 'not read'} by {loss}")
+
+    wide = torch.promote_types(logprob.dtype, torch.float32)
+    x = logprob.to(wide) - ref_logprob.to(wide)
+    shift = x.new_zeros(()) if kl is None else _estimate(kl, logprob).to(wide)
+    away = beta * (shift - x)
+    per_sequence = torch.where(
+        desirable, desirable_weight * torch.sigmoid(away), undesirable_weight * torch.sigmoid(-away)
+    )
+    return UnpairedLoss(per_sequence.sum() / max(x.shape[0], 1), per_sequence, beta * x.detach())
+
+
+def _estimate(kl: Tensor, logprob: Tensor) -> Tensor:
+    check_float("kl", kl)
+    check_device("kl", kl, "logprob", logprob)
+    if kl.numel() == 0:
+        raise ValueError("kl is empty")
+    return kl.detach().mean().clamp(min=0)
+
+
+def _check_sequences(logprob: Tensor, ref_logprob: Tensor, desirable: Tensor) -> None:
+    check_float("logprob", logprob)
+    check_float("ref_logprob", ref_logprob)
+    if not isinstance(desirable, Tensor):
+        raise TypeError(f"desirable must be a torch.Tensor, got {type(desirable).__name__}")
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable must be bool, got {desirable.dtype}")
+    if logprob.dim() != 1:
+        raise ValueError(f"logprob must have shape (B,), got {tuple(logprob.shape)}")
+    for name, x in (("ref_logprob", ref_logprob), ("desirable", desirable)):
+        if x.shape != logprob.shape:
+            raise ValueError(f"{name} must have the shape of logprob, {tuple(logprob.shape)}, got {tuple(x.shape)}")
+        check_device(name, x, "logprob", logprob)

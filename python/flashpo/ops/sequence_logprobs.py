@@ -1,0 +1,129 @@
+"""Sums over each sequence of per-token log-probabilities: the step from `linear_logprob` to `preference_loss`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpo.ops._check import check_device, check_float, check_that
+
+
+class SequenceLogprobs(NamedTuple):
+    logprob: Tensor  # (S,): sum of the log-probabilities of a sequence's tokens
+    length: Tensor  # (S,) int64: how many they are
+    weight: Tensor | None = None  # (S,), no gradient: WPO's weight; a pair's is the product of its two
+
+
+def sequence_logprobs(
+    logprob: Tensor,
+    mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    log_sum_sq_probs: Tensor | None = None,
+) -> SequenceLogprobs:
+    """sum_t mask_t logprob_t for each sequence, its number of tokens, and its WPO weight.
+
+        stats = linear_logprob(hidden, weight, target, outputs=("log_sum_sq_probs",))
+        policy = sequence_logprobs(stats.logprob, mask, log_sum_sq_probs=stats.log_sum_sq_probs)
+        result = preference_loss(*policy.logprob.chunk(2), *ref.logprob.chunk(2))
+
+    Args:
+        logprob: (S, T) float, or flat (N,) with `cu_seqlens`; differentiable. For pairs, the first half of the
+            sequences are the chosen ones and the second half the rejected ones, in the same order, as TRL has them.
+        mask: bool or 0/1 of the same shape: the completions' tokens. What is masked out may hold anything.
+        cu_seqlens: (S + 1,) int32 or int64: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. Boundaries
+            of steps rather than of sequences give the sums that `direct_advantage_loss` takes.
+        ld_alpha: LD-DPO (arXiv 2409.06411): tokens beyond the length of the shorter completion of the pair count
+            ld_alpha, in [0, 1]. `length` counts them all. (A likelihood is of plain sums: pass them as `sft` to the
+            loss.)
+        log_sum_sq_probs: like `logprob`, log sum_v p_v^2 of each token's distribution; asks for the weight
+            exp(mean_t(logprob_t - log_sum_sq_probs_t)) of WPO (arXiv 2406.11827, equation 2). Empty: 1.
+
+    Raises:
+        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, an option is out of range, the number of
+        sequences is odd and `ld_alpha` given, cu_seqlens does not ascend from 0 to N (on CUDA: a device assertion).
+    """
+    check_float("logprob", logprob)
+    _check_like_logprob("mask", mask, logprob)
+    if log_sum_sq_probs is not None:
+        check_float("log_sum_sq_probs", log_sum_sq_probs)
+        _check_like_logprob("log_sum_sq_probs", log_sum_sq_probs, logprob)
+    check_that(((mask == 0) | (mask == 1)).all(), "mask must hold 0 and 1 only")
+    rows = Rows(logprob) if cu_seqlens is None else Segments(logprob, cu_seqlens)
+
+    mask = mask.bool()
+    logprob = logprob.to(torch.promote_types(logprob.dtype, torch.float32)).where(mask, 0.0)
+    length = rows.sum(mask.long())
+    weighted = logprob
+    if ld_alpha is not None:
+        if not 0 <= ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
+        if rows.count % 2:
+            raise ValueError(f"ld_alpha needs pairs, chosen first and rejected second: got {rows.count} sequences")
+        shared = length.view(2, -1).amin(0).repeat(2)
+        tail = rows.position(mask) > rows.spread(shared)
+        weighted = torch.where(tail, ld_alpha * logprob, logprob)
+    if log_sum_sq_probs is None:
+        return SequenceLogprobs(rows.sum(weighted), length)
+    aligned = (logprob.detach() - log_sum_sq_probs.detach()).where(mask, 0.0)
+    return SequenceLogprobs(rows.sum(weighted), length, (rows.sum(aligned) / length.clamp(min=1)).exp())
+
+
+class Rows:
+    """Sequences as the rows of (S, T)."""
+
+    def __init__(self, logprob: Tensor):
+        if logprob.dim() != 2:
+            raise ValueError(f"logprob must be (S, T), or (N,) with cu_seqlens, got {tuple(logprob.shape)}")
+        self.count = logprob.shape[0]
+
+    def sum(self, x: Tensor) -> Tensor:  # (S, T) -> (S,)
+        return x.sum(1)
+
+    def spread(self, x: Tensor) -> Tensor:  # (S,) -> (S, 1)
+        return x[:, None]
+
+    def position(self, mask: Tensor) -> Tensor:
+        """1 for a sequence's first token of the mask, 2 for its second."""
+        return mask.cumsum(1)
+
+
+class Segments:
+    """Sequences one after the other in (N,). Sums are taken in fp64: the order in which a GPU adds does not show."""
+
+    def __init__(self, flat: Tensor, cu_seqlens: Tensor):
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if flat.dim() != 1:
+            raise ValueError(f"logprob must be (N,) beside cu_seqlens, got {tuple(flat.shape)}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+        check_device("cu_seqlens", cu_seqlens, "logprob", flat)
+        starts = cu_seqlens.long()
+        ascends = (starts[0] == 0) & (starts[-1] == flat.shape[0]) & (starts.diff() >= 0).all()
+        check_that(ascends, "cu_seqlens must ascend from 0 to the number of tokens")
+        self.count = cu_seqlens.shape[0] - 1
+        self.starts = starts[:-1]
+        self.of_token = torch.searchsorted(starts[1:], torch.arange(flat.shape[0], device=flat.device), right=True)
+
+    def sum(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
+        wide = x.double() if x.is_floating_point() else x
+        return wide.new_zeros(self.count).index_add(0, self.of_token, wide).to(x.dtype)
+
+    def spread(self, x: Tensor) -> Tensor:  # (S,) -> (N,)
+        return x[self.of_token]
+
+    def position(self, mask: Tensor) -> Tensor:
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        return before[1:] - self.spread(before[self.starts])
+
+
+def _check_like_logprob(name: str, x: Tensor, logprob: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.shape != logprob.shape:
+        raise ValueError(f"{name} must have the shape of logprob, {tuple(logprob.shape)}, got {tuple(x.shape)}")
+    check_device(name, x, "logprob", logprob)
