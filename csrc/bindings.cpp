@@ -1,5 +1,6 @@
 // The module flashpo._C: every kernel of ops.h, and which instruction set was chosen for this CPU.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <string>
@@ -60,6 +61,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_finish", CPU(linear_logprob_finish), ReleaseGil());
   m.def("linear_logprob_grad", CPU(linear_logprob_grad), ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
+  m.def("group_advantages", &group_advantages, ReleaseGil());
+  m.def("group_advantages_scratch", &group_advantages_scratch);
 
 #ifdef FLASHPO_CUDA
   m.attr("built_with_cuda") = true;

@@ -1,5 +1,7 @@
 // Every kernel entry point. The CPU ones exist once per instruction set, each in its own namespace.
 #pragma once
+#include <vector>
+
 #include "tensor.h"
 
 #define FLASHPO_DECLARE_CPU(ISA)                                                                                      \
@@ -28,6 +30,16 @@ FLASHPO_DECLARE_CPU(avx512)
 namespace flashpo {
 
 void merge_partials(const Tensor& partials, int64_t vocab, const Tensor& out);
+
+int64_t group_advantages_scratch(int64_t rows, int64_t columns);  // in words of 8 bytes
+void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& lengths,
+                      const std::vector<double>& reward_weights, int baseline, int scale, bool normalize_first,
+                      double eps, bool raw_singletons, const Tensor& advantage, const Tensor& mean, const Tensor& std,
+                      const Tensor& degenerate, const Tensor& scratch, int64_t stream);
+namespace advantages {
+struct Problem;
+}
+void group_advantages_cuda(const advantages::Problem& problem, int64_t stream);
 
 struct CudaDevice {
   int major, minor, multiprocessors, shared_memory_per_block, driver, runtime;
