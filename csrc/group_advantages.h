@@ -21,18 +21,20 @@ constexpr int MAX_FUNCTIONS = 64;
 constexpr int32_t FREE = -1;                      // a slot of the table without a row
 constexpr double ONE = 1152921504606846976.0;     // 2^60: the fixed-point form of 1
 constexpr double WHITENING_EPS = 1e-8;            // verl's masked_whiten adds it to the variance
+constexpr const char* FINITE = "rewards must be finite, or NaN where there is none; so must their weighted sum";
 
 enum Baseline { MEAN, LEAVE_ONE_OUT, SECOND_BEST, NONE };  // in the order of BASELINES in Python
 enum Scale { GROUP, BATCH, UNSCALED };                     // and of SCALES
 
 // What is known of the scorable rewards of one group, or of the whole batch.
 struct Group {
-  int64_t count = 0, weight = 0;  // rows, and the sum of their lengths (the rows again where no lengths are given)
-  int32_t low = INT32_MAX, high = INT32_MIN;   // the smallest and the largest, as `ordered`
-  int32_t second = INT32_MIN, at_high = 0;     // the largest below `high`, and how many rows have `high`
-  int64_t sum = 0, squares = 0;                // means of t = (x - low) / range and of (t - mean)^2; 2^60 stands for 1
-  double centre = 0, offset = 0, factor = 1;   // x - baseline = (x - centre - offset) factor
-  double std = 0;
+  int64_t count = 0, weight = 0;  // rows, and the sum of their lengths (where none are given: rows)
+  int32_t low = INT32_MAX, high = INT32_MIN;  // the smallest and the largest, as `ordered`
+  int32_t second = INT32_MIN, at_high = 0;    // the largest below `high`, and how many rows have `high`
+  int64_t sum = 0, squares = 0;               // means of t = (x - low) / width and of (t - mean)^2: 2^60 stands for 1
+  double width = 0, per_width = 0, per_weight = 0;
+  double centre = 0, offset = 0, factor = 1;  // x - baseline = (x - centre - offset) factor
+  double std = 0, gain = 0;                   // and the advantage is that times gain
 };
 
 struct Problem {
@@ -43,18 +45,17 @@ struct Problem {
   double reward_weights[MAX_FUNCTIONS];
   Baseline baseline;
   Scale scale;
-  bool normalize_first;  // each function by itself, then their sum: GDPO
   double eps;
   bool raw_singletons;  // a group with one scorable reward keeps it as its advantage
   float *advantage, *mean, *std;
   bool* degenerate;
   // scratch
   int64_t capacity;  // a power of two
-  Group* groups;     // (rows, columns), then one for the batch
+  Group* groups;     // (rows, columns), of which those of `found` are used, then one for the batch
   int32_t* id;       // (rows): the row that stands for this one's group
+  int32_t* found;    // (rows): the rows that stand for a group, and before them
+  int32_t* n_found;  // their number
   int32_t* table;    // (capacity)
-
-  FLASHPO_TEAM int64_t columns() const { return normalize_first ? functions : 1; }
 };
 
 // Floats as integers of the same order: atomics have a minimum and a maximum of integers alone.
@@ -70,6 +71,8 @@ FLASHPO_TEAM inline double unordered(int32_t bits) {
   return x;
 }
 
+FLASHPO_TEAM inline int64_t fixed_point(double x) { return static_cast<int64_t>(x * ONE); }
+
 // Keys are often regular (prompt << 32 | turn): every bit of the result depends on all of theirs (splitmix64).
 FLASHPO_TEAM inline uint64_t hash(uint64_t key) {
   key = (key ^ key >> 30) * 0xbf58476d1ce4e5b9;
@@ -77,20 +80,28 @@ FLASHPO_TEAM inline uint64_t hash(uint64_t key) {
   return key ^ key >> 31;
 }
 
-FLASHPO_TEAM inline double range(const Group& g) { return g.count > 0 ? unordered(g.high) - unordered(g.low) : 0; }
-FLASHPO_TEAM inline double scaled(double x, double std, double eps) { return std > 0 ? x / (std + eps) : 0; }
+// From the extremes to what the sums are taken relative to.
+FLASHPO_TEAM inline void open(Group& g, bool weighted) {
+  if (g.count == 0) return;
+  if (!weighted) g.weight = g.count;
+  g.centre = unordered(g.low);
+  g.width = unordered(g.high) - g.centre;
+  g.per_width = g.width > 0 ? 1 / g.width : 0;
+  g.per_weight = 1 / static_cast<double>(g.weight);
+}
 
-// From sums to mean and standard deviation (ddof 1).
-FLASHPO_TEAM inline void close(Group& g) {
-  const double width = range(g), weight = static_cast<double>(g.weight);
-  g.centre = g.count > 0 ? unordered(g.low) : NAN;
-  g.offset = width * (g.sum / ONE);
-  g.std = g.count == 0 ? NAN : g.weight > 1 ? width * std::sqrt(g.squares / ONE * (weight / (weight - 1))) : 0;
+// From the sums to mean and standard deviation (ddof 1).
+FLASHPO_TEAM inline void close(Group& g, double eps) {
+  const double weight = static_cast<double>(g.weight);
+  g.offset = g.width * (g.sum / ONE);
+  g.std = g.weight > 1 ? g.width * std::sqrt(g.squares / ONE * (weight / (weight - 1))) : 0;
+  if (g.count == 0) g.centre = g.std = NAN;
+  g.gain = g.std > 0 ? 1 / (g.std + eps) : 0;
 }
 
 // And to the baseline that the problem asks for.
 FLASHPO_TEAM inline void close(Group& g, const Problem& p) {
-  close(g);
+  close(g, p.eps);
   const bool alone = g.count == 1;
   if (p.baseline == SECOND_BEST && g.count > 0) {
     g.centre = unordered(alone || g.at_high > 1 ? g.high : g.second);
@@ -98,6 +109,7 @@ FLASHPO_TEAM inline void close(Group& g, const Problem& p) {
   } else if (alone && p.raw_singletons) {
     g.centre = g.offset = 0;
     g.std = 1;
+    g.gain = 1 / (1 + p.eps);
   } else if (p.baseline == NONE) {
     g.centre = g.offset = 0;
   } else if (p.baseline == LEAVE_ONE_OUT && g.count > 1) {
@@ -105,19 +117,50 @@ FLASHPO_TEAM inline void close(Group& g, const Problem& p) {
   }
 }
 
-template <class Team>
+// The rows in groups by key, with a Group for every column.
+template <bool MANY>
+struct ByKey {
+  const Problem& p;
+  FLASHPO_TEAM int64_t columns() const { return MANY ? p.functions : 1; }
+  FLASHPO_TEAM Group* of(int64_t row) const { return p.groups + p.id[row] * columns(); }
+  FLASHPO_TEAM int64_t size() const { return *p.n_found; }
+  FLASHPO_TEAM Group* operator[](int64_t i) const { return of(p.found[i]); }
+};
+
+// All rows in one.
+struct Whole {
+  Group* batch;
+  FLASHPO_TEAM int64_t columns() const { return 1; }
+  FLASHPO_TEAM Group* of(int64_t) const { return batch; }
+  FLASHPO_TEAM int64_t size() const { return 1; }
+  FLASHPO_TEAM Group* operator[](int64_t) const { return batch; }
+};
+
+// NORMALIZE_FIRST: each function by itself, then their sum (GDPO). The functions are the columns then; else their sum is.
+template <class Team, bool NORMALIZE_FIRST>
 struct Run {
   const Problem& p;
   Team team;
 
   template <class F>
-  FLASHPO_TEAM void each_row(F f) {
-    for (int64_t row = team.rank(); row < p.rows; row += team.size()) f(row);
+  FLASHPO_TEAM void each(int64_t n, F f) {
+    const int64_t step = team.size();
+    for (int64_t i = team.rank(); i < n; i += step) f(i);
     team.wait();
   }
+  template <class F>
+  FLASHPO_TEAM void each_row(F f) {
+    each(p.rows, f);
+  }
+  template <class In, class F>
+  FLASHPO_TEAM void each_group(In in, F f) {
+    each(in.size(), [&](int64_t i) {
+      for (int64_t c = 0; c < in.columns(); ++c) f(in[i][c]);
+    });
+  }
 
-  FLASHPO_TEAM Group& batch() { return p.groups[p.rows * p.columns()]; }
-  FLASHPO_TEAM Group* groups_of(int64_t row) { return p.groups + p.id[row] * p.columns(); }
+  FLASHPO_TEAM ByKey<NORMALIZE_FIRST> by_key() { return {p}; }
+  FLASHPO_TEAM Whole whole() { return {p.groups + p.rows * by_key().columns()}; }
 
   // The weighted sum over the functions that scored the row, rounded once; NaN where none did.
   FLASHPO_TEAM float combined(int64_t row) {
@@ -125,74 +168,73 @@ struct Run {
     bool scored = false;
     for (int64_t k = 0; k < p.functions; ++k) {
       const float x = p.rewards[row * p.functions + k];
-      team.require(!std::isinf(x), "rewards must be finite, or NaN where there is none");
       if (std::isnan(x)) continue;
       sum += x * p.reward_weights[k];
       scored = true;
     }
-    team.require(!std::isinf(static_cast<float>(sum)), "the weighted sum of rewards overflows float32");
-    return scored ? static_cast<float>(sum) : NAN;
+    if (!scored) return NAN;
+    team.require(std::isfinite(static_cast<float>(sum)), FINITE);
+    return static_cast<float>(sum);
   }
 
   FLASHPO_TEAM void find_group(int64_t row) {
     const int32_t mine = static_cast<int32_t>(row);
     const int64_t key = p.group[row];
-    for (uint64_t slot = hash(key);; ++slot) {
-      const int32_t found = team.claim(&p.table[slot & (p.capacity - 1)], mine);
-      if (found != FREE && p.group[found] != key) continue;
-      p.id[row] = found == FREE ? mine : found;
-      break;
+    if (Team::IN_ORDER && row > 0 && p.group[row - 1] == key) {  // a group's rows mostly stand together
+      p.id[row] = p.id[row - 1];
+      return;
     }
-    if (p.id[row] == mine)
-      for (int64_t c = 0; c < p.columns(); ++c) groups_of(row)[c] = Group{};
+    for (uint64_t slot = hash(key);; ++slot) {
+      const int32_t other = team.claim(&p.table[slot & (p.capacity - 1)], mine);
+      if (other == FREE) {
+        p.id[row] = mine;
+        p.found[team.count(p.n_found)] = mine;
+        for (int64_t c = 0; c < by_key().columns(); ++c) by_key().of(row)[c] = Group{};
+        return;
+      }
+      if (p.group[other] == key) {
+        p.id[row] = other;
+        return;
+      }
+    }
   }
 
-  // Counts, extremes, means and squared deviations of value(row, column) in the groups where(row)[column].
-  template <class Value, class Where>
-  FLASHPO_TEAM void gather(int64_t columns, Value value, Where where, const int64_t* lengths) {
+  // Counts, extremes, means and squared deviations of value(row, column) in each group.
+  template <class In, class Value>
+  FLASHPO_TEAM void gather(In in, Value value, const int64_t* lengths) {
     const auto weight = [&](int64_t row) { return lengths ? lengths[row] : 1; };
-    each_row([&](int64_t row) {
-      if (lengths) team.require(lengths[row] > 0, "lengths must be positive");
-      for (int64_t c = 0; c < columns; ++c) {
-        const float x = value(row, c);
-        if (std::isnan(x)) continue;
-        Group& g = where(row)[c];
-        team.add(&g.count, int64_t{1});
-        team.add(&g.weight, weight(row));
-        team.lower(&g.low, ordered(x));
-        team.raise(&g.high, ordered(x));
-      }
+    const auto each_scorable = [&](auto f) {
+      each_row([&](int64_t row) {
+        for (int64_t c = 0; c < in.columns(); ++c)
+          if (const float x = value(row, c); !std::isnan(x)) f(row, x, in.of(row)[c]);
+      });
+    };
+    each_scorable([&](int64_t row, float x, Group& g) {
+      team.add(&g.count, int64_t{1});
+      if (lengths) team.add(&g.weight, lengths[row]);
+      team.lower(&g.low, ordered(x));
+      team.raise(&g.high, ordered(x));
     });
-    each_row([&](int64_t row) {
-      for (int64_t c = 0; c < columns; ++c) {
-        const float x = value(row, c);
-        if (std::isnan(x)) continue;
-        Group& g = where(row)[c];
-        if (p.baseline == SECOND_BEST) {
-          if (x == unordered(g.high)) team.add(&g.at_high, int32_t{1});
-          else team.raise(&g.second, ordered(x));
-        }
-        if (const double width = range(g); width > 0)
-          team.add(&g.sum, static_cast<int64_t>((x - unordered(g.low)) / width * weight(row) / g.weight * ONE));
-      }
+    each_group(in, [&](Group& g) { open(g, lengths != nullptr); });
+    each_scorable([&](int64_t row, float x, Group& g) {
+      team.add(&g.sum, fixed_point((x - g.centre) * g.per_width * weight(row) * g.per_weight));
     });
-    each_row([&](int64_t row) {
-      for (int64_t c = 0; c < columns; ++c) {
-        const float x = value(row, c);
-        Group& g = where(row)[c];
-        const double width = range(g);
-        if (std::isnan(x) || !(width > 0)) continue;
-        const double d = (x - unordered(g.low)) / width - g.sum / ONE;
-        team.add(&g.squares, static_cast<int64_t>(d * d * weight(row) / g.weight * ONE));
-      }
+    each_scorable([&](int64_t row, float x, Group& g) {
+      const double d = (x - g.centre) * g.per_width - g.sum / ONE;
+      team.add(&g.squares, fixed_point(d * d * weight(row) * g.per_weight));
     });
+    if (p.baseline == SECOND_BEST)
+      each_scorable([&](int64_t, float x, Group& g) {
+        if (ordered(x) == g.high) team.add(&g.at_high, int32_t{1});
+        else team.raise(&g.second, ordered(x));
+      });
   }
 
   // The same over all rows, of the values that stand in `advantage`.
-  FLASHPO_TEAM void gather_batch(const int64_t* lengths) {
-    gather(1, [&](int64_t row, int64_t) { return p.advantage[row]; }, [&](int64_t) { return &batch(); }, lengths);
-    if (team.rank() == 0) close(batch());
-    team.wait();
+  FLASHPO_TEAM const Group& gather_batch() {
+    gather(whole(), [&](int64_t row, int64_t) { return p.advantage[row]; }, p.lengths);
+    each_group(whole(), [&](Group& g) { close(g, p.eps); });
+    return *whole().batch;
   }
 
   FLASHPO_TEAM double above_baseline(double x, const Group& g) {
@@ -201,67 +243,66 @@ struct Run {
   }
 
   FLASHPO_TEAM void write(int64_t row, double advantage, double mean, double std) {
-    bool degenerate = true;
-    for (int64_t c = 0; c < p.columns(); ++c) degenerate = degenerate && !(range(groups_of(row)[c]) > 0);
+    bool varies = false;
+    for (int64_t c = 0; c < by_key().columns(); ++c) varies = varies || by_key().of(row)[c].width > 0;
     p.advantage[row] = static_cast<float>(advantage);
     p.mean[row] = static_cast<float>(mean);
     p.std[row] = static_cast<float>(std);
-    p.degenerate[row] = degenerate;
+    p.degenerate[row] = !varies;
   }
 
   FLASHPO_TEAM void sum_then_normalize() {
-    if (p.scale == BATCH) gather_batch(p.lengths);
+    const Group* batch = p.scale == BATCH ? &gather_batch() : nullptr;
     each_row([&](int64_t row) {
-      const Group& g = *groups_of(row);
-      const double x = p.advantage[row], std = p.scale == BATCH ? batch().std : g.std;
-      if (std::isnan(x)) return write(row, 0, g.centre + g.offset, std);
+      const Group& g = *by_key().of(row);
+      const Group& scale = batch ? *batch : g;
+      const double x = p.advantage[row];
+      if (std::isnan(x)) return write(row, 0, g.centre + g.offset, scale.std);
       const double d = above_baseline(x, g);
-      write(row, p.scale == UNSCALED ? d : scaled(d, std, p.eps), x - d, std);
+      write(row, p.scale == UNSCALED ? d : d * scale.gain, x - d, scale.std);
     });
   }
 
   FLASHPO_TEAM void normalize_then_sum() {
     each_row([&](int64_t row) {
       double sum = 0;
-      if (std::isnan(p.advantage[row])) return;
       for (int64_t k = 0; k < p.functions; ++k) {
         const float x = p.rewards[row * p.functions + k];
-        const Group& g = groups_of(row)[k];
-        if (!std::isnan(x)) sum += p.reward_weights[k] * scaled(above_baseline(x, g), g.std, p.eps);
+        const Group& g = by_key().of(row)[k];
+        if (!std::isnan(x)) sum += p.reward_weights[k] * above_baseline(x, g) * g.gain;
       }
-      p.advantage[row] = static_cast<float>(sum);
+      if (!std::isnan(p.advantage[row])) p.advantage[row] = static_cast<float>(sum);
     });
-    gather_batch(p.lengths);
+    const Group& all = gather_batch();
     each_row([&](int64_t row) {
-      const Group& all = batch();
       const double x = p.advantage[row];
+      const bool scorable = !std::isnan(x);
       if (p.lengths) {  // verl: the mean over tokens
-        const double d = std::isnan(x) ? 0 : above_baseline(x, all);
+        const double d = scorable ? above_baseline(x, all) : 0;
         write(row, d / std::sqrt(all.std * all.std + WHITENING_EPS), all.centre + all.offset, all.std);
       } else {  // TRL: the mean over rows, which is 0 because every column of every group has the mean 0
-        write(row, std::isnan(x) ? 0 : scaled(x, all.std, p.eps), 0, all.std);
+        write(row, scorable ? x * all.gain : 0, 0, all.std);
       }
     });
   }
 
   FLASHPO_TEAM void operator()() {
-    for (int64_t slot = team.rank(); slot < p.capacity; slot += team.size()) p.table[slot] = FREE;
-    if (team.rank() == 0) batch() = Group{};
-    team.wait();
+    if (team.rank() == 0) {
+      *p.n_found = 0;
+      *whole().batch = Group{};
+    }
+    each(p.capacity, [&](int64_t slot) { p.table[slot] = FREE; });
     each_row([&](int64_t row) {
+      if (p.lengths) team.require(p.lengths[row] > 0, "lengths must be positive");
       p.advantage[row] = combined(row);
       find_group(row);
     });
     const auto value = [&](int64_t row, int64_t c) {
-      return p.normalize_first ? p.rewards[row * p.functions + c] : p.advantage[row];
+      return NORMALIZE_FIRST ? p.rewards[row * p.functions + c] : p.advantage[row];
     };
-    const auto where = [&](int64_t row) { return groups_of(row); };
-    gather(p.columns(), value, where, p.normalize_first ? nullptr : p.lengths);
-    each_row([&](int64_t row) {
-      if (p.id[row] == row)
-        for (int64_t c = 0; c < p.columns(); ++c) close(groups_of(row)[c], p);
-    });
-    if (p.normalize_first) normalize_then_sum();
+    gather(by_key(), value, NORMALIZE_FIRST ? nullptr : p.lengths);
+    each_group(by_key(), [&](Group& g) { close(g, p); });
+    if constexpr (NORMALIZE_FIRST) normalize_then_sum();
     else sum_then_normalize();
   }
 };

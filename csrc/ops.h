@@ -39,7 +39,7 @@ void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& 
 namespace advantages {
 struct Problem;
 }
-void group_advantages_cuda(const advantages::Problem& problem, int64_t stream);
+void group_advantages_cuda(const advantages::Problem& problem, bool normalize_first, int64_t stream);
 
 struct CudaDevice {
   int major, minor, multiprocessors, shared_memory_per_block, driver, runtime;

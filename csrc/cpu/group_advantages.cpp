@@ -8,6 +8,7 @@ namespace flashpo {
 namespace {
 
 struct Alone {
+  static constexpr bool IN_ORDER = true;  // one thread takes the rows from first to last
   int64_t rank() const { return 0; }
   int64_t size() const { return 1; }
   void wait() const {}
@@ -16,6 +17,7 @@ struct Alone {
     if (found == advantages::FREE) *slot = row;
     return found;
   }
+  int32_t count(int32_t* n) const { return (*n)++; }
   template <typename T>
   void add(T* sum, T x) const {
     *sum += x;
@@ -38,7 +40,7 @@ int64_t group_words(int64_t rows, int64_t columns) { return (rows * columns + 1)
 }  // namespace
 
 int64_t group_advantages_scratch(int64_t rows, int64_t columns) {
-  return group_words(rows, columns) + (rows + table_size(rows) + 1) / 2;
+  return group_words(rows, columns) + (2 * rows + 1 + table_size(rows) + 1) / 2;
 }
 
 void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& lengths,
@@ -50,7 +52,7 @@ void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& 
   advantages::Problem p{};
   p.rows = rewards.size(0);
   p.functions = rewards.size(1);
-  p.normalize_first = normalize_first;
+  const int64_t columns = normalize_first ? p.functions : 1;
   expect(p.rows < (1 << 30) && p.functions >= 1 && p.functions <= advantages::MAX_FUNCTIONS, "rewards: too large");
   expect(static_cast<int64_t>(reward_weights.size()) == p.functions, "reward_weights must have one for each function");
   expect_dense("rewards", rewards, DType::f32, {p.rows, p.functions}, false, device);
@@ -59,7 +61,7 @@ void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& 
   for (const Tensor* out : {&advantage, &mean, &std})
     expect_dense("out", *out, DType::f32, {p.rows}, false, device);
   expect_dense("degenerate", degenerate, DType::boolean, {p.rows}, false, device);
-  expect_dense("scratch", scratch, DType::i64, {group_advantages_scratch(p.rows, p.columns())}, false, device);
+  expect_dense("scratch", scratch, DType::i64, {group_advantages_scratch(p.rows, columns)}, false, device);
   if (p.rows == 0) return;
 
   p.rewards = rewards.data<const float>();
@@ -76,15 +78,18 @@ void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& 
   p.degenerate = degenerate.data<bool>();
   p.capacity = table_size(p.rows);
   p.groups = scratch.data<advantages::Group>();
-  p.id = scratch.data<int32_t>() + 2 * group_words(p.rows, p.columns());
-  p.table = p.id + p.rows;
+  p.id = scratch.data<int32_t>() + 2 * group_words(p.rows, columns);
+  p.n_found = p.id + p.rows;
+  p.found = p.n_found + 1;
+  p.table = p.found + p.rows;
 #ifdef FLASHPO_CUDA
-  if (device == kDLCUDA) return group_advantages_cuda(p, stream);
+  if (device == kDLCUDA) return group_advantages_cuda(p, normalize_first, stream);
 #else
   (void)stream;
 #endif
   expect(device == kDLCPU, "rewards: no native kernel for this device");
-  advantages::Run<Alone>{p, {}}();
+  if (normalize_first) advantages::Run<Alone, true>{p, {}}();
+  else advantages::Run<Alone, false>{p, {}}();
 }
 
 }  // namespace flashpo

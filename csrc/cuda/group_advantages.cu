@@ -10,10 +10,12 @@ namespace flashpo {
 namespace {
 
 struct Block {
+  static constexpr bool IN_ORDER = false;
   __device__ int64_t rank() const { return threadIdx.x; }
   __device__ int64_t size() const { return blockDim.x; }
   __device__ void wait() const { __syncthreads(); }
   __device__ int32_t claim(int32_t* slot, int32_t row) const { return atomicCAS(slot, advantages::FREE, row); }
+  __device__ int32_t count(int32_t* n) const { return atomicAdd(n, 1); }
   __device__ void add(int64_t* sum, int64_t x) const {
     atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(x));
   }
@@ -25,13 +27,16 @@ struct Block {
   }
 };
 
-__global__ void __launch_bounds__(1024) kernel(const advantages::Problem p) { advantages::Run<Block>{p, {}}(); }
+template <bool NORMALIZE_FIRST>
+__global__ void __launch_bounds__(1024) kernel(const advantages::Problem p) {
+  advantages::Run<Block, NORMALIZE_FIRST>{p, {}}();
+}
 
 }  // namespace
 
-void group_advantages_cuda(const advantages::Problem& p, int64_t stream) {
+void group_advantages_cuda(const advantages::Problem& p, bool normalize_first, int64_t stream) {
   const int threads = p.rows >= 1024 ? 1024 : static_cast<int>((p.rows + 31) / 32 * 32);
-  kernel<<<1, threads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(p);
+  (normalize_first ? kernel<true> : kernel<false>)<<<1, threads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(p);
   cuda_check(cudaGetLastError());
 }
 

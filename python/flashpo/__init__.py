@@ -5,6 +5,7 @@
 
 from flashpo._op import backend, stats
 from flashpo.ops import (
+    Advantages,
     LOSSES,
     PREFERENCE_LOSSES,
     LossSpec,
@@ -17,6 +18,7 @@ from flashpo.ops import (
     direct_advantage_loss,
     entropy_threshold,
     kto_loss,
+    group_advantages,
     linear_logprob,
     policy_loss,
     preference_loss,
@@ -26,6 +28,7 @@ from flashpo.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "Advantages",
     "LOSSES",
     "PREFERENCE_LOSSES",
     "LossSpec",
@@ -39,6 +42,7 @@ __all__ = [
     "direct_advantage_loss",
     "entropy_threshold",
     "kto_loss",
+    "group_advantages",
     "linear_logprob",
     "policy_loss",
     "preference_loss",

@@ -4,6 +4,7 @@ from flashpo.ops._preference_terms import PREFERENCE_LOSSES
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
 from flashpo.ops.entropy_threshold import entropy_threshold
 from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
+from flashpo.ops.group_advantages import Advantages, group_advantages
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
@@ -14,6 +15,7 @@ from flashpo.ops.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 from flashpo.ops.token_stats import TokenStats
 
 __all__ = [
+    "Advantages",
     "LOSSES",
     "PREFERENCE_LOSSES",
     "LossSpec",
@@ -26,6 +28,7 @@ __all__ = [
     "direct_advantage_loss",
     "entropy_threshold",
     "kto_loss",
+    "group_advantages",
     "linear_logprob",
     "policy_loss",
     "preference_loss",
