@@ -3,7 +3,7 @@
 import torch
 from inputs import Case
 
-from flashpo import policy_loss, selective_log_softmax
+from flashpo import group_advantages, policy_loss, selective_log_softmax
 
 
 def scoring():
@@ -25,7 +25,11 @@ def policy():
     (2 * policy_loss(logprob, old, torch.randn(3), mask, **options).loss).backward()
 
 
-EXAMPLES = [scoring, scoring_in_place, policy]
+def advantages():
+    group_advantages(torch.randn(8, 2), torch.arange(8) // 3, lengths=torch.arange(8) + 1)
+
+
+EXAMPLES = [scoring, scoring_in_place, policy, advantages]
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

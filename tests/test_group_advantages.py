@@ -290,9 +290,7 @@ def worker(rank, store):
         with pytest.raises(ValueError, match="rewards must have one K"):
             group_advantages(rewards[:, : 1 + rank], group, process_group=dist.group.WORLD)
         with pytest.raises(ValueError, match="all or none"):
-            group_advantages(
-                rewards, group, lengths=lengths if rank else None, process_group=dist.group.WORLD
-            )
+            group_advantages(rewards, group, lengths=lengths if rank else None, process_group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()
 

@@ -5,9 +5,9 @@
 
 from flashpo._op import backend, stats
 from flashpo.ops import (
-    Advantages,
     LOSSES,
     PREFERENCE_LOSSES,
+    Advantages,
     LossSpec,
     PolicyLoss,
     PolicyStats,
@@ -17,8 +17,8 @@ from flashpo.ops import (
     UnpairedLoss,
     direct_advantage_loss,
     entropy_threshold,
-    kto_loss,
     group_advantages,
+    kto_loss,
     linear_logprob,
     policy_loss,
     preference_loss,
@@ -28,9 +28,9 @@ from flashpo.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
-    "Advantages",
     "LOSSES",
     "PREFERENCE_LOSSES",
+    "Advantages",
     "LossSpec",
     "PolicyLoss",
     "PolicyStats",
@@ -41,8 +41,8 @@ __all__ = [
     "backend",
     "direct_advantage_loss",
     "entropy_threshold",
-    "kto_loss",
     "group_advantages",
+    "kto_loss",
     "linear_logprob",
     "policy_loss",
     "preference_loss",

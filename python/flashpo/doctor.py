@@ -51,6 +51,15 @@ def _ppo(logprob: Tensor, old: Tensor, advantage: Tensor, mask: Tensor) -> tuple
     return ((loss * mask).sum() / mask.sum(),)
 
 
+def _grpo(rewards: Tensor, group: Tensor) -> tuple[Tensor, ...]:
+    rewards = rewards.detach()
+    mean, std = torch.empty_like(rewards), torch.empty_like(rewards)
+    for key in group.unique():
+        rows = group == key
+        mean[rows], std[rows] = rewards[rows].mean(), rewards[rows].std()
+    return (rewards - mean) / (std + 1e-4), mean, std
+
+
 PROBES = {
     "selective_log_softmax": Probe(
         lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
@@ -70,6 +79,12 @@ PROBES = {
         ],
         lambda hidden, weight, target: flashpo.linear_logprob(hidden, weight, target)[:2],
         lambda hidden, weight, target: _eager(F.linear(hidden, weight), target),
+    ),
+    "group_advantages": Probe(
+        lambda: [torch.randn(300, dtype=torch.float64), (torch.arange(300) ** 2 % 61) << 40],
+        lambda rewards, group: flashpo.group_advantages(rewards, group)[:3],
+        _grpo,
+        (torch.float32,),
     ),
     "policy_loss": Probe(
         lambda: [
@@ -94,7 +109,8 @@ def _run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wi
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(r.shape, generator=generator).to(r) for r in results]
     wanted = [x for x in cast if x.requires_grad]
-    grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
+    differentiable = any(r.requires_grad for r in results)
+    grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True) if differentiable else ()
     return [x.detach().double().cpu() for x in (*results, *grads) if x is not None]
 
 

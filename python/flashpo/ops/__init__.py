@@ -3,8 +3,8 @@
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
 from flashpo.ops.entropy_threshold import entropy_threshold
-from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
 from flashpo.ops.group_advantages import Advantages, group_advantages
+from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
@@ -15,9 +15,9 @@ from flashpo.ops.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 from flashpo.ops.token_stats import TokenStats
 
 __all__ = [
-    "Advantages",
     "LOSSES",
     "PREFERENCE_LOSSES",
+    "Advantages",
     "LossSpec",
     "PolicyLoss",
     "PolicyStats",
@@ -27,8 +27,8 @@ __all__ = [
     "UnpairedLoss",
     "direct_advantage_loss",
     "entropy_threshold",
-    "kto_loss",
     "group_advantages",
+    "kto_loss",
     "linear_logprob",
     "policy_loss",
     "preference_loss",

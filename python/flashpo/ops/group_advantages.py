@@ -69,8 +69,8 @@ def group_advantages(
     | REINFORCE++ (2501.03262) | one key for all rows: `group=torch.zeros_like(group)`, `lengths` to whiten by tokens |
 
     Args:
-        rewards: (B,), or (B, K) of K reward functions, float; NaN: not scorable. A row counts the functions that did not
-            score it as 0. A row that none scored enters no statistic and has the advantage 0.
+        rewards: (B,), or (B, K) of K reward functions, float; NaN: not scored. A row counts the functions that did
+            not score it as 0. A row that none scored enters no statistic and has the advantage 0.
         group: (B,) int64, any keys in any order, such as a number for each (prompt, agent, turn).
         baseline: "mean" of the group | "leave_one_out": of its other rows | "second_best" | "none".
         scale: "group" | "batch": the standard deviation that divides | "none". Where that is 0 the advantage is 0.
@@ -100,16 +100,14 @@ def group_advantages(
     rows = slice(None)
     if process_group is not None:
         rewards, group, lengths, rows = _gather(rewards, group, lengths, process_group)
-    results = group_advantages_fwd(
-        rewards, group, lengths, reward_weights, baseline, scale, aggregation, convention
-    )
+    results = group_advantages_fwd(rewards, group, lengths, reward_weights, baseline, scale, aggregation, convention)
     return Advantages(*results if process_group is None else (x[rows].clone() for x in results))
 
 
 def _check(rewards, group, lengths, reward_weights) -> tuple[Tensor, list[float]]:
     """`rewards` as (B, K) fp32 or fp64, and the K weights."""
     check_float("rewards", rewards)
-    if rewards.dim() not in (1, 2) or rewards.dim() == 2 and rewards.shape[1] == 0:
+    if rewards.dim() not in (1, 2) or (rewards.dim() == 2 and rewards.shape[1] == 0):
         raise ValueError(f"rewards must be (B,) or (B, K) with K >= 1, got {tuple(rewards.shape)}")
     for name, x in (("group", group), ("lengths", lengths)):
         if x is None and name == "lengths":
@@ -213,8 +211,9 @@ def group_advantages_fwd(
         else:
             mean = over_rows.centre + over_rows.offset
             advantage = _above(x, over_rows, "mean") / (std**2 + WHITENING_EPS).sqrt()
-    advantage = advantage[:, 0].masked_fill(unscorable, 0.0)
-    return *(r.to(rewards.dtype) for r in (advantage, mean[:, 0], std[:, 0])), stats.equal.all(1)
+    advantage = advantage.masked_fill(unscorable[:, None], 0.0)
+    advantage, mean, std = (r[:, 0].to(rewards.dtype) for r in (advantage, mean, std))
+    return advantage, mean, std, stats.equal.all(1)
 
 
 @group_advantages_fwd.fake
@@ -242,10 +241,10 @@ def _dense(group: Tensor) -> Tensor:
 
 
 class _Statistics(NamedTuple):
-    """Of the group of each row, for each column: (B, C). The baseline is centre + offset, for "leave_one_out" almost."""
+    """Of the group of each row, for each column: (B, C)."""
 
-    count: Tensor  # scorable rows
-    centre: Tensor
+    scorable: Tensor  # how many rows
+    centre: Tensor  # a reward of the group, and from it to the baseline (to the mean for "leave_one_out")
     offset: Tensor
     std: Tensor
     equal: Tensor
@@ -284,7 +283,7 @@ def _above(x: Tensor, stats: _Statistics, baseline: str) -> Tensor:
     if baseline == "second_best":
         return above.clamp(min=0.0)
     if baseline == "leave_one_out":
-        return above * (stats.count / (stats.count - 1)).where(stats.count > 1, 1.0)
+        return above * (stats.scorable / (stats.scorable - 1)).where(stats.scorable > 1, 1.0)
     return above
 
 
