@@ -27,8 +27,7 @@ step doctor "$PYTHON" -m flashpo doctor --check
 step tests "$PYTHON" -m pytest -q -m gpu tests
 if [ -z "$DRY" ]; then
   # The CUDA C++ kernels alone: Triton's are checked against fp64 above, and memcheck does not follow their compiler
-  step sanitizer compute-sanitizer --error-exitcode 1 "$PYTHON" -c \
-    "from flashpo import _C; import torch; torch.zeros(1, device='cuda'); print(_C.cuda_device(0))"
+  step sanitizer compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q -m gpu tests/test_gpu_rl.py
   step bench "$PYTHON" -m flashpo bench --device cuda --peers --out "$OUT/bench.jsonl" --plot "$OUT/plots"
 else
   step bench "$PYTHON" -m flashpo bench overhead --device cpu --out "$OUT/bench.jsonl" --plot "$OUT/plots"

@@ -60,12 +60,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_fold", CPU(linear_logprob_fold), ReleaseGil());
   m.def("linear_logprob_finish", CPU(linear_logprob_finish), ReleaseGil());
   m.def("linear_logprob_grad", CPU(linear_logprob_grad), ReleaseGil());
+  m.def("gae_fwd", CPU(gae_fwd), ReleaseGil());
+  m.def("gae_whiten", CPU(gae_whiten), ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
   m.def("group_advantages", &group_advantages, ReleaseGil());
   m.def("group_advantages_scratch", &group_advantages_scratch);
 
 #ifdef FLASHPO_CUDA
   m.attr("built_with_cuda") = true;
+  m.def("gae_fwd_cuda", &gae_fwd_cuda, ReleaseGil());
+  m.def("gae_whiten_cuda", &gae_whiten_cuda, ReleaseGil());
   m.def("cuda_device", [](int index) {
     const CudaDevice d = cuda_device(index);
     py::dict facts;

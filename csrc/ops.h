@@ -21,6 +21,10 @@
                            const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \
                            double softcap, const Tensor& results, const Tensor& d_logprob, const Tensor& d_entropy,   \
                            const Tensor& rows_out, int threads);                                                      \
+  void gae_fwd(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens,             \
+               double gamma, double lam, const Tensor& advantages, const Tensor& returns, const Tensor& moments,      \
+               int threads);                                                                                          \
+  void gae_whiten(const Tensor& advantages, const Tensor& mask, const Tensor& moments, double eps, int threads);      \
   }
 
 FLASHPO_DECLARE_CPU(baseline)
@@ -40,6 +44,10 @@ namespace advantages {
 struct Problem;
 }
 void group_advantages_cuda(const advantages::Problem& problem, bool normalize_first, int64_t stream);
+void gae_fwd_cuda(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens,
+                  double gamma, double lam, const Tensor& advantages, const Tensor& returns, const Tensor& moments,
+                  int64_t stream);
+void gae_whiten_cuda(const Tensor& advantages, const Tensor& mask, const Tensor& moments, double eps, int64_t stream);
 
 struct CudaDevice {
   int major, minor, multiprocessors, shared_memory_per_block, driver, runtime;

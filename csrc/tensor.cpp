@@ -8,6 +8,7 @@ namespace flashpo {
 DType Tensor::dtype() const {
   if (dl.dtype.lanes != 1) return DType::other;
   switch (dl.dtype.code * 256 + dl.dtype.bits) {
+    case kDLFloat * 256 + 64: return DType::f64;
     case kDLFloat * 256 + 32: return DType::f32;
     case kDLFloat * 256 + 16: return DType::f16;
     case kDLBfloat * 256 + 16: return DType::bf16;

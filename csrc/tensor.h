@@ -6,7 +6,7 @@
 
 namespace flashpo {
 
-enum class DType { f32, bf16, f16, i64, i32, boolean, other };
+enum class DType { f64, f32, bf16, f16, i64, i32, boolean, other };
 
 struct Tensor {
   DLTensor dl{};         // data == nullptr and ndim == -1 stand for None

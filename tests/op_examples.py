@@ -3,7 +3,7 @@
 import torch
 from inputs import Case
 
-from flashpo import group_advantages, policy_loss, selective_log_softmax
+from flashpo import gae, group_advantages, policy_loss, selective_log_softmax
 
 
 def scoring():
@@ -29,7 +29,12 @@ def advantages():
     group_advantages(torch.randn(8, 2), torch.arange(8) // 3, lengths=torch.arange(8) + 1)
 
 
-EXAMPLES = [scoring, scoring_in_place, policy, advantages]
+def generalised_advantages():
+    mask = torch.rand(3, 7) < 0.7
+    gae(*torch.randn(2, 3, 7), mask, whiten=True)
+
+
+EXAMPLES = [scoring, scoring_in_place, policy, advantages, generalised_advantages]
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

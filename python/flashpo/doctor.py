@@ -60,6 +60,19 @@ def _grpo(rewards: Tensor, group: Tensor) -> tuple[Tensor, ...]:
     return (rewards - mean) / (std + 1e-4), mean, std
 
 
+def _gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """verl's loop; whitened."""
+    rewards, values = (x.to(torch.promote_types(x.dtype, torch.float32)).detach() for x in (rewards, values))
+    value, advantage, columns = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
+    for r, v, live in zip(*(x.flip(1).unbind(1) for x in (rewards, values, mask))):
+        advantage = torch.where(live, r + 0.99 * value - v + 0.99 * 0.95 * advantage, advantage)
+        value = torch.where(live, v, value)
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], 1)
+    white = (advantages - advantages[mask].mean()) * (advantages[mask].var() + 1e-8).rsqrt()
+    return white * mask, (advantages + values) * mask
+
+
 PROBES = {
     "selective_log_softmax": Probe(
         lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
@@ -86,6 +99,11 @@ PROBES = {
         _grpo,
         (torch.float32,),
     ),
+    "gae": Probe(
+        lambda: [*torch.randn(2, 5, 301, dtype=torch.float64), torch.rand(5, 301) < 0.8],
+        lambda rewards, values, mask: flashpo.gae(rewards, values, mask, gamma=0.99, lam=0.95, whiten=True),
+        _gae,
+    ),
     "policy_loss": Probe(
         lambda: [
             -torch.rand(9, 133, dtype=torch.float64),
@@ -111,6 +129,10 @@ def _run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wi
     wanted = [x for x in cast if x.requires_grad]
     differentiable = any(r.requires_grad for r in results)
     grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True) if differentiable else ()
+
+    grads: tuple[Tensor | None, ...] = ()
+    if any(r.requires_grad for r in results):
+        grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
     return [x.detach().double().cpu() for x in (*results, *grads) if x is not None]
 
 

@@ -3,6 +3,7 @@
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
 from flashpo.ops.entropy_threshold import entropy_threshold
+from flashpo.ops.gae import gae
 from flashpo.ops.group_advantages import Advantages, group_advantages
 from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
 from flashpo.ops.linear_logprob import linear_logprob
@@ -27,6 +28,7 @@ __all__ = [
     "UnpairedLoss",
     "direct_advantage_loss",
     "entropy_threshold",
+    "gae",
     "group_advantages",
     "kto_loss",
     "linear_logprob",

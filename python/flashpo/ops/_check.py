@@ -59,3 +59,39 @@ def check_positive(name: str, value: float) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """The mask as bool; it is bool or holds 0 and 1, and has the shape of `other`."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(mask.shape)}")
+    check_device(name, mask, other_name, other)
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{name} must be bool or integers 0 and 1, got {mask.dtype}")
+    live = mask == 1
+    check_that((live | (mask == 0)).all(), f"{name} holds values that are neither 0 nor 1")
+    return live
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, flat: Tensor) -> None:
+    """(S + 1,) int64 that begins with 0, never falls and ends with the length of the flat tensors."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype != torch.int64:
+        raise TypeError(f"cu_seqlens must be int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")
+    check_device("cu_seqlens", cu_seqlens, "the flat tensors", flat)
+    fine = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == flat.shape[0]) & (cu_seqlens.diff() >= 0).all()
+    check_that(fine, "cu_seqlens must rise from 0 to the number of tokens")

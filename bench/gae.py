@@ -1,0 +1,61 @@
+"""gae against a time loop in torch, and against a copy of its inputs."""
+
+from collections.abc import Iterator
+
+import torch
+
+from flashpo import gae
+from flashpo.bench.timing import Device, Tables, compare
+
+SHAPES = {"cpu": [(64, 1024), (64, 16384)], "cuda": [(64, 16384), (1024, 16384)]}  # B, T
+
+
+def loop(rewards, values, mask, gamma, lam):
+    """One step of a time loop after the other, over B sequences each, as verl and OpenRLHF do it; verl's rule."""
+    advantage, value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    reverse = []
+    for t in reversed(range(rewards.shape[1])):
+        live = mask[:, t]
+        delta = rewards[:, t] + gamma * value - values[:, t]
+        advantage = torch.where(live, delta + gamma * lam * advantage, advantage)
+        value = torch.where(live, values[:, t], value)
+        reverse.append(advantage)
+    advantages = torch.stack(reverse[::-1], dim=1)
+    return advantages * mask, (advantages + values) * mask
+
+
+def records(device: Device, shape: tuple[int, int]) -> Iterator[dict]:
+    rewards, values = torch.randn(2, *shape, device=device.name)
+    mask = torch.rand(shape, device=device.name) < 0.9
+    inputs = rewards, values, mask
+    exact = loop(rewards.double(), values.double(), mask, 1.0, 0.95)
+    errors = {
+        name: max((x - y).abs().max().item() for x, y in zip(f(), exact))
+        for name, f in {
+            "FlashPO": lambda: gae(*inputs, gamma=1.0, lam=0.95),
+            "torch loop over T": lambda: loop(*inputs, 1.0, 0.95),
+        }.items()
+    }
+    if errors["FlashPO"] > 2 * errors["torch loop over T"] + 1e-5:
+        raise AssertionError(f"gae is off by {errors['FlashPO']}")
+    out = torch.empty_like(rewards), torch.empty_like(rewards)
+    seconds = compare(
+        device,
+        {
+            "copy of rewards and values": lambda: (out[0].copy_(rewards), out[1].copy_(values)),
+            "FlashPO": lambda: gae(*inputs, gamma=1.0, lam=0.95),
+            "FlashPO, whitened": lambda: gae(*inputs, gamma=1.0, lam=0.95, whiten=True),
+            "torch loop over T": lambda: loop(*inputs, 1.0, 0.95),
+        },
+    )
+    moved = rewards.numel() * (4 * 4 + 1)  # rewards, values, mask; advantages, returns
+    for name, time in seconds.items():
+        record = {"variant": name, "ms": time * 1e3, "times_flashpo": time / seconds["FlashPO"]}
+        if name == "FlashPO":
+            record["gb_per_s"] = moved / time / 1e9
+        yield record | ({"max_error": errors[name]} if name in errors else {})
+
+
+def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    for shape in SHAPES[device.name][: 1 if quick else None]:
+        yield f"gae B={shape[0]} T={shape[1]}", list(records(device, shape))
