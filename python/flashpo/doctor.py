@@ -129,10 +129,6 @@ def _run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wi
     wanted = [x for x in cast if x.requires_grad]
     differentiable = any(r.requires_grad for r in results)
     grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True) if differentiable else ()
-
-    grads: tuple[Tensor | None, ...] = ()
-    if any(r.requires_grad for r in results):
-        grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
     return [x.detach().double().cpu() for x in (*results, *grads) if x is not None]
 
 
