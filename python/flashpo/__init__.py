@@ -25,6 +25,7 @@ from flashpo.ops import (
     preference_loss,
     selective_log_softmax,
     sequence_logprobs,
+    value_loss,
 )
 
 __version__ = "0.1.0"
@@ -51,4 +52,5 @@ __all__ = [
     "selective_log_softmax",
     "sequence_logprobs",
     "stats",
+    "value_loss",
 ]

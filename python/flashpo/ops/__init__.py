@@ -14,6 +14,7 @@ from flashpo.ops.preference_loss import PreferenceLoss, preference_loss
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 from flashpo.ops.token_stats import TokenStats
+from flashpo.ops.value_loss import value_loss
 
 __all__ = [
     "LOSSES",
@@ -36,4 +37,5 @@ __all__ = [
     "preference_loss",
     "selective_log_softmax",
     "sequence_logprobs",
+    "value_loss",
 ]
