@@ -190,6 +190,7 @@ def _loss(trainer, inputs) -> Step:
     trainer.model.zero_grad(set_to_none=True)
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
+    trainer.flush_metrics()
     metrics = {k: v[-1] for k, v in trainer._metrics["train"].items()}
     return Step(loss.item(), metrics, {n: p.grad.clone() for n, p in trainer.model.named_parameters()})
 

@@ -8,6 +8,7 @@ from flashpo.ops.group_advantages import Advantages, group_advantages
 from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.loss_spec import LOSSES, LossSpec
+from flashpo.ops.overlong_penalty import overlong_penalty
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.ops.preference_loss import PreferenceLoss, preference_loss
@@ -33,6 +34,7 @@ __all__ = [
     "group_advantages",
     "kto_loss",
     "linear_logprob",
+    "overlong_penalty",
     "policy_loss",
     "preference_loss",
     "selective_log_softmax",

@@ -21,6 +21,8 @@ import functools
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
+import torch
+
 Ratio = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
 KL = Literal["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"]
@@ -129,10 +131,8 @@ class LossSpec:
             f"vespo takes importance weights of tokens, not {self.importance}",
         )
         bounded = self.importance_min is not None or self.importance_max is not None
-        need(
-            bounded == (self.importance != "none"),
-            "importance and its bounds (importance_min, importance_max) go together",
-        )
+        need(bounded or self.importance == "none", f"importance={self.importance!r} needs importance_min or _max")
+        need(not bounded or self.importance != "none", "importance_min and _max do nothing without importance")
         need(0 < self.top_entropy <= 1, f"top_entropy must be in (0, 1], got {self.top_entropy}")
         need(
             self.max_length is None or self.aggregation == "fixed_length",
@@ -201,10 +201,17 @@ LOSSES: dict[str, LossSpec] = {
 }
 
 
-@functools.lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # and a function of its own: Dynamo looks through a cache
 def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> LossSpec:
     """The spec of a name in LOSSES, or a spec, with some of its fields replaced."""
-    if isinstance(loss, str):
+    return _resolve(loss, overrides)
+
+
+@functools.lru_cache(maxsize=256)
+def _resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> LossSpec:
+    if isinstance(loss, str) and loss.startswith("{"):
+        loss = LossSpec.from_key(loss)
+    elif isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a LossSpec, got {loss!r}")
         loss = LOSSES[loss]

@@ -109,6 +109,8 @@ def _per_token_or_sequence(x: Tensor, shape: torch.Size) -> Tensor:
 
 def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens, num_items) -> None:
     check_float("logprob", logprob)
+    if logprob.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logprob must be float32 or float64, got {logprob.dtype}")
     if logprob.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"logprob must be (B, T), or (N,) with cu_seqlens, got {tuple(logprob.shape)}")
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or len(cu_seqlens) == 0):

@@ -8,11 +8,15 @@ import importlib
 from flashpo.trl.patch import PatchError, patch, patched, unpatch
 from flashpo.trl.verify import VerificationError, verify
 
-_TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
-__all__ = ["PatchError", "VerificationError", "patch", "patched", "unpatch", "verify", *_TRAINERS]
+_MODULES = {  # where the classes are
+    **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer"), "trainers"),
+    **dict.fromkeys(("GRPOTrainer", "RLOOTrainer"), "policy"),
+    **dict.fromkeys(("GRPOConfig", "RLOOConfig"), "config"),
+}
+__all__ = ["PatchError", "VerificationError", "patch", "patched", "unpatch", "verify", *_MODULES]
 
 
 def __getattr__(name: str):
-    if name not in _TRAINERS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("flashpo.trl.trainers"), name)
+    return getattr(importlib.import_module(f"flashpo.trl.{_MODULES[name]}"), name)

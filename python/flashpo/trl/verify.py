@@ -15,7 +15,7 @@ from flashpo._op import stats
 from flashpo.trl.patch import patched, stock
 
 # What a step writes to besides parameters: the trainer's records, copied for each run. Plain numbers are rebound.
-RECORDS = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "state", "control")
+RECORDS = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_pending_stats", "state", "control")
 # Random or slow, and not ours: done once, the second run gets the same results. Their own metrics are left out.
 REPLAYED = ("_generate", "_calculate_rewards")
 CLOCKS = ("step_time", "profiling")  # metrics that are never the same twice
@@ -191,6 +191,8 @@ def _run(trainer, model: nn.Module, batches: list, tapes: dict[str, list], repla
             loss = 0.0
             for batch in micro_batches:
                 loss += trainer.training_step(model, copy.deepcopy(batch), items).item()
+            if hasattr(trainer, "flush_metrics"):
+                trainer.flush_metrics()
             metrics = {
                 name: sum(values) / len(values)
                 for name, values in trainer._metrics["train"].items()

@@ -1,0 +1,25 @@
+"""DAPO's soft punishment of overlong completions."""
+
+import torch
+from torch import Tensor
+
+
+def overlong_penalty(
+    lengths: Tensor, max_length: int, buffer: int, *, factor: float = 1.0, floor: float | None = -1.0
+) -> Tensor:
+    """Reward to add to a completion of `lengths` tokens: 0 up to max_length - buffer, then falling by factor / buffer a
+    token (arXiv 2503.14476, equation 13).
+
+        penalty = factor max(min((max_length - buffer - length) / buffer, 0), floor)
+
+    Args:
+        lengths: any shape, completions' tokens.
+        floor: -1 as in the paper and TRL: what lies beyond max_length is not punished further. None: it is (verl).
+
+    Returns:
+        float32, the shape of lengths.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(f"buffer must be in (0, max_length = {max_length}], got {buffer}")
+    penalty = ((max_length - buffer - lengths.to(torch.float32)) / buffer).clamp(max=0)
+    return factor * (penalty if floor is None else penalty.clamp(min=floor))

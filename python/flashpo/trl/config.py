@@ -1,0 +1,101 @@
+"""GRPOConfig and RLOOConfig of TRL with what FlashPO adds: any loss, finer groups, dynamic sampling."""
+
+from dataclasses import dataclass, field, fields, replace
+
+import trl
+
+from flashpo.ops.loss_spec import LossSpec, resolve
+
+# TRL's options that a spec says in their stead
+GRPO_LOSS_OPTIONS = (
+    "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "sapo_temperature_neg",
+    "sapo_temperature_pos", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg",
+    "use_bias_correction_kl", "off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef",
+    "use_adaptive_entropy",
+)  # fmt: skip
+RLOO_LOSS_OPTIONS = ("epsilon", "epsilon_high")
+
+
+@dataclass
+class PolicyOptions:
+    """The fields of both."""
+
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "A name in flashpo.LOSSES (dapo, gspo, gmpo, dppo_tv ...) or a flashpo.LossSpec, in place of TRL's "
+            "own options of the loss, which must be left alone then. None: what those say."
+        },
+    )
+    group_by: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the dataset, or fields that a rollout function returns, which split the generations of "
+            "a prompt into groups of their own for the advantages: agent, turn ..."
+        },
+    )
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={
+            "help": "Rounds of generation, at most, in which groups of equal rewards are replaced by fresh prompts "
+            "(DAPO). 0: they stay, with advantage 0."
+        },
+    )
+
+    def _check_options(self, loss_options: tuple[str, ...]) -> None:
+        if isinstance(self.group_by, str):
+            self.group_by = [self.group_by]
+        if self.dynamic_sampling < 0:
+            raise ValueError(f"dynamic_sampling must not be negative, got {self.dynamic_sampling}")
+        if isinstance(self.loss, LossSpec):
+            self.loss = self.loss.key
+        if self.loss is None:
+            return
+        resolve(self.loss, ())
+        defaults = {f.name: f.default for f in fields(type(self)) if f.name in loss_options}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if changed:
+            raise ValueError(f"loss={self.loss!r} and {', '.join(changed)} exclude each other: a LossSpec says it all")
+
+
+@dataclass
+class GRPOConfig(PolicyOptions, trl.GRPOConfig):
+    """`trl.GRPOConfig` and:"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_options(GRPO_LOSS_OPTIONS)
+        if self.loss is not None:
+            self.beta = self.loss_spec().kl_coef  # TRL loads a reference model by it
+
+    def loss_spec(self) -> LossSpec:
+        """The spec that `loss` names, with beta as its KL coefficient unless it has one, and a length where needed."""
+        spec = resolve(self.loss, ())
+        if spec.kl_coef == 0 and self.beta != 0:
+            spec = replace(spec, kl_coef=self.beta)
+        elif self.beta not in (0, spec.kl_coef):
+            raise ValueError(f"beta={self.beta} and the loss's kl_coef={spec.kl_coef} contradict each other")
+        if spec.aggregation == "fixed_length" and spec.max_length is None:
+            spec = replace(spec, max_length=self.max_completion_length)
+        return spec
+
+
+@dataclass
+class RLOOConfig(PolicyOptions, trl.RLOOConfig):
+    """`trl.RLOOConfig` and:"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_options(RLOO_LOSS_OPTIONS)
+        if self.loss is not None:
+            self.loss_spec()
+
+    def loss_spec(self) -> LossSpec:
+        spec = resolve(self.loss, ())
+        if spec.kl_coef != 0:
+            raise ValueError(f"RLOO has its KL in the reward (beta): the loss must not have kl_coef={spec.kl_coef}")
+        if spec.aggregation == "token_mean":
+            spec = replace(spec, aggregation="local_token_mean")  # RLOO counts no tokens of a global batch
+        if spec.aggregation == "fixed_length" and spec.max_length is None:
+            spec = replace(spec, max_length=self.max_completion_length)
+        return spec

@@ -1,0 +1,383 @@
+"""GRPO and RLOO of TRL on `policy_loss` and `group_advantages`: the same results, any `LossSpec`, no host waits a step.
+
+Metrics stay on the device until they are logged. Stock TRL reduces and reads a dozen numbers a micro-batch.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer.utils import nanstd
+
+from flashpo.ops.group_advantages import group_advantages
+from flashpo.ops.loss_spec import LOSSES, LossSpec
+from flashpo.ops.policy_loss import PolicyLoss, policy_loss
+from flashpo.ops.policy_stats import PolicyStats
+from flashpo.trl.dynamic_sampling import replace_degenerate
+from flashpo.trl.patch import active
+from flashpo.trl.trainers import Accelerated
+
+SCORING_INPUTS = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+
+if TYPE_CHECKING:
+    Base = trl.GRPOTrainer  # for the attributes that it shares with RLOOTrainer
+else:
+    Base = object
+
+
+class PolicyTrainer(Accelerated, Base):
+    """What the two share; beside a TRL class."""
+
+    args: Any  # GRPOConfig or RLOOConfig, TRL's or ours
+    model: Any
+    router_aux_loss_coef: Any
+    _logs: dict[str, Any]
+
+    def __init__(self, *args, **kwargs):
+        self._pending_stats: dict[str, list[PolicyStats]] = {"train": [], "eval": []}
+        super().__init__(*args, **kwargs)
+
+    # loss
+
+    def _score(self, model, inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs, entropies and auxiliary loss of a micro-batch, by TRL's own forward pass."""
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs.get(name) for name in SCORING_INPUTS},
+        )
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _accumulation(self) -> float:
+        return self.current_gradient_accumulation_steps if self._mode == "train" else 1.0
+
+    def _add_aux_loss(self, loss: Tensor, aux_loss: Tensor | None, scale: float) -> Tensor:
+        if not self.aux_loss_enabled:
+            return loss
+        self._metrics[self._mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        return loss + self.router_aux_loss_coef * aux_loss * scale
+
+    def _metrics_of(self, stats: PolicyStats) -> dict[str, float]:
+        """TRL's metrics of one micro-batch of all ranks."""
+        raise NotImplementedError
+
+    def flush_metrics(self) -> None:
+        """Move the pending statistics into `_metrics`: two collectives and one copy for all micro-batches together."""
+        for mode, pending in self._pending_stats.items():
+            if not pending:
+                continue
+            table = PolicyStats(torch.stack([stats.values for stats in pending], dim=1))
+            if self.accelerator.num_processes > 1:
+                table = table.reduce()
+            for values in table.values.cpu().unbind(1):
+                for name, value in self._metrics_of(PolicyStats(values)).items():
+                    self._metrics[mode][name].append(value)
+            pending.clear()
+
+    def log(self, logs, *args, **kwargs):
+        self.flush_metrics()
+        return super().log(logs, *args, **kwargs)
+
+    # advantages
+
+    def compute_advantages(self, rewards: Tensor, group: Tensor, inputs: list[dict], batch: dict) -> Tensor:
+        """Advantages of the generated batch; override to give credit in another way.
+
+        Args:
+            rewards: (rows of all ranks, reward functions), NaN where a function returned None.
+            group: (rows of all ranks,) int64 keys; rows of one key are compared with each other.
+            inputs: this rank's rows of the dataset, with what a rollout function added.
+            batch: this rank's tensors (completion_mask, old_per_token_logps ...).
+
+        Returns:
+            (rows of all ranks,), or (this rank's rows, completion length): one advantage a token.
+        """
+        raise NotImplementedError
+
+    def _generate_and_score_completions(self, inputs):
+        if not active():
+            return super()._generate_and_score_completions(inputs)
+        batch, degenerate = self._generate_batch(inputs)
+        if self._mode == "train" and getattr(self.args, "dynamic_sampling", None):
+            batch = replace_degenerate(self, batch, degenerate, self._generate_batch)
+        return batch
+
+    def _generate_batch(self, inputs: list[dict]) -> tuple[dict, Tensor]:
+        """TRL's batch with our advantages, and for the rows of all ranks whether their group's rewards are equal."""
+        rewards: list[Tensor] = []
+        scored: list[Tensor] = []  # by the policy, then by the reference
+        with (
+            _seen(self, "_calculate_rewards", rewards.append),
+            _seen(self, "_get_per_token_logps_and_entropies", lambda result: scored.append(result[0])),
+        ):
+            batch = super()._generate_and_score_completions(inputs)
+        self._keep_scored(batch, scored)
+        group = self._group_keys(inputs)
+        advantages = self.compute_advantages(rewards[0], group, inputs, batch)
+        if advantages.dim() == 1:
+            logged = self._logs["advantages"]  # TRL's own: others only in groups of equal rewards
+            for _ in range(min(len(advantages), len(logged))):
+                logged.pop()
+            logged.extend(advantages.tolist())
+            here = self.accelerator.process_index * len(inputs)
+            advantages = advantages[here : here + len(inputs)]
+        batch["advantages"] = advantages
+        weights = self.reward_weights.to(rewards[0].device)
+        return batch, group_advantages(rewards[0], group, reward_weights=weights).degenerate
+
+    def _keep_scored(self, batch: dict, scored: list[Tensor]) -> None:
+        """For a trainer whose TRL class drops the log-probs of tokens."""
+
+    def _group_keys(self, inputs: list[dict]) -> Tensor:
+        """A prompt's generations are a group; `group_by` splits it by columns of the dataset or the rollout."""
+        generations = self.num_generations if self._mode == "train" else self.num_generations_eval
+        first = self.accelerator.process_index * len(inputs)
+        columns = getattr(self.args, "group_by", None) or ()
+        if missing := [c for c in columns if c not in inputs[0]]:
+            raise ValueError(f"group_by: neither dataset nor rollout has the columns {missing}")
+        keys = [
+            _stable_key((first + i) // generations, *(row[column] for column in columns))
+            for i, row in enumerate(inputs)
+        ]
+        return self.accelerator.gather(torch.tensor(keys, device=self.accelerator.device))
+
+
+def _stable_key(*parts) -> int:
+    """The same int64 on every rank."""
+    if len(parts) == 1:
+        return parts[0]
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+@contextlib.contextmanager
+def _seen(trainer, name: str, look: Callable) -> Iterator[None]:
+    """Let `look` see every result of the trainer's method within the block."""
+    method, own = getattr(trainer, name), trainer.__dict__.get(name)
+
+    def call(*args, **kwargs):
+        result = method(*args, **kwargs)
+        look(result)
+        return result
+
+    trainer.__dict__[name] = call
+    try:
+        yield
+    finally:
+        if own is None:
+            del trainer.__dict__[name]
+        else:
+            trainer.__dict__[name] = own
+
+
+def _clip_metrics(stats: PolicyStats) -> dict[str, float]:
+    extremes = {"low_min": stats.clip_low_min.item(), "high_max": stats.clip_high_max.item()}
+    return {
+        "clip_ratio/low_mean": stats.clip_low.item(),
+        "clip_ratio/high_mean": stats.clip_high.item(),
+        "clip_ratio/region_mean": (stats.clip_low + stats.clip_high).item(),
+        **{f"clip_ratio/{name}": x if math.isfinite(x) else math.nan for name, x in extremes.items()},
+    }
+
+
+class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
+    """TRL's GRPOTrainer with FlashPO's ops. `flashpo.trl.GRPOConfig` adds `loss`, `group_by` and `dynamic_sampling`."""
+
+    _entropy_window_stats: Any
+
+    def _loss_spec(self) -> LossSpec:
+        """What the configuration asks for, with the entropy coefficient of this moment."""
+        if getattr(self.args, "loss", None):
+            return self.args.loss_spec()
+        args, loss = self.args, self.loss_type
+        surrogate: Any = loss if loss in ("cispo", "sapo", "vespo") else "clip"
+        clip: dict[str, Any] = {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "ratio_cap": args.delta}
+        if loss == "cispo":
+            clip = {"clip_low": None, "clip_high": self.epsilon_high - 1}  # TRL's epsilon_high is the cap itself
+        elif loss in ("sapo", "vespo"):
+            clip = {}
+        aggregations: dict[str, Any] = {
+            "grpo": "sequence_mean", "sapo": "sequence_mean", "luspo": "sequence_sum", "bnpo": "local_token_mean",
+            "dr_grpo": "fixed_length",
+        }  # fmt: skip
+        coef = self.entropy_coef
+        if self.use_adaptive_entropy and self._last_world_entropy > args.entropy_target:
+            coef = 0.0
+        return LossSpec(
+            ratio=self.importance_sampling_level,  # type: ignore[arg-type]  # checked by LossSpec
+            surrogate=surrogate,
+            **clip,
+            sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+            vespo_gamma=(
+                (args.vespo_k_pos, args.vespo_lambda_pos),
+                (args.vespo_k_neg, args.vespo_lambda_neg),
+            ),
+            kl_coef=self.beta,
+            kl_ratio_correction=self.beta != 0 and args.use_bias_correction_kl,
+            off_policy_threshold=self.off_policy_mask_threshold,
+            top_entropy=self.top_entropy_quantile,
+            aggregation=aggregations.get(loss, "token_mean"),
+            max_length=self.max_completion_length if loss == "dr_grpo" else None,
+            entropy_coef=coef,
+        )
+
+    def _compute_loss(self, model, inputs):
+        if not active():
+            return super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+            model = _without_tools(model, inputs["tool_mask"] == 0)
+        logprob, entropy, aux_loss = self._score(model, inputs)
+        mode, accumulation, spec = self._mode, self._accumulation(), self._loss_spec()
+        num_items, scale = None, 1 / accumulation
+        if spec.aggregation == "token_mean":  # over the tokens of one optimisation step on all ranks
+            num_items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            if mode == "train":
+                num_items = num_items * accumulation / self.args.steps_per_generation
+            scale, spec = 1.0, replace(spec, entropy_coef=spec.entropy_coef / accumulation)
+        result = policy_loss(
+            logprob,
+            inputs.get("old_per_token_logps"),
+            inputs["advantages"],
+            mask,
+            loss=spec,
+            ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
+            rollout_logprob=inputs.get("sampling_per_token_logps"),
+            importance_ratio=inputs.get("importance_sampling_ratio"),
+            entropy=entropy,
+            entropy_group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
+            num_items=num_items,
+            scale=scale,
+        )
+        self._pending_stats[mode].append(result.stats)
+        if self._entropy_bonus_enabled:
+            self._control_entropy(mode, result)
+        return self._add_aux_loss(result.loss, aux_loss, 1 / accumulation)
+
+    def _control_entropy(self, mode: str, result: PolicyLoss) -> None:
+        """TRL's controller: once an optimisation step, the coefficient follows the mean entropy of its tokens."""
+        if mode != "train":
+            return
+        if self.use_adaptive_entropy:
+            tokens = result.stats.high_entropy_tokens
+            window = torch.stack([result.stats.high_entropy * tokens, tokens])
+            self._entropy_window_stats = (
+                window if self._entropy_window_stats is None else self._entropy_window_stats + window
+            )
+            if self.accelerator.sync_gradients:
+                total, tokens = self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
+                self._last_world_entropy = (total / tokens.clamp(min=1.0)).item()
+                low, high = self.args.entropy_coef_min, self.args.entropy_coef_max
+                step = self.args.entropy_coef_delta
+                if self._last_world_entropy <= self.args.entropy_target:
+                    self.entropy_coef = min(self.entropy_coef + step, high)
+                else:
+                    self.entropy_coef = max(self.entropy_coef - step, low)
+                self._entropy_window_stats = None
+        if self.accelerator.sync_gradients:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+
+    def _metrics_of(self, stats: PolicyStats) -> dict[str, float]:
+        spec = self._loss_spec()
+        metrics = {"entropy": stats.entropy.item()}
+        if spec.kl_coef != 0:
+            metrics["kl"] = stats.kl.item()
+        if self._entropy_bonus_enabled:
+            metrics["policy_loss"] = stats.policy_loss.item() / self.accelerator.num_processes
+        if spec.surrogate == "cispo":
+            metrics["cispo_clip_ratio"] = stats.clip_high.item()
+        elif spec.surrogate == "vespo":
+            metrics["vespo/phi_seq_mean"] = stats.phi.item()
+        elif spec.surrogate in ("clip", "gmpo", "dppo_tv", "dppo_kl"):
+            metrics |= _clip_metrics(stats)
+        return metrics
+
+    def compute_advantages(self, rewards, group, inputs, batch):
+        found = group_advantages(
+            rewards,
+            group,
+            scale=self.scale_rewards,
+            reward_weights=self.reward_weights.to(rewards.device),
+            aggregation=self.multi_objective_aggregation,
+        )
+        if self.scale_rewards != "batch" and self.multi_objective_aggregation == "sum_then_normalize":
+            dead = self._metrics[self._mode]["frac_reward_zero_std"]
+            dead[-1] = found.degenerate.float().mean().item()  # TRL misses groups of equal 0.3, 0.7, 0.9 ...
+        return found.advantage
+
+
+def _without_tools(model, tool: Tensor):
+    """`model`, called with labels that leave out what tools answered: it does not reach the LM head."""
+
+    def call(*args, labels, **kwargs):
+        labels = labels.clone()
+        labels[:, -tool.shape[1] :].masked_fill_(tool, -100)
+        return model(*args, labels=labels, **kwargs)
+
+    return call
+
+
+class RLOOTrainer(PolicyTrainer, trl.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
+    """TRL's RLOOTrainer with FlashPO's ops. `flashpo.trl.RLOOConfig` adds `loss`, `group_by` and `dynamic_sampling`."""
+
+    def _keep_scored(self, batch, scored):
+        batch["old_per_token_logps"] = scored[0]
+        if self.beta != 0.0:
+            batch["ref_per_token_logps"] = scored[1]
+
+    def _loss_spec(self) -> LossSpec:
+        if getattr(self.args, "loss", None):
+            return self.args.loss_spec()
+        return replace(LOSSES["rloo"], clip_low=self.epsilon_low, clip_high=self.epsilon_high)
+
+    def _compute_loss(self, model, inputs):
+        if not active():
+            return super()._compute_loss(model, inputs)
+        logprob, entropy, aux_loss = self._score(model, inputs)
+        spec = self._loss_spec()
+        result = policy_loss(
+            logprob,
+            inputs["old_per_token_logps"],
+            inputs["advantages"],
+            inputs["completion_mask"],
+            loss=spec,
+            ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
+            entropy=entropy,
+        )
+        self._pending_stats[self._mode].append(result.stats)
+        return self._add_aux_loss(result.loss, aux_loss, 1.0)  # the Trainer divides by the accumulation steps
+
+    def _metrics_of(self, stats):
+        return {"entropy": stats.entropy.item(), **_clip_metrics(stats)}
+
+    def compute_advantages(self, rewards, group, inputs, batch):
+        unscorable = rewards.isnan().all(dim=1)
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).masked_fill(unscorable, torch.nan)
+        if self.reward_clip_range:
+            total = total.clamp(*self.reward_clip_range)
+        if self.beta != 0.0:
+            k1 = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+            total = total - self.beta * self.accelerator.gather(k1.sum(-1))
+        advantage = group_advantages(total, group, baseline="leave_one_out", scale="none").advantage
+        if self.normalize_advantages:
+            scorable = advantage.masked_fill(unscorable, torch.nan)
+            advantage = (scorable - scorable.nanmean()) / (nanstd(scorable) + 1e-4)
+        return advantage.nan_to_num(nan=0.0)

@@ -1,0 +1,396 @@
+"""`policy_loss` in fp64 against numerical derivatives and formulas written out; TRL and verl have their own files."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.utils.checkpoint import checkpoint
+
+import flashpo
+from flashpo import LOSSES, LossSpec, PolicyStats, entropy_threshold, overlong_penalty, policy_loss
+from flashpo.ops.loss_spec import CHOICES
+
+NAMES = sorted(LOSSES)
+
+
+def batch(B=5, T=8, dtype=torch.float64, spread=0.4):
+    """A ragged padded batch with holes; NaN where no result may look."""
+    mask = (torch.arange(T) < torch.randint(1, T + 1, (B, 1))) & (torch.rand(B, T) < 0.8)
+    mask[0] = True
+    made = {name: -3 * torch.rand(B, T, dtype=dtype) for name in ("logprob",)}
+    for name in ("old_logprob", "ref_logprob", "rollout_logprob"):
+        made[name] = made["logprob"] + spread * torch.randn(B, T, dtype=dtype)
+    made["entropy"] = 3 * torch.rand(B, T, dtype=dtype)
+    made = {name: x.masked_fill(~mask, torch.nan) for name, x in made.items()}
+    return made | {"advantage": torch.randn(B, dtype=dtype), "mask": mask}
+
+
+def complete(spec: LossSpec) -> LossSpec:
+    return replace(spec, max_length=11) if spec.aggregation == "fixed_length" else spec
+
+
+def tensors_for(spec: LossSpec, made: dict) -> dict:
+    wanted = {"logprob", "old_logprob", "advantage", "mask", "entropy"}
+    wanted |= {"ref_logprob"} if spec.kl_coef else set()
+    wanted |= {"rollout_logprob"} if spec.importance != "none" or spec.off_policy_threshold is not None else set()
+    return {name: x for name, x in made.items() if name in wanted}
+
+
+def random_spec(seed: int) -> LossSpec:
+    """Any choice on every axis that does not contradict another."""
+    choose = random.Random(seed)
+    while True:
+        fields = {name: choose.choice(values) for name, values in CHOICES.items()}
+        fields |= dict(
+            clip_low=choose.choice([0.1, 0.3]),
+            clip_high=choose.choice([0.1, 0.4]),
+            ratio_cap=choose.choice([None, 1.3]),
+            dual_clip=choose.choice([None, 1.2]),
+            log_ratio_min=choose.choice([None, -0.5]),
+            log_ratio_max=choose.choice([None, 0.5]),
+            kl_coef=choose.choice([0.0, 0.3]),
+            kl_ratio_correction=choose.random() < 0.5,
+            kl_log_clamp=choose.choice([None, 0.5]),
+            kl_clamp=choose.choice([None, 0.1]),
+            off_policy_threshold=choose.choice([None, 0.05]),
+            top_entropy=choose.choice([1.0, 0.517]),  # no token is the threshold itself
+            entropy_coef=choose.choice([0.0, 0.2]),
+        )
+        if fields["importance"] != "none":
+            fields |= dict(importance_min=choose.choice([None, 0.9]), importance_max=1.2)
+        try:
+            return complete(LossSpec(**fields))
+        except ValueError:
+            continue
+
+
+SMOOTH = [
+    spec
+    for spec in map(random_spec, range(400))
+    if spec.surrogate in ("clip", "sapo", "gmpo") and spec.ratio != "sequence_token" and not spec.kl.endswith("+")
+]
+
+
+@pytest.mark.parametrize("i", range(40))
+def test_explicit_gradients_are_the_derivatives(i):
+    """Those specs whose gradient is that of their value: what sg() holds back is compared with TRL and verl."""
+    spec, made = SMOOTH[i], batch(3, 5)
+    inputs = tensors_for(spec, made)
+    constants = {name: x for name, x in inputs.items() if name not in ("logprob", "entropy")}
+
+    def loss(logprob, entropy):
+        return policy_loss(logprob, entropy=entropy, loss=spec, scale=0.7, **constants).loss
+
+    # rubbish behind the mask has no derivative either
+    leaves = [made[name].nan_to_num(nan=1.0).requires_grad_() for name in ("logprob", "entropy")]
+    assert torch.autograd.gradcheck(loss, leaves, eps=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flat_is_padded(name):
+    """Also with empty sequences, advantages and importance ratios of tokens or of sequences."""
+    spec = complete(LOSSES[name])
+    made = batch(B=6)
+    made["mask"][3] = False
+    B, T = made["mask"].shape
+    lengths = torch.tensor([T, 3, 5, 2, T, 1])
+    made["mask"] &= torch.arange(T) < lengths[:, None]
+    inside = torch.arange(T) < lengths[:, None]
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    for per_token, ratio in itertools.product((False, True), (None, "token", "sequence")):
+        inputs = tensors_for(spec, made)
+        if per_token:
+            inputs["advantage"] = torch.randn(B, T, dtype=torch.float64)
+        if ratio and not (spec.surrogate == "vespo" and ratio == "sequence"):
+            inputs["importance_ratio"] = torch.rand(B, T if ratio == "token" else 1, dtype=torch.float64) + 0.5
+        padded = policy_loss(**inputs, loss=spec)
+        flat = {n: x[inside] if x.shape == (B, T) else x for n, x in inputs.items()}
+        logprob = flat["logprob"].requires_grad_()
+        out = policy_loss(**flat, loss=spec, cu_seqlens=cu)
+        torch.testing.assert_close(out.loss, padded.loss)
+        torch.testing.assert_close(out.stats.values, padded.stats.values)
+        again = inputs["logprob"].clone().requires_grad_()
+        policy_loss(**inputs | {"logprob": again}, loss=spec).loss.backward()
+        out.loss.backward()
+        torch.testing.assert_close(logprob.grad, again.grad[inside])
+        assert (again.grad[~made["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("mode", [m for m in CHOICES["importance"] if m != "none"])
+def test_importance_weights_are_those_of_trl(mode):
+    """TRL's formula, grpo_trainer.py 1.16 lines 2659 to 2707; `geometric_mask` as OpenRLHF's seq-mask-tis."""
+    made = batch(spread=0.6)
+    made["rollout_logprob"][0, 0] = torch.nan  # the sampler did not say: weight 1
+    mask = made["mask"]
+    x = ((made["old_logprob"] - made["rollout_logprob"]) * mask).nan_to_num(nan=0.0).masked_fill(~mask, 0.0)
+    total = x.sum(-1, keepdim=True)
+    low, high = 0.8, 1.3
+    ratio = (total if mode.startswith("sequence") else x).exp()
+    if mode.endswith("truncate"):
+        expected = ratio.clamp(low, high)
+    else:
+        judged = (total / mask.sum(-1, keepdim=True)).exp() if mode == "geometric_mask" else ratio
+        expected = ratio.masked_fill((judged < low) | (judged > high), 0.0)
+    spec = replace(LOSSES["dapo"], importance=mode, importance_min=low, importance_max=high)
+    ours = policy_loss(**tensors_for(spec, made), loss=spec)
+    given = policy_loss(**tensors_for(LOSSES["dapo"], made), loss="dapo", importance_ratio=expected)
+    torch.testing.assert_close(ours.loss, given.loss)
+    torch.testing.assert_close(ours.stats.values, given.stats.values)
+    of_each = expected[:, 0] if mode.startswith("sequence") else expected.expand_as(mask)[mask]
+    assert 0 < (of_each == 0).sum() < len(of_each) or mode.endswith("truncate")
+    torch.testing.assert_close(ours.stats.weight, of_each.mean())
+    torch.testing.assert_close(ours.stats.weight_max, of_each.max())
+    share = of_each.sum() ** 2 / (of_each**2).sum() / len(of_each)
+    torch.testing.assert_close(ours.stats.weight_sample_size, share)
+
+
+def test_statistics_are_what_they_say():
+    made = batch(B=7, T=20, spread=0.5)
+    mask, adv = made["mask"], made["advantage"][:, None]
+    spec = replace(LOSSES["dapo"], kl_coef=0.1, dual_clip=1.3, top_entropy=0.4)
+    stats = policy_loss(**tensors_for(spec, made), loss=spec).stats
+    w = (made["logprob"] - made["old_logprob"]).exp()
+    of_tokens = {
+        "clip_low": (w < 0.8) & (adv < 0),
+        "clip_high": (w > 1.28) & (adv > 0),
+        "below": w < 0.8,
+        "above": w > 1.28,
+        "capped": (w > 1.3) & (adv < 0),
+        "ratio": w,
+        "entropy": made["entropy"],
+        "approx_kl": made["old_logprob"] - made["logprob"],
+    }
+    for name, x in of_tokens.items():
+        torch.testing.assert_close(getattr(stats, name), x.double()[mask].mean(), msg=name)
+    assert stats.tokens == mask.sum()
+    assert stats.ratio_max == w[mask].max()
+    assert stats.ratio_min == w[mask].min()
+    threshold = made["entropy"][mask].quantile(0.6)
+    kept = mask & (made["entropy"] >= threshold)
+    assert stats.high_entropy_tokens == kept.sum()
+    torch.testing.assert_close(stats.high_entropy, made["entropy"][kept].mean())
+    share = w[mask].sum() ** 2 / (w[mask] ** 2).sum() / mask.sum()
+    torch.testing.assert_close(stats.effective_sample_size, share)
+    low = torch.stack([of_tokens["clip_low"][i][mask[i]].double().mean() for i in range(7) if mask[i].any()])
+    torch.testing.assert_close(stats.clip_low_min, low.min())
+    numbers = stats.as_dict()
+    assert numbers["tokens"] == mask.sum().item()
+    with pytest.raises(AttributeError, match="no 'clip_lo'"):
+        stats.clip_lo  # noqa: B018
+
+
+def _rank(rank, folder, queue):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(3)
+    made = batch(B=8)
+    half = {name: x[4 * rank : 4 * rank + 4] for name, x in made.items()}
+    spec = replace(LOSSES["dapo"], top_entropy=0.5)
+    group = torch.distributed.group.WORLD
+    out = policy_loss(**tensors_for(spec, half), loss=spec, num_items=made["mask"].sum(), entropy_group=group)
+    queue.put((out.loss.item(), out.stats.reduce().values.tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_and_entropy_threshold_of_two_ranks(tmp_path):
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path), queue)) for rank in range(2)]
+    [process.start() for process in ranks]
+    found = [queue.get(timeout=120) for _ in ranks]
+    [process.join() for process in ranks]
+    torch.manual_seed(3)
+    made = batch(B=8)
+    spec = replace(LOSSES["dapo"], top_entropy=0.5)
+    whole = policy_loss(**tensors_for(spec, made), loss=spec)
+    assert math.isclose(sum(loss for loss, _ in found), whole.loss.item(), rel_tol=1e-12)
+    for _, values in found:
+        torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), whole.stats.values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_live_gives_zero_in_the_graph(name):
+    spec = complete(LOSSES[name])
+    made = batch(dtype=torch.float32)
+    made["mask"][:] = False
+    made["advantage"][:] = 0
+    logprob = made["logprob"].requires_grad_()
+    loss = policy_loss(**tensors_for(spec, made), loss=spec).loss
+    loss.backward()
+    assert loss == 0
+    assert (logprob.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_far_log_ratios_are_finite_and_counted(name):
+    """Beyond +-88, where exp overflows, on live tokens of either advantage; the KL's too."""
+    spec = replace(complete(LOSSES[name]), kl_coef=0.1)
+    made = batch(dtype=torch.float32)
+    made = {name: x.nan_to_num(nan=-1.0) if x.is_floating_point() else x for name, x in made.items()}
+    for i, far in enumerate((-300.0, -100.0, 100.0, 300.0)):
+        for other in ("old_logprob", "ref_logprob"):
+            made[other][i % 2, i] = made["logprob"][i % 2, i] - far
+    made["mask"][:2, :4] = True
+    made["advantage"][:2] = torch.tensor([1.0, -1.0])
+    logprob = made["logprob"].requires_grad_()
+    out = policy_loss(**tensors_for(spec, made), loss=spec)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert logprob.grad.isfinite().all()
+    if spec.ratio == "token" and spec.log_ratio_max is None:
+        assert out.stats.saturated > 0
+
+
+def test_an_on_policy_ratio_is_1():
+    made = batch()
+    del made["old_logprob"]
+    stats = policy_loss(**tensors_for(LOSSES["grpo"], made), old_logprob=None, loss="grpo").stats
+    assert stats.ratio == stats.ratio_min == stats.ratio_max == 1
+    torch.testing.assert_close(stats.effective_sample_size, torch.ones((), dtype=torch.float64))
+
+
+def test_upstream_gradients_and_repeated_backward():
+    """The loss enters a larger graph: weighted, used twice, checkpointed, and differentiated twice in turn."""
+    made = batch(dtype=torch.float32)
+    logprob = made["logprob"].nan_to_num(nan=0.0).requires_grad_()
+    made["logprob"] = logprob
+    loss = policy_loss(**tensors_for(LOSSES["dapo"], made), loss="dapo").loss
+    (once,) = torch.autograd.grad(loss, logprob, retain_graph=True)
+    kept = once.clone()
+    (twice,) = torch.autograd.grad(3 * loss, logprob, retain_graph=True)
+    torch.testing.assert_close(twice, 3 * kept)
+    (again,) = torch.autograd.grad(loss, logprob, retain_graph=True)
+    assert torch.equal(again, kept)
+    once.mul_(0)  # with an upstream gradient of 1 it is the saved tensor itself
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    made["logprob"] = None
+
+    def f(x):
+        return policy_loss(**tensors_for(LOSSES["dapo"], made | {"logprob": x}), loss="dapo").loss
+
+    (recomputed,) = torch.autograd.grad(checkpoint(f, logprob, use_reentrant=False), logprob)
+    assert torch.equal(recomputed, kept)
+
+
+def test_compiles_into_one_graph():
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(made):
+        return policy_loss(**made, loss="gspo", kl_coef=0.1, scale=0.5).loss
+
+    compiled = torch.compile(loss, backend=count, fullgraph=True, dynamic=True)
+    for B, T in ((5, 8), (6, 11), (3, 9)):
+        made = batch(B, T, torch.float32)
+        spec = replace(LOSSES["gspo"], kl_coef=0.1)
+        inputs = {name: x.nan_to_num(nan=0.0) if x.is_floating_point() else x for name, x in made.items()}
+        inputs = tensors_for(spec, inputs)
+        inputs["logprob"].requires_grad_()
+        expected = torch.autograd.grad(loss(inputs), inputs["logprob"])[0]
+        assert torch.equal(torch.autograd.grad(compiled(inputs), inputs["logprob"])[0], expected)
+    assert len(graphs) == 1
+
+
+CONTRADICTIONS = [
+    (dict(surrogate="ppo"), "surrogate must be one of"),
+    (dict(surrogate="sapo", dual_clip=3.0), "dual_clip does nothing for sapo"),
+    (dict(dual_clip=0.5), "dual_clip must be above 1"),
+    (dict(surrogate="cispo", ratio_cap=2.0), "ratio_cap does nothing"),
+    (dict(clip_low=None), "clip needs clip_low"),
+    (dict(clip_high=-0.1), "clip_high must not be negative"),
+    (dict(surrogate="gmpo"), "ratio='sequence'"),
+    (dict(surrogate="dppo_tv", ratio="sequence"), "ratio='token'"),
+    (dict(kl_ratio_correction=True), "while kl_coef is 0"),
+    (dict(surrogate="vespo", importance="sequence_mask", importance_max=2.0), "weights of tokens"),
+    (dict(importance="token_mask"), "needs importance_min or _max"),
+    (dict(importance_max=2.0), "do nothing without importance"),
+    (dict(top_entropy=0.0), "top_entropy must be in"),
+    (dict(max_length=5), "max_length does nothing"),
+    (dict(empty_sequences="surrogate"), "for aggregation='sequence_mean'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), CONTRADICTIONS, ids=[m for _, m in CONTRADICTIONS])
+def test_contradictory_options_raise(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LossSpec(**fields)
+
+
+def _wrong(**changes):
+    made = tensors_for(LOSSES["dapo"], batch(dtype=torch.float32))
+    return made | changes
+
+
+WRONG = [
+    (dict(loss="dpo"), ValueError, "loss must be one of"),
+    (dict(loss=3), TypeError, "loss must be a name"),
+    (dict(epsilon=0.1), TypeError, "no option epsilon"),
+    (dict(loss="dr_grpo"), ValueError, "needs max_length"),
+    (dict(kl_coef=0.1), ValueError, "ref_logprob is needed"),
+    (dict(ref_logprob=torch.zeros(5, 8)), ValueError, "kl_coef is 0"),
+    (dict(importance="token_mask", importance_max=2.0), ValueError, "rollout_logprob is needed"),
+    (dict(entropy=None, entropy_coef=0.1), ValueError, "entropy is needed for entropy_coef"),
+    (dict(entropy=None, top_entropy=0.5), ValueError, "entropy is needed for top_entropy"),
+    (dict(mask=torch.ones(5, 8)), TypeError, "mask must be bool or integers"),
+    (dict(mask=torch.ones(5, 7, dtype=torch.bool)), ValueError, r"mask must have logprob's shape \(5, 8\)"),
+    (dict(advantage=torch.zeros(4)), ValueError, "advantage must have one value for each of the 5 sequences"),
+    (dict(advantage=torch.zeros(5, dtype=torch.float64)), TypeError, "advantage must be torch.float32"),
+    (dict(logprob=torch.zeros(5, 8, dtype=torch.bfloat16)), TypeError, "float32 or float64"),
+    (dict(logprob=torch.zeros(40)), ValueError, r"logprob must be \(B, T\)"),
+    (dict(loss="bnpo", num_items=3.0), ValueError, "num_items does nothing"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG, ids=[m for _, _, m in WRONG])
+def test_bad_arguments_raise(changes, error, message):
+    with pytest.raises(error, match=message):
+        policy_loss(**_wrong(**changes))
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.2, 0.5, 0.83, 1.0])
+def test_entropy_threshold_is_torch_quantile(quantile):
+    for n in (1, 2, 17, 1000):
+        x = torch.randn(n).abs() * torch.tensor([1.0, 1e-30, 1e20])[torch.randint(3, (n,))]
+        x[0] = 0.0
+        mask = torch.rand(n) < 0.7
+        mask[-1] = True
+        assert entropy_threshold(x, mask, quantile).item() == pytest.approx(x[mask].quantile(quantile).item())
+        assert entropy_threshold(-x, mask, quantile).item() == pytest.approx((-x)[mask].quantile(quantile).item())
+
+
+def test_entropy_threshold_above_2_to_the_24_tokens():
+    """Where torch.quantile raises."""
+    n = 2**24 + 3
+    x = torch.arange(n, dtype=torch.float32).div_(n)
+    mask = torch.ones(1, dtype=torch.bool).expand(n)
+    with pytest.raises(RuntimeError, match="too large"):
+        x.quantile(0.8)
+    assert entropy_threshold(x, mask, 0.8).item() == pytest.approx(0.8, abs=1e-6)
+    assert entropy_threshold(x, ~mask, 0.8).item() == math.inf
+
+
+def test_overlong_penalty():
+    """TRL's reward function, and verl's, which has no floor."""
+    from trl.rewards import get_soft_overlong_punishment
+
+    lengths = torch.tensor([0, 70, 79, 80, 81, 90, 100, 101, 150])
+    theirs = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
+    expected = theirs(completion_ids=[[0] * n for n in lengths.tolist()])
+    torch.testing.assert_close(overlong_penalty(lengths, 100, 20), torch.tensor(expected))
+    without = overlong_penalty(lengths, 100, 20, factor=0.5, floor=None)
+    torch.testing.assert_close(without, (-(lengths - 80).float() / 20 * 0.5).clamp(max=0))
+    with pytest.raises(ValueError, match="buffer must be in"):
+        overlong_penalty(lengths, 100, 0)
+
+
+def test_presets_and_stats_are_public():
+    assert flashpo.LOSSES["dapo"].clip_high == 0.28
+    assert isinstance(policy_loss(**_wrong()).stats, PolicyStats)
