@@ -33,7 +33,8 @@ $(VENV)/ready: $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch==2.13.0
 	$(RUN) -m pip install -q -c constraints.txt triton || echo "no Triton for this platform: its tests are skipped"
-	$(RUN) -m pip install -q -c constraints.txt -e ".[trl,test,bench]"
+	$(RUN) -m pip install -q -c constraints.txt -e ".[trl,test,test-verl,bench]"
+	$(RUN) -m pip install -q -c constraints.txt --no-deps verl || echo "no verl for this Python: its tests are skipped"
 	touch $@
 
 # A second environment that borrows the first one's packages, but not its FlashPO.
