@@ -1,28 +1,39 @@
 """verl 0.9.1 on CPU, as an oracle: its functions, a configuration for them, and batches that reach their edges."""
 
+import contextlib
 import os
 import warnings
 
 import pytest
 import torch
 
-_environment = dict(os.environ)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it tells of every engine that is not installed
+
+@contextlib.contextmanager
+def importing():
+    """verl warns of engines that are not installed, and sets variables that other tests' processes would inherit."""
+    before = dict(os.environ)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+with importing():
     core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed", exc_type=ImportError)
     from verl.trainer.config import AlgoConfig as AlgoConfig
     from verl.workers.config import ActorConfig, PolicyLossConfig
-os.environ.clear()  # importing verl sets variables that other tests' subprocesses would inherit
-os.environ.update(_environment)
 
 
-def actor_config(global_batch_info=None, dro_beta=0.3, rollout_correction=None, **fields):
+def actor_config(global_batch_info=None, loss_mode="vanilla", dro_beta=0.3, rollout_correction=None, **fields):
     return ActorConfig(
         strategy="fsdp",
         rollout_n=4,
         ppo_micro_batch_size_per_gpu=1,
         global_batch_info=global_batch_info or {},
-        policy_loss=PolicyLossConfig(dro_beta=dro_beta, rollout_correction=rollout_correction),
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=dro_beta, rollout_correction=rollout_correction),
         **fields,
     )
 

@@ -17,12 +17,23 @@ from flashpo.verl.losses import live, wide
 
 EPSILON = CONVENTIONS["verl"].eps
 WHITENING_EPSILON = 1e-8
+BY_NAME_ALONE = 'verl hands them to the name "{}" alone: VERL_USE_EXTERNAL_MODULES=flashpo.verl.replace'
 
 
 def gae(
-    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+    token_level_rewards: Tensor,
+    values: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    gamma: float | None = None,
+    lam: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Steps over observation tokens; advantages are whitened over the live tokens."""
+    """Steps over observation tokens; advantages are whitened over the live tokens.
+
+    verl gives values, gamma and lam to an estimator of the name "gae" alone.
+    """
+    if values is None or response_mask is None or gamma is None or lam is None:
+        raise ValueError(f"values, response_mask, gamma and lam are needed; {BY_NAME_ALONE.format('gae')}")
     return estimate(token_level_rewards, values, live(response_mask), gamma=float(gamma), lam=float(lam), whiten=True)
 
 
@@ -95,10 +106,7 @@ def gdpo(
         columns = [torch.as_tensor(np.asarray(non_tensor_batch[name], dtype=np.float32)) for name in names]
         rewards = torch.stack(columns, 1).to(rewards.device)
     elif names:
-        raise ValueError(
-            'non_tensor_batch is needed for config.gdpo_reward_keys; verl passes it to the name "gdpo" alone: '
-            "VERL_USE_EXTERNAL_MODULES=flashpo.verl.replace"
-        )
+        raise ValueError(f"non_tensor_batch is needed for config.gdpo_reward_keys; {BY_NAME_ALONE.format('gdpo')}")
     else:
         weights = None
     group, scale = keys(index, rewards), "group" if norm_adv_by_std_in_grpo else "none"
