@@ -191,7 +191,9 @@ def _rank(rank, folder, queue):
     spec = replace(LOSSES["dapo"], top_entropy=0.5)
     group = torch.distributed.group.WORLD
     out = policy_loss(**tensors_for(spec, half), loss=spec, num_items=made["mask"].sum(), entropy_group=group)
-    queue.put((out.loss.item(), out.stats.reduce().values.tolist()))
+    three = PolicyStats(torch.stack([out.stats.values] * 3, dim=1)).reduce()
+    assert torch.equal(three.values[:, 2], out.stats.reduce().values)
+    queue.put((out.loss.item(), three.values[:, 0].tolist()))
     torch.distributed.destroy_process_group()
 
 

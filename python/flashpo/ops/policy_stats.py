@@ -61,7 +61,7 @@ class PolicyStats:
     """
 
     def __init__(self, values: Tensor):
-        self.values = values  # (len(NAMES),)
+        self.values = values  # (len(NAMES),), or (len(NAMES), M): of M losses
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in INDEX:
@@ -85,6 +85,7 @@ class PolicyStats:
         """The same of all ranks together: two small collectives, still without synchronising the host."""
         sums, extremes = self.values.clone().split([len(SUMS), len(EXTREMES)])
         sign = extremes.new_tensor([1.0 if largest else -1.0 for _, largest in EXTREMES])
+        sign = sign.view(-1, *[1] * (extremes.dim() - 1))
         dist.all_reduce(sums, group=group)
         extremes = extremes * sign
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
