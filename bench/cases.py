@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
-from flashpo.bench import gae, scoring
+from flashpo.bench import advantages, gae, scoring
 from flashpo.bench.timing import Device, Tables
 
 SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with_peers, quick
     "linear_logprob": scoring.linear_logprob_tables,
     "selective_log_softmax": scoring.selective_log_softmax_tables,
     "gae": gae.tables,
+    "group_advantages": advantages.tables,
     "overhead": scoring.overhead_tables,
 }
 

@@ -1,9 +1,9 @@
 // group_advantages, written once for the CPU and for a block of CUDA threads: what a team of threads does with B rows.
 //
 // The team sweeps over the rows a few times and waits for its last thread after each sweep. A hash table of row numbers
-// (open addressing) finds the groups; a group goes by the number of one of its rows. Sums over a group are taken in
-// fixed point, relative to its smallest reward and to its range: integer additions commute, so the result depends
-// neither on the order of the threads nor on that of the rows, and equal rewards give exactly 0.
+// (open addressing) finds the groups; the row in the table stands for its group. Sums over a group are taken in fixed
+// point, relative to its smallest reward and to its range: integer additions commute, so the result depends neither on
+// the order of the threads nor on that of the rows, and equal rewards give exactly 0.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -51,10 +51,11 @@ struct Problem {
   bool* degenerate;
   // scratch
   int64_t capacity;  // a power of two
-  Group* groups;     // (rows, columns), of which those of `found` are used, then one for the batch
-  int32_t* id;       // (rows): the row that stands for this one's group
-  int32_t* found;    // (rows): the rows that stand for a group, and before them
-  int32_t* n_found;  // their number
+  Group* batch;      // one, and
+  Group* groups;     // (rows, columns), of which the first `found` are used
+  int32_t* found;    // one: how many groups there are
+  int32_t* id;       // (rows): the number of the row's group; before that, a row that stands for it
+  int32_t* number;   // (rows): the group's number, where the row stands for one
   int32_t* table;    // (capacity)
 };
 
@@ -122,9 +123,9 @@ template <bool MANY>
 struct ByKey {
   const Problem& p;
   FLASHPO_TEAM int64_t columns() const { return MANY ? p.functions : 1; }
-  FLASHPO_TEAM Group* of(int64_t row) const { return p.groups + p.id[row] * columns(); }
-  FLASHPO_TEAM int64_t size() const { return *p.n_found; }
-  FLASHPO_TEAM Group* operator[](int64_t i) const { return of(p.found[i]); }
+  FLASHPO_TEAM Group* of(int64_t row) const { return (*this)[p.id[row]]; }
+  FLASHPO_TEAM int64_t size() const { return *p.found; }
+  FLASHPO_TEAM Group* operator[](int64_t i) const { return p.groups + i * columns(); }
 };
 
 // All rows in one.
@@ -160,7 +161,7 @@ struct Run {
   }
 
   FLASHPO_TEAM ByKey<NORMALIZE_FIRST> by_key() { return {p}; }
-  FLASHPO_TEAM Whole whole() { return {p.groups + p.rows * by_key().columns()}; }
+  FLASHPO_TEAM Whole whole() { return {p.batch}; }
 
   // The weighted sum over the functions that scored the row, rounded once; NaN where none did.
   FLASHPO_TEAM float combined(int64_t row) {
@@ -188,8 +189,8 @@ struct Run {
       const int32_t other = team.claim(&p.table[slot & (p.capacity - 1)], mine);
       if (other == FREE) {
         p.id[row] = mine;
-        p.found[team.count(p.n_found)] = mine;
-        for (int64_t c = 0; c < by_key().columns(); ++c) by_key().of(row)[c] = Group{};
+        p.number[row] = team.count(p.found);
+        for (int64_t c = 0; c < by_key().columns(); ++c) by_key()[p.number[row]][c] = Group{};
         return;
       }
       if (p.group[other] == key) {
@@ -234,7 +235,7 @@ struct Run {
   FLASHPO_TEAM const Group& gather_batch() {
     gather(whole(), [&](int64_t row, int64_t) { return p.advantage[row]; }, p.lengths);
     each_group(whole(), [&](Group& g) { close(g, p.eps); });
-    return *whole().batch;
+    return *p.batch;
   }
 
   FLASHPO_TEAM double above_baseline(double x, const Group& g) {
@@ -288,8 +289,8 @@ struct Run {
 
   FLASHPO_TEAM void operator()() {
     if (team.rank() == 0) {
-      *p.n_found = 0;
-      *whole().batch = Group{};
+      *p.found = 0;
+      *p.batch = Group{};
     }
     each(p.capacity, [&](int64_t slot) { p.table[slot] = FREE; });
     each_row([&](int64_t row) {
@@ -297,6 +298,7 @@ struct Run {
       p.advantage[row] = combined(row);
       find_group(row);
     });
+    each_row([&](int64_t row) { p.id[row] = p.number[p.id[row]]; });
     const auto value = [&](int64_t row, int64_t c) {
       return NORMALIZE_FIRST ? p.rewards[row * p.functions + c] : p.advantage[row];
     };

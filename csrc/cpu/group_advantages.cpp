@@ -77,11 +77,12 @@ void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& 
   p.std = std.data<float>();
   p.degenerate = degenerate.data<bool>();
   p.capacity = table_size(p.rows);
-  p.groups = scratch.data<advantages::Group>();
-  p.id = scratch.data<int32_t>() + 2 * group_words(p.rows, columns);
-  p.n_found = p.id + p.rows;
-  p.found = p.n_found + 1;
-  p.table = p.found + p.rows;
+  p.batch = scratch.data<advantages::Group>();
+  p.groups = p.batch + 1;
+  p.found = scratch.data<int32_t>() + 2 * group_words(p.rows, columns);
+  p.id = p.found + 1;
+  p.number = p.id + p.rows;
+  p.table = p.number + p.rows;
 #ifdef FLASHPO_CUDA
   if (device == kDLCUDA) return group_advantages_cuda(p, normalize_first, stream);
 #else

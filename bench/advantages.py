@@ -1,0 +1,82 @@
+"""Benchmark of group_advantages beside TRL's torch expression and verl's loop over groups."""
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+import flashpo
+from flashpo import group_advantages
+from flashpo.bench.timing import Device, Tables, compare
+
+SHAPES = {"512 groups of 64": (512, 64), "65536 rewards in 4096 ragged groups": (4096, None)}  # groups, their size
+
+
+def ours(rewards, group):
+    return group_advantages(rewards, group)[0]
+
+
+def reference(rewards, group):
+    with flashpo.backend("torch"):
+        return group_advantages(rewards, group)[0]
+
+
+def trl(rewards, generations):
+    """GRPOTrainer's lines with scale_rewards="group", of groups of one size whose rows stand together."""
+    from trl.trainer.utils import nanstd
+
+    rewards = (rewards[:, None] * torch.ones(1, device=rewards.device)).nansum(dim=1)
+    grouped = rewards.view(-1, generations)
+    mean = torch.nanmean(grouped, dim=1).repeat_interleave(generations, dim=0)
+    std = nanstd(grouped, dim=1).repeat_interleave(generations, dim=0)
+    return torch.nan_to_num((rewards - mean) / (std + 1e-4), nan=0.0)
+
+
+def verl(rewards, group):
+    """compute_grpo_outcome_advantage: a dictionary of lists of scalar tensors."""
+    scores, keys = rewards.clone(), group.tolist()  # verl's keys are an array on the host
+    members, mean, std = defaultdict(list), {}, {}
+    for i, key in enumerate(keys):
+        members[key].append(scores[i])
+    for key, values in members.items():
+        stacked = torch.stack(values)
+        alone = len(values) == 1
+        mean[key] = torch.tensor(0.0) if alone else stacked.mean()
+        std[key] = torch.tensor(1.0) if alone else stacked.std()
+    for i, key in enumerate(keys):
+        scores[i] = (scores[i] - mean[key]) / (std[key] + 1e-6)
+    return scores
+
+
+def table(device: Device, groups: int, size: int | None, with_peers: bool) -> Iterator[dict]:
+    if size is None:
+        group = torch.cat([torch.arange(groups), torch.randint(groups, (65536 - groups,))])
+        group = group[torch.randperm(65536)].to(device.name)
+    else:
+        group = torch.arange(groups, device=device.name).repeat_interleave(size)
+    rewards = torch.rand(len(group), device=device.name)
+    variants = {
+        "FlashPO": lambda: ours(rewards, group),
+        "FlashPO's reference in torch": lambda: reference(rewards, group),
+    }
+    exact = ours(rewards.double(), group)
+    error = (ours(rewards, group) - exact).abs().max().item()
+    if error > 1e-5:
+        raise AssertionError(f"group_advantages is off by {error}")
+    if with_peers:
+        if importlib.util.find_spec("trl"):
+            if size is None:  # it has no ragged groups: as many rewards in as many groups of one size
+                variants["TRL, groups of 16"] = lambda: trl(rewards, 16)
+            else:
+                variants["TRL"] = lambda: trl(rewards, size)
+    seconds = compare(device, variants)
+    if with_peers:  # apart: it takes a second, and what comes after it in turn finds the caches cold
+        seconds |= compare(device, {"verl's loop": lambda: verl(rewards, group)})
+    for name in seconds:
+        yield {"variant": name, "ms": seconds[name] * 1e3, "times_flashpo": seconds[name] / seconds["FlashPO"]}
+
+
+def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    for title, (groups, size) in list(SHAPES.items())[: 1 if quick else None]:
+        yield f"group_advantages {title}", list(table(device, groups, size, with_peers))
