@@ -64,12 +64,11 @@ def table(device: Device, groups: int, size: int | None, with_peers: bool) -> It
     error = (ours(rewards, group) - exact).abs().max().item()
     if error > 1e-5:
         raise AssertionError(f"group_advantages is off by {error}")
-    if with_peers:
-        if importlib.util.find_spec("trl"):
-            if size is None:  # it has no ragged groups: as many rewards in as many groups of one size
-                variants["TRL, groups of 16"] = lambda: trl(rewards, 16)
-            else:
-                variants["TRL"] = lambda: trl(rewards, size)
+    if with_peers and importlib.util.find_spec("trl"):
+        if size is None:  # it has no ragged groups: as many rewards in as many groups of one size
+            variants["TRL, groups of 16"] = lambda: trl(rewards, 16)
+        else:
+            variants["TRL"] = lambda: trl(rewards, size)
     seconds = compare(device, variants)
     if with_peers:  # apart: it takes a second, and what comes after it in turn finds the caches cold
         seconds |= compare(device, {"verl's loop": lambda: verl(rewards, group)})
