@@ -156,17 +156,25 @@ def exact(f, *at):
     return [float(f(*at))] + [float(mpmath.diff(f, at, one(i))) for i in range(len(at))]
 
 
-def test_discopop_is_finite_where_trls_is_nan():
+def trl_dpo(chosen, loss, beta, divergence="reverse_kl", tau=0.05):
+    """TRL's DPO loss of one-token completions, the rejected and the reference's log-probabilities being 0."""
+    zeros = torch.zeros(len(chosen))
+    trainer = trainer_of(
+        DPOTrainer, precompute_ref_logps=True, loss_types=[loss], loss_weights=[1.0], f_divergence_type=divergence,
+        f_alpha_divergence_coef=0.5, ld_alpha=None, use_weighting=False, beta=beta, label_smoothing=0.0,
+        args=SimpleNamespace(discopop_tau=tau),
+    )  # fmt: skip
+    inputs = inputs_of(torch.ones(2 * len(chosen), 1, dtype=torch.bool))
+    inputs |= dict(ref_chosen_logps=zeros, ref_rejected_logps=zeros)
+    return trainer._compute_loss(lambda **_: outputs(torch.cat([chosen, zeros])[:, None]), inputs, False)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.9])  # at 0.9 the value is not 0 long after e^-z has left fp32
+def test_discopop_is_finite_where_trls_is_nan(tau):
     log_ratio = [-3000.0, -1000.0, -301.0, -100.0, -34.0, -33.0, -1.0, 0.0, 5.0, 100.0, 3000.0]
     chosen = torch.tensor(log_ratio, requires_grad=True)
-    zeros, beta, tau = torch.zeros(len(chosen)), 0.3, 0.05
-    trainer = trainer_of(
-        DPOTrainer, ref_model=lambda **_: outputs(torch.zeros(2 * len(chosen), 1)), loss_types=["discopop"],
-        loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False, beta=beta,
-        label_smoothing=0.0,
-    )  # fmt: skip
-    model = lambda **_: outputs(torch.cat([chosen, zeros])[:, None])  # noqa: E731
-    loss = trainer._compute_loss(model, inputs_of(torch.ones(2 * len(chosen), 1, dtype=torch.bool)), False)
+    zeros, beta = torch.zeros(len(chosen)), 0.3
+    loss = trl_dpo(chosen, "discopop", beta, tau=tau)
     assert loss.isnan()
     assert torch.autograd.grad(loss, chosen)[0].isnan().any()
 
@@ -175,7 +183,7 @@ def test_discopop_is_finite_where_trls_is_nan():
         m = 1 / (1 + mpmath.exp(-z / tau))
         return (1 - m) * mpmath.log1p(mpmath.exp(-z)) + m * mpmath.exp(-z)
 
-    ours = preference_loss(chosen, zeros, zeros, zeros, loss="discopop", beta=beta).per_pair
+    ours = preference_loss(chosen, zeros, zeros, zeros, loss="discopop", beta=beta, discopop_tau=tau).per_pair
     (gradient,) = torch.autograd.grad(ours.sum(), chosen)
     value, slope = zip(*(exact(formula, x) for x in log_ratio))
     torch.testing.assert_close(ours, torch.tensor(value))
@@ -185,7 +193,7 @@ def test_discopop_is_finite_where_trls_is_nan():
 def test_orpo_is_right_up_to_probability_1():
     from trl.experimental.orpo import ORPOTrainer
 
-    points = [(0.0, -0.7), (0.0, -30.0), (-1e-30, -2.0), (-1e-7, -1e-3), (-0.5, -1e-6), (-40.0, -0.1), (-95.0, -93.0)]
+    points = [(0.0, -0.7), (0.0, -30.0), (-1e-30, -2.0), (-1e-7, -1e-3), (-0.5, -1e-6), (-40.0, -0.1), (-120.0, -118.0)]
     c, w = (torch.tensor(x, requires_grad=True) for x in zip(*points))
     trl = trainer_of(ORPOTrainer).odds_ratio_loss(c, w)[0]
     assert torch.autograd.grad(trl.sum(), c)[0].isnan().any()
@@ -207,6 +215,17 @@ def test_orpo_is_right_up_to_probability_1():
         rejected_length=ones[:1],
     )  # fmt: skip
     assert certain.loss.isfinite()
+
+
+def test_the_alpha_divergence_is_held_where_trl_holds_it():
+    """The exponent, half of these, at 80."""
+    for log_ratio in (-100.0, -158.0, -162.0, -400.0):
+        chosen = torch.tensor([log_ratio], requires_grad=True)
+        zero = torch.zeros(1)
+        trl = trl_dpo(chosen, "sigmoid", BETA, "alpha_divergence")
+        ours = preference_loss(chosen, zero, zero, zero, beta=BETA, f_divergence="alpha_divergence").loss
+        torch.testing.assert_close(ours, trl)
+        torch.testing.assert_close(torch.autograd.grad(ours, chosen), torch.autograd.grad(trl, chosen))
 
 
 def test_divergent_scores_beyond_fp32_stay_finite():
