@@ -18,9 +18,9 @@
 namespace flashpo::advantages {
 
 constexpr int MAX_FUNCTIONS = 64;
-constexpr int32_t FREE = -1;                      // a slot of the table without a row
-constexpr double ONE = 1152921504606846976.0;     // 2^60: the fixed-point form of 1
-constexpr double WHITENING_EPS = 1e-8;            // verl's masked_whiten adds it to the variance
+constexpr int32_t FREE = -1;                   // a slot of the table without a row
+constexpr double ONE = 1152921504606846976.0;  // 2^60: the fixed-point form of 1
+constexpr double WHITENING_EPS = 1e-8;         // verl's masked_whiten adds it to the variance
 constexpr const char* FINITE = "rewards must be finite, or NaN where there is none; so must their weighted sum";
 
 enum Baseline { MEAN, LEAVE_ONE_OUT, SECOND_BEST, NONE };  // in the order of BASELINES in Python
@@ -28,7 +28,7 @@ enum Scale { GROUP, BATCH, UNSCALED };                     // and of SCALES
 
 // What is known of the scorable rewards of one group, or of the whole batch.
 struct Group {
-  int64_t count = 0, weight = 0;  // rows, and the sum of their lengths (where none are given: rows)
+  int64_t count = 0, weight = 0;              // rows, and the sum of their lengths (where none are given: rows)
   int32_t low = INT32_MAX, high = INT32_MIN;  // the smallest and the largest, as `ordered`
   int32_t second = INT32_MIN, at_high = 0;    // the largest below `high`, and how many rows have `high`
   int64_t sum = 0, squares = 0;               // means of t = (x - low) / width and of (t - mean)^2: 2^60 stands for 1

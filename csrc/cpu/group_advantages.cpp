@@ -1,5 +1,5 @@
-// group_advantages: the checks, and a team of one thread. 65,536 rows take less time than waking a second thread saves
-// at the sizes of real batches, and plain scalar code is what a hash table needs: compiled once.
+// group_advantages: the checks, and a team of one thread. A batch has thousands of rows, not millions, and a hash table
+// nothing for vector instructions: plain scalar code, compiled once.
 #include "../group_advantages.h"
 
 #include "../ops.h"
