@@ -62,6 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_logprob_grad", CPU(linear_logprob_grad), ReleaseGil());
   m.def("gae_fwd", CPU(gae_fwd), ReleaseGil());
   m.def("gae_whiten", CPU(gae_whiten), ReleaseGil());
+  m.def("policy_loss_fwd", CPU(policy_loss_fwd), ReleaseGil());
+  m.def("policy_loss_bwd", CPU(policy_loss_bwd), ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
   m.def("group_advantages", &group_advantages, ReleaseGil());
   m.def("group_advantages_scratch", &group_advantages_scratch);

@@ -25,6 +25,13 @@
                double gamma, double lam, const Tensor& advantages, const Tensor& returns, const Tensor& moments,      \
                int threads);                                                                                          \
   void gae_whiten(const Tensor& advantages, const Tensor& mask, const Tensor& moments, double eps, int threads);      \
+  void policy_loss_fwd(const Tensor& logprob, const Tensor& old_logprob, const Tensor& advantage, const Tensor& mask, \
+                       const Tensor& cu_seqlens, const Tensor& ref_logprob, const Tensor& rollout_logprob,            \
+                       const Tensor& importance_ratio, const Tensor& entropy, const Tensor& entropy_threshold,        \
+                       const Tensor& num_items, double scale, const Tensor& spec, const Tensor& stats,                \
+                       const Tensor& grads, int threads);                                                             \
+  void policy_loss_bwd(const Tensor& grads, const Tensor& factors, const Tensor& d_loss, const Tensor& out,           \
+                       int threads);                                                                                  \
   }
 
 FLASHPO_DECLARE_CPU(baseline)

@@ -1,6 +1,7 @@
 // A borrowed view of a torch tensor, as DLPack describes it. No pybind11 and no torch in here: kernels include it.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 
 #include "dlpack.h"
 

@@ -20,10 +20,9 @@ DIFFERENT = {"clip_cov", "kl_cov", "optimal_token_baseline", "tir_optimal_token_
 
 @pytest.fixture
 def registries(monkeypatch):
-    """verl's registries without us (an installed FlashPO is there already), and the functions it calls by name."""
-    for name in ("POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY"):
-        own = {key: fn for key, fn in getattr(core, name).items() if not key.startswith("flashpo_")}
-        monkeypatch.setattr(core, name, own)
+    """verl's registries, and the functions it calls by name, put back afterwards."""
+    monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", dict(core.POLICY_LOSS_REGISTRY))
+    monkeypatch.setattr(core, "ADV_ESTIMATOR_REGISTRY", dict(core.ADV_ESTIMATOR_REGISTRY))
     for name in flashpo.verl.CALLED_BY_NAME.values():
         monkeypatch.setattr(core, name, getattr(core, name))
 

@@ -25,6 +25,9 @@ using vi = int32_t __attribute__((vector_size(4 * W)));
 using vu = uint32_t __attribute__((vector_size(4 * W)));
 using vi64 = int64_t __attribute__((vector_size(8 * W)));
 using vu16 = uint16_t __attribute__((vector_size(2 * W)));
+using vi16 = int16_t __attribute__((vector_size(2 * W)));
+using vi8 = int8_t __attribute__((vector_size(W)));
+using vd = double __attribute__((vector_size(8 * W)));
 using vf16 = _Float16 __attribute__((vector_size(2 * W)));
 
 struct bf16 { uint16_t bits; };
@@ -44,6 +47,7 @@ static inline vi iota() {
   return lanes;
 }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
+static inline vf min(vf a, vf b) { return a < b ? a : b; }
 // A NaN in x passes through, so that a poisoned logit shows in the result.
 static inline vf at_least(vf x, float low) { return splat(low) > x ? splat(low) : x; }
 
@@ -69,6 +73,16 @@ static inline vf load(const f16* p) {
   vf16 x;
   std::memcpy(&x, p, sizeof x);
   return __builtin_convertvector(x, vf);
+}
+static inline vi load_int(const int8_t* p) {
+  vi8 x;
+  std::memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(__builtin_convertvector(x, vi16), vi);  // at once, GCC takes the lanes one by one
+}
+static inline vi load_int(const int32_t* p) {
+  vi x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
 }
 static inline vi load_int(const int64_t* p) {
   vi64 x;
@@ -146,6 +160,47 @@ static inline vf exp2_normal(vf y) {
 
 // The same for all y <= 127; 0 below -126.
 static inline vf exp2(vf y) { return y < splat(SMALLEST) ? vf{} : exp2_normal(y); }
+
+// e^x for |x| <= 88. ln 2 comes in two parts, so that the error stays 1e-7 of the result however large x is (Cephes'
+// expf).
+static inline vf exp_normal(vf x) {
+  const vf magic = splat(12582912.0f);
+  const vf shifted = x * LOG2E + magic;
+  const vf k = shifted - magic;
+  const vf r = (x - k * 0.693359375f) + k * 2.12194440e-4f, r2 = r * r;
+  const vf low = r * 1.6666665459e-1f + 5.0000001201e-1f;  // in parts that do not wait for each other
+  const vf middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
+  const vf high = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  const vf p = ((high * r2 + middle) * r2 + low) * r2 + (r + 1.0f);
+  return (vf)((vi)p + ((vi)shifted << 23));
+}
+
+// The same for all x: 0 below fp32's normal numbers, inf above.
+static inline vf exp(vf x) {
+  const vf e = exp_normal(at_least(x > splat(88.7228f) ? splat(88.7228f) : x, -87.3365f));
+  return x < splat(-87.3365f) ? vf{} : x > splat(88.7228f) ? splat(INFINITY) : e;
+}
+
+// log x; -inf for 0 and what is smaller than fp32's normal numbers, NaN below 0 (Cephes' logf).
+static inline vf log(vf x) {
+  const vi bits = (vi)x, half = splat_int(0x3f000000);
+  const vi small = ((bits & 0x7fffff) | half) < splat_int(0x3f3504f3);  // mantissa below sqrt(1/2)
+  const vf e = __builtin_convertvector(((bits >> 23) & 0xff) - 126 + small, vf);
+  const vf mantissa = (vf)((bits & 0x7fffff) | half);
+  const vf r = (small ? mantissa + mantissa : mantissa) - 1.0f, z = r * r;
+  vf p = splat(7.0376836292e-2f) * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const vf y = p * r * z - 2.12194440e-4f * e - 0.5f * z;
+  const vf normal = (r + y) + 0.693359375f * e;
+  const vf least = x < vf{} ? splat(NAN) : splat(-INFINITY);
+  return x < splat(1.17549435e-38f) ? least : x < splat(INFINITY) ? normal : x;
+}
 
 // Polynomial near 0 (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would lose what x has.
 static inline vf tanh(vf x) {

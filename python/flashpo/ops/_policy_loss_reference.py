@@ -46,7 +46,7 @@ def policy_loss_fwd(
 
     n = sequence_sum(m.to(dtype))
     at_least_1 = n.clamp(min=1)
-    adv = spread(advantage)
+    adv = spread(advantage) if advantage.dim() == 2 else live(advantage)
     logp = live(logprob)
     old = logp if old_logprob is None else live(old_logprob)
 
@@ -249,7 +249,7 @@ def policy_loss_fwd(
         live_sequences=live_sequences,
         entropy=live(entropy).sum(),
         kl=live(kl).sum(),
-        approx_kl=-(log_w if s.ratio == "token" else d).sum(),
+        approx_kl=-live(log_w if s.ratio == "token" else d).sum(),
         ratios=one_each_float.sum(),
         ratio=ratios.sum(),
         ratio_squared=(ratios * ratios).sum(),

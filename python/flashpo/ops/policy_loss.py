@@ -4,16 +4,19 @@ Gradients are written out, not recorded: a clipped token's is 0 whatever its rat
 log-ratios beyond SATURATION, 64, give the loss and gradient at that bound.
 """
 
+import functools
+import math
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashpo._op import op
+from flashpo._op import native, op
 from flashpo.ops import _policy_loss_reference
 from flashpo.ops._check import check_device, check_float
 from flashpo.ops.entropy_threshold import entropy_threshold
-from flashpo.ops.loss_spec import LossSpec, resolve
+from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve
 from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
 
 
@@ -165,6 +168,32 @@ def _(logprob, *rest):
     return logprob.new_empty(len(NAMES)), logprob.new_empty(rows, logprob.shape[0]), logprob.new_empty(rows)
 
 
+@functools.lru_cache(maxsize=256)
+def _numbers(key: str) -> Tensor:
+    """A spec's fields in their order, as csrc/cpu/policy_terms.h reads them: choices by number, None as NaN."""
+    numbers: list[float] = []
+    for name, value in asdict(LossSpec.from_key(key)).items():
+        value = CHOICES[name].index(value) if name in CHOICES else math.nan if value is None else value
+        numbers += torch.tensor(value, dtype=torch.float64).flatten().tolist()
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+@policy_loss_fwd.backend("native")  # csrc/cpu/policy_loss.cpp
+def _(logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, threshold, num_items, scale, spec):
+    if logprob.device.type != "cpu" or logprob.dtype != torch.float32:
+        return NotImplemented
+    rows = 2 if LossSpec.from_key(spec).entropy_coef != 0 else 1
+    stats, grads = logprob.new_empty(len(NAMES)), logprob.new_empty(rows, logprob.shape[0])
+    if mask.dtype not in (torch.bool, torch.int32, torch.int64):
+        mask = mask != 0
+    tensors = logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, threshold, num_items
+    native.policy_loss_fwd(
+        *(None if x is None else x.contiguous() for x in tensors),
+        scale, _numbers(spec), stats, grads, torch.get_num_threads(),
+    )  # fmt: skip
+    return stats, grads, logprob.new_ones(rows)
+
+
 @op
 def policy_loss_bwd(grads: Tensor, factors: Tensor, d_loss: Tensor) -> Tensor:
     """Rows of finished gradients: grads (R, N) times factors (R,) times d_loss ()."""
@@ -176,19 +205,32 @@ def _(grads, factors, d_loss):
     return torch.empty_like(grads)
 
 
+@policy_loss_bwd.backend("native")
+def _(grads, factors, d_loss):
+    if grads.device.type != "cpu" or grads.dtype != torch.float32:
+        return NotImplemented
+    out = torch.empty_like(grads, memory_format=torch.contiguous_format)
+    native.policy_loss_bwd(grads.contiguous(), factors, d_loss, out, torch.get_num_threads())
+    return out
+
+
 class PolicyLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, *rest):
         stats, grads, factors = policy_loss_fwd(logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, *rest)
         ctx.save_for_backward(grads, factors)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
         return stats[INDEX["loss"]].clone(), stats
 
     @staticmethod
     def backward(ctx, d_loss, _):
+        if d_loss is None:
+            return (None,) * 13
         grads, factors = ctx.saved_tensors
+        # On a GPU one would have to wait for these numbers
         eager_cpu = grads.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (eager_cpu and bool((factors * d_loss == 1).all())):  # a GPU would have to be waited for
+        if not (eager_cpu and d_loss.item() == 1 and set(factors.tolist()) == {1.0}):
             grads = policy_loss_bwd(grads, factors, d_loss)
         d_entropy = grads[1] if ctx.needs_input_grad[8] and grads.shape[0] == 2 else None
         return grads[0], *[None] * 7, d_entropy, *[None] * 4

@@ -1,0 +1,266 @@
+// The terms of `policy_loss` for W tokens of one sequence: names and formulas as in
+// python/flashpo/ops/_policy_loss_reference.py, choices numbered as in loss_spec.py.
+#pragma once
+#include <algorithm>
+#include <limits>
+
+#include "../ops.h"
+#include "isa.h"
+
+namespace flashpo::FLASHPO_ISA {
+
+enum class Ratio { token, sequence, sequence_token, sequence_sum };
+enum class Surrogate { clip, cispo, sapo, vespo, gmpo, dppo_tv, dppo_kl, reinforce };
+enum class Kl { k1, abs, k2, k3, k1_plus, abs_plus, k3_plus };
+enum class Importance { none, token_truncate, token_mask, sequence_truncate, sequence_mask, geometric_mask };
+enum class Aggregation { token_mean, token_sum, sequence_mean, sequence_sum, fixed_length, local_token_mean };
+enum class Empty { zero, excluded, surrogate };
+enum class EntropyMean { tokens, loss };
+
+constexpr float SATURATION = 64.0f;
+const double VESPO_LOG_MIN = std::log(1e-8), VESPO_LOG_MAX = 20.0;
+
+// A LossSpec: its fields in their order, as numbers; None is NaN.
+struct Spec {
+  static constexpr int NUMBERS = 29;
+  Ratio ratio;
+  Surrogate surrogate;
+  float lowest, highest, clip_low, clip_high, ratio_cap, dual_clip, log_ratio_min, log_ratio_max;
+  float sapo_positive, sapo_other;
+  double vespo_gamma[2][2];  // k and lambda: A >= 0, A < 0
+  float kl_coef;
+  Kl kl;
+  bool kl_ratio_correction;
+  float kl_log_clamp, kl_clamp;
+  Importance importance;
+  float importance_min, importance_max;
+  bool off_policy;
+  double off_policy_threshold;
+  Aggregation aggregation;
+  double max_length;
+  Empty empty_sequences;
+  double entropy_coef;
+  EntropyMean entropy_mean;
+
+  explicit Spec(const double* next) {
+    const auto choice = [&](auto& field) { field = static_cast<std::decay_t<decltype(field)>>(*next++); };
+    const auto number = [&](auto& field, double none = 0) {
+      field = static_cast<std::decay_t<decltype(field)>>(std::isnan(*next) ? none : *next);
+      ++next;
+    };
+    const double inf = std::numeric_limits<double>::infinity();
+    choice(ratio);
+    choice(surrogate);
+    lowest = static_cast<float>(std::isnan(next[0]) ? -inf : 1 - next[0]);
+    highest = static_cast<float>(std::isnan(next[1]) ? inf : 1 + next[1]);
+    number(clip_low, inf);
+    number(clip_high, inf);
+    number(ratio_cap, inf);
+    number(dual_clip, inf);
+    number(log_ratio_min, -inf);
+    number(log_ratio_max, inf);
+    number(sapo_positive);
+    number(sapo_other);
+    for (auto& sign : vespo_gamma)
+      for (double& x : sign) number(x);
+    number(kl_coef);
+    choice(kl);
+    choice(kl_ratio_correction);
+    number(kl_log_clamp, inf);
+    number(kl_clamp, inf);
+    choice(importance);
+    number(importance_min, -inf);
+    number(importance_max, inf);
+    off_policy = !std::isnan(*next);
+    number(off_policy_threshold);
+    ++next;  // top_entropy: its threshold is an argument
+    choice(aggregation);
+    number(max_length);
+    choice(empty_sequences);
+    number(entropy_coef);
+    choice(entropy_mean);
+    if (kl != Kl::k3 && kl != Kl::k3_plus) kl_log_clamp = inf;
+  }
+
+  bool of_tokens() const { return ratio == Ratio::token; }
+  // d loss / d log w goes to the token itself, not to all of its sequence
+  bool chain_of_tokens() const { return of_tokens() || ratio == Ratio::sequence_token; }
+  bool weight_of_sequences() const {
+    return importance == Importance::sequence_truncate || importance == Importance::sequence_mask;
+  }
+};
+
+enum Input { LOGPROB, OLD, ADVANTAGE, REF, ROLLOUT, IMPORTANCE_RATIO, ENTROPY, INPUTS };
+enum Output { D_LOGPROB, D_ENTROPY, OUTPUTS };
+
+// Tokens of one sequence; what is not given is nullptr.
+struct Tokens {
+  const float* in[INPUTS];
+  const char* mask;
+  int mask_bytes;  // of an element
+  float* out[OUTPUTS];
+
+  vi live(int64_t i) const {
+    switch (mask_bytes) {
+      case 1: return load_int(reinterpret_cast<const int8_t*>(mask) + i) != 0;
+      case 4: return load_int(reinterpret_cast<const int32_t*>(mask) + i) != 0;
+      default: return load_int(reinterpret_cast<const int64_t*>(mask) + i) != 0;
+    }
+  }
+  // What a masked token holds may be anything.
+  vf load_live(Input input, int64_t i, vi m) const { return m ? load(in[input] + i) : vf{}; }
+};
+
+// What is known of a sequence before its tokens' terms.
+struct Sequence {
+  int64_t tokens = 0, kept = 0;  // live ones, and those of high entropy
+  float advantage = 0;           // where it is the sequence's
+  float log_w = 0, w = 1;        // where the ratio is; clamped
+  bool free = true, saturated = false;  // no clamp of log w holds it; beyond SATURATION
+  bool weighted = false;         // by importance
+  float rho = 1;                 // where it is the sequence's
+  bool within = true;            // its geometric mean is within the bounds
+  bool off_policy = false;       // dropped where A < 0
+  float phi[2] = {};             // of vespo: A >= 0, A < 0
+};
+
+static inline vf clamp(vf x, float low, float high) {
+  x = at_least(x, low);
+  return splat(high) < x ? splat(high) : x;
+}
+static inline vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
+static inline vf finite_or_0(vf x) {  // torch.nan_to_num(x, nan=0)
+  constexpr float largest = std::numeric_limits<float>::max();
+  return x == x ? clamp(x, -largest, largest) : vf{};
+}
+
+// e^x - x - 1, of which the plain form loses everything for small x; x <= SATURATION under the exponential.
+static inline vf exp_beyond_linear(vf x) {
+  vf p = splat(2.7557319e-6f) * x + 2.4801587e-5f;
+  p = p * x + 1.9841270e-4f;
+  p = p * x + 1.3888889e-3f;
+  p = p * x + 8.3333333e-3f;
+  p = p * x + 4.1666667e-2f;
+  p = p * x + 1.6666667e-1f;
+  p = p * x + 0.5f;
+  return abs(x) < splat(0.5f) ? p * x * x : exp_normal(clamp(x, -87.0f, SATURATION)) - x - 1.0f;
+}
+
+// Importance weight of each token, and its logarithm before bounds.
+static inline vf log_rho(const Tokens& t, int64_t i, vi m, vf old) {
+  return finite_or_0(old - t.load_live(ROLLOUT, i, m));
+}
+static inline vf rho(const Spec& s, const Sequence& q, const Tokens& t, int64_t i, vi m, vf old) {
+  if (t.in[IMPORTANCE_RATIO]) return t.load_live(IMPORTANCE_RATIO, i, m);
+  if (s.importance == Importance::none || s.weight_of_sequences()) return splat(q.rho);
+  const vf r = exp(log_rho(t, i, m, old));
+  if (s.importance == Importance::geometric_mask) return q.within ? r : vf{};
+  if (s.importance == Importance::token_truncate) return clamp(r, s.importance_min, s.importance_max);
+  return (r >= s.importance_min) & (r <= s.importance_max) ? r : vf{};
+}
+
+// gmpo: d, held at its bound on the side where A gains.
+static inline vf gain(const Spec& s, vf d, vf adv) {
+  return adv > 0.0f ? min(d, splat(s.clip_high)) : at_least(d, -s.clip_low);
+}
+
+struct Loss {
+  vf x{}, by_log_w{}, by_logp{};  // of a token; its derivative by log w, and by log pi beside that
+  vi below{}, above{}, capped{};
+};
+
+// adv decides between cases; `a` is adv times the token's weight, 0 for a token without a loss.
+template <Surrogate S>
+static inline Loss loss_of(const Spec& s, const Sequence& q, vf logp, vf old, vf d, vf w, vf adv, vf a) {
+  Loss loss;
+  if constexpr (S == Surrogate::clip) {
+    const vf w_clipped = clamp(w, s.lowest, s.highest);
+    const vf two = w_clipped * -a;
+    if (s.ratio_cap == INFINITY) {
+      const vf one = w * -a;
+      loss.x = max(one, two);
+      loss.by_log_w = one >= two ? one : vf{};
+      loss.below = w < s.lowest;
+      loss.above = w > s.highest;
+    } else {
+      const vf w_capped = min(w, splat(s.ratio_cap)), one = w_capped * -a;
+      loss.capped = w > s.ratio_cap;
+      loss.below = w_capped < s.lowest;
+      loss.above = w_capped > s.highest;
+      loss.x = max(one, two);
+      loss.by_log_w = (one >= two ? ~loss.capped : w == w_clipped) ? w * -a : vf{};
+    }
+    if (s.dual_clip < INFINITY) {
+      const vi dual = (adv < 0.0f) & (max(min(w, splat(s.ratio_cap)), w_clipped) > s.dual_clip);
+      loss.x = dual ? -s.dual_clip * a : loss.x;
+      loss.by_log_w = dual ? vf{} : loss.by_log_w;
+      loss.capped |= dual;
+    }
+  } else if constexpr (S == Surrogate::sapo) {
+    const vf t = adv > 0.0f ? splat(s.sapo_positive) : splat(s.sapo_other);
+    const vf e = exp(min(t - t * w, splat(80.0f)));
+    const vf gate = 1.0f / (1.0f + e);
+    const vf steepest = -4.0f * gate * a;
+    loss.x = steepest / t;
+    loss.by_log_w = steepest * (e * gate) * w;
+  } else if constexpr (S == Surrogate::gmpo) {
+    loss.x = loss.by_log_w = w * -a;
+    loss.below = d < -s.clip_low;
+    loss.above = d > s.clip_high;
+  } else {
+    if constexpr (S == Surrogate::cispo) {
+      loss.by_logp = clamp(w, s.lowest, s.highest) * -a;
+      loss.below = w < s.lowest;
+      loss.above = w > s.highest;
+    } else if constexpr (S == Surrogate::vespo) {
+      loss.by_logp = (adv >= 0.0f ? splat(q.phi[0]) : splat(q.phi[1])) * -a;
+    } else if constexpr (S == Surrogate::reinforce) {
+      loss.by_logp = -a;
+    } else {
+      const vf p = exp(logp), q_old = exp(old);
+      if constexpr (S == Surrogate::dppo_tv) {
+        loss.above = p - q_old > s.clip_high;
+        loss.below = p - q_old < -s.clip_low;
+      } else {
+        const vf kl =
+            q_old * (old - logp) + (1.0f - q_old) * log((1.0f - q_old + 1e-8f) / (1.0f - p + 1e-8f));
+        loss.above = (kl > s.clip_high) & (p > q_old);
+        loss.below = (kl > s.clip_low) & (p < q_old);
+      }
+      const vi keep = ~(adv > 0.0f ? loss.above : loss.below);
+      loss.capped = (w > s.ratio_cap) & keep;
+      loss.by_logp = keep ? min(w, splat(s.ratio_cap)) * -a : vf{};
+    }
+    loss.x = loss.by_logp * logp;
+  }
+  return loss;
+}
+
+struct KlTerm {
+  vf value, slope;  // its derivative by log pi
+};
+static inline KlTerm kl_of(const Spec& s, vf delta) {  // delta: log ref - log pi
+  KlTerm kl;
+  switch (s.kl) {
+    case Kl::k1:
+    case Kl::k1_plus: kl = {-delta, splat(1.0f)}; break;
+    case Kl::abs:
+    case Kl::abs_plus:
+      kl = {abs(delta), delta > 0.0f ? splat(-1.0f) : delta < 0.0f ? splat(1.0f) : vf{}};
+      break;
+    case Kl::k2: kl = {delta * delta * 0.5f, -delta}; break;
+    default: {
+      const vf held = clamp(delta, -s.kl_log_clamp, s.kl_log_clamp);
+      const vf value = exp_beyond_linear(held);
+      kl = {value, held == delta ? -(value + held) : vf{}};
+    }
+  }
+  if (s.kl_clamp < INFINITY) {
+    kl.slope = abs(kl.value) <= s.kl_clamp ? kl.slope : vf{};
+    kl.value = clamp(kl.value, -s.kl_clamp, s.kl_clamp);
+  }
+  if (s.kl >= Kl::k1_plus) kl.slope = -delta;
+  return kl;
+}
+
+}  // namespace flashpo::FLASHPO_ISA
