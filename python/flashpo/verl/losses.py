@@ -1,7 +1,7 @@
 """verl's policy losses out of `flashpo.policy_loss`: verl 0.9.1's arguments, loss, gradient and metrics.
 
-Where they differ from verl, verl would be NaN: a micro-batch without live tokens gives 0, a NaN at a masked position
-is not looked at.
+Where they differ from verl, verl would be NaN or infinite: a micro-batch without live tokens gives 0, a NaN at a masked
+position is not looked at, a ratio that overflows (only geo_mean does not clamp it) saturates.
 """
 
 from collections.abc import Callable
