@@ -84,6 +84,7 @@ DATA = {
 }
 
 
+DATA["PPO"] = DATA["GRPO"]
 DATA["ORPO"] = DATA["CPO"] = DATA["DPO"]
 
 
@@ -99,21 +100,20 @@ def make_trainer(name: str, package=trl, model: str = "qwen3", dtype=torch.float
         report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1, seed=1,
         per_device_train_batch_size=4, learning_rate=1e-3, dataloader_pin_memory=False,
     )  # fmt: skip
-    if name in ("GRPO", "RLOO"):
+    if name in ("GRPO", "RLOO", "PPO"):
         settings |= dict(num_generations=4, max_completion_length=8, temperature=0.9)
     extra = {}
-    for key in ("peft_config", "eval_dataset"):
+    for key in ("peft_config", "eval_dataset", "reward_funcs", "critic_model", "train_dataset"):
         if key in options:
             extra[key] = options.pop(key)
     config = getattr(package if hasattr(package, f"{name}Config") else trl, f"{name}Config")(**settings | options)
-    if name in ("GRPO", "RLOO"):
-        extra["reward_funcs"] = reward
+    if name in ("GRPO", "RLOO", "PPO"):
+        extra.setdefault("reward_funcs", reward)
     return getattr(package, f"{name}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(model_path(model) if model in CONFIGS else model, dtype=dtype),
         args=config,
         processing_class=tokenizer(),
-        train_dataset=Dataset.from_list(DATA[name]),
-        **extra,
+        **{"train_dataset": Dataset.from_list(DATA[name])} | extra,
     )
 
 

@@ -12,6 +12,8 @@ _MODULES = {  # where the classes are
     **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer"), "trainers"),
     **dict.fromkeys(("GRPOTrainer", "RLOOTrainer"), "policy"),
     **dict.fromkeys(("GRPOConfig", "RLOOConfig"), "config"),
+    "PPOTrainer": "ppo",
+    "PPOConfig": "ppo_config",
 }
 __all__ = ["PatchError", "VerificationError", "patch", "patched", "unpatch", "verify", *_MODULES]
 

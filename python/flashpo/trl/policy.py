@@ -49,13 +49,14 @@ class PolicyTrainer(Accelerated, Base):
 
     # loss
 
-    def _score(self, model, inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs, entropies and auxiliary loss of a micro-batch, by TRL's own forward pass."""
+    def _score(self, model, inputs, batch_size: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs, entropies and auxiliary loss by TRL's own forward pass, of `batch_size` rows at once or of all."""
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             inputs["completion_ids"].shape[1],
+            batch_size=batch_size,
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in SCORING_INPUTS},
@@ -187,7 +188,7 @@ def _seen(trainer, name: str, look: Callable) -> Iterator[None]:
             trainer.__dict__[name] = own
 
 
-def _clip_metrics(stats: PolicyStats) -> dict[str, float]:
+def clip_metrics(stats: PolicyStats) -> dict[str, float]:
     extremes = {"low_min": stats.clip_low_min.item(), "high_max": stats.clip_high_max.item()}
     return {
         "clip_ratio/low_mean": stats.clip_low.item(),
@@ -244,7 +245,7 @@ class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
-            model = _without_tools(model, inputs["tool_mask"] == 0)
+            model = without_tokens(model, inputs["tool_mask"] == 0)
         logprob, entropy, aux_loss = self._score(model, inputs)
         mode, accumulation, spec = self._mode, self._accumulation(), self._loss_spec()
         num_items, scale = None, 1 / accumulation
@@ -307,7 +308,7 @@ class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
         elif spec.surrogate == "vespo":
             metrics["vespo/phi_seq_mean"] = stats.phi.item()
         elif spec.surrogate in ("clip", "gmpo", "dppo_tv", "dppo_kl"):
-            metrics |= _clip_metrics(stats)
+            metrics |= clip_metrics(stats)
         return metrics
 
     def compute_advantages(self, rewards, group, inputs, batch):
@@ -324,12 +325,12 @@ class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
         return found.advantage
 
 
-def _without_tools(model, tool: Tensor):
-    """`model`, called with labels that leave out what tools answered: it does not reach the LM head."""
+def without_tokens(model, dead: Tensor):
+    """`model`, called with labels that leave out those tokens of the completions: they do not reach the LM head."""
 
     def call(*args, labels, **kwargs):
         labels = labels.clone()
-        labels[:, -tool.shape[1] :].masked_fill_(tool, -100)
+        labels[:, -dead.shape[1] :].masked_fill_(dead, -100)
         return model(*args, labels=labels, **kwargs)
 
     return call
@@ -366,7 +367,7 @@ class RLOOTrainer(PolicyTrainer, trl.RLOOTrainer):  # type: ignore[misc]  # the 
         return self._add_aux_loss(result.loss, aux_loss, 1.0)  # the Trainer divides by the accumulation steps
 
     def _metrics_of(self, stats):
-        return {"entropy": stats.entropy.item(), **_clip_metrics(stats)}
+        return {"entropy": stats.entropy.item(), **clip_metrics(stats)}
 
     def compute_advantages(self, rewards, group, inputs, batch):
         unscorable = rewards.isnan().all(dim=1)

@@ -1,0 +1,104 @@
+"""A critic inside the policy: one forward of the one wrapped module gives log-probs and values.
+
+V_t = w . h_{t-1} + b      h: hidden states of the policy's backbone (shared), or of a backbone of the critic's own
+
+The policy's module holds the critic, so that DDP and FSDP reduce its gradients and the optimizer sees its parameters.
+Checkpoints keep the two apart: the policy stays loadable by `from_pretrained`, `critic.safetensors` lies beside it.
+"""
+
+import functools
+import os
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+NAME = "critic"  # of the policy's attribute
+FILE = "critic.safetensors"
+BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass
+class ActorCriticOutput(FusedCausalLMOutput):
+    """With `state_values` (batch, seq_len - 1), fp32: the value of the state before each label."""
+
+    state_values: Tensor | None = None
+
+
+class Critic(nn.Module):
+    """A linear head that begins with V = 0, in fp32 whatever the backbone's dtype."""
+
+    def __init__(self, hidden_size: int, device: torch.device, backbone: PreTrainedModel | None = None):
+        super().__init__()
+        self.head = nn.Linear(hidden_size, 1, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.backbone = backbone
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.device, torch.float32)).squeeze(-1)
+
+
+def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = None) -> Critic:
+    """Give `policy`, which already has TRL's fused LM head, a critic; `backbone`: one of its own, without a head."""
+    device = policy.get_output_embeddings().weight.device
+    config = (policy if backbone is None else backbone).config.get_text_config()
+    critic = Critic(config.hidden_size, device, backbone if backbone is None else backbone.to(device))
+    setattr(policy, NAME, critic)
+    score = policy.forward
+
+    @functools.wraps(type(policy).forward)  # `generate` reads the signature
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return score(*args, **kwargs)
+        seen: list[Tensor] = []
+        watched = self.base_model if critic.backbone is None else critic.backbone
+        hook = watched.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state))
+        try:
+            out = score(*args, fused_lm_head=True, **kwargs)
+            if critic.backbone is not None:
+                critic.backbone(**_text_inputs(args, kwargs), use_cache=False)
+        finally:
+            hook.remove()
+        (hidden,) = seen
+        return ActorCriticOutput(**out, state_values=critic(hidden[:, :-1]))
+
+    policy.forward = types.MethodType(forward, policy)  # type: ignore[method-assign]
+    return critic
+
+
+def _text_inputs(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if args or "input_ids" not in kwargs or "pixel_values" in kwargs:
+        raise NotImplementedError("a critic with a backbone of its own reads token ids: text, no prompt learning")
+    return {name: kwargs[name] for name in BACKBONE_INPUTS if kwargs.get(name) is not None}
+
+
+def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the policy's, the critic's) entries of a state dict of the wrapped or unwrapped policy."""
+    policy, critic = {}, {}
+    for name, value in state.items():
+        parts = f".{name}".split(f".{NAME}.", 1)
+        if len(parts) == 2:
+            critic[parts[1]] = value
+        else:
+            policy[name] = value
+    return policy, critic
+
+
+def save_critic(state: dict[str, Tensor], folder: str) -> None:
+    """Of a critic's state dict."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    safetensors.torch.save_file(tensors, os.path.join(folder, FILE), metadata={"format": "pt"})
+
+
+def load_critic(critic: Critic, folder: str) -> None:
+    path = os.path.join(folder, FILE)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is missing: {folder} was not saved by PPOTrainer")
+    critic.load_state_dict(safetensors.torch.load_file(path))

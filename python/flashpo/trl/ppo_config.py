@@ -1,0 +1,80 @@
+"""PPOConfig: TRL's GRPOConfig with what an actor and a critic need; options of GRPO that PPO lacks are refused."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import trl
+
+# GRPO's own mathematics: (option, why PPO has no use for it)
+REFUSED = {
+    "loss_type": "the loss is PPO's clipped surrogate, a mean over tokens",
+    "importance_sampling_level": "ratios are of tokens",
+    "scale_rewards": "advantages come from GAE, not from groups; see whiten_advantages",
+    "multi_objective_aggregation": "it normalises within groups; rewards are summed by reward_weights",
+    "top_entropy_quantile": "every token has a loss",
+    "off_policy_mask_threshold": "no sequence is dropped",
+    "use_adaptive_entropy": "entropy_coef is constant",
+    "sync_ref_model": "the reference model has no critic to be synchronised with",
+    "use_vllm": "vLLM would be sent the critic's weights",
+}
+
+
+class _Single(int):
+    """A number of generations that GRPOConfig's check `num_generations < 2` lets pass: PPO needs no groups."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+@dataclass
+class PPOConfig(trl.GRPOConfig):
+    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, and those below.
+
+    A batch of generations is used for `num_iterations` epochs over `steps_per_generation` micro-batches, with an
+    optimizer step after each `gradient_accumulation_steps` of them. `epsilon`, `epsilon_high` and `delta` clip the
+    policy's ratio, `beta` is the coefficient of the KL penalty, `entropy_coef` that of the entropy bonus.
+
+    Args:
+        critic: "shared": a value head on the policy's backbone. "separate": on a copy of it with parameters of its
+            own. Else the path of a model (a reward model, say) whose backbone the critic takes.
+        gamma, lam: discount and lambda of `flashpo.gae`.
+        whiten_advantages: standardise the advantages over all tokens of a batch of generations, on all processes.
+        vf_coef: coefficient of the value loss.
+        cliprange_value: how far a value may move from its old value, see `flashpo.value_loss`; None: no clipping.
+        kl_in: "reward": each token is paid -beta (log pi_old - log pi_ref). "loss": beta KL, k3 of each token, is added
+            to the loss.
+    """
+
+    num_generations: int | None = field(default=1, metadata={"help": "Number of completions of each prompt."})
+    num_iterations: int = field(default=4, metadata={"help": "Epochs over each batch of generations."})
+    beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty; 0: no reference model."})
+    critic: str = field(default="shared", metadata={"help": "'shared', 'separate' or the path of a model."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "Standardise advantages over all tokens."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
+    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip range of values; None: no clipping."})
+    kl_in: str = field(default="reward", metadata={"help": "Where the KL penalty goes.", "choices": ["reward", "loss"]})
+
+    def __post_init__(self):
+        defaults = {f.name: f.default for f in fields(trl.GRPOConfig)}
+        for name, reason in REFUSED.items():
+            value: Any = getattr(self, name)
+            if value != defaults[name]:
+                raise ValueError(f"{name}={value!r} is not supported by PPO: {reason}")
+
+        def need(fine: bool, name: str, wanted: str) -> None:
+            if not fine:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+        need(self.kl_in in ("reward", "loss"), "kl_in", "'reward' or 'loss'")
+        need(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
+        need(0 <= self.lam <= 1, "lam", "in [0, 1]")
+        need(self.vf_coef > 0, "vf_coef", "positive")
+        need(self.cliprange_value is None or self.cliprange_value > 0, "cliprange_value", "positive or None")
+        generations = self.num_generations or 0
+        need(generations >= 1, "num_generations", "at least 1")
+        need(bool(self.critic), "critic", "'shared', 'separate' or the path of a model")
+        self.num_generations = _Single(generations)
+        super().__post_init__()
+        self.num_generations = generations
