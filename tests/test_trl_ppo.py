@@ -262,6 +262,14 @@ def test_metrics():
     assert logged["reward"] == pytest.approx(logged["returns/mean"], abs=1.0)  # lam = gamma = 1: returns are rewards
 
 
+def test_verify():
+    """There is no PPO in TRL to compare with: TRL's scoring of tokens in the place of ours."""
+    trainer = make(num_iterations=2)
+    report = flashpo.trl.verify(trainer, steps=2)
+    assert any(line.name == "grad critic.head.weight" and line.stock > 0 for line in report.lines)
+    assert trainer._pending_sums == {"train": [], "eval": []}
+
+
 def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
