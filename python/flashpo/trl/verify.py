@@ -16,7 +16,8 @@ from flashpo.trl.patch import patched, stock
 
 # What a step writes to besides parameters: the trainer's records, copied for each run. Plain numbers are rebound.
 RECORDS = (
-    "_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_pending_stats", "_pending_sums", "state", "control",
+    "_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_pending_stats", "_pending_sums",
+    "state", "control",
 )  # fmt: skip
 # Random or slow, and not ours: done once, the second run gets the same results. Their own metrics are left out.
 REPLAYED = ("_generate", "_calculate_rewards")
