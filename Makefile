@@ -1,6 +1,7 @@
 # make demo    stock TRL against FlashPO on a small model, in a few minutes; results in out/demo
+# make zoo     every algorithm from the same checkpoint learns the same task: table and curves in out/zoo
 # make test    everything that runs without a GPU
-# Both make .venv first. Others: lint, sanitize, bench, clean.
+# Each makes .venv first. Others: lint, sanitize, bench, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,10 +14,13 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt pyproject.toml constrai
 
 SANITIZED = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py
 
-.PHONY: demo test lint sanitize bench clean
+.PHONY: demo zoo test lint sanitize bench clean
 
 demo: $(VENV)/ready
 	$(RUN) -m flashpo.bench.demo --out out/demo
+
+zoo: $(VENV)/ready
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m flashpo.bench.zoo --out out/zoo
 
 # The interpreter and the compiler of Triton exclude each other in one process.
 test: $(VENV)/ready

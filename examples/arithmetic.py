@@ -31,6 +31,18 @@ def problem(rng: random.Random) -> dict[str, str]:
     }
 
 
+def totals(prompt: str) -> str:
+    """The complete completion of a prompt."""
+    terms = [int(term) for term in prompt.rstrip("=").split("+")]
+    return ",".join(str(sum(terms[:n])) for n in range(2, len(terms) + 1))
+
+
+def spoiled(prompt: str, rng: random.Random) -> str:
+    """One that stops short, or ends in a wrong number."""
+    *kept, last = totals(prompt).split(",")
+    return ",".join(kept if rng.random() < 0.5 else [*kept, str(int(last) + rng.choice([-2, -1, 1, 2]))])
+
+
 def problems(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     return [problem(rng) for _ in range(count)]

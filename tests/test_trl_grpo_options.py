@@ -1,5 +1,7 @@
 """What our GRPO and RLOO trainers can beyond TRL's: any loss, groups by columns, advantages of tokens, resampling."""
 
+import contextlib
+
 import pytest
 import torch
 import trl
@@ -9,6 +11,7 @@ import flashpo
 import flashpo.trl
 from flashpo import LOSSES, LossSpec
 from flashpo.trl import GRPOConfig, GRPOTrainer, RLOOConfig
+from flashpo.trl.patch import stock
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if LOSSES[n].importance == "none"])
@@ -89,6 +92,40 @@ def generated(trainer, **changes):
     trainer.current_gradient_accumulation_steps = 1
     with flashpo.trl.patched():
         return trainer._generate_and_score_completions(rows)
+
+
+NAN = float("nan")
+REWARDS = {
+    "plain": [1.0, 2.0, 4.0, 8.0, 0.5, 0.25, 3.0, 0.0],
+    "some without": [1.0, NAN, 4.0, 8.0, NAN, NAN, 3.0, NAN],
+    "a group without": [1.0, 2.0, 4.0, 8.0, NAN, NAN, NAN, NAN],
+}
+
+
+@pytest.mark.parametrize("rewards", REWARDS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[("GRPO", {"scale_rewards": scale}) for scale in ("group", "batch", "none")],
+        ("GRPO", {"multi_objective_aggregation": "normalize_then_sum"}),
+        *[("RLOO", {"normalize_advantages": n, "beta": b}) for n in (False, True) for b in (0.0, 0.3)],
+        ("RLOO", {"reward_clip_range": (0.3, 3.5)}),
+    ],
+    ids=str,
+)
+def test_advantages_are_those_of_trl(name, options, rewards):
+    """Also what it logs of them."""
+    trainer = with_rewards(make_trainer(name, flashpo.trl, **options), [REWARDS[rewards]] * 2)
+    found, metrics = [], []
+    for code in (stock, contextlib.nullcontext):
+        torch.manual_seed(3)
+        with code():
+            found.append(generated(trainer)["advantages"])
+        metrics.append({k: v for k, v in trainer._metrics["train"].items() if "reward" in k or k == "kl"})
+        trainer._metrics["train"].clear()
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(metrics[1], metrics[0], equal_nan=True)
 
 
 def test_equal_rewards_teach_nothing_and_are_counted():

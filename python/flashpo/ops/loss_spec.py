@@ -187,7 +187,8 @@ LOSSES: dict[str, LossSpec] = {
     "dppo_kl": replace(_dppo, surrogate="dppo_kl"),
     "rloo": replace(_grpo, ratio="sequence_sum", empty_sequences="surrogate"),  # arXiv 2402.14740, as in TRL
     "reinforce": LossSpec(surrogate="reinforce"),
-    # verl 0.9.1: dual clip always on, clamped logarithms, empty sequences left out
+    # verl 0.9.1: dual clip always on, clamped logarithms, empty sequences left out. It clamps the KL for k3 alone: with
+    # another estimator set kl_clamp=None
     "verl_ppo": replace(_verl, dual_clip=3.0),
     "verl_gspo": replace(
         _verl, ratio="sequence_token", log_ratio_min=None, log_ratio_max=10.0, aggregation="sequence_mean"
@@ -195,8 +196,8 @@ LOSSES: dict[str, LossSpec] = {
     "verl_cispo": replace(_verl, surrogate="cispo"),
     "verl_sapo": replace(_verl, surrogate="sapo", aggregation="sequence_mean"),
     "verl_gmpo": replace(_gmpo, kl_log_clamp=20.0, kl_clamp=10.0),
-    "verl_dppo_tv": replace(_verl, surrogate="dppo_tv", ratio_cap=20.0),
-    "verl_dppo_kl": replace(_verl, surrogate="dppo_kl", ratio_cap=20.0),
+    "verl_dppo_tv": replace(_verl, surrogate="dppo_tv", ratio_cap=3.0),
+    "verl_dppo_kl": replace(_verl, surrogate="dppo_kl", ratio_cap=3.0),
     "openrlhf_ppo": LossSpec(kl_clamp=10.0, empty_sequences="excluded"),
 }
 

@@ -188,6 +188,12 @@ def _seen(trainer, name: str, look: Callable) -> Iterator[None]:
             trainer.__dict__[name] = own
 
 
+def _scorable(unscorable: Tensor, group: Tensor) -> Tensor:
+    """How many rows of each row's group have a reward."""
+    _, member = group.unique(return_inverse=True)
+    return torch.zeros_like(group).index_add_(0, member, (~unscorable).to(group.dtype))[member]
+
+
 def clip_metrics(stats: PolicyStats) -> dict[str, float]:
     extremes = {"low_min": stats.clip_low_min.item(), "high_max": stats.clip_high_max.item()}
     return {
@@ -320,8 +326,8 @@ class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
             aggregation=self.multi_objective_aggregation,
         )
         if self.scale_rewards != "batch" and self.multi_objective_aggregation == "sum_then_normalize":
-            dead = self._metrics[self._mode]["frac_reward_zero_std"]
-            dead[-1] = found.degenerate.float().mean().item()  # TRL misses groups of equal 0.3, 0.7, 0.9 ...
+            dead = found.degenerate & (_scorable(rewards.isnan().all(dim=1), group) > 1)  # TRL misses equal 0.9s
+            self._metrics[self._mode]["frac_reward_zero_std"][-1] = dead.float().mean().item()
         return found.advantage
 
 
@@ -378,7 +384,7 @@ class RLOOTrainer(PolicyTrainer, trl.RLOOTrainer):  # type: ignore[misc]  # the 
             k1 = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
             total = total - self.beta * self.accelerator.gather(k1.sum(-1))
         advantage = group_advantages(total, group, baseline="leave_one_out", scale="none").advantage
-        if self.normalize_advantages:
-            scorable = advantage.masked_fill(unscorable, torch.nan)
-            advantage = (scorable - scorable.nanmean()) / (nanstd(scorable) + 1e-4)
+        if self.normalize_advantages:  # over the completions that were compared with others
+            compared = advantage.masked_fill(unscorable | (_scorable(unscorable, group) < 2), torch.nan)
+            advantage = (compared - compared.nanmean()) / (nanstd(compared) + 1e-4)
         return advantage.nan_to_num(nan=0.0)

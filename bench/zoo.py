@@ -1,0 +1,206 @@
+"""`make zoo`: every algorithm from the same checkpoint, with the same seeds and tokens, on answers a program can check.
+
+A small model first imitates sums half of which stop short of the result (examples/arithmetic.py). From there each
+algorithm takes --steps optimisation steps of 64 sequences (DPO: 32 pairs): SFT on complete sums, DPO on complete ones
+against spoiled ones, the others on what the model itself writes, rewarded by exact match. The reward drawn is that
+of held-out problems, sampled at temperature 1 under a fixed seed.
+
+python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo
+python -m flashpo.bench.zoo gmpo sapo          # any name of flashpo.LOSSES
+"""
+
+import argparse
+import importlib
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from tqdm import tqdm
+
+import flashpo
+from flashpo.bench.run import machine, show
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("sft", "dpo", "ppo", "grpo", "dapo", "gspo", "rloo", "cispo")
+SEQUENCES = 64  # a step
+GENERATIONS = 8  # completions a prompt
+LONGEST = 16  # tokens of a completion
+MARGIN = 0.1  # by which each must end above its start
+HELD_OUT = 512
+
+
+def arithmetic():
+    sys.path.insert(0, str(ROOT / "examples"))
+    return importlib.import_module("arithmetic")
+
+
+def exact_answer(completions, answer, **kwargs) -> list[float]:
+    """1 where the last number of a completion is the answer."""
+    return [float(re.findall(r"\d+", text)[-1:] == [right]) for text, right in zip(completions, answer)]
+
+
+class Curve(transformers.TrainerCallback):
+    """The reward on held-out problems, at the start and every few steps."""
+
+    def __init__(self, rows: list[dict], tokenizer, every: int, bar: tqdm):
+        self.rows, self.tokenizer, self.every, self.bar = rows, tokenizer, every, bar
+        self.steps: list[int] = []
+        self.rewards: list[float] = []
+
+    def measure(self, model, step: int) -> None:
+        inputs = self.tokenizer([row["prompt"] for row in self.rows], return_tensors="pt", padding=True)
+        training = model.training
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            model.eval()
+            ids = model.generate(
+                **inputs.to(model.device), max_new_tokens=LONGEST, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+            )
+            model.train(training)
+        texts = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        rewards = exact_answer(texts, [row["answer"] for row in self.rows])
+        self.steps.append(step)
+        self.rewards.append(sum(rewards) / len(rewards))
+        self.bar.set_postfix(reward=f"{self.rewards[-1]:.3f}")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.measure(model, 0)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.bar.update()
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.measure(model, state.global_step)
+
+
+def config(kind: type, out: Path, steps: int, seed: int, rows: int = SEQUENCES, **options):
+    return kind(
+        output_dir=str(out), max_steps=steps, per_device_train_batch_size=rows, seed=seed, logging_steps=1,
+        gradient_checkpointing=False, bf16=False, use_cpu=not torch.cuda.is_available(), save_strategy="no",
+        report_to="none", disable_tqdm=True, **options,
+    )  # fmt: skip
+
+
+def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
+    """TRL's data format, our trainer class."""
+    sums, fast = arithmetic(), importlib.import_module("flashpo.trl")
+    rows = sums.problems(steps * SEQUENCES, seed + 1)
+    if name in ("start", "sft"):
+        if name == "sft":
+            rows = [row | {"completion": sums.totals(row["prompt"])} for row in rows]
+        data = Dataset.from_list(rows).select_columns(["prompt", "completion"])
+        rate = {"learning_rate": 2e-3 if name == "start" else 2e-4, "lr_scheduler_type": "cosine"}
+        return fast.SFTTrainer(str(model), config(trl_config("SFT"), out, steps, seed, **rate), train_dataset=data)
+    if name == "dpo":
+        rng = random.Random(seed)
+        prompts = [row["prompt"] for row in rows[: len(rows) // 2]]
+        pairs = [{"prompt": p, "chosen": sums.totals(p), "rejected": sums.spoiled(p, rng)} for p in prompts]
+        args = config(trl_config("DPO"), out, steps, seed, SEQUENCES // 2, learning_rate=3e-5, beta=0.3)
+        return fast.DPOTrainer(str(model), args=args, train_dataset=Dataset.from_list(pairs))
+    data = Dataset.from_list(rows).select_columns(["prompt", "answer"])
+    online = dict(
+        learning_rate=3e-4, max_completion_length=LONGEST, steps_per_generation=2, num_generations=GENERATIONS
+    )
+    if name == "ppo":
+        made = fast.PPOTrainer, fast.PPOConfig, online
+    elif name == "rloo":
+        made = fast.RLOOTrainer, fast.RLOOConfig, online | {"beta": 0.0}
+    else:
+        made = fast.GRPOTrainer, fast.GRPOConfig, online | {"loss": name} | ONLINE.get(name, {})
+    kind, of_kind, options = made
+    args = config(of_kind, out, steps, seed, **options)
+    return kind(str(model), reward_funcs=exact_answer, args=args, train_dataset=data)
+
+
+ONLINE: dict[str, dict] = {"dapo": {"dynamic_sampling": 1}}
+
+
+def trl_config(name: str) -> type:
+    return getattr(importlib.import_module("trl"), f"{name}Config")
+
+
+def learn(name: str, model: Path, out: Path, steps: int, seed: int) -> tuple[dict, Curve]:
+    with tqdm(total=steps, desc=name, unit="step") as bar:
+        made = trainer(name, model, out, steps, seed)
+        sums = arithmetic()
+        curve = Curve(sums.problems(HELD_OUT, seed + 10**6), sums.tokenizer(), max(1, steps // 12), bar)
+        made.add_callback(curve)
+        made.remove_callback(transformers.PrinterCallback)
+        start = time.perf_counter()
+        made.train()
+        seconds = time.perf_counter() - start
+    tokens = next((row["num_tokens"] for row in reversed(made.state.log_history) if "num_tokens" in row), None)
+    made.save_model(str(out))
+    record = {
+        "variant": name,
+        "reward at start": curve.rewards[0],
+        "reward at end": curve.rewards[-1],
+        "reward gain": curve.rewards[-1] - curve.rewards[0],
+        "tokens trained": tokens,
+        "s": seconds,
+    }
+    return record, curve
+
+
+def plot(curves: dict[str, Curve], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot(curve.steps, curve.rewards, marker=".", label=name)
+    axes.set(xlabel=f"steps of {SEQUENCES} sequences", ylabel="share of right answers, held out", ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="flashpo.bench.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", default=list(NAMES), help=f"default: {' '.join(NAMES)}")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--start-steps", type=int, default=250, help="of the imitation that all begin with")
+    parser.add_argument("--margin", type=float, default=MARGIN, help="by which each must gain reward")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/zoo"))
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append the table to this .jsonl file")
+    args = parser.parse_args(argv)
+    if unknown := [n for n in args.names if n not in (*NAMES, *flashpo.LOSSES)]:
+        parser.error(f"unknown algorithms {unknown}; known: {', '.join(dict.fromkeys((*NAMES, *flashpo.LOSSES)))}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    base = arithmetic().save(args.out / "model", seed=args.seed)
+    begin, _ = learn("start", base, args.out / "start", args.start_steps, args.seed)
+    records, curves = [], {}
+    for name in args.names:
+        record, curves[name] = learn(name, args.out / "start", args.out / name, args.steps, args.seed)
+        records.append(record)
+    title = f"zoo: {args.steps} steps of {SEQUENCES} sequences"
+    show(title, records)
+    plot(curves, args.out / "zoo.png")
+    document = {
+        **machine("cpu"),
+        "command": "python -m flashpo.bench.zoo " + " ".join(sys.argv[1:] if argv is None else argv),
+    }
+    document["tables"] = {title: records}
+    (args.out / "zoo.json").write_text(json.dumps(document))
+    if args.record:
+        with args.record.open("a") as file:
+            file.write(json.dumps(document) + "\n")
+    print(f"imitation took {begin['s']:.0f} s; wrote {args.out / 'zoo.png'} and {args.out / 'zoo.json'}")
+    late = [r["variant"] for r in records if r["reward gain"] < args.margin]
+    if late:
+        print(f"gained less than {args.margin}: {', '.join(late)}", file=sys.stderr)
+    return 1 if late else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
