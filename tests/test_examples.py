@@ -109,3 +109,11 @@ def test_grpo(model, tmp_path):
         history, said = run(python, "grpo.py", out, model, *few)
         assert [0 <= row["reward"] <= 1 for row in history] == [True, True]
         assert ("linear_logprob" in said) == bool(python)
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_ppo(critic, model, tmp_path):
+    history, _ = run([], "ppo.py", tmp_path, model, "--critic", critic, "--max-completion-length", "8")
+    assert "reward" in history[0]
+    assert "reward" not in history[1]  # the second minibatch of the same generations
+    assert (tmp_path / "critic.safetensors").exists()

@@ -14,14 +14,14 @@ NAN = float("nan")
 
 def loop(rewards, values, mask, gamma, lam):
     """One sequence, token by token, in Python floats: advantages and returns, zeros where masked."""
-    advantages, returns = torch.zeros(2, len(mask), dtype=torch.float64)
+    rows = []
     value = advantage = 0.0
-    for t in reversed(range(len(mask))):
-        if mask[t]:
-            advantage = rewards[t].item() + gamma * value - values[t].item() + gamma * lam * advantage
-            value = values[t].item()
-            advantages[t], returns[t] = advantage, advantage + value
-    return advantages, returns
+    for r, v, live in reversed(list(zip(rewards.tolist(), values.tolist(), mask.tolist()))):
+        if live:
+            advantage = r + gamma * value - v + gamma * lam * advantage
+            value = v
+        rows.append((advantage, advantage + value) if live else (0.0, 0.0))
+    return torch.tensor(rows[::-1], dtype=torch.float64).unbind(1)
 
 
 def whitened(advantages, mask):

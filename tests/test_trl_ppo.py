@@ -369,6 +369,49 @@ def test_two_processes_take_the_step_of_one():
     in_two_processes((check_ddp, "shared"), (check_ddp, "separate"))
 
 
+def check_fsdp2(rank: int, folder: str, kind: str) -> None:
+    """Actor and critic sharded over two processes: gradients are the mean of those of both processes' sequences."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from transformers import AutoModel
+    from trl.trainer.utils import add_fused_lm_head
+
+    from flashpo.trl.critic import attach_critic
+
+    def actor_critic():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        add_fused_lm_head(model)
+        critic = attach_critic(model, AutoModel.from_pretrained(folder) if kind == "separate" else None)
+        generator = torch.Generator().manual_seed(3)
+        critic.head.weight.data = torch.randn(critic.head.weight.shape, generator=generator)
+        return model
+
+    def loss(model, seed):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(5, 90, (2, 9), generator=generator)
+        weights = torch.randn(2, 2, 8, generator=generator)
+        out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        return (weights[0] * out.log_probs + weights[1] * out.state_values).sum()
+
+    whole, sharded = actor_critic(), actor_critic()
+    ((loss(whole, 0) + loss(whole, 1)) / 2).backward()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in sharded.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert isinstance(sharded.critic.head.weight, DTensor)
+    loss(sharded, rank).backward()
+    expected = {n: p.grad for n, p in whole.named_parameters()}
+    got = {n: p.grad.full_tensor() for n, p in sharded.named_parameters()}
+    assert_same([Step(0.0, {}, expected)], [Step(0.0, {}, got)])
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def test_fsdp2():
+    in_two_processes((check_fsdp2, "shared"), (check_fsdp2, "separate"))
+
+
 def test_it_learns():
     """A completion is paid the share of its tokens that are letters: 26 of 97 by chance."""
 
