@@ -24,7 +24,7 @@ zoo: $(VENV)/ready
 
 # The interpreter and the compiler of Triton exclude each other in one process.
 test: $(VENV)/ready
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/test_triton.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/test_triton.py tests/test_triton_policy.py
 	$(RUN) -m pytest -q --durations=15 tests
 
 lint: $(VENV)/ready

@@ -2,6 +2,7 @@
 
 import collections
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from flashpo.kernels import linear_logprob, selective_log_softmax, token_stats
+from flashpo.kernels import linear_logprob, policy_loss, selective_log_softmax, token_stats
+from flashpo.kernels.policy_terms import Numbers
+from flashpo.ops.loss_spec import LOSSES, LossSpec
 
 # (target, shared memory a program may have, the instruction that multiplies 16-bit matrices)
 TARGETS = {
@@ -27,13 +30,25 @@ TARGETS = {
     "MI300": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-INTEGERS = ("index", "target", "order", "live")
+INTEGERS = {
+    "index": "i64",
+    "target": "i64",
+    "order": "i64",
+    "live": "i64",
+    "cu_seqlens": "i64",
+    "mask": "u8",
+    "arrived": "i32",
+}
 OPERANDS = ("logits", "d_logits", "hidden", "weight", "bias")
-FLOATS = ("out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature")
+FLOATS = (
+    "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
+    "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "stats", "grads",
+    "factors", "d_loss",
+)  # fmt: skip
 SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
 
 
-def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, **constants):
+def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers=None, **constants):
     """As a launch with aligned tensors of `dtype` and long rows would; arguments named in `absent` are None."""
     types, aligned = {}, {}
     out = dtype if kernel is linear_logprob.d_logits_kernel else "fp32"
@@ -41,10 +56,13 @@ def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, **const
         if name in constants or name in absent:
             types[name] = "constexpr"
             constants.setdefault(name, None)
+        elif name == "numbers":
+            types[name] = Numbers(*("constexpr" if x is None else "fp32" for x in numbers))
+            constants |= {(i, j): None for j, x in enumerate(numbers) if x is None}
         elif name in SCALES:
             types[name] = "fp32"
         elif name in INTEGERS:
-            types[name] = "*i64"
+            types[name] = "*" + INTEGERS[name]
         elif name in OPERANDS or name in FLOATS:
             types[name] = "*" + (dtype if name in OPERANDS else out if name == "out" else "fp32")
         else:
@@ -108,6 +126,46 @@ def test_gemm_kernels(name, dtype, full):
                 assert "st.global.v4.b32" in text
 
 
+POLICY = {  # spec -> arguments that it goes without
+    "dapo": (LOSSES["dapo"], ("ref_logprob", "rollout_logprob", "importance_ratio", "entropy_threshold", "num_items")),
+    "gspo": (LOSSES["gspo"], ("ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold")),
+    "gmpo": (
+        replace(LOSSES["gmpo"], top_entropy=0.2, entropy_coef=0.1, entropy_mean="loss", empty_sequences="excluded"),
+        ("ref_logprob", "rollout_logprob", "num_items"),
+    ),
+    "vespo": (
+        replace(LOSSES["vespo"], kl_coef=0.1, kl_ratio_correction=True, importance="token_mask", importance_max=2.0),
+        ("old_logprob", "importance_ratio", "entropy_threshold"),
+    ),
+    "dppo_kl": (
+        replace(
+            LOSSES["dppo_kl"],
+            importance="geometric_mask",
+            importance_max=2.0,
+            off_policy_threshold=0.1,
+            kl="k2",
+            kl_coef=0.1,
+            entropy_coef=0.1,
+        ),
+        ("importance_ratio", "entropy_threshold", "num_items"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("loss", POLICY)
+def test_policy_kernels(name, loss):
+    target, limit, _ = TARGETS[name]
+    spec, absent = POLICY[loss]
+    options = policy_loss.structure(spec) | {"ADVANTAGE_OF_SEQUENCE": True, "IMPORTANCE_OF_SEQUENCE": False}
+    numbers = Numbers.of(spec, 1.0)
+    compiled = compile(policy_loss.forward_kernel, target, "fp32", absent, numbers=numbers, **options)
+    assert compiled.metadata.shared <= limit
+    if target.backend == "cuda":  # the last program sees what the others wrote
+        assert "atom.global.gpu.acq_rel" in compiled.asm["ptx"]
+    assert compile(policy_loss.backward_kernel, target, "fp32", BLOCK=1024).metadata.shared <= limit
+
+
 @pytest.fixture
 def variants(monkeypatch):
     """Launches compile nothing here: they only record what Triton would compile, by kernel."""
@@ -139,3 +197,31 @@ def test_one_compilation_for_all_lengths(layout, variants):
         token_stats.merge_partials(torch.zeros(T, 8, B), 1024 * T)
     assert len(variants) == 6
     assert {name: len(keys) for name, keys in variants.items()} == dict.fromkeys(variants, 1)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_one_compilation_for_all_policies(level, variants):
+    """Lengths, parts of a sequence and hyper-parameters are run-time values, 1 too."""
+    for S, T in ((1, 1), (1, 16), (16, 1), (3, 7), (1, 9000), (2, 5000), (16, 4096)):
+        for epsilon in (0.2, 1.0, 2):
+            spec = LossSpec(ratio=level, clip_low=epsilon, clip_high=epsilon, kl_coef=epsilon, kl_clamp=1 / epsilon)
+            whole = torch.zeros(4, S * T + 1)
+            for logprob, old, ref, entropy in (whole[:, :-1], whole[:, 1:]):
+                mask, cu_seqlens = torch.ones(S * T, dtype=torch.bool), torch.arange(S + 1) * T
+                policy_loss.forward(
+                    logprob,
+                    old,
+                    torch.zeros(S, 1),
+                    mask,
+                    cu_seqlens,
+                    ref,
+                    None,
+                    None,
+                    entropy,
+                    None,
+                    None,
+                    1.0,
+                    spec.key,
+                )
+                policy_loss.backward(whole[:1, :-1], torch.ones(1), torch.ones(()))
+    assert {name: len(keys) for name, keys in variants.items()} == {"forward_kernel": 1, "backward_kernel": 1}

@@ -91,7 +91,10 @@ def policy_loss(
     if spec.top_entropy < 1 and entropy is not None:
         threshold = entropy_threshold(entropy.detach(), mask, 1 - spec.top_entropy, group=entropy_group)
     if num_items is not None:
-        num_items = torch.as_tensor(num_items, dtype=logprob.dtype, device=logprob.device).reshape(1)
+        if isinstance(num_items, Tensor):
+            num_items = num_items.to(logprob).reshape(1)
+        else:  # filled there: a copy of a host's number would be waited for
+            num_items = logprob.new_full((1,), num_items)
     args = (
         logprob, old, advantage, mask, cu_seqlens, ref, rollout, importance_ratio, entropy, threshold, num_items,
         float(scale), spec.key,
@@ -194,6 +197,15 @@ def _(logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, threshold
     return stats, grads, logprob.new_ones(rows)
 
 
+@policy_loss_fwd.backend("triton")  # kernels/policy_loss.py
+def _(logprob, *rest):
+    if logprob.dtype != torch.float32:
+        return NotImplemented
+    from flashpo.kernels.policy_loss import forward
+
+    return forward(logprob, *rest)
+
+
 @op
 def policy_loss_bwd(grads: Tensor, factors: Tensor, d_loss: Tensor) -> Tensor:
     """Rows of finished gradients: grads (R, N) times factors (R,) times d_loss ()."""
@@ -212,6 +224,15 @@ def _(grads, factors, d_loss):
     out = torch.empty_like(grads, memory_format=torch.contiguous_format)
     native.policy_loss_bwd(grads.contiguous(), factors, d_loss, out, torch.get_num_threads())
     return out
+
+
+@policy_loss_bwd.backend("triton")
+def _(grads, factors, d_loss):
+    if grads.dtype != torch.float32:
+        return NotImplemented
+    from flashpo.kernels.policy_loss import backward
+
+    return backward(grads, factors, d_loss)
 
 
 class PolicyLossFunction(torch.autograd.Function):
