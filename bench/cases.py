@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flashpo.bench import advantages, gae, scoring
+from flashpo.bench import advantages, gae, losses, scoring
 from flashpo.bench.timing import Device, Tables
 
 SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with_peers, quick
@@ -10,6 +10,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "selective_log_softmax": scoring.selective_log_softmax_tables,
     "gae": gae.tables,
     "group_advantages": advantages.tables,
+    "policy_loss": losses.policy_loss_tables,
     "overhead": scoring.overhead_tables,
 }
 

@@ -1,9 +1,9 @@
-"""What others do for the same tokens: each gives (logprob, entropy or None) of hidden states and a head, or of logits.
-
-Only what is installed and runs on the device is listed.
+"""What others do for the same tokens: (logprob, entropy or None) of hidden states and a head, or of logits, where only
+what is installed and runs on the device is listed; and the policy loss of given log-probs.
 """
 
 import importlib.util
+import math
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,73 @@ def liger(h, w, target):
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     return -LigerFusedLinearCrossEntropyFunction.apply(h, w, target)[0], None
+
+
+def trl_policy_loss(
+    logprob,
+    old_logprob,
+    advantage,
+    mask,
+    ref_logprob=None,
+    *,
+    loss_type,
+    level="token",
+    epsilon_low=0.2,
+    epsilon_high=0.28,
+    beta=0.0,
+    num_items=None,
+    metrics=False,
+):
+    """What TRL 1.16's GRPOTrainer._compute_loss does with log-probs, in torch and on one process; `metrics`: and logs,
+    each a wait for the device."""
+    a = advantage[:, None]
+    log_ratio = logprob - old_logprob
+    if level == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0))[:, None]
+    w = log_ratio.exp()
+    if beta != 0:
+        delta = ref_logprob - logprob
+        kl = (delta.exp() - delta - 1) * w
+    if loss_type == "cispo":
+        x = -w.clamp(max=epsilon_high).detach() * a * logprob
+    elif loss_type == "vespo":
+        with torch.no_grad():
+            log_w = (log_ratio.clamp(-20, 20) * mask).sum(-1, keepdim=True).clamp(math.log(1e-8), 20)
+            k, lam = torch.where(a >= 0, 2.0, 3.0), torch.where(a >= 0, 3.0, 2.0)
+            phi = (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        x = -phi * a * logprob
+    else:
+        x = -torch.min(w * a, w.clamp(1 - epsilon_low, 1 + epsilon_high) * a)
+    if beta != 0:
+        x = x + beta * kl
+    if num_items is None:
+        loss = ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    else:
+        loss = (x * mask).sum() / num_items.clamp(min=1.0)
+    if metrics:
+        with torch.no_grad():
+            trl_metrics(w, a, mask, kl if beta != 0 else None, loss_type, epsilon_low, epsilon_high)
+    return loss
+
+
+def trl_metrics(w, a, mask, kl, loss_type, epsilon_low, epsilon_high):
+    def mean(x):
+        total, count = (x.sum(), x.new_tensor(len(x))) if x.shape[1] == 1 else ((x * mask).sum(), mask.sum().float())
+        return (total / count.clamp(min=1.0)).item()
+
+    def of_sequence(x):
+        return x[:, 0] if x.shape[1] == 1 else (x * mask).sum(-1) / mask.sum(-1)
+
+    if kl is not None:
+        mean(kl)
+    if loss_type == "cispo":
+        mean(((w > epsilon_high) & (a > 0)).float())
+    elif loss_type != "vespo":
+        low, high = (w < 1 - epsilon_low) & (a < 0), (w > 1 + epsilon_high) & (a > 0)
+        for flag in (low, high, low | high):
+            mean(flag.float())
+        of_sequence(low.float()).nan_to_num(nan=torch.inf).min().item()
+        of_sequence(high.float()).nan_to_num(nan=-torch.inf).max().item()
 
 
 def installed(device: str) -> dict:
