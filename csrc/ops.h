@@ -29,7 +29,7 @@
                        const Tensor& cu_seqlens, const Tensor& ref_logprob, const Tensor& rollout_logprob,            \
                        const Tensor& importance_ratio, const Tensor& entropy, const Tensor& entropy_threshold,        \
                        const Tensor& num_items, double scale, const Tensor& spec, const Tensor& stats,                \
-                       const Tensor& grads, int threads);                                                             \
+                       const Tensor& grads, const Tensor& factors, int threads);                                      \
   void policy_loss_bwd(const Tensor& grads, const Tensor& factors, const Tensor& d_loss, const Tensor& out,           \
                        int threads);                                                                                  \
   }

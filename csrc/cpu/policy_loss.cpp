@@ -104,7 +104,7 @@ void policy_loss_fwd(const Tensor& logprob, const Tensor& old_logprob, const Ten
                      const Tensor& cu_seqlens, const Tensor& ref_logprob, const Tensor& rollout_logprob,
                      const Tensor& importance_ratio, const Tensor& entropy, const Tensor& entropy_threshold,
                      const Tensor& num_items, double scale, const Tensor& spec, const Tensor& stats,
-                     const Tensor& grads, int threads) {
+                     const Tensor& grads, const Tensor& factors, int threads) {
   const int64_t n = logprob.dim() == 1 ? logprob.size(0) : -1;
   const int64_t sequences = cu_seqlens.dim() == 1 ? cu_seqlens.size(0) - 1 : -1;
   expect(n >= 0 && sequences >= 0, "logprob must be (N,) and cu_seqlens (S + 1,)");
@@ -127,6 +127,8 @@ void policy_loss_fwd(const Tensor& logprob, const Tensor& old_logprob, const Ten
   Batch b(spec.data<const double>());
   const bool has_d_entropy = b.spec.entropy_coef != 0;
   expect_dense("grads", grads, DType::f32, {has_d_entropy ? 2 : 1, n});
+  expect_dense("factors", factors, DType::f32, {grads.size(0)});
+  for (int64_t row = 0; row < grads.size(0); ++row) factors.data<float>()[row] = 1;
   b.tokens.in[LOGPROB] = flat("logprob", logprob, false);
   b.tokens.in[OLD] = flat("old_logprob", old_logprob, true);
   b.tokens.in[ADVANTAGE] = either("advantage", advantage, false);

@@ -186,15 +186,15 @@ def _(logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, threshold
     if logprob.device.type != "cpu" or logprob.dtype != torch.float32:
         return NotImplemented
     rows = 2 if LossSpec.from_key(spec).entropy_coef != 0 else 1
-    stats, grads = logprob.new_empty(len(NAMES)), logprob.new_empty(rows, logprob.shape[0])
+    stats, grads, factors = (logprob.new_empty(size) for size in (len(NAMES), (rows, logprob.shape[0]), rows))
     if mask.dtype not in (torch.bool, torch.int32, torch.int64):
         mask = mask != 0
     tensors = logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, threshold, num_items
     native.policy_loss_fwd(
         *(None if x is None else x.contiguous() for x in tensors),
-        scale, _numbers(spec), stats, grads, torch.get_num_threads(),
+        scale, _numbers(spec), stats, grads, factors, torch.get_num_threads(),
     )  # fmt: skip
-    return stats, grads, logprob.new_ones(rows)
+    return stats, grads, factors
 
 
 @policy_loss_fwd.backend("triton")  # kernels/policy_loss.py
