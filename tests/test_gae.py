@@ -70,8 +70,8 @@ def masks(B, T):
     }
 
 
-# T: one, less than any vector, whole vectors, one more, several tiles of a GPU's block
-SHAPES = [(3, 1), (2, 3), (4, 64), (5, 77), (3, 2500)]
+# T: one, less than any vector, whole vectors, some more, many
+SHAPES = [(3, 1), (2, 3), (4, 64), (5, 77), (3, 700)]
 
 
 @sanitized

@@ -198,7 +198,8 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, with_moments):
         moments if with_moments else None,
     )
     if rewards.device.type == "cuda":
-        native.gae_fwd_cuda(*args, torch.cuda.current_stream(rewards.device).cuda_stream)
+        with torch.cuda.device_of(rewards):
+            native.gae_fwd_cuda(*args, torch.cuda.current_stream().cuda_stream)
     else:
         native.gae_fwd(*args, torch.get_num_threads())
     return advantages, returns, moments
@@ -210,6 +211,7 @@ def _(advantages, mask, moments):
         return NotImplemented
     args = advantages.view(-1), mask.reshape(-1), moments.contiguous(), EPS
     if advantages.device.type == "cuda":
-        native.gae_whiten_cuda(*args, torch.cuda.current_stream(advantages.device).cuda_stream)
+        with torch.cuda.device_of(advantages):
+            native.gae_whiten_cuda(*args, torch.cuda.current_stream().cuda_stream)
     else:
         native.gae_whiten(*args, torch.get_num_threads())
