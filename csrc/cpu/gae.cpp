@@ -64,7 +64,7 @@ template <bool MOMENTS>
 void scan(const Sequence& s, int64_t tokens, float gamma, float decay, double* out) {
   Moments moments;
   float value_after = 0, advantage_after = 0;
-  for (int64_t t = (tokens - 1) / W * W; t >= 0; t -= W) {
+  for (int64_t t = (tokens + W - 1) / W * W - W; t >= 0; t -= W) {
     const int count = static_cast<int>(std::min<int64_t>(W, tokens - t));
     const bool whole = count == W;
     const vi live = load_mask(s.mask + t, count);
