@@ -1,7 +1,8 @@
 """`python -m flashpo.bench.readme`: writes the tables of README.md from bench/results/*.jsonl, between their markers.
 
 A table stands between `<!-- table: TITLE -->` and `<!-- end -->`; TITLE is that of `flashpo bench`, and the newest
-record of it is taken, with the machine and the command that made it.
+record of it is taken, with the machine and the command that made it. "algorithms" is the table of algorithms.py, with
+what each learned in the newest `make zoo` that ran it.
 """
 
 import json
@@ -9,6 +10,7 @@ import pathlib
 import re
 import sys
 
+from flashpo.bench import algorithms
 from flashpo.bench.run import number
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,29 +38,52 @@ def newest() -> dict[str, tuple[dict, list[dict]]]:
     return found
 
 
-def markdown(document: dict, records: list[dict]) -> str:
+def learned() -> dict[str, dict]:
+    """name -> its record in the newest zoo"""
+    files = (ROOT / "bench" / "results").glob("*.jsonl")
+    documents = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    tables = [
+        records
+        for document in sorted(documents, key=lambda document: document["time"])
+        for title, records in document["tables"].items()
+        if title.startswith("zoo")
+    ]
+    return {record["variant"]: record for records in tables for record in records}
+
+
+def rows_of(records: list[dict]) -> list[str]:
     columns = list(dict.fromkeys(key for record in records for key in record if key != "variant"))
-    rows = [["", *(HEADS.get(column, column) for column in columns)], ["---", *["---:"] * len(columns)]]
+    texts = [any(isinstance(record.get(column), str) for record in records) for column in columns]
+    rules = ["---" if text else "---:" for text in texts]
+    rows = [["", *(HEADS.get(column, column) for column in columns)], ["---", *rules]]
     rows += [[record["variant"], *(number(record.get(column)) for column in columns)] for record in records]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def markdown(document: dict, records: list[dict]) -> str:
     where = f"{document['machine']}, {document['threads']} threads, torch {document['torch']}"
-    return "\n".join([*lines, "", f"`{document['command']}` on {where}, {document['time'][:10]}."])
+    return "\n".join([*rows_of(records), "", f"`{document['command']}` on {where}, {document['time'][:10]}."])
 
 
-def main() -> int:
-    readme, tables = ROOT / "README.md", newest()
-    text = readme.read_text()
+def filled(text: str) -> str:
+    tables = newest()
 
     def fill(match: re.Match) -> str:
         title = match[1]
+        if title == "algorithms":
+            return f"<!-- table: {title} -->\n" + "\n".join(rows_of(algorithms.records(learned()))) + "\n<!-- end -->"
         if title not in tables:
             raise SystemExit(
                 f"README.md asks for {title!r}, which bench/results does not have; it has {sorted(tables)}"
             )
         return f"<!-- table: {title} -->\n{markdown(*tables[title])}\n<!-- end -->"
 
-    filled = re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
-    readme.write_text(filled)
+    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
     return 0
 
 

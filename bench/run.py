@@ -44,7 +44,9 @@ def show(title: str, records: list[dict]) -> None:
         print(f"{record['variant']:{width}}{cells}", flush=True)
 
 
-def number(x: float | None) -> str:
+def number(x: float | str | None) -> str:
+    if isinstance(x, str):
+        return x
     return "" if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
