@@ -37,8 +37,8 @@ from flashpo.ops.policy_stats import NAMES
     do_not_specialize=["N", "S", "PARTS"],
     do_not_specialize_on_alignment=[
         "logprob", "old_logprob", "advantage", "mask", "cu_seqlens", "ref_logprob", "rollout_logprob",
-        "importance_ratio", "entropy", "entropy_threshold", "num_items", "stats", "grads", "factors", "partials",
-        "arrived",
+        "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out", "stats", "grads", "factors",
+        "partials", "arrived",
     ],
 )  # fmt: skip
 def forward_kernel(
@@ -53,6 +53,7 @@ def forward_kernel(
     entropy,
     entropy_threshold,  # (1,)
     num_items,  # (1,)
+    loss_out,  # (1,)
     stats,  # (COLUMNS,)
     grads,  # (1 or 2, N)
     factors,  # (1 or 2,)
@@ -273,7 +274,9 @@ def forward_kernel(
     tl.store(at + SUMS + k, row, mask=SUMS + k < COLUMNS)
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        finish(partials, stats, factors, num_items, numbers, S, PARTS, AGGREGATION, EMPTY_SEQUENCES, ENTROPY_MEAN)
+        finish(
+            partials, loss_out, stats, factors, num_items, numbers, S, PARTS, AGGREGATION, EMPTY_SEQUENCES, ENTROPY_MEAN
+        )
         tl.store(arrived, 0)
 
 
@@ -339,30 +342,31 @@ def forward(
     num_items: Tensor | None,
     scale: float,
     spec: str,  # LossSpec.key
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = LossSpec.from_key(spec)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss_spec = LossSpec.from_key(spec)
     N, S = logprob.shape[0], cu_seqlens.shape[0] - 1
-    options = structure(loss)
+    options = structure(loss_spec)
     parts = 1 if options["CHAIN"] else parts_of_a_sequence(N, S)
     programs = max(S * parts, 1)
     rows = 1 if options["ENTROPY_MEAN"] == "none" else 2
-    stats, grads, factors = logprob.new_empty(len(NAMES)), logprob.new_empty(rows, N), logprob.new_empty(rows)
+    loss, stats, grads, factors = (logprob.new_empty(shape) for shape in ((), len(NAMES), (rows, N), rows))
     tensors = (
         logprob, old_logprob, advantage, mask.view(torch.uint8) if mask.dtype == torch.bool else mask, cu_seqlens,
         ref_logprob, rollout_logprob, importance_ratio, entropy, entropy_threshold, num_items,
     )  # fmt: skip
-    of_sequence = loss.importance.startswith("sequence")
+    of_sequence = loss_spec.importance.startswith("sequence")
     if importance_ratio is not None:
         of_sequence = importance_ratio.dim() == 2
     with torch.cuda.device_of(logprob):
         forward_kernel[(programs,)](
             *(None if x is None else x.contiguous() for x in tensors),
+            loss,
             stats,
             grads,
             factors,
             logprob.new_empty(programs, WIDTH.value),
             arrived(logprob.device),
-            Numbers.of(loss, scale),
+            Numbers.of(loss_spec, scale),
             N,
             S,
             parts,
@@ -370,7 +374,7 @@ def forward(
             IMPORTANCE_OF_SEQUENCE=of_sequence,
             **options,
         )
-    return stats, grads, factors
+    return loss, stats, grads, factors
 
 
 def backward(grads: Tensor, factors: Tensor, d_loss: Tensor) -> Tensor:

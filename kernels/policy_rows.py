@@ -52,6 +52,7 @@ def add(rows, more):
 @triton.jit
 def finish(
     partials,
+    loss_out,
     stats,
     factors,
     num_items,
@@ -114,3 +115,4 @@ def finish(
     total = tl.where(k == POLICY_LOSS, policy_loss, total)
     total = tl.where(k == LOSS, numbers.scale * loss, total)
     tl.store(stats + k, total, mask=k < COLUMNS)
+    tl.store(loss_out, numbers.scale * loss)

@@ -63,7 +63,7 @@ def test_one_launch_each(name):
     d_loss = torch.ones(())
 
     def both():
-        _, grads, factors = policy_loss_fwd(*args)
+        _, _, grads, factors = policy_loss_fwd(*args)
         return policy_loss_bwd(grads, factors, d_loss)
 
     both()  # compiles

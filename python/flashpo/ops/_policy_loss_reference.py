@@ -26,9 +26,9 @@ def policy_loss_fwd(
     num_items: Tensor | None,  # (1,)
     scale: float,
     spec: str,  # LossSpec.key
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics (len(NAMES),); d loss / d logprob and, with entropy_coef, d loss / d entropy, as rows (1 or 2, N); a
-    factor for each row (1 or 2,): what a kernel knows only after its pass, 1 here."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss (); statistics (len(NAMES),); d loss / d logprob and, with entropy_coef, d loss / d entropy, as rows
+    (1 or 2, N); a factor for each row (1 or 2,): what a kernel knows only after its pass, 1 here."""
     s, dtype = LossSpec.from_key(spec), logprob.dtype
     clip_low, clip_high = _or(s.clip_low, math.inf), _or(s.clip_high, math.inf)
     segment = torch.repeat_interleave(cu_seqlens.diff(), output_size=logprob.shape[0])
@@ -279,7 +279,8 @@ def policy_loss_fwd(
         weight_max=_extreme(rhos, of_weight, True),
     )
     grads = scale * torch.stack([d_logprob, d_entropy] if s.entropy_coef != 0 else [d_logprob])
-    return torch.stack([values[name] for name in NAMES]), grads, torch.ones_like(grads[:, 0])
+    stats = torch.stack([values[name] for name in NAMES])
+    return values["loss"].clone(), stats, grads, torch.ones_like(grads[:, 0])
 
 
 def _or(value: float | None, otherwise: float) -> float:

@@ -78,7 +78,7 @@ def policy_loss(
     _check(spec, logprob, {**given, "entropy": entropy}, advantage, mask, importance_ratio, cu_seqlens, num_items)
     shape = logprob.shape
     if cu_seqlens is None:
-        cu_seqlens = torch.arange(shape[0] + 1, device=logprob.device) * shape[1]
+        cu_seqlens = _padded_starts(shape[0], shape[1], logprob)
     logprob = logprob.reshape(-1)
     old, ref, rollout, entropy = (
         None if x is None else x.reshape(-1) for x in (old_logprob, ref_logprob, rollout_logprob, entropy)
@@ -102,9 +102,21 @@ def policy_loss(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logprob, entropy)):
         value, stats = PolicyLossFunction.apply(*args)
     else:
-        stats = policy_loss_fwd(*args)[0]
-        value = stats[INDEX["loss"]]
+        value, stats, *_ = policy_loss_fwd(*args)
     return PolicyLoss(value, PolicyStats(stats))
+
+
+def _padded_starts(sequences: int, length: int, like: Tensor) -> Tensor:
+    """Where the rows of a padded batch begin: kept from call to call, except in a trace, whose tensors are not real."""
+    real = type(like) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if real and not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _kept_starts(sequences, length, like.device)
+    return torch.arange(sequences + 1, device=like.device) * length
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_starts(sequences: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(sequences + 1, device=device) * length
 
 
 def _per_token_or_sequence(x: Tensor, shape: torch.Size) -> Tensor:
@@ -168,7 +180,7 @@ policy_loss_fwd = op(_policy_loss_reference.policy_loss_fwd)
 @policy_loss_fwd.fake
 def _(logprob, *rest):
     rows = 2 if LossSpec.from_key(rest[-1]).entropy_coef != 0 else 1
-    return logprob.new_empty(len(NAMES)), logprob.new_empty(rows, logprob.shape[0]), logprob.new_empty(rows)
+    return tuple(logprob.new_empty(shape) for shape in ((), len(NAMES), (rows, logprob.shape[0]), rows))
 
 
 @functools.lru_cache(maxsize=256)
@@ -194,7 +206,7 @@ def _(logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, threshold
         *(None if x is None else x.contiguous() for x in tensors),
         scale, _numbers(spec), stats, grads, factors, torch.get_num_threads(),
     )  # fmt: skip
-    return stats, grads, factors
+    return stats[INDEX["loss"]].clone(), stats, grads, factors
 
 
 @policy_loss_fwd.backend("triton")  # kernels/policy_loss.py
@@ -238,11 +250,12 @@ def _(grads, factors, d_loss):
 class PolicyLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, *rest):
-        stats, grads, factors = policy_loss_fwd(logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy, *rest)
+        tensors = logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy
+        loss, stats, grads, factors = policy_loss_fwd(*tensors, *rest)
         ctx.save_for_backward(grads, factors)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
-        return stats[INDEX["loss"]].clone(), stats
+        return loss, stats
 
     @staticmethod
     def backward(ctx, d_loss, _):
