@@ -42,8 +42,8 @@ INTEGERS = {
 OPERANDS = ("logits", "d_logits", "hidden", "weight", "bias")
 FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
-    "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out", "stats",
-    "grads", "factors", "d_loss",
+    "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
+    "stats", "grads", "factors", "d_loss",
 )  # fmt: skip
 SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
 
