@@ -23,6 +23,8 @@ HEADS = {
     "error_nats": "max error, nats",
     "gb_per_s": "GB/s",
     "share_of_read_bandwidth": "share of read bandwidth",
+    "share_of_copy_bandwidth": "share of copy bandwidth",
+    "max_error": "max error",
 }
 
 

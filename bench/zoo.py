@@ -107,7 +107,7 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         learning_rate=3e-4, max_completion_length=LONGEST, steps_per_generation=2, num_generations=GENERATIONS
     )
     if name == "ppo":
-        made = fast.PPOTrainer, fast.PPOConfig, online
+        made = fast.PPOTrainer, fast.PPOConfig, online | {"num_iterations": 1}  # as many fresh tokens as the others
     elif name == "rloo":
         made = fast.RLOOTrainer, fast.RLOOConfig, online | {"beta": 0.0}
     else:
@@ -141,7 +141,7 @@ def learn(name: str, model: Path, out: Path, steps: int, seed: int) -> tuple[dic
         "reward at start": curve.rewards[0],
         "reward at end": curve.rewards[-1],
         "reward gain": curve.rewards[-1] - curve.rewards[0],
-        "tokens trained": tokens,
+        "tokens": tokens,
         "s": seconds,
     }
     return record, curve

@@ -11,7 +11,16 @@ import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 import flashpo
-from flashpo import LOSSES, LossSpec, PolicyStats, entropy_threshold, overlong_penalty, policy_loss
+from flashpo import (
+    LOSSES,
+    LossSpec,
+    PolicyStats,
+    entropy_threshold,
+    masked_quantile,
+    overlong_penalty,
+    policy_loss,
+    ratio_quantiles,
+)
 from flashpo.ops.loss_spec import CHOICES
 
 NAMES = sorted(LOSSES)
@@ -366,6 +375,51 @@ def test_entropy_threshold_is_torch_quantile(quantile):
         mask[-1] = True
         assert entropy_threshold(x, mask, quantile).item() == pytest.approx(x[mask].quantile(quantile).item())
         assert entropy_threshold(-x, mask, quantile).item() == pytest.approx((-x)[mask].quantile(quantile).item())
+
+
+def test_quantiles_of_ratios():
+    made = batch(B=9, T=30, dtype=torch.float32)
+    mask, q = made["mask"], (0.0, 0.25, 0.5, 0.97)
+    found = ratio_quantiles(made["logprob"], made["old_logprob"], mask, q)
+    d = (made["logprob"] - made["old_logprob"])[mask]
+    torch.testing.assert_close(found, d.quantile(torch.tensor(q)).exp())
+    assert masked_quantile(d, torch.zeros_like(d, dtype=torch.bool), q).isnan().all()
+    with pytest.raises(ValueError, match="quantiles must be in"):
+        masked_quantile(d, d > 0, (0.5, 1.5))
+    with pytest.raises(ValueError, match="mask must have the shape"):
+        masked_quantile(d, mask, 0.5)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_openrlhf(dual_clip):
+    """Its PolicyLoss and k3 as written (models/loss.py, models/utils.py): mean of live tokens or of samples' means."""
+    made = batch(spread=1.5)
+    mask, adv = made["mask"], made["advantage"][:, None]
+    w = (made["logprob"] - made["old_logprob"]).exp()
+    surrogate = torch.minimum(w * adv, w.clamp(0.8, 1.2) * adv)
+    if dual_clip:
+        surrogate = torch.where(adv < 0, torch.maximum(surrogate, dual_clip * adv), surrogate)
+    delta = made["ref_logprob"] - made["logprob"]
+    kl = (delta.exp() - 1 - delta).clamp(-10, 10)
+    of_tokens = (0.1 * kl - surrogate).masked_fill(~mask, 0.0)
+    samples = of_tokens.sum(1) / mask.sum(1)
+    for aggregation, expected in (
+        ("token_mean", of_tokens.sum() / mask.sum()),
+        ("sequence_mean", samples[mask.any(1)].mean()),
+    ):
+        spec = replace(LOSSES["openrlhf_ppo"], aggregation=aggregation, kl_coef=0.1, dual_clip=dual_clip)
+        torch.testing.assert_close(policy_loss(**tensors_for(spec, made), loss=spec).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_completions_longer_than_65535_tokens(name):
+    """Liger's kernel, whose grid has the length on an axis of 16 bits, fails to launch."""
+    made = batch(2, 70_000)
+    exact = policy_loss(**tensors_for(LOSSES[name], made), loss=name)
+    single = {n: x.float() if x.is_floating_point() else x for n, x in made.items()}
+    ours = policy_loss(**tensors_for(LOSSES[name], single), loss=name)
+    torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=1e-4, atol=1e-5)
+    assert ours.stats.tokens == exact.stats.tokens
 
 
 def test_entropy_threshold_above_2_to_the_24_tokens():

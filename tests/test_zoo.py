@@ -15,7 +15,7 @@ def test_two_algorithms_learn(tmp_path, capsys):
     assert "gspo" in out
     (records,) = json.loads((tmp_path / "zoo.json").read_text())["tables"].values()
     assert [r["variant"] for r in records] == ["sft", "gspo"]
-    assert all(r["tokens trained"] > 0 for r in records)
+    assert all(r["tokens"] > 0 for r in records)
     assert (tmp_path / "zoo.png").stat().st_size > 10_000
 
 

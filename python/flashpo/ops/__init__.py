@@ -2,12 +2,12 @@
 
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
-from flashpo.ops.entropy_threshold import entropy_threshold
 from flashpo.ops.gae import gae
 from flashpo.ops.group_advantages import Advantages, group_advantages
 from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.loss_spec import LOSSES, LossSpec
+from flashpo.ops.masked_quantile import entropy_threshold, masked_quantile, ratio_quantiles
 from flashpo.ops.overlong_penalty import overlong_penalty
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
@@ -34,9 +34,11 @@ __all__ = [
     "group_advantages",
     "kto_loss",
     "linear_logprob",
+    "masked_quantile",
     "overlong_penalty",
     "policy_loss",
     "preference_loss",
+    "ratio_quantiles",
     "selective_log_softmax",
     "sequence_logprobs",
     "value_loss",

@@ -15,8 +15,8 @@ from torch import Tensor
 from flashpo._op import native, op
 from flashpo.ops import _policy_loss_reference
 from flashpo.ops._check import check_device, check_float
-from flashpo.ops.entropy_threshold import entropy_threshold
 from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve
+from flashpo.ops.masked_quantile import entropy_threshold
 from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
 
 
