@@ -20,9 +20,11 @@ DIFFERENT = {"clip_cov", "kl_cov", "optimal_token_baseline", "tir_optimal_token_
 
 @pytest.fixture
 def registries(monkeypatch):
-    """verl's registries, and the functions it calls by name, put back afterwards."""
-    monkeypatch.setattr(core, "POLICY_LOSS_REGISTRY", dict(core.POLICY_LOSS_REGISTRY))
-    monkeypatch.setattr(core, "ADV_ESTIMATOR_REGISTRY", dict(core.ADV_ESTIMATOR_REGISTRY))
+    """verl's registries, without what our plugin has put there where it is installed, and the functions that verl calls
+    by name; put back afterwards."""
+    for registry in ("POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY"):
+        own = {name: f for name, f in getattr(core, registry).items() if not name.startswith("flashpo_")}
+        monkeypatch.setattr(core, registry, own)
     for name in flashpo.verl.CALLED_BY_NAME.values():
         monkeypatch.setattr(core, name, getattr(core, name))
 

@@ -1,6 +1,7 @@
 """The definition of `policy_loss` in plain torch: what every backend computes."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,36 +99,8 @@ def policy_loss_fwd(
     saturated = log_w.abs() > SATURATION
     w = log_w.clamp(-SATURATION, SATURATION).exp()
 
-    # loss of a token, its derivative by log w, and by log pi beside that
-    lowest = 1 - clip_low
-    highest = 1 + clip_high
-    below, above = w < lowest, w > highest
-    by_log_w, by_logp, capped, phi = torch.zeros_like(d), torch.zeros_like(d), torch.zeros_like(m), None
-    if s.surrogate == "clip":
-        cap = _or(s.ratio_cap, math.inf)
-        capped = w > cap
-        w_capped = w.clamp(max=cap)
-        below, above = w_capped < lowest, w_capped > highest  # as TRL counts
-        one, two = -w_capped * adv, -w.clamp(lowest, highest) * adv
-        x = torch.maximum(one, two)
-        inside = (w >= lowest) & (w <= highest)
-        by_log_w = torch.where(one >= two, ~capped | ((one == two) & inside), inside) * (-adv * w)
-        if s.dual_clip is not None:
-            dual = (adv < 0) & (x > -s.dual_clip * adv)
-            x = torch.where(dual, -s.dual_clip * adv, x)
-            by_log_w = by_log_w.masked_fill(dual, 0.0)
-            capped = capped | dual
-    elif s.surrogate == "cispo":
-        by_logp = -w.clamp(lowest, highest) * adv
-        x = by_logp * logp
-    elif s.surrogate == "sapo":
-        positive, other = s.sapo_temperatures
-        t = torch.where(adv > 0, positive, other).to(dtype)
-        gate = torch.sigmoid(t * (w - 1))
-        x = -4 / t * gate * adv
-        by_log_w = -4 * adv * gate * torch.sigmoid(-t * (w - 1)) * w
-        below = above = torch.zeros_like(m)
-    elif s.surrogate == "vespo":
+    phi = None
+    if s.surrogate == "vespo":
         log_weight = sequence_sum(d.clamp(-20, 20))
         if rho is not None:
             log_weight = log_weight + sequence_sum(live(rho.log().clamp(VESPO_LOG_MIN, 20.0)))
@@ -135,55 +108,15 @@ def policy_loss_fwd(
         (k0, lambda0), (k1, lambda1) = s.vespo_gamma
         k, lam = torch.where(adv >= 0, k0, k1).to(dtype), torch.where(adv >= 0, lambda0, lambda1).to(dtype)
         phi = (lam + k * log_weight - lam * log_weight.exp()).exp()
-        by_logp = -phi * adv
-        x = by_logp * logp
-        below = above = torch.zeros_like(m)
-    elif s.surrogate == "gmpo":
-        x = by_log_w = -adv * w
-        below, above = d < -clip_low, d > clip_high
-    elif s.surrogate == "reinforce":
-        by_logp = -adv
-        x = by_logp * logp
-        below = above = torch.zeros_like(m)
-    else:  # dppo
-        p, q = logp.exp(), old.exp()
-        if s.surrogate == "dppo_tv":
-            above, below = p - q > clip_high, p - q < -clip_low
-        else:
-            kl = q * (old - logp) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
-            above, below = (kl > clip_high) & (p > q), (kl > clip_low) & (p < q)
-        keep = ~torch.where(adv > 0, above, below)
-        cap = _or(s.ratio_cap, math.inf)
-        capped = (w > cap) & keep
-        by_logp = -adv * w.clamp(max=cap) * keep
-        x = by_logp * logp
+    x, by_log_w, by_logp, below, above, capped = _surrogate(s, logp, old, w, adv, phi)
     zero_slope = slope == 0
     by_log_w = by_log_w.masked_fill(zero_slope, 0.0)
-
     x, by_log_w, by_logp = x * weight, by_log_w * weight, by_logp * weight
 
     # KL to the reference, outside of these weights
     kl = torch.zeros_like(d)
     if s.kl_coef != 0:
-        delta = live(ref_logprob) - logp
-        estimator = s.kl.removesuffix("+")
-        clamp = _or(s.kl_log_clamp, math.inf) if estimator == "k3" else math.inf
-        held = delta.abs() > clamp
-        delta_held = delta.clamp(-clamp, clamp)
-        if estimator == "k3":
-            growth = delta_held.clamp(max=SATURATION).exp()
-            kl, d_kl = growth - delta_held - 1, (1 - growth).masked_fill(held, 0.0)
-        elif estimator == "k2":
-            kl, d_kl = delta * delta / 2, -delta
-        elif estimator == "abs":
-            kl, d_kl = delta.abs(), -delta.sign()
-        else:
-            kl, d_kl = -delta, torch.ones_like(delta)
-        if s.kl_clamp is not None:
-            d_kl = d_kl.where(kl.abs() <= s.kl_clamp, 0.0)
-            kl = kl.clamp(-s.kl_clamp, s.kl_clamp)
-        if s.kl.endswith("+"):
-            d_kl = -delta
+        kl, d_kl = _kl(s, live(ref_logprob) - logp)
         if s.kl_ratio_correction:
             kl, d_kl = kl * w, d_kl * w
             by_log_w = by_log_w + (s.kl_coef * kl).masked_fill(zero_slope, 0.0)
@@ -281,6 +214,78 @@ def policy_loss_fwd(
     grads = scale * torch.stack([d_logprob, d_entropy] if s.entropy_coef != 0 else [d_logprob])
     stats = torch.stack([values[name] for name in NAMES])
     return values["loss"].clone(), stats, grads, torch.ones_like(grads[:, 0])
+
+
+class Term(NamedTuple):
+    """Of each token; flags are counted."""
+
+    x: Tensor  # its loss
+    by_log_w: Tensor  # derivative by the logarithm of the ratio
+    by_logp: Tensor  # and by the token's own log-prob beside that
+    below: Tensor  # the ratio is outside of the bounds
+    above: Tensor
+    capped: Tensor  # by dual_clip or ratio_cap
+
+
+def _surrogate(s: LossSpec, logp: Tensor, old: Tensor, w: Tensor, adv: Tensor, phi: Tensor | None) -> Term:
+    """The losses of loss_spec.py; for gmpo and other ratios of sequences w is that of the token's sequence."""
+    clip_low, clip_high, cap = (_or(x, math.inf) for x in (s.clip_low, s.clip_high, s.ratio_cap))
+    lowest, highest = 1 - clip_low, 1 + clip_high
+    nothing, never = torch.zeros_like(w), torch.zeros_like(w, dtype=torch.bool)
+    if s.surrogate == "clip":
+        capped, w_capped, inside = w > cap, w.clamp(max=cap), (w >= lowest) & (w <= highest)
+        one, two = -w_capped * adv, -w.clamp(lowest, highest) * adv
+        x = torch.maximum(one, two)
+        by_log_w = torch.where(one >= two, ~capped, inside) * (-adv * w)
+        if s.dual_clip is not None:
+            dual = (adv < 0) & (x > -s.dual_clip * adv)
+            x = torch.where(dual, -s.dual_clip * adv, x)
+            by_log_w, capped = by_log_w.masked_fill(dual, 0.0), capped | dual
+        return Term(x, by_log_w, nothing, w_capped < lowest, w_capped > highest, capped)  # bounds as TRL counts
+    if s.surrogate == "sapo":
+        positive, other = s.sapo_temperatures
+        t = torch.where(adv > 0, positive, other).to(w.dtype)
+        gate = torch.sigmoid(t * (w - 1))
+        by_log_w = -4 * adv * gate * torch.sigmoid(-t * (w - 1)) * w
+        return Term(-4 / t * gate * adv, by_log_w, nothing, never, never, never)
+    if s.surrogate == "gmpo":
+        d = logp - old
+        return Term(-adv * w, -adv * w, nothing, d < -clip_low, d > clip_high, never)
+    if s.surrogate == "cispo":
+        by_logp = -w.clamp(lowest, highest) * adv
+        return Term(by_logp * logp, nothing, by_logp, w < lowest, w > highest, never)
+    if s.surrogate in ("vespo", "reinforce"):
+        by_logp = -adv if phi is None else -phi * adv
+        return Term(by_logp * logp, nothing, by_logp, never, never, never)
+    p, q = logp.exp(), old.exp()
+    if s.surrogate == "dppo_tv":
+        above, below = p - q > clip_high, p - q < -clip_low
+    else:
+        kl = q * (old - logp) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+        above, below = (kl > clip_high) & (p > q), (kl > clip_low) & (p < q)
+    keep = ~torch.where(adv > 0, above, below)
+    by_logp = -adv * w.clamp(max=cap) * keep
+    return Term(by_logp * logp, nothing, by_logp, below, above, (w > cap) & keep)
+
+
+def _kl(s: LossSpec, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The estimate from delta = log pi_ref - log pi, and its derivative by log pi."""
+    estimator = s.kl.removesuffix("+")
+    if estimator == "k3":
+        clamp = _or(s.kl_log_clamp, math.inf)
+        held = delta.clamp(-clamp, clamp)
+        growth = held.clamp(max=SATURATION).exp()
+        kl, slope = growth - held - 1, (1 - growth).masked_fill(delta.abs() > clamp, 0.0)
+    elif estimator == "k2":
+        kl, slope = delta * delta / 2, -delta
+    elif estimator == "abs":
+        kl, slope = delta.abs(), -delta.sign()
+    else:
+        kl, slope = -delta, torch.ones_like(delta)
+    if s.kl_clamp is not None:
+        slope = slope.where(kl.abs() <= s.kl_clamp, 0.0)
+        kl = kl.clamp(-s.kl_clamp, s.kl_clamp)
+    return kl, -delta if s.kl.endswith("+") else slope
 
 
 def _or(value: float | None, otherwise: float) -> float:
