@@ -90,6 +90,27 @@ def check_fsdp2(rank: int, folder: str, head_alone: bool) -> None:
     assert_same([expected], [actual])
 
 
+def check_dynamic_sampling(rank: int, folder: str, _) -> None:
+    """Rank 1 alone has a group of equal rewards: both generate a group, one rank takes it, and both count the same."""
+    from trl_models import make_trainer
+
+    trainer = make_trainer("GRPO", flashpo.trl, model=folder, dynamic_sampling=2, loss="dapo")
+    calls = iter([[0.9 if rank else 1.0, 0.9, 0.9, 0.9], [1.0, 2.0, 3.0, 4.0]])
+    trainer.reward_funcs = [lambda completions, **kwargs: next(calls)]
+    trainer.model.train()
+    rows = [dict(trainer.train_dataset[rank]) for _ in range(4)]
+    with flashpo.trl.patched():
+        batch = trainer._generate_and_score_completions(rows)
+    assert next(calls, None) is None
+    first, last = (batch["advantages"][i].item() for i in (0, 3))
+    assert (first < 0 < last) if rank else (last < 0 < first)  # rank 0 keeps its own group
+    counts = {n.removeprefix("dynamic_sampling/"): v for n, v in trainer._metrics["train"].items() if "dynamic" in n}
+    assert counts == {"degenerate": [1.0], "generated": [2.0], "replaced": [1.0], "left": [0.0]}
+    tokens = batch["completion_mask"].sum()
+    dist.all_reduce(tokens)
+    assert batch["num_items_in_batch"] == tokens
+
+
 def work(rank: int, port: int, folder: str, checks: list, errors) -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path.insert(0, here)
@@ -122,6 +143,10 @@ def in_two_processes(*checks) -> None:
 
 def test_ddp():
     in_two_processes(*[(check_ddp, name) for name in OPTIONS])
+
+
+def test_dynamic_sampling():
+    in_two_processes((check_dynamic_sampling, None))
 
 
 def test_fsdp2():

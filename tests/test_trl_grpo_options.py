@@ -11,6 +11,7 @@ import flashpo
 import flashpo.trl
 from flashpo import LOSSES, LossSpec
 from flashpo.trl import GRPOConfig, GRPOTrainer, RLOOConfig
+from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.patch import stock
 
 
@@ -192,6 +193,12 @@ def test_dynamic_sampling_is_bounded():
     assert (batch["advantages"] == 0).all()
     assert trainer._metrics["train"]["dynamic_sampling/left"] == [2.0]
     assert trainer._metrics["train"]["dynamic_sampling/generated"] == [4.0]
+
+
+def test_dynamic_sampling_needs_whole_groups():
+    trainer = make_trainer("GRPO", flashpo.trl, dynamic_sampling=1)
+    with pytest.raises(ValueError, match="6 completions a process are no multiple of num_generations=4"):
+        replace_degenerate(trainer, {}, torch.zeros(6, dtype=torch.bool), lambda rows: None)
 
 
 def test_dynamic_sampling_trains():

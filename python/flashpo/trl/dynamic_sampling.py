@@ -22,6 +22,11 @@ def replace_degenerate(
         generate: rows of the dataset -> their batch, and the flag for each row of all ranks.
     """
     size, ranks, rank = trainer.num_generations, trainer.accelerator.num_processes, trainer.accelerator.process_index
+    if (rows := len(degenerate) // ranks) % size:
+        raise ValueError(
+            f"dynamic_sampling needs whole groups on each process: {rows} completions a process are "
+            f"no multiple of num_generations={size}"
+        )
     flags = degenerate.view(ranks, -1, size).all(-1).tolist()  # [rank][group]
     wanted = [[g for g, dead in enumerate(groups) if dead] for groups in flags]
     before, generated = sum(map(len, wanted)), 0
