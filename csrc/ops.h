@@ -51,6 +51,9 @@ namespace advantages {
 struct Problem;
 }
 void group_advantages_cuda(const advantages::Problem& problem, bool normalize_first, int64_t stream);
+// What gae_fwd takes, here and on CUDA: throws, or returns the number of sequences.
+int64_t expect_gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens,
+                   const Tensor& advantages, const Tensor& returns, const Tensor& moments, DLDeviceType device);
 void gae_fwd_cuda(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens,
                   double gamma, double lam, const Tensor& advantages, const Tensor& returns, const Tensor& moments,
                   int64_t stream);

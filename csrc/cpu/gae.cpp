@@ -106,26 +106,13 @@ void scan(const Sequence& s, int64_t tokens, float gamma, float decay, double* o
 
 void gae_fwd(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens, double gamma,
              double lam, const Tensor& advantages, const Tensor& returns, const Tensor& moments, int threads) {
-  const auto rows = [](const Tensor& x, DType dtype) {
-    return x.dtype() == dtype && x.dim() == 2 && x.dl.device.device_type == kDLCPU &&
-           (x.size(1) <= 1 || x.stride(1) == 1);
-  };
-  expect(rows(rewards, DType::f32), "rewards must be (B, T) float32, dense along T");
-  const int64_t batch = rewards.size(0), length = rewards.size(1);
-  const auto like_rewards = [&](const Tensor& x) { return x.size(0) == batch && x.size(1) == length; };
-  expect(rows(values, DType::f32) && like_rewards(values), "values must look like rewards");
-  expect(rows(mask, DType::boolean) && like_rewards(mask), "mask must look like rewards, in bool");
-  expect_dense("advantages", advantages, DType::f32, {batch, length});
-  expect_dense("returns", returns, DType::f32, {batch, length});
   const bool flat = cu_seqlens.defined();
-  const int64_t sequences = flat ? cu_seqlens.size(0) - 1 : batch;
-  expect_dense("moments", moments, DType::f64, {sequences, 3}, true);
+  const int64_t sequences = expect_gae(rewards, values, mask, cu_seqlens, advantages, returns, moments, kDLCPU);
+  const int64_t batch = rewards.size(0), length = rewards.size(1);
   const int64_t* starts = cu_seqlens.data<const int64_t>();
-  if (flat) {
-    expect_dense("cu_seqlens", cu_seqlens, DType::i64, {sequences + 1});
-    expect(batch == 1 && starts[0] == 0 && starts[sequences] == length && std::is_sorted(starts, starts + sequences + 1),
+  if (flat)
+    expect(starts[0] == 0 && starts[sequences] == length && std::is_sorted(starts, starts + sequences + 1),
            "cu_seqlens must rise from 0 to the number of tokens");
-  }
 
   const auto run = [&](int64_t i) {
     const int64_t row = flat ? 0 : i, start = flat ? starts[i] : 0, tokens = flat ? starts[i + 1] - start : length;
