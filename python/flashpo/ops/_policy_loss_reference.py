@@ -80,7 +80,7 @@ def policy_loss_fwd(
     if rho is not None and s.surrogate != "vespo":
         weight = weight * live(rho)
 
-    # log w, its slope (0 where a clamp holds it), and w
+    # log w, whether no clamp holds it, and w
     d = logp - old
     clipped = torch.zeros_like(m)
     if s.ratio == "token":
@@ -94,7 +94,7 @@ def policy_loss_fwd(
         log_w = (total if s.ratio == "sequence_sum" else total / at_least_1)[segment]
     low = _or(s.log_ratio_min, -math.inf)
     high = _or(s.log_ratio_max, math.inf)
-    slope = ((log_w >= low) & (log_w <= high)).to(dtype)
+    free = (log_w >= low) & (log_w <= high)
     log_w = log_w.clamp(low, high)
     saturated = log_w.abs() > SATURATION
     w = log_w.clamp(-SATURATION, SATURATION).exp()
@@ -109,8 +109,7 @@ def policy_loss_fwd(
         k, lam = torch.where(adv >= 0, k0, k1).to(dtype), torch.where(adv >= 0, lambda0, lambda1).to(dtype)
         phi = (lam + k * log_weight - lam * log_weight.exp()).exp()
     x, by_log_w, by_logp, below, above, capped = _surrogate(s, logp, old, w, adv, phi)
-    zero_slope = slope == 0
-    by_log_w = by_log_w.masked_fill(zero_slope, 0.0)
+    by_log_w = by_log_w.where(free, 0.0)
     x, by_log_w, by_logp = x * weight, by_log_w * weight, by_logp * weight
 
     # KL to the reference, outside of these weights
@@ -119,7 +118,7 @@ def policy_loss_fwd(
         kl, d_kl = _kl(s, live(ref_logprob) - logp)
         if s.kl_ratio_correction:
             kl, d_kl = kl * w, d_kl * w
-            by_log_w = by_log_w + (s.kl_coef * kl).masked_fill(zero_slope, 0.0)
+            by_log_w = by_log_w + (s.kl_coef * kl).where(free, 0.0)
         x, by_logp = x + s.kl_coef * kl, by_logp + s.kl_coef * d_kl
 
     # aggregation: a token's share of the loss

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops import _policy_loss_reference
-from flashpo.ops._check import check_device, check_float
+from flashpo.ops._check import check_cu_seqlens, check_device, check_float
 from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve
 from flashpo.ops.masked_quantile import entropy_threshold
 from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
@@ -131,8 +131,8 @@ def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens,
         raise TypeError(f"logprob must be float32 or float64, got {logprob.dtype}")
     if logprob.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"logprob must be (B, T), or (N,) with cu_seqlens, got {tuple(logprob.shape)}")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int64 or len(cu_seqlens) == 0):
-        raise ValueError("cu_seqlens must be (S + 1,) int64")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, logprob)
     sequences = logprob.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     for name, x in {**others, "mask": mask}.items():
         if x is None:

@@ -57,6 +57,11 @@ class PolicyOptions:
         if changed:
             raise ValueError(f"loss={self.loss!r} and {', '.join(changed)} exclude each other: a LossSpec says it all")
 
+    def _with_length(self, spec: LossSpec) -> LossSpec:
+        if spec.aggregation == "fixed_length" and spec.max_length is None:
+            return replace(spec, max_length=self.max_completion_length)  # type: ignore[attr-defined]  # of TRL's
+        return spec
+
 
 @dataclass
 class GRPOConfig(PolicyOptions, trl.GRPOConfig):
@@ -75,9 +80,7 @@ class GRPOConfig(PolicyOptions, trl.GRPOConfig):
             spec = replace(spec, kl_coef=self.beta)
         elif self.beta not in (0, spec.kl_coef):
             raise ValueError(f"beta={self.beta} and the loss's kl_coef={spec.kl_coef} contradict each other")
-        if spec.aggregation == "fixed_length" and spec.max_length is None:
-            spec = replace(spec, max_length=self.max_completion_length)
-        return spec
+        return self._with_length(spec)
 
 
 @dataclass
@@ -96,6 +99,4 @@ class RLOOConfig(PolicyOptions, trl.RLOOConfig):
             raise ValueError(f"RLOO has its KL in the reward (beta): the loss must not have kl_coef={spec.kl_coef}")
         if spec.aggregation == "token_mean":
             spec = replace(spec, aggregation="local_token_mean")  # RLOO counts no tokens of a global batch
-        if spec.aggregation == "fixed_length" and spec.max_length is None:
-            spec = replace(spec, max_length=self.max_completion_length)
-        return spec
+        return self._with_length(spec)

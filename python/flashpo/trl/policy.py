@@ -115,13 +115,18 @@ class PolicyTrainer(Accelerated, Base):
     def _generate_and_score_completions(self, inputs):
         if not active():
             return super()._generate_and_score_completions(inputs)
-        batch, degenerate = self._generate_batch(inputs)
-        if self._mode == "train" and getattr(self.args, "dynamic_sampling", None):
-            batch = replace_degenerate(self, batch, degenerate, self._generate_batch)
-        return batch
+        if self._mode != "train" or not getattr(self.args, "dynamic_sampling", None):
+            return self._generate_batch(inputs)[0]
 
-    def _generate_batch(self, inputs: list[dict]) -> tuple[dict, Tensor]:
-        """TRL's batch with our advantages, and for the rows of all ranks whether their group's rewards are equal."""
+        def generate(rows: list[dict]) -> tuple[dict, Tensor]:
+            batch, rewards, group = self._generate_batch(rows)
+            weights = self.reward_weights.to(rewards.device)
+            return batch, group_advantages(rewards, group, reward_weights=weights).degenerate
+
+        return replace_degenerate(self, *generate(inputs), generate)
+
+    def _generate_batch(self, inputs: list[dict]) -> tuple[dict, Tensor, Tensor]:
+        """TRL's batch with our advantages; rewards and group keys of the rows of all ranks."""
         rewards: list[Tensor] = []
         scored: list[Tensor] = []  # by the policy, then by the reference
         with (
@@ -133,15 +138,18 @@ class PolicyTrainer(Accelerated, Base):
         group = self._group_keys(inputs)
         advantages = self.compute_advantages(rewards[0], group, inputs, batch)
         if advantages.dim() == 1:
-            logged = self._logs["advantages"]  # TRL's own: others only in groups of equal rewards
-            for _ in range(min(len(advantages), len(logged))):
-                logged.pop()
-            logged.extend(advantages.tolist())
+            self._log_advantages(advantages.tolist())  # TRL's own differ in groups of equal rewards
             here = self.accelerator.process_index * len(inputs)
             advantages = advantages[here : here + len(inputs)]
         batch["advantages"] = advantages
-        weights = self.reward_weights.to(rewards[0].device)
-        return batch, group_advantages(rewards[0], group, reward_weights=weights).degenerate
+        return batch, rewards[0], group
+
+    def _log_advantages(self, of_rows: list[float]) -> None:
+        """In the table of completions, in place of those that TRL has just logged for the same rows of all ranks."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(of_rows), len(logged))):
+            logged.pop()
+        logged.extend(of_rows)
 
     def _keep_scored(self, batch: dict, scored: list[Tensor]) -> None:
         """For a trainer whose TRL class drops the log-probs of tokens."""
@@ -255,10 +263,8 @@ class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
         logprob, entropy, aux_loss = self._score(model, inputs)
         mode, accumulation, spec = self._mode, self._accumulation(), self._loss_spec()
         num_items, scale = None, 1 / accumulation
-        if spec.aggregation == "token_mean":  # over the tokens of one optimisation step on all ranks
-            num_items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-            if mode == "train":
-                num_items = num_items * accumulation / self.args.steps_per_generation
+        if spec.aggregation == "token_mean":
+            num_items = self._tokens_of_a_step(inputs)
             scale, spec = 1.0, replace(spec, entropy_coef=spec.entropy_coef / accumulation)
         result = policy_loss(
             logprob,
@@ -278,6 +284,13 @@ class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
         if self._entropy_bonus_enabled:
             self._control_entropy(mode, result)
         return self._add_aux_loss(result.loss, aux_loss, 1 / accumulation)
+
+    def _tokens_of_a_step(self, inputs) -> Tensor:
+        """Live tokens of an optimizer step, a process: what each of its micro-batches is divided by."""
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self._mode == "eval":
+            return tokens
+        return tokens * self._accumulation() / self.args.steps_per_generation
 
     def _control_entropy(self, mode: str, result: PolicyLoss) -> None:
         """TRL's controller: once an optimisation step, the coefficient follows the mean entropy of its tokens."""

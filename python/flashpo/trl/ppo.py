@@ -19,6 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from flashpo.ops import LossSpec, gae, policy_loss, value_loss
+from flashpo.ops._check import check_that
 from flashpo.trl import critic as critics
 from flashpo.trl.policy import GRPOTrainer, clip_metrics, without_tokens
 from flashpo.trl.ppo_config import PPOConfig
@@ -124,6 +125,7 @@ class PPOTrainer(GRPOTrainer):
         mask = batch["completion_mask"] * batch.get("tool_mask", 1) * ~rewards.isnan().all(1, keepdim=True)
         mask = mask.bool()
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        check_that(scores.isfinite().all(), "rewards holds infinite values")
         positions = torch.arange(mask.shape[1], device=mask.device)
         last = torch.where(mask, positions, -1).amax(1, keepdim=True)
         paid = torch.where(positions == last, scores[:, None], 0.0)
@@ -162,11 +164,8 @@ class PPOTrainer(GRPOTrainer):
         metrics["explained_variance"].append(1 - unexplained / spread if spread > 0 else math.nan)
         for value in mean_kl:
             metrics["kl"].append(value)
-        logged = self._logs["advantages"]  # in the table of completions: a sequence's mean instead of GRPO's
-        of_sequences = self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)).tolist()
-        for _ in range(min(len(of_sequences), len(logged))):
-            logged.pop()
-        logged.extend(of_sequences)
+        of_sequences = advantages.sum(1) / mask.sum(1).clamp(min=1)
+        self._log_advantages(self.accelerator.gather(of_sequences).tolist())
 
     def _loss_spec(self) -> LossSpec:
         spec = replace(super()._loss_spec(), entropy_mean="loss")
@@ -176,9 +175,7 @@ class PPOTrainer(GRPOTrainer):
         mask, spec, clip = inputs["mask"], self._loss_spec(), self.args.cliprange_value
         logprob, entropy, aux_loss = self._score(without_tokens(model, ~mask), inputs)
         values = self._values_of_forwards.pop()
-        # Live tokens of an optimizer step, by process: every micro-batch of it is divided by the same number
-        share = self._accumulation() / self.args.steps_per_generation if self._mode == "train" else 1.0
-        num_items = inputs["num_items_in_batch"].clamp(min=1) * (share / self.accelerator.num_processes)
+        num_items = self._tokens_of_a_step(inputs)
         policy = policy_loss(
             logprob,
             inputs["old_per_token_logps"],
