@@ -40,3 +40,21 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def graphs():
+    """What torch.compile(backend=counting) has captured in this test."""
+    torch._dynamo.reset()
+    return []
+
+
+@pytest.fixture
+def counting(graphs):
+    """A backend that runs each graph as it is, and keeps it."""
+
+    def run(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    return run

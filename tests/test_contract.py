@@ -101,20 +101,14 @@ def test_opcheck(backend):
 
 @every_backend
 @pytest.mark.parametrize("hidden", [None, 16], ids=["logits", "head"])
-def test_compiles_into_one_graph(backend, hidden):
+def test_compiles_into_one_graph(backend, hidden, graphs, counting):
     """fullgraph, and one graph for every length."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
 
     def loss(inputs, target):
         out = linear_logprob(*inputs, target) if hidden else selective_log_softmax(*inputs, target, temperature=0.7)
         return (out.logprob - 0.1 * out.entropy).sum()
 
-    compiled = torch.compile(loss, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(loss, backend=counting, fullgraph=True, dynamic=True)
     with flashpo.backend(backend):
         for tokens in (5, 8, 13, 21):
             case = Case("", (tokens,), hidden, 130, ignored="some")

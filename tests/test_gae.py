@@ -226,18 +226,11 @@ def test_results_are_constants():
 
 @every_backend
 @pytest.mark.parametrize("flat", [False, True], ids=["padded", "flat"])
-def test_compiles_into_one_graph(backend, flat):
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiles_into_one_graph(backend, flat, graphs, counting):
     def f(rewards, values, mask, cu_seqlens):
         return gae(rewards * 2, values, mask, gamma=0.9, whiten=True, cu_seqlens=cu_seqlens)
 
-    compiled = torch.compile(f, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(f, backend=counting, fullgraph=True, dynamic=True)
     with flashpo.backend(backend):
         for T in (12, 20, 33):
             shape = (T,) if flat else (4, T)

@@ -182,18 +182,11 @@ def test_the_reference_takes_what_the_kernel_does_not():
 
 
 @sanitized
-def test_compiles_into_one_graph(backend):
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiles_into_one_graph(backend, graphs, counting):
     def advantages(rewards, group):
         return group_advantages(rewards * 2, group, reward_weights=[1.0, 0.5], scale="batch")
 
-    compiled = torch.compile(advantages, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(advantages, backend=counting, fullgraph=True, dynamic=True)
     with flashpo.backend(backend):
         for rows in (12, 20, 33):
             rewards, group, _ = batch(rows, 4, 2)

@@ -117,18 +117,11 @@ def test_float64_is_for_the_reference():
         policy_loss(x, x, torch.ones(2, dtype=torch.float64), x < 0)
 
 
-def test_compiles_into_one_graph():
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
+def test_compiles_into_one_graph(graphs, counting):
     def loss(logprob, old, advantage, mask):
         return policy_loss(logprob, old, advantage, mask, loss="gspo", kl_coef=0.1, ref_logprob=old).loss
 
-    compiled = torch.compile(loss, backend=count, fullgraph=True, dynamic=True)
+    compiled = torch.compile(loss, backend=counting, fullgraph=True, dynamic=True)
     with flashpo.backend("native"):
         for tokens in (5, 8, 13, 21):
             x = (-torch.rand(3, tokens)).requires_grad_()

@@ -117,6 +117,10 @@ def make_trainer(name: str, package=trl, model: str = "qwen3", dtype=torch.float
     )
 
 
+def weights(model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
 class Recorder(TrainerCallback):
     """The gradients of every optimizer step, as the optimizer gets them."""
 
