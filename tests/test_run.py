@@ -16,12 +16,15 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import neighbour  # of the script's own folder
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import DPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer as stock
 
 def main():
     rows = [{"prompt": "a b ", "completion": f"{w} d e"} for w in "abcdefgh"]
     settings = dict(use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no")
     config = SFTConfig(output_dir=sys.argv[2], **settings)
     SFTTrainer(sys.argv[1], args=config, train_dataset=Dataset.from_list(rows)).train()
+    print("trainers from", SFTTrainer.__module__, DPOTrainer.__module__, stock.__module__)
     open(os.path.join(sys.argv[2], "done by " + os.environ.get("RANK", "0")), "w").close()
     print("module", __name__, "argv", sys.argv[0].endswith("script.py"), len(sys.argv))
     if len(sys.argv) > 3:
@@ -48,6 +51,8 @@ def test_script_is_accelerated_and_reported(script, tmp_path):
     done = run(script, model_path(), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "module __main__ argv True 3" in done.stdout
+    assert "trainers from flashpo.trl.trainers flashpo.trl.trainers trl.trainer.sft_trainer" in done.stdout
+    assert "flashpo: in the place of TRL's classes: DPOTrainer, SFTTrainer" in done.stderr
     assert "flashpo: linear_logprob_partial: " in done.stderr
     assert "flashpo: linear_logprob_bwd: " in done.stderr
     assert "WARNING: none" not in done.stderr

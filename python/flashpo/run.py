@@ -13,25 +13,35 @@ from typing import Any
 
 from flashpo._op import stats
 
+MODULES = ("trl", "trl.trainer", "trl.trainer.utils")
 USAGE = "usage: flashpo run script.py [args ...]\n       flashpo run -m module [args ...]"
 
 
-class PatchOnImport(importlib.abc.MetaPathFinder):
-    """Patches TRL the moment that the script imports it, and not before: the script may first set variables that
+def accelerate(name: str) -> None:
+    """What is done to a module of TRL that has been imported."""
+    from flashpo.trl.patch import patch
+    from flashpo.trl.replace import replace_trainers
+
+    patch() if name == "trl.trainer.utils" else replace_trainers(name)
+
+
+class AccelerateOnImport(importlib.abc.MetaPathFinder):
+    """Reaches TRL the moment that the script imports it, and not before: the script may first set variables that
     libraries read when they are imported (HF_HOME, ...)."""
 
+    def __init__(self):
+        self.waiting = set(MODULES)
+
     def find_spec(self, name, path, target=None):
-        if name != "trl.trainer.utils":
+        if name not in self.waiting:
             return None
-        sys.meta_path.remove(self)
+        self.waiting.remove(name)
         spec: Any = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module):
-            from flashpo.trl.patch import patch
-
             execute(module)
-            patch()
+            accelerate(name)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -47,12 +57,12 @@ def main(argv: list[str]) -> int:
     if not module and not os.path.isfile(script):
         print(f"flashpo run: no such file: {script}", file=sys.stderr)
         return 2
-    if "trl.trainer.utils" in sys.modules:
-        from flashpo.trl.patch import patch
-
-        patch()
-    else:
-        sys.meta_path.insert(0, PatchOnImport())
+    finder = AccelerateOnImport()
+    for name in MODULES:
+        if name in sys.modules:
+            accelerate(name)
+            finder.waiting.remove(name)
+    sys.meta_path.insert(0, finder)
     sys.argv = [script, *arguments]
     sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.abspath(script))
     try:
@@ -68,11 +78,15 @@ def main(argv: list[str]) -> int:
 
 def summary() -> str:
     """What of ours ran in this process, one line an operator."""
+    from flashpo.trl.replace import handed_out
+
     counts = stats()
     if not counts:
         why = "TRL scored no token" if "trl.trainer.utils" in sys.modules else "the script did not import a TRL trainer"
         return f"flashpo: WARNING: none of its operators ran in this process: {why}; nothing was accelerated"
     lines = [f"flashpo: {op}: " + ", ".join(f"{n} x {b}" for b, n in used.items()) for op, used in counts.items()]
+    if handed_out:
+        lines.insert(0, f"flashpo: in the place of TRL's classes: {', '.join(sorted(handed_out))}")
     return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import trl
 from torch import Tensor
+from trl.trainer import grpo_trainer, rloo_trainer  # not trl's names: `flashpo run` replaces them
 from trl.trainer.utils import nanstd
 
 from flashpo.ops.group_advantages import group_advantages
@@ -30,7 +30,7 @@ SCORING_INPUTS = (
 
 
 if TYPE_CHECKING:
-    Base = trl.GRPOTrainer  # for the attributes that it shares with RLOOTrainer
+    Base = grpo_trainer.GRPOTrainer  # for the attributes that it shares with RLOOTrainer
 else:
     Base = object
 
@@ -212,7 +212,7 @@ def clip_metrics(stats: PolicyStats) -> dict[str, float]:
     }
 
 
-class GRPOTrainer(PolicyTrainer, trl.GRPOTrainer):
+class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
     """TRL's GRPOTrainer with FlashPO's ops. `flashpo.trl.GRPOConfig` adds `loss`, `group_by` and `dynamic_sampling`."""
 
     _entropy_window_stats: Any
@@ -355,7 +355,7 @@ def without_tokens(model, dead: Tensor):
     return call
 
 
-class RLOOTrainer(PolicyTrainer, trl.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
+class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
     """TRL's RLOOTrainer with FlashPO's ops. `flashpo.trl.RLOOConfig` adds `loss`, `group_by` and `dynamic_sampling`."""
 
     def _keep_scored(self, batch, scored):

@@ -4,7 +4,7 @@ Each is TRL's own class; it scores its tokens with FlashPO, and any other traine
 """
 
 import transformers
-import trl
+from trl.trainer import dpo_trainer, kto_trainer, sft_trainer  # not trl's names: `flashpo run` replaces them
 
 from flashpo.trl.patch import patched
 
@@ -33,13 +33,13 @@ class AcceleratedReference(Accelerated):
             return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
 
 
-class SFTTrainer(Accelerated, trl.SFTTrainer):
+class SFTTrainer(Accelerated, sft_trainer.SFTTrainer):
     pass
 
 
-class DPOTrainer(AcceleratedReference, trl.DPOTrainer):
+class DPOTrainer(AcceleratedReference, dpo_trainer.DPOTrainer):
     pass
 
 
-class KTOTrainer(AcceleratedReference, trl.KTOTrainer):
+class KTOTrainer(AcceleratedReference, kto_trainer.KTOTrainer):
     pass

@@ -1,0 +1,31 @@
+"""Lets `from trl import GRPOTrainer` give FlashPO's class, for scripts that one runs and does not edit."""
+
+import importlib
+import sys
+from types import ModuleType
+
+TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+handed_out: set[str] = set()  # the names that the script has asked for
+
+
+def replace_trainers(name: str) -> None:
+    """Let the imported package `trl` or `trl.trainer` give out FlashPO's trainers from now on.
+
+    TRL imports a class when it is first asked for, and so do we. What is imported from the module of a trainer
+    (`trl.trainer.grpo_trainer`), as TRL's own experimental trainers do, stays TRL's.
+    """
+    package = sys.modules[name]
+    lazy: type[ModuleType] = type(package)
+
+    class Replaced(lazy):  # type: ignore[misc, valid-type]
+        def __getattr__(self, attribute: str):
+            if attribute not in TRAINERS:
+                return super().__getattr__(attribute)  # type: ignore[misc]  # TRL's lazy import
+            value = getattr(importlib.import_module("flashpo.trl"), attribute)
+            handed_out.add(attribute)
+            setattr(self, attribute, value)
+            return value
+
+    for attribute in TRAINERS:
+        vars(package).pop(attribute, None)  # imported before
+    package.__class__ = Replaced
