@@ -3,7 +3,7 @@
 import torch
 from inputs import Case
 
-from flashpo import gae, group_advantages, policy_loss, selective_log_softmax
+from flashpo import gae, group_advantages, policy_loss, selective_log_softmax, tree_attention
 
 
 def scoring():
@@ -34,7 +34,15 @@ def generalised_advantages():
     gae(*torch.randn(2, 3, 7), mask, whiten=True)
 
 
-EXAMPLES = [scoring, scoring_in_place, policy, advantages, generalised_advantages]
+def tree():
+    q, k, v, sinks = (torch.randn(shape, requires_grad=True) for shape in ((9, 4, 8), (9, 2, 8), (9, 2, 8), (4,)))
+    end, position = (
+        torch.tensor(x, dtype=torch.int32) for x in ([9] * 4 + [6] * 2 + [9] * 3, [*range(6), *range(4, 7)])
+    )
+    tree_attention(q, k, v, end, position, sinks=sinks, softcap=5.0, window=4).sum().backward()
+
+
+EXAMPLES = [scoring, scoring_in_place, policy, advantages, generalised_advantages, tree]
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

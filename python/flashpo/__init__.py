@@ -28,6 +28,7 @@ from flashpo.ops import (
     ratio_quantiles,
     selective_log_softmax,
     sequence_logprobs,
+    tree_attention,
     value_loss,
 )
 
@@ -58,5 +59,6 @@ __all__ = [
     "selective_log_softmax",
     "sequence_logprobs",
     "stats",
+    "tree_attention",
     "value_loss",
 ]

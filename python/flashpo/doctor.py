@@ -73,6 +73,23 @@ def _gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
     return white * mask, (advantages + values) * mask
 
 
+def _tree(device: torch.device) -> tuple[Tensor, Tensor]:
+    """A prompt of 70 tokens and two completions of 60 and 20."""
+    end = torch.tensor([150] * 70 + [130] * 60 + [150] * 20, dtype=torch.int32, device=device)
+    position = torch.tensor([*range(130), *range(70, 90)], dtype=torch.int32, device=device)
+    return end, position
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    end, _ = _tree(q.device)
+    i = torch.arange(len(q), device=q.device)[:, None]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (k, v))
+    s = q.transpose(0, 1) @ k.transpose(1, 2) * q.shape[2] ** -0.5
+    s = s.masked_fill((i.t() > i) | (i >= end), -torch.inf)
+    p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
+    return ((p @ v).transpose(0, 1),)
+
+
 PROBES = {
     "selective_log_softmax": Probe(
         lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
@@ -116,6 +133,11 @@ PROBES = {
         ),
         lambda logprob, old, advantage, mask: _ppo(logprob, old.detach(), advantage.detach(), mask),
         (torch.float32,),
+    ),
+    "tree_attention": Probe(
+        lambda: [torch.randn(150, heads, 24, dtype=torch.float64) for heads in (4, 2, 2)],
+        lambda q, k, v: (flashpo.tree_attention(q, k, v, *_tree(q.device)),),
+        _masked_attention,
     ),
 }
 

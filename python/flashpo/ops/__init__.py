@@ -15,6 +15,7 @@ from flashpo.ops.preference_loss import PreferenceLoss, preference_loss
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 from flashpo.ops.token_stats import TokenStats
+from flashpo.ops.tree_attention import tree_attention
 from flashpo.ops.value_loss import value_loss
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "ratio_quantiles",
     "selective_log_softmax",
     "sequence_logprobs",
+    "tree_attention",
     "value_loss",
 ]

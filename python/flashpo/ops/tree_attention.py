@@ -1,0 +1,205 @@
+"""Attention over a token tree: sequences that begin alike are one path, whose keys and values exist once.
+
+Tokens lie flat in depth-first order, so that all who may see a key lie between it and the end of its segment's subtree:
+
+query i sees key j  <=>  j <= i < end[j]  and, with a window, position[i] - position[j] < window
+s_ij = cap(scale q_i k_j)      cap(x) = softcap tanh(x / softcap)      lse_i = log(exp(sink) + sum_j exp(s_ij))
+p_ij = exp(s_ij - lse_i)       out_i = sum_j p_ij v_j
+
+delta_i = d_out_i out_i        ds_ij = p_ij (d_out_i v_j - delta_i) scale cap'(scale q_i k_j)
+dq_i = sum_j ds_ij k_j         dk_j = sum_i ds_ij q_i         dv_j = sum_i p_ij d_out_i
+d sink = -sum_i exp(sink - lse_i) delta_i
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashpo._op import op
+from flashpo.ops._check import check_device, check_float, check_positive, check_that
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end: Tensor,
+    position: Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of N tokens of a tree, each to itself and its ancestors; differentiable in q, k, v and sinks.
+
+    A packed batch without shared prefixes is a forest of chains; one causal sequence is `end[j] = N` everywhere.
+
+    Args:
+        q, k, v: (N, Hq, D), (N, Hkv, D), (N, Hkv, Dv) of one dtype; Hq is a multiple of Hkv (grouped-query attention).
+        end: (N,) int32, `end[j]` the index behind the last token that sees token j. Subtrees are nested or disjoint.
+        position: (N,) int32, the token's place in its sequence, which the window counts.
+        scale: of the scores; default D**-0.5.
+        window: how many positions back a token sees, itself included (Mistral, Gemma); 0: all.
+        softcap: Gemma 2's bound on the scores; 0: none.
+        sinks: (Hq,), a score for each head that takes its share of the softmax and adds nothing (gpt-oss).
+
+    Returns:
+        (N, Hq, Dv) in the dtype of q.
+
+    Raises:
+        TypeError, ValueError: the message names the argument (values of `end` on CUDA: a device assertion).
+    """
+    _check(q, k, v, end, position, window, softcap, sinks)
+    if scale is None:
+        scale = q.shape[2] ** -0.5
+    check_positive("scale", scale)
+    inputs = (q, k, v, sinks)
+    args = (*inputs, end, position, float(scale), window, float(softcap))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return TreeAttention.apply(*args)
+    return tree_attention_fwd(*args)[0]
+
+
+def _check(q, k, v, end, position, window, softcap, sinks) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be (tokens, heads, head dimension), got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has {x.shape[0]} tokens, q has {q.shape[0]}")
+        check_device(name, x, "q", q)
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"q has {q.shape[1]} heads, which is not a multiple of the {k.shape[1]} of k")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v has {v.shape[1]} heads, k has {k.shape[1]}")
+    if k.shape[2] != q.shape[2] or 0 in (k.shape[2], v.shape[2]):
+        raise ValueError(
+            f"head dimensions of q and k must agree, and none be 0: {q.shape[2]}, {k.shape[2]}, {v.shape[2]}"
+        )
+    for name, x in (("end", end), ("position", position)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {x.dtype}")
+        if x.shape != q.shape[:1]:
+            raise ValueError(f"{name} must have the shape of q's tokens, {tuple(q.shape[:1])}, got {tuple(x.shape)}")
+        check_device(name, x, "q", q)
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"window must be an integer of at least 0, got {window!r}")
+    if softcap != 0:
+        check_positive("softcap", softcap)
+    if sinks is not None:
+        check_float("sinks", sinks)
+        if sinks.shape != q.shape[1:2]:
+            raise ValueError(
+                f"sinks must have one number for each head of q, {tuple(q.shape[1:2])}, got {tuple(sinks.shape)}"
+            )
+        check_device("sinks", sinks, "q", q)
+    here = torch.arange(q.shape[0], dtype=torch.int32, device=end.device)
+    check_that(((end > here) & (end <= q.shape[0])).all(), "end must lie behind its token and not behind the last one")
+
+
+def _scores(q, k, end, position, scale, window, softcap):
+    """Scores (Hkv, Hq / Hkv, N, N), -inf where a query does not see a key, and their derivative by scale q k."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide).unflatten(1, (k.shape[1], -1))
+    x = torch.einsum("ihrd,jhd->hrij", q, k.to(wide)) * scale
+    slope = torch.ones_like(x)
+    if softcap:
+        tanh = torch.tanh(x / softcap)
+        x, slope = softcap * tanh, 1 - tanh * tanh
+    i = torch.arange(q.shape[0], device=q.device)[:, None]
+    seen = (i.t() <= i) & (i < end)
+    if window:
+        seen &= position[:, None] - position < window
+    return x.masked_fill(~seen, -torch.inf), slope
+
+
+@op
+def tree_attention_fwd(
+    q: Tensor,  # (N, Hq, D)
+    k: Tensor,  # (N, Hkv, D)
+    v: Tensor,  # (N, Hkv, Dv)
+    sinks: Tensor | None,  # (Hq,)
+    end: Tensor,  # (N,)
+    position: Tensor,  # (N,)
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """(out (N, Hq, Dv), lse (N, Hq) in fp32 or wider)."""
+    s, _ = _scores(q, k, end, position, scale, window, softcap)
+    lse = s.logsumexp(-1)  # (Hkv, Hq / Hkv, N)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(*lse.shape[:2], 1))
+    out = torch.einsum("hrij,jhd->ihrd", (s - lse[..., None]).exp(), v.to(s.dtype))
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(0, 1).t().contiguous()
+
+
+@tree_attention_fwd.fake
+def _(q, k, v, *rest):
+    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty((*q.shape[:2], v.shape[2])), lse
+
+
+@op
+def tree_attention_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    end: Tensor,
+    position: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    out: Tensor,  # forward's
+    lse: Tensor,  # forward's
+    d_out: Tensor,  # (N, Hq, Dv)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dsinks), contiguous, each in its argument's dtype; dsinks is empty where there are no sinks."""
+    s, slope = _scores(q, k, end, position, scale, window, softcap)
+    heads = (k.shape[1], -1)
+    p = (s - lse.t().unflatten(0, heads)[..., None]).exp()
+    d_out, out = d_out.to(p.dtype), out.to(p.dtype)
+    delta = (d_out * out).sum(-1)  # (N, Hq)
+    d_out = d_out.unflatten(1, heads)
+    dv = torch.einsum("hrij,ihrd->jhd", p, d_out)
+    dp = torch.einsum("ihrd,jhd->hrij", d_out, v.to(p.dtype))
+    ds = p * (dp - delta.t().unflatten(0, heads)[..., None]) * slope * scale
+    dq = torch.einsum("hrij,jhd->ihrd", ds, k.to(p.dtype)).flatten(1, 2)
+    dk = torch.einsum("hrij,ihrd->jhd", ds, q.to(p.dtype).unflatten(1, heads))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), sink_gradient(sinks, lse, delta)
+
+
+def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
+    """From lse and delta, both (N, Hq)."""
+    if sinks is None:
+        return lse.new_empty(0)
+    return -((sinks.to(lse.dtype) - lse).exp() * delta).sum(0).to(sinks.dtype)
+
+
+@tree_attention_bwd.fake
+def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
+    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return *grads, lse.new_empty(0) if sinks is None else torch.empty_like(sinks)
+
+
+class TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        out, lse = tree_attention_fwd(*args)
+        *tensors, ctx.scale, ctx.window, ctx.softcap = args
+        ctx.save_for_backward(*tensors, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, out, lse = ctx.saved_tensors
+        grads = tree_attention_bwd(*tensors, ctx.scale, ctx.window, ctx.softcap, out, lse, d_out)
+        dq, dk, dv, d_sinks = grads
+        return dq, dk, dv, None if tensors[3] is None else d_sinks, None, None, None, None, None

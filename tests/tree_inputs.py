@@ -1,0 +1,113 @@
+"""Token trees, and attention on every row of one by itself, in plain torch: for the tests of tree_attention."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """`rows`: of each leaf, the flat indices of the tokens from the root to it."""
+
+    end: Tensor
+    position: Tensor
+    rows: list[Tensor]
+
+    @classmethod
+    def of(cls, *roots: tuple) -> "Tree":
+        """Each segment is (tokens, child, child, ...)."""
+        end: list[int] = []
+        position: list[int] = []
+        rows: list[Tensor] = []
+
+        def walk(segment: tuple, path: list[int]) -> None:
+            tokens, *children = segment
+            begin = len(end)
+            own = list(range(begin, begin + tokens))
+            position.extend(range(len(path), len(path) + tokens))
+            end.extend([0] * tokens)
+            for child in children:
+                walk(child, path + own)
+            end[begin : begin + tokens] = [len(end)] * tokens
+            if not children:
+                rows.append(torch.tensor(path + own))
+
+        for root in roots:
+            walk(root, [])
+        return cls(torch.tensor(end, dtype=torch.int32), torch.tensor(position, dtype=torch.int32), rows)
+
+    @classmethod
+    def random(cls, roots: int, depth: int, children: int, tokens: int) -> "Tree":
+        def segment(depth: int) -> tuple:
+            count = int(torch.randint(children + 1, ())) if depth else 0
+            return (int(torch.randint(1, tokens + 1, ())), *(segment(depth - 1) for _ in range(count)))
+
+        return cls.of(*(segment(depth) for _ in range(roots)))
+
+    def __len__(self) -> int:
+        return len(self.end)
+
+
+def group(prompt: int, *completions: int) -> tuple:
+    return (prompt, *((tokens,) for tokens in completions))
+
+
+TREES = {
+    "one token": Tree.of((1,)),
+    "one chain": Tree.of((37,)),
+    "two groups": Tree.of(group(41, 7, 19, 1, 12), group(5, 33, 2)),
+    "no sharing": Tree.of((9,), (1,), (30,), (17,)),
+    "levels": Tree.of((6, (5, (4,), (3, (2,), (1,))), (7, (8,), (1, (9,), (10,)))), (3, (2, (1, (1,))), (4,))),
+    "single tokens": Tree.of((1, (1, (1,), (1, (1,), (1,))), (1,), (1, (1,)))),
+}
+# larger than the tiles of every backend
+LARGE = Tree.of(group(300, 90, 128, 1, 64, 77), (130, (70, (20,), (90,)), (5,)), (1,), group(3, 2, 2, 2, 150))
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Heads and options; `tokens -> (q, k, v, sinks)`."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    v_dim: int | None = None
+    scale: float | None = None
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+    def make(self, tokens: int, dtype: torch.dtype = torch.float64, wide: torch.dtype | None = None) -> list[Tensor]:
+        """Leaves of `dtype`'s precision, kept as `wide`. q is a view with heads first, as transformers makes it."""
+        v_dim = self.v_dim or self.dim
+        q = torch.randn(self.heads, tokens, self.dim, dtype=torch.float64).transpose(0, 1)
+        k = torch.randn(tokens, self.kv_heads, self.dim, dtype=torch.float64)
+        v = torch.randn(tokens, self.kv_heads, v_dim, dtype=torch.float64)
+        inputs = [q, k, v] + ([torch.randn(self.heads, dtype=torch.float64)] if self.sinks else [])
+        return [x.to(dtype).to(wide or dtype).requires_grad_() for x in inputs]
+
+    @property
+    def options(self) -> dict:
+        return {"scale": self.scale, "window": self.window, "softcap": self.softcap}
+
+    def rows(self, tree: Tree, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """Every row attended to by itself, its prompt computed again, as a padded batch does it."""
+        out = q.new_zeros(len(tree), self.heads, v.shape[2])
+        for row in tree.rows:
+            out = out.index_copy(0, row, self._row(q[row], k[row], v[row], sinks, tree.position[row]))
+        return out
+
+    def _row(self, q, k, v, sinks, position) -> Tensor:
+        """transformers' eager attention."""
+        repeat = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(repeat, 1).transpose(0, 1), v.repeat_interleave(repeat, 1).transpose(0, 1)
+        s = q.transpose(0, 1) @ k.transpose(1, 2) * (self.scale or self.dim**-0.5)
+        if self.softcap:
+            s = self.softcap * torch.tanh(s / self.softcap)
+        distance = position[:, None] - position
+        s = s.masked_fill((distance < 0) | ((distance >= self.window) if self.window else False), -torch.inf)
+        if sinks is not None:
+            s = torch.cat([s, sinks[:, None, None].expand(-1, s.shape[1], 1)], -1)
+        p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
+        return (p[..., : k.shape[1]] @ v).transpose(0, 1)
