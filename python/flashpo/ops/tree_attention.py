@@ -137,7 +137,7 @@ def tree_attention_fwd(
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(*lse.shape[:2], 1))
     out = torch.einsum("hrij,jhd->ihrd", (s - lse[..., None]).exp(), v.to(s.dtype))
-    return out.flatten(1, 2).to(q.dtype), lse.flatten(0, 1).t().contiguous()
+    return out.flatten(1, 2).to(q.dtype).contiguous(), lse.flatten(0, 1).t().contiguous()
 
 
 @tree_attention_fwd.fake
@@ -173,7 +173,8 @@ def tree_attention_bwd(
     ds = p * (dp - delta.t().unflatten(0, heads)[..., None]) * slope * scale
     dq = torch.einsum("hrij,jhd->ihrd", ds, k.to(p.dtype)).flatten(1, 2)
     dk = torch.einsum("hrij,ihrd->jhd", ds, q.to(p.dtype).unflatten(1, heads))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), sink_gradient(sinks, lse, delta)
+    dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv, sink_gradient(sinks, lse, delta)
 
 
 def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
 @tree_attention_bwd.fake
 def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *grads, lse.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return *grads, lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
 class TreeAttention(torch.autograd.Function):
