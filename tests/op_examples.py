@@ -1,9 +1,10 @@
 """A small call of everything public, with its backward, so that every operator runs at least once: for opcheck."""
 
 import torch
+from decode_inputs import plant
 from inputs import Case
 
-from flashpo import gae, group_advantages, policy_loss, selective_log_softmax, tree_attention
+from flashpo import gae, group_advantages, kv_append, policy_loss, selective_log_softmax, tree_attention
 
 
 def scoring():
@@ -42,7 +43,18 @@ def tree():
     tree_attention(q, k, v, end, position, sinks=sinks, softcap=5.0, window=4).sum().backward()
 
 
-EXAMPLES = [scoring, scoring_in_place, policy, advantages, generalised_advantages, tree]
+def decoding():
+    plant([(70, 3, 4), 5], sinks=torch.randn(4)).ours(torch.float32)
+    kv_append(
+        torch.randn(3, 2, 16),
+        torch.randn(3, 2, 8),
+        torch.randn(2, 2, 16, 64),
+        torch.randn(2, 2, 64, 8),
+        torch.arange(-1, 2),
+    )
+
+
+EXAMPLES = [scoring, scoring_in_place, policy, advantages, generalised_advantages, tree, decoding]
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

@@ -90,6 +90,31 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     return ((p @ v).transpose(0, 1),)
 
 
+def _decode(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Six rows share all tokens but the last six, of which each has one."""
+    q, k, v = q.detach(), k.detach(), v.detach()
+    tokens, rows = k.shape[0], q.shape[0]
+    k_cache, v_cache = k.new_zeros(11, *k.shape[1:], 64), v.new_zeros(11, v.shape[1], 64, v.shape[2])
+    slot = torch.arange(tokens, device=q.device) + 64
+    slot[-rows:] = torch.arange(5, 5 + rows, device=q.device) * 64
+    flashpo.kv_append(k, v, k_cache, v_cache, slot)
+    ranges = [(0, rows), *((i, i + 1) for i in range(rows))]
+    blocks = [[1, 2, 3], *([i, 0, 0] for i in range(5, 5 + rows))]
+    start, length = [0] + [tokens - rows] * rows, [tokens - rows] + [1] * rows
+    tables = [torch.tensor(x, dtype=torch.int32, device=q.device) for x in (ranges, start, length, blocks, start[1:])]
+    return flashpo.decode_attention(q, k_cache, v_cache, *tables, scale=0.2)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    rep = q.shape[1] // k.shape[1]
+    q, k, v = q.detach().to(wide), *(x.detach().to(wide).repeat_interleave(rep, 1) for x in (k, v))
+    y = 0.2 * torch.einsum("bhd,khd->bhk", q, k)
+    own = torch.arange(len(k) - len(q), len(k), device=q.device)
+    y[..., own] = y[..., own].masked_fill(~torch.eye(len(q), dtype=torch.bool, device=q.device)[:, None], -torch.inf)
+    return torch.einsum("bhk,khd->bhd", y.softmax(-1), v).to(dtype), y.logsumexp(-1)
+
+
 PROBES = {
     "selective_log_softmax": Probe(
         lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
@@ -120,6 +145,11 @@ PROBES = {
         lambda: [*torch.randn(2, 5, 301, dtype=torch.float64), torch.rand(5, 301) < 0.8],
         lambda rewards, values, mask: flashpo.gae(rewards, values, mask, gamma=0.99, lam=0.95, whiten=True),
         _gae,
+    ),
+    "decode_attention": Probe(
+        lambda: [torch.randn(n, heads, 64, dtype=torch.float64) for n, heads in ((6, 4), (160, 2), (160, 2))],
+        _decode,
+        _softmax_attention,
     ),
     "policy_loss": Probe(
         lambda: [

@@ -1,10 +1,12 @@
 """The ops: each file holds a public function, its reference, fake, backends and gradient."""
 
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES
+from flashpo.ops.decode_attention import decode_attention
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
 from flashpo.ops.gae import gae
 from flashpo.ops.group_advantages import Advantages, group_advantages
 from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
+from flashpo.ops.kv_append import kv_append
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 from flashpo.ops.masked_quantile import entropy_threshold, masked_quantile, ratio_quantiles
@@ -29,11 +31,13 @@ __all__ = [
     "SequenceLogprobs",
     "TokenStats",
     "UnpairedLoss",
+    "decode_attention",
     "direct_advantage_loss",
     "entropy_threshold",
     "gae",
     "group_advantages",
     "kto_loss",
+    "kv_append",
     "linear_logprob",
     "masked_quantile",
     "overlong_penalty",

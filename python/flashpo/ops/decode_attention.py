@@ -1,0 +1,155 @@
+"""Attention of one new token a row over a paged cache, in which rows share the segments that they have in common.
+
+y_j = scale q . k_j, then softcap tanh(y_j / softcap)      p = softmax over the row's keys and its head's sink
+out = sum_j p_j v_j      lse = log(sum_j exp(y_j) + exp(sink))
+
+A segment is a run of consecutive tokens in blocks of the cache, read by a range of rows. A row's keys are the tokens of
+all segments whose ranges hold it: shared prompt, inner nodes of a tree, its own tokens. What many rows read is loaded
+once and multiplied by all their queries together (Juravsky et al. 2024, "Hydragen", arXiv 2402.05099); the parts are
+joined by their log-sum-exps.
+"""
+
+import torch
+from torch import Tensor
+
+from flashpo._op import op
+from flashpo.ops._check import check_device, check_positive, check_that
+from flashpo.ops.kv_append import BLOCK, check_caches
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    length: Tensor,
+    blocks: Tensor,
+    position: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of B rows, one query token each, over S segments of a paged cache.
+
+    Args:
+        q: (B, Hq, D) in the caches' dtype, Hq a multiple of Hkv; head h reads key head h // (Hq / Hkv).
+        k_cache: (blocks, Hkv, D, 64) float32, bfloat16 or float16 (float64: reference only), dense, as `kv_append`
+            writes it; each query's own token is in it already.
+        v_cache: (blocks, Hkv, 64, Dv).
+        rows: (S, 2) int32, the rows [begin, end) that read each segment; begin == end: an unused entry.
+        start: (S,) int32, the position of its first token.
+        length: (S,) int32, the tokens in it, at most 64 M.
+        blocks: (S, M) int32, the blocks that hold them; entries past the last are not looked at.
+        position: (B,) int32, the position of each query's token.
+        scale: of the logits.
+        window: a row reads keys with position > its own - window only; 0: all.
+        softcap: 0: none.
+        sinks: (Hq,) of any float dtype: one more logit of each head, without a value.
+
+    Returns:
+        (out (B, Hq, Dv) in q's dtype, lse (B, Hq) fp32 (fp64 from fp64), in nats). A row without keys gives out 0 and
+        lse -inf (its head's sink, where there are sinks). Sums are fp32. A kernel's result for a row depends on
+        the segments that this row reads alone, bitwise.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices disagree, an argument is out of its range, q requires grad
+        outside of torch.no_grad(), a table points outside the cache or the batch (on CUDA: an asynchronous device
+        assertion).
+    """
+    check_caches(k_cache, v_cache)
+    check_positive("scale", scale)
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"window must be an int >= 0, got {window!r}")
+    if softcap != 0:
+        check_positive("softcap", softcap)
+    if q.requires_grad and torch.is_grad_enabled():
+        raise ValueError("q requires grad, but decode_attention has no gradient: call it under torch.no_grad()")
+    heads, features = k_cache.shape[1:3]
+    if q.dim() != 3 or q.shape[1] % heads != 0 or q.shape[2] != features:
+        raise ValueError(f"q must be (B, a multiple of {heads}, {features}) as k_cache has it, got {tuple(q.shape)}")
+    if q.dtype != k_cache.dtype:
+        raise TypeError(f"q must be {k_cache.dtype} as k_cache is, got {q.dtype}")
+    check_device("q", q, "k_cache", k_cache)
+    batch, segments = q.shape[0], rows.shape[0]
+    for name, table, shape in (
+        ("rows", rows, (segments, 2)),
+        ("start", start, (segments,)),
+        ("length", length, (segments,)),
+        ("blocks", blocks, (segments, blocks.shape[-1])),
+        ("position", position, (batch,)),
+    ):
+        if table.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {table.dtype}")
+        if table.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(table.shape)}")
+        check_device(name, table, "q", q)
+    if sinks is not None:
+        if not sinks.is_floating_point():
+            raise TypeError(f"sinks must be of a float dtype, got {sinks.dtype}")
+        if sinks.shape != q.shape[1:2]:
+            raise ValueError(f"sinks must be ({q.shape[1]},), got {tuple(sinks.shape)}")
+        check_device("sinks", sinks, "q", q)
+        sinks = sinks.to(torch.promote_types(q.dtype, torch.float32))
+    tables = rows, start, length, blocks, position
+    return decode_attention_fwd(q, k_cache, v_cache, *tables, float(scale), window, float(softcap), sinks)
+
+
+@op
+def decode_attention_fwd(
+    q: Tensor,  # (B, Hq, D)
+    k_cache: Tensor,  # (blocks, Hkv, D, 64)
+    v_cache: Tensor,  # (blocks, Hkv, 64, Dv)
+    rows: Tensor,  # (S, 2)
+    start: Tensor,  # (S,)
+    length: Tensor,  # (S,)
+    blocks: Tensor,  # (S, M)
+    position: Tensor,  # (B,)
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,  # (Hq,) fp32 (fp64)
+) -> tuple[Tensor, Tensor]:
+    """Every row against every segment, masked. What no row reads may hold anything, NaN too."""
+    B, Hq, D = q.shape
+    S, M = blocks.shape
+    Hkv, Dv = k_cache.shape[1], v_cache.shape[3]
+    begin, end = rows.unbind(1)
+    length = length.where(begin != end, 0)
+    used = torch.arange(M, device=q.device) * BLOCK < length[:, None]
+    inside = (begin >= 0) & (begin <= end) & (end <= B)
+    check_that((inside | (begin == end)).all(), f"rows holds ranges outside [0, {B}]")
+    check_that(((length >= 0) & (length <= M * BLOCK)).all(), f"length holds values outside [0, {M * BLOCK}]")
+    inside = (blocks >= 0) & (blocks < k_cache.shape[0])
+    check_that((inside | ~used).all(), f"blocks holds values outside [0, {k_cache.shape[0]})")
+
+    i, b = torch.arange(M * BLOCK, device=q.device), torch.arange(B, device=q.device)
+    covers = (begin <= b[:, None]) & (b[:, None] < end)  # (B, S)
+    visible = covers[..., None] & (i < length[:, None])  # (B, S, 64 M)
+    if window > 0:
+        visible = visible & (start[:, None] + i > position[:, None, None] - window)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    block = blocks.where(used, 0)
+    k = k_cache[block].to(wide).permute(2, 0, 3, 1, 4).reshape(Hkv, S, D, M * BLOCK)
+    v = v_cache[block].to(wide).permute(2, 0, 1, 3, 4).reshape(Hkv, S, M * BLOCK, Dv)
+    v = v.masked_fill(~visible.any(0)[..., None], 0.0)
+    y = scale * torch.einsum("bhgd,hsdk->bhgsk", q.to(wide).view(B, Hkv, Hq // Hkv, D), k)
+    if softcap != 0:
+        y = softcap * torch.tanh(y / softcap)
+    y = y.masked_fill(~visible[:, None, None], -torch.inf).flatten(3)
+    if sinks is not None:
+        y = torch.cat((y, sinks.view(Hkv, Hq // Hkv, 1).expand(B, -1, -1, -1)), -1)
+    lse = y.logsumexp(-1)
+    p = y.softmax(-1)[..., : S * M * BLOCK].view(B, Hkv, Hq // Hkv, S, M * BLOCK)
+    p = p.where(visible[:, None, None], 0.0)
+    parts = torch.einsum("bhgsk,hskv->bhgsv", p, v)
+    out = parts.where(covers[:, None, None, :, None], 0.0).sum(3)
+    return out.reshape(B, Hq, Dv).to(q.dtype), lse.reshape(B, Hq)
+
+
+@decode_attention_fwd.fake
+def _(q, k_cache, v_cache, *rest):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((*q.shape[:2], v_cache.shape[3])), q.new_empty(q.shape[:2], dtype=lse_dtype)

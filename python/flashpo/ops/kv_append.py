@@ -1,0 +1,85 @@
+"""Keys and values of new tokens written into the paged cache of one layer.
+
+A block holds 64 consecutive tokens. Of one head it is a tile: keys transposed, (D, 64), so that a vector of keys is
+contiguous for each feature; values (64, Dv).
+"""
+
+import torch
+from torch import Tensor
+
+from flashpo._op import op
+from flashpo.ops._check import check_device, check_float, check_that
+
+BLOCK = 64  # tokens
+
+
+def check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
+    """(blocks, Hkv, D, 64) and (blocks, Hkv, 64, Dv), of one dtype, dense."""
+    check_float("k_cache", k_cache)
+    check_float("v_cache", v_cache)
+    if k_cache.dim() != 4 or k_cache.shape[3] != BLOCK:
+        raise ValueError(f"k_cache must be (blocks, Hkv, D, {BLOCK}), got {tuple(k_cache.shape)}")
+    blocks, heads = k_cache.shape[:2]
+    if v_cache.dim() != 4 or v_cache.shape[:3] != (blocks, heads, BLOCK):
+        raise ValueError(f"v_cache must be ({blocks}, {heads}, {BLOCK}, Dv), got {tuple(v_cache.shape)}")
+    if v_cache.dtype != k_cache.dtype:
+        raise TypeError(f"v_cache must be {k_cache.dtype} as k_cache is, got {v_cache.dtype}")
+    check_device("v_cache", v_cache, "k_cache", k_cache)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not cache.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+
+
+def kv_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor) -> None:
+    """Write token n's keys k[n] and values v[n] into slot[n] of the caches.
+
+    k_cache[slot // 64, :, :, slot % 64] = k      v_cache[slot // 64, :, slot % 64, :] = v
+
+    Args:
+        k: (N, Hkv, D) in the caches' dtype: the rows of a decode step, or the tokens of a prefill.
+        v: (N, Hkv, Dv).
+        k_cache: (blocks, Hkv, D, 64) float32, bfloat16 or float16 (float64: reference only), dense; written to.
+        v_cache: (blocks, Hkv, 64, Dv), likewise.
+        slot: (N,) int64, block * 64 + offset. A token with a negative slot is skipped. Slots of a call are distinct,
+            except where it does not matter which token stays (block 0, by convention, holds what nobody reads).
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices disagree, k or v requires grad outside of torch.no_grad(), a
+        slot is beyond the cache (on CUDA: an asynchronous device assertion).
+    """
+    check_caches(k_cache, v_cache)
+    if slot.dtype != torch.int64:
+        raise TypeError(f"slot must be int64, got {slot.dtype}")
+    if slot.dim() != 1:
+        raise ValueError(f"slot must be (N,), got {tuple(slot.shape)}")
+    for name, x, cache_name, cache, features in (("k", k, "k_cache", k_cache, 2), ("v", v, "v_cache", v_cache, 3)):
+        if x.dtype != cache.dtype:
+            raise TypeError(f"{name} must be {cache.dtype} as {cache_name} is, got {x.dtype}")
+        wanted = (slot.shape[0], cache.shape[1], cache.shape[features])
+        if x.shape != wanted:
+            raise ValueError(f"{name} must be {wanted}, got {tuple(x.shape)}")
+        check_device(name, x, cache_name, cache)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but kv_append has no gradient: call it under torch.no_grad()")
+    check_device("slot", slot, "k_cache", k_cache)
+    kv_append_(k, v, k_cache, v_cache, slot)
+
+
+@op(mutates=("k_cache", "v_cache"))
+def kv_append_(
+    k: Tensor,  # (N, Hkv, D)
+    v: Tensor,  # (N, Hkv, Dv)
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,  # (N,)
+) -> None:
+    check_that((slot < k_cache.shape[0] * BLOCK).all(), "slot holds values beyond the cache")
+    live = slot >= 0
+    block, offset = slot[live] // BLOCK, slot[live] % BLOCK
+    k_cache[block, :, :, offset] = k[live]
+    v_cache[block, :, offset] = v[live]
+
+
+@kv_append_.fake
+def _(*args):
+    return None
