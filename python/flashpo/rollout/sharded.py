@@ -1,0 +1,90 @@
+"""Whole weights in the place of FSDP2's shards for the length of a rollout, and which shardings we have no view of."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+Buffer = Callable[[nn.Module, str, Tensor, torch.dtype], Tensor]
+
+
+def why_no_view(model: nn.Module) -> str | None:
+    """None where a rollout can compute with these parameters, gathered or as they are; else the reason."""
+    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if fsdp1 and any(isinstance(m, fsdp1.FullyShardedDataParallel) for m in model.modules()):
+        return "FSDP1 shards the weights: use FSDP2 (fsdp_version: 2 in accelerate's config)"
+    for param in model.parameters():
+        status = getattr(param, "ds_status", None)
+        if status is not None and status.name != "AVAILABLE":
+            return "ZeRO-3 shards the weights: gather them first (TRL does so with ds3_gather_for_generation=True)"
+        if param.device.type == "meta":
+            return "weights are on the meta device (offloaded)"
+    states = list(_fsdp_states(model))
+    if any(len(state._modules) > 1 for state in states):
+        return "FSDP2 shards several modules as one group"
+    if not states and any(_is_dtensor(param) for param in model.parameters()):
+        return "weights are DTensors, but not of FSDP2 (tensor parallelism)"
+    return None
+
+
+def reshard(model: nn.Module) -> None:
+    """A forward without a backward leaves the weights of FSDP2's root whole: not what its optimizer updates."""
+    for state in _fsdp_states(model):
+        for module in state._modules:
+            module.reshard()
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module, buffer: Buffer) -> Iterator[None]:
+    """FSDP2: every rank holds the whole weights, in the dtype that its policy computes in, and its hooks rest.
+
+    A collective: all ranks have to enter. `buffer(module, name, value, dtype)` copies a value to where it may stay.
+    """
+    states = {module: state for state in _fsdp_states(model) for module in state._modules}
+    whole: dict[int, Tensor] = {}
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    hooks = [table for m in states for table in (m._forward_pre_hooks, m._forward_hooks)]
+    before = [dict(table) for table in hooks]
+    try:
+        for module, dtype in _with_compute_dtype(model, states, None):
+            for name, param in list(module._parameters.items()):
+                if not _is_dtensor(param):
+                    continue
+                if id(param) not in whole:  # tied ones once
+                    value = param.detach().full_tensor()
+                    whole[id(param)] = buffer(module, name, value, dtype or value.dtype)
+                places.append((module, name, param))
+                module._parameters[name] = whole[id(param)]
+        for table in hooks:
+            for key in [key for key, hook in table.items() if getattr(hook, "__self__", None) in states.values()]:
+                del table[key]
+        yield
+    finally:
+        for module, name, param in places:
+            module._parameters[name] = param
+        for table, hooked in zip(hooks, before):
+            table.clear()
+            table.update(hooked)
+
+
+def _is_dtensor(param: Tensor | None) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(param, tensor.DTensor)
+
+
+def _fsdp_states(model: nn.Module) -> Iterator:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            yield module._get_fsdp_state()
+
+
+def _with_compute_dtype(module: nn.Module, states: dict, dtype: torch.dtype | None) -> Iterator[tuple]:
+    """Every module with the `param_dtype` of the innermost FSDP module around it."""
+    if module in states:
+        dtype = states[module]._mp_policy.param_dtype
+    yield module, dtype
+    for child in module.children():
+        yield from _with_compute_dtype(child, states, dtype)
