@@ -54,15 +54,14 @@ def group(prompt: int, *completions: int) -> tuple:
 
 
 TREES = {
-    "one token": Tree.of((1,)),
     "one chain": Tree.of((37,)),
     "two groups": Tree.of(group(41, 7, 19, 1, 12), group(5, 33, 2)),
     "no sharing": Tree.of((9,), (1,), (30,), (17,)),
     "levels": Tree.of((6, (5, (4,), (3, (2,), (1,))), (7, (8,), (1, (9,), (10,)))), (3, (2, (1, (1,))), (4,))),
-    "single tokens": Tree.of((1, (1, (1,), (1, (1,), (1,))), (1,), (1, (1,)))),
+    "single tokens": Tree.of(*5 * [(1, (1, (1,), (1, (1,), (1,))), (1,), (1, (1,)))]),
 }
 # larger than the tiles of every backend
-LARGE = Tree.of(group(300, 90, 128, 1, 64, 77), (130, (70, (20,), (90,)), (5,)), (1,), group(3, 2, 2, 2, 150))
+LARGE = Tree.of(group(150, 70, 90, 1, 40), (130, (70, (20,), (40,)), (5,)), (1,), group(3, 2, 2, 60))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from flashpo._op import op
+from flashpo.ops import _masked_attention as masked
+from flashpo.ops import _tree_attention_cpu as cpu
 from flashpo.ops._check import check_device, check_float, check_positive, check_that
 
 
@@ -103,20 +105,9 @@ def _check(q, k, v, end, position, window, softcap, sinks) -> None:
     check_that(((end > here) & (end <= q.shape[0])).all(), "end must lie behind its token and not behind the last one")
 
 
-def _scores(q, k, end, position, scale, window, softcap):
-    """Scores (Hkv, Hq / Hkv, N, N), -inf where a query does not see a key, and their derivative by scale q k."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).unflatten(1, (k.shape[1], -1))
-    x = torch.einsum("ihrd,jhd->hrij", q, k.to(wide)) * scale
-    slope = torch.ones_like(x)
-    if softcap:
-        tanh = torch.tanh(x / softcap)
-        x, slope = softcap * tanh, 1 - tanh * tanh
-    i = torch.arange(q.shape[0], device=q.device)[:, None]
-    seen = (i.t() <= i) & (i < end)
-    if window:
-        seen &= position[:, None] - position < window
-    return x.masked_fill(~seen, -torch.inf), slope
+def _seen(end: Tensor, position: Tensor, window: int) -> Tensor:
+    here = torch.arange(end.shape[0], device=end.device)
+    return masked.visible(here, here, end, position, window)
 
 
 @op
@@ -132,12 +123,8 @@ def tree_attention_fwd(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """(out (N, Hq, Dv), lse (N, Hq) in fp32 or wider)."""
-    s, _ = _scores(q, k, end, position, scale, window, softcap)
-    lse = s.logsumexp(-1)  # (Hkv, Hq / Hkv, N)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(*lse.shape[:2], 1))
-    out = torch.einsum("hrij,jhd->ihrd", (s - lse[..., None]).exp(), v.to(s.dtype))
-    return out.flatten(1, 2).to(q.dtype).contiguous(), lse.flatten(0, 1).t().contiguous()
+    out, lse = masked.forward(q, k, v, sinks, _seen(end, position, window), scale, softcap)
+    return out.to(q.dtype).contiguous(), lse.contiguous()
 
 
 @tree_attention_fwd.fake
@@ -162,32 +149,27 @@ def tree_attention_bwd(
     d_out: Tensor,  # (N, Hq, Dv)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dsinks), contiguous, each in its argument's dtype; dsinks is empty where there are no sinks."""
-    s, slope = _scores(q, k, end, position, scale, window, softcap)
-    heads = (k.shape[1], -1)
-    p = (s - lse.t().unflatten(0, heads)[..., None]).exp()
-    d_out, out = d_out.to(p.dtype), out.to(p.dtype)
-    delta = (d_out * out).sum(-1)  # (N, Hq)
-    d_out = d_out.unflatten(1, heads)
-    dv = torch.einsum("hrij,ihrd->jhd", p, d_out)
-    dp = torch.einsum("ihrd,jhd->hrij", d_out, v.to(p.dtype))
-    ds = p * (dp - delta.t().unflatten(0, heads)[..., None]) * slope * scale
-    dq = torch.einsum("hrij,jhd->ihrd", ds, k.to(p.dtype)).flatten(1, 2)
-    dk = torch.einsum("hrij,ihrd->jhd", ds, q.to(p.dtype).unflatten(1, heads))
+    delta = (out.to(lse.dtype) * d_out).sum(-1)
+    seen = _seen(end, position, window)
+    dq, dk, dv = masked.backward(q, k, v, seen, scale, softcap, lse, delta, d_out)
     dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq, dk, dv))
-    return dq, dk, dv, sink_gradient(sinks, lse, delta)
-
-
-def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
-    """From lse and delta, both (N, Hq)."""
-    if sinks is None:
-        return lse.new_empty(0)
-    return -((sinks.to(lse.dtype) - lse).exp() * delta).sum(0).to(sinks.dtype)
+    return dq, dk, dv, masked.sink_gradient(sinks, lse, delta)
 
 
 @tree_attention_bwd.fake
 def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return *grads, lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+
+@tree_attention_fwd.backend("native")
+def _(*args):
+    return cpu.forward(*args) if cpu.takes(args[0]) else NotImplemented
+
+
+@tree_attention_bwd.backend("native")
+def _(*args):
+    return cpu.backward(*args) if cpu.takes(args[0]) else NotImplemented
 
 
 class TreeAttention(torch.autograd.Function):

@@ -1,0 +1,74 @@
+"""Attention of some queries to some keys under a mask, in fp32 or wider: the formulas of tree_attention, dense.
+
+Shapes: q (I, Hq, D), k (J, Hkv, D), v (J, Hkv, Dv), seen (I, J), sinks (Hq,), lse and delta (I, Hq).
+"""
+
+import torch
+from torch import Tensor
+
+
+def visible(i: Tensor, j: Tensor, end: Tensor, position: Tensor, window: int) -> Tensor:
+    """Which of the keys at the flat indices j each query at i sees; end and position are the tree's."""
+    seen = (j <= i[:, None]) & (i[:, None] < end[j])
+    return seen & (position[i][:, None] - position[j] < window) if window else seen
+
+
+def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """(Hkv, Hq / Hkv, I, J), -inf where unseen; and their derivative by scale q k where it is not 1."""
+    x = torch.einsum("ihrd,jhd->hrij", q.unflatten(1, (k.shape[1], -1)) * scale, k)
+    slope = None
+    if softcap:
+        tanh = torch.tanh(x / softcap)
+        x, slope = softcap * tanh, 1 - tanh * tanh
+    return x.masked_fill(~seen, -torch.inf), slope
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, seen: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """(out (I, Hq, Dv), lse), wide."""
+    q, k, v = _wide(q, k, v)
+    s, _ = _scores(q, k, seen, scale, softcap)
+    lse = s.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(*lse.shape[:2], 1))
+    out = torch.einsum("hrij,jhd->ihrd", (s - lse[..., None]).exp(), v)
+    return out.flatten(1, 2), lse.flatten(0, 1).t()
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), wide. A sink's only trace here is its share of lse."""
+    q, k, v, d_out = _wide(q, k, v, d_out)
+    s, slope = _scores(q, k, seen, scale, softcap)
+    heads = (k.shape[1], -1)
+    lse, delta = (x.t().unflatten(0, heads)[..., None] for x in (lse, delta))
+    p = (s - lse).exp()
+    d_out = d_out.unflatten(1, heads)
+    dv = torch.einsum("hrij,ihrd->jhd", p, d_out)
+    ds = p * (torch.einsum("ihrd,jhd->hrij", d_out, v) - delta) * scale
+    if slope is not None:
+        ds = ds * slope
+    dq = torch.einsum("hrij,jhd->ihrd", ds, k).flatten(1, 2)
+    return dq, torch.einsum("hrij,ihrd->jhd", ds, q.unflatten(1, heads)), dv
+
+
+def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
+    """(Hq,), or empty without sinks; over all queries."""
+    if sinks is None:
+        return lse.new_empty(0)
+    return -((sinks.to(lse.dtype) - lse).exp() * delta).sum(0).to(sinks.dtype)
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [x.to(dtype) for x in tensors]
