@@ -5,6 +5,7 @@ from decode_inputs import plant
 from inputs import Case
 
 from flashpo import gae, group_advantages, kv_append, policy_loss, selective_log_softmax, tree_attention
+from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 
 
 def scoring():
@@ -54,7 +55,15 @@ def decoding():
     )
 
 
-EXAMPLES = [scoring, scoring_in_place, policy, advantages, generalised_advantages, tree, decoding]
+def decoder_layer():
+    x, angle = torch.randn(3, 16), torch.rand(3, 4)
+    add_rms_norm(x, x, torch.randn(16), eps=1e-5)
+    gated_activation(x)
+    caches = torch.randn(2, 1, 4, 64), torch.randn(2, 1, 64, 4)
+    rope_append(x, angle.cos(), angle.sin(), *caches, torch.arange(-1, 2), q_weight=angle[0], k_weight=angle[1])
+
+
+EXAMPLES = [decoder_layer, scoring, scoring_in_place, policy, advantages, generalised_advantages, tree, decoding]
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

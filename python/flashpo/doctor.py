@@ -19,6 +19,7 @@ from torch import Tensor
 
 import flashpo
 from flashpo import _op
+from flashpo.ops import decode_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
@@ -115,6 +116,25 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     return torch.einsum("bhk,khd->bhd", y.softmax(-1), v).to(dtype), y.logsumexp(-1)
 
 
+def _layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Norm, rotation and activation, each on what the one before gave."""
+    normed, total = decode_layer.add_rms_norm(x.detach(), residual.detach(), weight.detach(), eps=1e-6)
+    k_cache, v_cache = x.new_zeros(1, 1, 64, 64), x.new_zeros(1, 1, 64, 64)
+    angle = total.detach()[:, :64].tanh()
+    q = decode_layer.rope_append(normed, angle, angle, k_cache, v_cache, torch.arange(len(x), device=x.device))
+    return total, q, k_cache, v_cache, decode_layer.gated_activation(normed)
+
+
+def _plain_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    total = x.detach() + residual.detach()
+    normed = F.rms_norm(total, total.shape[-1:], weight.detach(), 1e-6)
+    angle, heads = total[:, :64].tanh(), normed.unflatten(1, (4, 64))
+    turned = heads * angle[:, None] + torch.cat([-heads[..., 32:], heads[..., :32]], -1) * angle[:, None]
+    k_cache, v_cache = x.new_zeros(1, 1, 64, 64), x.new_zeros(1, 1, 64, 64)
+    k_cache[0, 0, :, : len(x)], v_cache[0, 0, : len(x)] = turned[:, 2].t(), heads[:, 3]
+    return total, turned[:, :2], k_cache, v_cache, F.silu(normed[:, :128]) * normed[:, 128:]
+
+
 PROBES = {
     "selective_log_softmax": Probe(
         lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
@@ -145,6 +165,11 @@ PROBES = {
         lambda: [*torch.randn(2, 5, 301, dtype=torch.float64), torch.rand(5, 301) < 0.8],
         lambda rewards, values, mask: flashpo.gae(rewards, values, mask, gamma=0.99, lam=0.95, whiten=True),
         _gae,
+    ),
+    "decode layer": Probe(
+        lambda: [torch.randn(shape, dtype=torch.float64) for shape in ((7, 256), (7, 256), (256,))],
+        _layer,
+        _plain_layer,
     ),
     "decode_attention": Probe(
         lambda: [torch.randn(n, heads, 64, dtype=torch.float64) for n, heads in ((6, 4), (160, 2), (160, 2))],

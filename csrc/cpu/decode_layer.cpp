@@ -1,0 +1,218 @@
+// What stands between the matrix products of a decoder layer, on the CPU: a row of tokens at a time, in one pass each.
+// Every intermediate is rounded to T where transformers' modules round it.
+#include <algorithm>
+
+#include "../ops.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace flashpo::FLASHPO_ISA {
+namespace {
+
+constexpr int64_t SMALL = 32768;  // numbers, below which a second thread costs more than it does
+constexpr int MAX_FEATURES = 512;  // of a head
+
+template <typename T>
+vf rounded(vf x) {
+  alignas(64) T lanes[W];
+  store(lanes, x);
+  return load(lanes);
+}
+template <>
+vf rounded<float>(vf x) {
+  return x;
+}
+template <>
+vf rounded<bf16>(vf x) {
+  return (vf)(to_bits(x, static_cast<bf16*>(nullptr)) << 16);
+}
+
+// f(j, count) for every W numbers of n, fewer at the end.
+template <typename F>
+void each_vector(int64_t n, F&& f) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) f(j, W);
+  if (j < n) f(j, static_cast<int>(n - j));
+}
+template <typename T>
+vf load_some(const T* p, int count) {
+  return count == W ? load(p) : load_part(p, count, 0);
+}
+template <typename T>
+void store_some(T* p, vf x, int count) {
+  count == W ? store(p, x) : store_part(p, x, count);
+}
+
+float sum_of(vf x) {
+  float sum = 0;
+  for (int i = 0; i < W; ++i) sum += x[i];
+  return sum;
+}
+
+template <typename T>
+vf scaled(vf x, float inverse, vf weight, bool unit_offset) {
+  return unit_offset ? rounded<T>(x * inverse * (1.0f + weight)) : rounded<T>(rounded<T>(x * inverse) * weight);
+}
+
+template <typename T>
+void norm_row(const T* x, const T* residual, const T* weight, int64_t n, float eps, bool unit_offset, T* out,
+              T* total) {
+  vf squares{};
+  each_vector(n, [&](int64_t j, int count) {
+    vf h = load_some(x + j, count);
+    if (residual) h = rounded<T>(h + load_some(residual + j, count));
+    store_some(total + j, h, count);
+    squares += h * h;
+  });
+  const float inverse = 1 / std::sqrt(sum_of(squares) / n + eps);
+  each_vector(n, [&](int64_t j, int count) {
+    const vf h = load_some(total + j, count);
+    store_some(out + j, scaled<T>(h, inverse, load_some(weight + j, count), unit_offset), count);
+  });
+}
+
+template <typename T>
+struct Rope {
+  const T *cos, *sin;  // of one token
+  int64_t turned, features;
+  float eps;
+  bool unit_offset;
+
+  // One head from x to out, which hold `features` numbers and W more.
+  void operator()(const T* x, const T* weight, float* out) const {
+    alignas(64) float head[MAX_FEATURES + W];
+    vf squares{};
+    each_vector(features, [&](int64_t j, int count) {
+      const vf h = load_some(x + j, count);
+      store(head + j, h);
+      squares += h * h;
+    });
+    if (weight) {
+      const float inverse = 1 / std::sqrt(sum_of(squares) / features + eps);
+      each_vector(features, [&](int64_t j, int count) {
+        store(head + j, scaled<T>(load(head + j), inverse, load_some(weight + j, count), unit_offset));
+      });
+    }
+    std::copy(head + turned, head + features, out + turned);
+    const int64_t half = turned / 2;
+    each_vector(half, [&](int64_t j, int count) {
+      const vf first = load(head + j), second = load_some(head + half + j, count);
+      const auto turn = [&](vf a, vf b, int64_t at) {
+        return rounded<T>(rounded<T>(a * load_some(cos + at, count)) + rounded<T>(b * load_some(sin + at, count)));
+      };
+      store_some(out + j, turn(first, -second, j), count);
+      store_some(out + half + j, turn(second, first, half + j), count);
+    });
+  }
+};
+
+template <typename T>
+void rope_row(const T* qkv, const Rope<T>& rope, const T* q_weight, const T* k_weight, int64_t q_heads,
+              int64_t kv_heads, int64_t slot, T* q, T* k_cache, T* v_cache) {
+  alignas(64) float head[MAX_FEATURES + W];
+  const int64_t n = rope.features, block = slot / 64, offset = slot % 64;
+  for (int64_t h = 0; h < q_heads; ++h) {
+    rope(qkv + h * n, q_weight, head);
+    each_vector(n, [&](int64_t j, int count) { store_some(q + h * n + j, load(head + j), count); });
+  }
+  if (slot < 0) return;
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    rope(qkv + (q_heads + h) * n, k_weight, head);
+    alignas(64) T key[MAX_FEATURES + W];
+    each_vector(n, [&](int64_t j, int) { store(key + j, load(head + j)); });
+    T* column = k_cache + (block * kv_heads + h) * n * 64 + offset;
+    for (int64_t j = 0; j < n; ++j) column[j * 64] = key[j];
+    std::copy_n(qkv + (q_heads + kv_heads + h) * n, n, v_cache + ((block * kv_heads + h) * 64 + offset) * n);
+  }
+}
+
+vf silu(vf x) { return x / (1.0f + exp(-x)); }
+vf gelu_tanh(vf x) { return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
+
+template <typename T>
+void gated_row(const T* x, int64_t n, int activation, T* out) {
+  each_vector(n, [&](int64_t j, int count) {
+    const vf gate = load_some(x + j, count);
+    const vf active = rounded<T>(activation == 0 ? silu(gate) : gelu_tanh(gate));
+    store_some(out + j, active * load_some(x + n + j, count), count);
+  });
+}
+
+template <typename F>
+void for_dtype(const Tensor& x, F&& run) {
+  switch (x.dtype()) {
+    case DType::f32: return run(float{});
+    case DType::bf16: return run(bf16{});
+    case DType::f16: return run(f16{});
+    default: expect(false, "decode_layer: float32, bfloat16 or float16");
+  }
+}
+
+}  // namespace
+
+void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, bool unit_offset,
+                  const Tensor& out, const Tensor& total, int threads) {
+  const int64_t rows = x.size(0), n = x.size(1);
+  expect_dense("x", x, x.dtype(), {rows, n});
+  expect_dense("residual", residual, x.dtype(), {rows, n}, true);
+  expect_dense("weight", weight, x.dtype(), {n});
+  expect_dense("out", out, x.dtype(), {rows, n});
+  expect_dense("total", total, x.dtype(), {rows, n});
+  for_dtype(x, [&](auto element) {
+    using T = decltype(element);
+    const T* from = residual.data<const T>();
+    parallel_for(rows, rows * n < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        norm_row(x.data<const T>() + i * n, from ? from + i * n : nullptr, weight.data<const T>(), n,
+                 static_cast<float>(eps), unit_offset, out.data<T>() + i * n, total.data<T>() + i * n);
+    });
+  });
+}
+
+void rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q_weight,
+                 const Tensor& k_weight, double eps, bool unit_offset, const Tensor& k_cache, const Tensor& v_cache,
+                 const Tensor& slot, const Tensor& q, int threads) {
+  const DType dtype = qkv.dtype();
+  const int64_t rows = qkv.size(0), q_heads = q.size(1), n = q.size(2), kv_heads = k_cache.size(1);
+  const int64_t blocks = k_cache.size(0), width = (q_heads + 2 * kv_heads) * n, turned = cos.size(1);
+  expect(n <= MAX_FEATURES, "a head has at most 512 features");
+  expect(turned <= n && turned % 2 == 0, "cos must have an even number of features, at most the head's");
+  expect_dense("qkv", qkv, dtype, {rows, width});
+  expect_dense("cos", cos, dtype, {rows, turned});
+  expect_dense("sin", sin, dtype, {rows, turned});
+  expect_dense("q_weight", q_weight, dtype, {n}, true);
+  expect_dense("k_weight", k_weight, dtype, {n}, true);
+  expect_dense("k_cache", k_cache, dtype, {blocks, kv_heads, n, 64});
+  expect_dense("v_cache", v_cache, dtype, {blocks, kv_heads, 64, n});
+  expect_dense("slot", slot, DType::i64, {rows});
+  expect_dense("q", q, dtype, {rows, q_heads, n});
+  const int64_t* slots = slot.data<const int64_t>();
+  expect(std::all_of(slots, slots + rows, [&](int64_t s) { return s < blocks * 64; }),
+         "slot holds values beyond the cache");
+  for_dtype(qkv, [&](auto element) {
+    using T = decltype(element);
+    parallel_for(rows, rows * width < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Rope<T> rope{cos.data<const T>() + i * turned, sin.data<const T>() + i * turned, turned, n,
+                           static_cast<float>(eps), unit_offset};
+        rope_row(qkv.data<const T>() + i * width, rope, q_weight.data<const T>(), k_weight.data<const T>(), q_heads,
+                 kv_heads, slots[i], q.data<T>() + i * q_heads * n, k_cache.data<T>(), v_cache.data<T>());
+      }
+    });
+  });
+}
+
+void gated_activation(const Tensor& x, int activation, const Tensor& out, int threads) {
+  const int64_t rows = x.size(0), n = out.size(1);
+  expect_dense("x", x, x.dtype(), {rows, 2 * n});
+  expect_dense("out", out, x.dtype(), {rows, n});
+  for_dtype(x, [&](auto element) {
+    using T = decltype(element);
+    parallel_for(rows, rows * n < SMALL / 2 ? 1 : threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        gated_row(x.data<const T>() + 2 * i * n, n, activation, out.data<T>() + i * n);
+    });
+  });
+}
+
+}  // namespace flashpo::FLASHPO_ISA

@@ -1,0 +1,120 @@
+"""The pieces of a decoder layer against transformers' own modules, and against float64."""
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from inputs import DTYPES
+from torch.nn import functional as F
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+import flashpo
+from flashpo import kv_append
+from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
+
+pytestmark = pytest.mark.native
+backends = pytest.mark.parametrize("backend", ["native", "torch"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SIZES = [(1, 1), (3, 16), (5, 97), (33, 1030)]
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(("rows", "features"), SIZES)
+def test_norm(backend, dtype, rows, features, unit_offset, poisoned):
+    norm = (Gemma2RMSNorm if unit_offset else LlamaRMSNorm)(features, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x, residual = (3 * torch.randn(rows, features).to(dtype) for _ in range(2))
+    with torch.no_grad(), flashpo.backend(backend):
+        for given in (residual, None):
+            out, total = add_rms_norm(x, given, norm.weight, eps=1e-5, unit_offset=unit_offset)
+            wanted = x if given is None else x + given
+            assert torch.equal(total, wanted)
+            assert_as_accurate(out, norm.double()(wanted.double()), norm.to(dtype)(wanted))
+
+
+def turns(rows, features, dtype):
+    angles = torch.rand(rows, features // 2) * 100
+    angles = torch.cat([angles, angles], 1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("norm", [None, "llama", "gemma"])
+@pytest.mark.parametrize(("heads", "kv_heads", "features", "turned"), [(4, 2, 64, 64), (3, 1, 24, 10), (2, 2, 80, 80)])
+def test_rope(backend, dtype, heads, kv_heads, features, turned, norm, poisoned):
+    rows, blocks = 7, 4
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * features).to(dtype)
+    cos, sin = turns(rows, turned, dtype)
+    slot = torch.randperm(blocks * 64)[:rows]
+    slot[2] = -1
+    options = {}
+    norms = [torch.nn.Identity(), torch.nn.Identity()]
+    if norm is not None:
+        norms = [(LlamaRMSNorm if norm == "llama" else Gemma2RMSNorm)(features, eps=1e-6).to(dtype) for _ in "qk"]
+        for module in norms:
+            torch.nn.init.normal_(module.weight)
+        options = dict(q_weight=norms[0].weight, k_weight=norms[1].weight, unit_offset=norm == "gemma")
+
+    def plain(wide):
+        q, k, v = qkv.to(wide).unflatten(1, (-1, features)).split([heads, kv_heads, kv_heads], 1)
+        q, k = (module.to(wide)(x)[:, :, None] for module, x in zip(norms, (q, k)))
+        out = apply_rotary_pos_emb(q[..., :turned], k[..., :turned], cos.to(wide)[:, None], sin.to(wide)[:, None])
+        q, k = (torch.cat([a, b[..., turned:]], -1)[:, :, 0] for a, b in zip(out, (q, k)))
+        return q, k, v
+
+    with torch.no_grad():
+        exact, baseline = plain(torch.float64), plain(dtype)
+        caches = (
+            torch.full((blocks, kv_heads, features, 64), 7.0).to(dtype),
+            torch.full((blocks, kv_heads, 64, features), 7.0).to(dtype),
+        )
+        expected = [x.clone() for x in caches]
+        kv_append(baseline[1].contiguous(), baseline[2].contiguous(), *expected, slot)
+        with flashpo.backend(backend):
+            q = rope_append(qkv, cos, sin, *caches, slot, **options)
+    assert_as_accurate(q, exact[0], baseline[0])
+    live = slot >= 0
+    written = caches[0][slot[live] // 64, :, :, slot[live] % 64]
+    assert_as_accurate(written, exact[1][live], baseline[1][live])
+    assert torch.equal(caches[1], expected[1])
+    assert torch.equal(caches[0] == 7, expected[0] == 7)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "features"), SIZES)
+def test_gated(backend, dtype, rows, features, activation, poisoned):
+    x = (4 * torch.randn(rows, 2 * features)).to(dtype)
+    x[0, 0] = -200
+    function = F.silu if activation == "silu" else (lambda g: F.gelu(g, approximate="tanh"))
+    gate, up = x.chunk(2, 1)
+    with flashpo.backend(backend):
+        out = gated_activation(x, activation=activation)
+    assert_as_accurate(out, function(gate.double()) * up.double(), function(gate) * up)
+
+
+def test_errors():
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    with pytest.raises(ValueError, match="residual must be"):
+        add_rms_norm(x, x[:1], weight, eps=1e-5)
+    with pytest.raises(ValueError, match="weight must be"):
+        add_rms_norm(x, x, weight.bfloat16(), eps=1e-5)
+    with pytest.raises(ValueError, match=r"x must be \(N, 2 I\)"):
+        gated_activation(x[:, :5])
+    with pytest.raises(ValueError, match="activation must be one of"):
+        gated_activation(x, activation="relu")
+    cache = torch.zeros(2, 1, 4, 64), torch.zeros(2, 1, 64, 4)
+    angle, slot = torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="qkv must be"):
+        rope_append(x, angle, angle, *cache, slot)
+    qkv = torch.randn(2, 16)
+    with pytest.raises(ValueError, match="cos must be"):
+        rope_append(qkv, angle[:, :3], angle[:, :3], *cache, slot)
+    with pytest.raises(ValueError, match="both or none"):
+        rope_append(qkv, angle, angle, *cache, slot, q_weight=torch.ones(4))
+    with pytest.raises(ValueError, match="slot holds values beyond"):
+        rope_append(qkv, angle, angle, *cache, slot + 128)
