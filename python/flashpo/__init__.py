@@ -33,6 +33,7 @@ from flashpo.ops import (
     tree_attention,
     value_loss,
 )
+from flashpo.packing import Packable, TokenTree, pack, packable, score
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,11 +41,13 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "Advantages",
     "LossSpec",
+    "Packable",
     "PolicyLoss",
     "PolicyStats",
     "PreferenceLoss",
     "SequenceLogprobs",
     "TokenStats",
+    "TokenTree",
     "UnpairedLoss",
     "backend",
     "decode_attention",
@@ -57,9 +60,12 @@ __all__ = [
     "linear_logprob",
     "masked_quantile",
     "overlong_penalty",
+    "pack",
+    "packable",
     "policy_loss",
     "preference_loss",
     "ratio_quantiles",
+    "score",
     "selective_log_softmax",
     "sequence_logprobs",
     "stats",

@@ -1,0 +1,54 @@
+"""A causal language model of transformers taken apart: logits = cap(scale * head(backbone(...)))."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Unsupported(RuntimeError):
+    """The model does something that FlashPO does not reproduce; the text says what."""
+
+
+class CausalLM(NamedTuple):
+    base: Any  # the PreTrainedModel inside of all wrappers
+    backbone: nn.Module
+    head: Any
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "CausalLM":
+        """Looks through torch.compile, DistributedDataParallel, DeepSpeed and PEFT.
+
+        Raises:
+            Unsupported: there is no backbone with a head on it.
+        """
+        from transformers import PreTrainedModel
+
+        base: Any = model
+        while (inner := _wrapped(base)) is not None:
+            base = inner
+        if not isinstance(base, PreTrainedModel):
+            raise Unsupported(f"{type(base).__name__} is no model of transformers")
+        backbone, head = base.base_model, base.get_output_embeddings()
+        if backbone is base or head is None:
+            raise Unsupported(f"{type(base).__name__} has no language model head")
+        config = base.config.get_text_config()
+        return cls(base, backbone, head, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _wrapped(model: Any) -> nn.Module | None:
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return next((getattr(model, name) for name in ("_orig_mod", "module") if hasattr(model, name)), None)
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor by which a family multiplies its logits, under whichever name it keeps it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling

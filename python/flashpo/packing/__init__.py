@@ -1,0 +1,7 @@
+"""Every token once: batches as token trees, and models that run on them."""
+
+from flashpo.packing.scoring import TreeScores, forward, forward_here, prepare, score
+from flashpo.packing.support import Packable, packable
+from flashpo.packing.tree import TokenTree, pack
+
+__all__ = ["Packable", "TokenTree", "TreeScores", "forward", "forward_here", "pack", "packable", "prepare", "score"]

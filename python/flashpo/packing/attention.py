@@ -1,0 +1,90 @@
+"""How a model of transformers attends over a token tree: an attention of its own name, put on the model for good.
+
+The tree comes in the place of the attention mask: `TokenTree.mask`, an int32 tensor of four dimensions. transformers
+hands such a mask to every layer as it is and builds none of its own; it goes through gradient checkpointing, which
+runs the layers again in backward, through PEFT, DDP, FSDP2 and torch.compile as any tensor does; families that drop
+unknown keywords on the way to their attention have no reason to drop it; and an attention that is not ours refuses it.
+Any other mask, or none, goes to the implementation that the model had before.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from flashpo.ops.tree_attention import tree_attention
+
+PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
+EAGER: dict[type[nn.Module], Callable] = {}  # each module class's own: no registry has these
+
+
+def install(backbone: nn.Module) -> None:
+    """Let the model take token trees; for all else it stays as it is. A second call does nothing."""
+    for module in backbone.modules():
+        if (eager := getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)) is not None:
+            EAGER[type(module)] = eager
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and not config._attn_implementation.startswith(PREFIX):
+            config._attn_implementation_internal = _register(config._attn_implementation)
+
+
+def _register(original: str) -> str:
+    name = PREFIX + original
+    AttentionInterface.register(name, _attention(original))
+    masks = AttentionMaskInterface()
+    if original in masks:
+        AttentionMaskInterface.register(name, masks[original])
+    return name
+
+
+def _attention(original: str) -> Callable:
+    attend = None if original == "eager" else AttentionInterface()[original]
+
+    def attention(module: nn.Module, query, key, value, attention_mask, **options):
+        if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32:
+            return _attend_tree(module, query, key, value, attention_mask, **options), None
+        implementation = EAGER[type(module)] if attend is None else attend
+        return implementation(module, query, key, value, attention_mask, **options)
+
+    return attention
+
+
+def _attend_tree(
+    module: Any,
+    query: Tensor,  # (1, Hq, N, D)
+    key: Tensor,  # (1, Hkv, N, D)
+    value: Tensor,  # (1, Hkv, N, Dv)
+    tree: Tensor,  # (1, 1, 2, N)
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **options,
+) -> Tensor:
+    name = type(module).__name__
+    if dropout:
+        raise NotImplementedError(f"{name}: a token tree has no dropout in attention, set attention_dropout to 0")
+    if position_bias is not None:
+        raise NotImplementedError(f"{name} adds a position_bias to its scores")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"{name} is not causal")
+    end, position = tree[0, 0].unbind(0)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale, window = None if scaling is None else float(scaling), _window(module, options)
+    return tree_attention(q, k, v, end, position, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux)[None]
+
+
+def _window(module: Any, options: dict) -> int:
+    """The keyword; some families (PhiMoE) tell it to their mask alone, so that only the config knows."""
+    if "sliding_window" in options:
+        return options["sliding_window"] or 0
+    types = getattr(module.config, "layer_types", None)
+    if types is not None and types[module.layer_idx] != "sliding_attention":
+        return 0
+    return getattr(module.config, "sliding_window", None) or 0

@@ -1,0 +1,85 @@
+"""Which models can run on token trees: those whose tokens meet in causal attention alone."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from flashpo._causal_lm import CausalLM, Unsupported
+
+# They mix tokens in ways that neither configuration nor modules tell
+FAMILIES = {
+    "doge": "its layers compute with the attention mask",
+    "diffllama": "its attention is a difference of two",
+}
+
+
+class Packable(NamedTuple):
+    ok: bool
+    reason: str  # why not; empty where it can
+
+
+def packable(model: nn.Module) -> Packable:
+    """Whether `score` can run `model`, by what its configuration and modules say; `worst_difference` tries it."""
+    try:
+        check_packable(model)
+    except Unsupported as error:
+        return Packable(False, str(error))
+    return Packable(True, "")
+
+
+def check_packable(model: nn.Module) -> None:
+    """Raise Unsupported, with the reason, unless `packable(model)`."""
+    lm = CausalLM.of(model)
+    for reason in (*_head(lm.head), *_adapters(model), *_configuration(lm.base.config), *_layers(lm.backbone)):
+        raise Unsupported(f"{lm.base.config.model_type}: {reason}")
+
+
+def _head(head: Any) -> Iterator[str]:
+    if hasattr(head, "lora_A"):
+        yield "there is an adapter on the language model head, which a fused head does not apply"
+    elif not hasattr(head, "weight"):
+        yield f"the language model head is a {type(head).__name__} without a weight"
+    elif hasattr(head.weight, "ds_id"):
+        yield "DeepSpeed ZeRO-3 shards the language model head"
+
+
+def _adapters(model: Any) -> Iterator[str]:
+    """Of a PEFT model, also below other wrappers."""
+    for module in model.modules():
+        for name, adapter in getattr(module, "peft_config", {}).items():
+            if getattr(adapter, "is_prompt_learning", False):
+                yield f"the adapter {name!r} puts learned tokens before the prompt"
+
+
+def _configuration(config: Any) -> Iterator[str]:
+    if config.get_text_config() is not config:
+        yield "it has more than a text model"
+    if config.is_encoder_decoder:
+        yield "it is an encoder and a decoder"
+    if config.model_type in FAMILIES:
+        yield FAMILIES[config.model_type]
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        yield "its attention is bidirectional"
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            yield f"it has layers of {kind}"
+    if getattr(config, "alibi", False):
+        yield "its attention adds a bias for the distance (ALiBi)"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "dynamic":
+            yield "its rotary frequencies depend on the longest row so far (dynamic rope)"
+
+
+def _layers(backbone: nn.Module) -> Iterator[str]:
+    through_interface = False
+    for module in backbone.modules():
+        through_interface |= hasattr(sys.modules[type(module).__module__], "eager_attention_forward")
+        if isinstance(module, nn.Conv1d):
+            yield "it has convolutions over its tokens"
+        if getattr(module, "attention_dropout", None):
+            yield f"attention_dropout is {module.attention_dropout}"
+    if not through_interface:
+        yield "its attention does not go through the interface of transformers"
