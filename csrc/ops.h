@@ -34,10 +34,10 @@
                        int threads);                                                                                  \
   void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, bool unit_offset,      \
                     const Tensor& out, const Tensor& total, int threads);                                             \
-  void rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q_weight,                   \
-                   const Tensor& k_weight, double eps, bool unit_offset, const Tensor& k_cache,                       \
-                   const Tensor& v_cache, const Tensor& slot, const Tensor& q, int threads);                          \
-  void gated_activation(const Tensor& x, int activation, const Tensor& out, int threads);                             \
+  void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,           \
+                   const Tensor& q_weight, const Tensor& k_weight, double eps, bool unit_offset,                      \
+                   const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot, const Tensor& out, int threads); \
+  void gated_activation(const Tensor& gate, const Tensor& up, int activation, const Tensor& out, int threads);        \
   }
 
 FLASHPO_DECLARE_CPU(baseline)

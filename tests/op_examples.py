@@ -58,9 +58,19 @@ def decoding():
 def decoder_layer():
     x, angle = torch.randn(3, 16), torch.rand(3, 4)
     add_rms_norm(x, x, torch.randn(16), eps=1e-5)
-    gated_activation(x)
+    gated_activation(x, x)
     caches = torch.randn(2, 1, 4, 64), torch.randn(2, 1, 64, 4)
-    rope_append(x, angle.cos(), angle.sin(), *caches, torch.arange(-1, 2), q_weight=angle[0], k_weight=angle[1])
+    rope_append(
+        x[:, :8],
+        x[:, 8:12],
+        x[:, 12:],
+        angle.cos(),
+        angle.sin(),
+        *caches,
+        torch.arange(-1, 2),
+        q_weight=angle[0],
+        k_weight=angle[1],
+    )
 
 
 EXAMPLES = [decoder_layer, scoring, scoring_in_place, policy, advantages, generalised_advantages, tree, decoding]

@@ -46,7 +46,7 @@ def turns(rows, features, dtype):
 @pytest.mark.parametrize(("heads", "kv_heads", "features", "turned"), [(4, 2, 64, 64), (3, 1, 24, 10), (2, 2, 80, 80)])
 def test_rope(backend, dtype, heads, kv_heads, features, turned, norm, poisoned):
     rows, blocks = 7, 4
-    qkv = torch.randn(rows, (heads + 2 * kv_heads) * features).to(dtype)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * features).to(dtype)  # parts of one product: strided rows
     cos, sin = turns(rows, turned, dtype)
     slot = torch.randperm(blocks * 64)[:rows]
     slot[2] = -1
@@ -74,7 +74,8 @@ def test_rope(backend, dtype, heads, kv_heads, features, turned, norm, poisoned)
         expected = [x.clone() for x in caches]
         kv_append(baseline[1].contiguous(), baseline[2].contiguous(), *expected, slot)
         with flashpo.backend(backend):
-            q = rope_append(qkv, cos, sin, *caches, slot, **options)
+            parts = qkv.split([heads * features, kv_heads * features, kv_heads * features], 1)
+            q = rope_append(*parts, cos, sin, *caches, slot, **options)
     assert_as_accurate(q, exact[0], baseline[0])
     live = slot >= 0
     written = caches[0][slot[live] // 64, :, :, slot[live] % 64]
@@ -93,7 +94,7 @@ def test_gated(backend, dtype, rows, features, activation, poisoned):
     function = F.silu if activation == "silu" else (lambda g: F.gelu(g, approximate="tanh"))
     gate, up = x.chunk(2, 1)
     with flashpo.backend(backend):
-        out = gated_activation(x, activation=activation)
+        out = gated_activation(gate, up, activation=activation)
     assert_as_accurate(out, function(gate.double()) * up.double(), function(gate) * up)
 
 
@@ -103,18 +104,20 @@ def test_errors():
         add_rms_norm(x, x[:1], weight, eps=1e-5)
     with pytest.raises(ValueError, match="weight must be"):
         add_rms_norm(x, x, weight.bfloat16(), eps=1e-5)
-    with pytest.raises(ValueError, match=r"x must be \(N, 2 I\)"):
-        gated_activation(x[:, :5])
+    with pytest.raises(ValueError, match="up must be"):
+        gated_activation(x, x[:, :5])
     with pytest.raises(ValueError, match="activation must be one of"):
-        gated_activation(x, activation="relu")
+        gated_activation(x, x, activation="relu")
     cache = torch.zeros(2, 1, 4, 64), torch.zeros(2, 1, 64, 4)
     angle, slot = torch.zeros(2, 4), torch.zeros(2, dtype=torch.long)
-    with pytest.raises(ValueError, match="qkv must be"):
-        rope_append(x, angle, angle, *cache, slot)
-    qkv = torch.randn(2, 16)
+    q, k, v = torch.randn(2, 8), torch.randn(2, 4), torch.randn(2, 4)
+    with pytest.raises(ValueError, match="q must be"):
+        rope_append(q[:, :7], k, v, angle, angle, *cache, slot)
+    with pytest.raises(ValueError, match="v must be"):
+        rope_append(q, k, q, angle, angle, *cache, slot)
     with pytest.raises(ValueError, match="cos must be"):
-        rope_append(qkv, angle[:, :3], angle[:, :3], *cache, slot)
+        rope_append(q, k, v, angle[:, :3], angle[:, :3], *cache, slot)
     with pytest.raises(ValueError, match="both or none"):
-        rope_append(qkv, angle, angle, *cache, slot, q_weight=torch.ones(4))
+        rope_append(q, k, v, angle, angle, *cache, slot, q_weight=torch.ones(4))
     with pytest.raises(ValueError, match="slot holds values beyond"):
-        rope_append(qkv, angle, angle, *cache, slot + 128)
+        rope_append(q, k, v, angle, angle, *cache, slot + 128)

@@ -107,22 +107,22 @@ struct Rope {
 };
 
 template <typename T>
-void rope_row(const T* qkv, const Rope<T>& rope, const T* q_weight, const T* k_weight, int64_t q_heads,
-              int64_t kv_heads, int64_t slot, T* q, T* k_cache, T* v_cache) {
+void rope_row(const T* q, const T* k, const T* v, const Rope<T>& rope, const T* q_weight, const T* k_weight,
+              int64_t q_heads, int64_t kv_heads, int64_t slot, T* out, T* k_cache, T* v_cache) {
   alignas(64) float head[MAX_FEATURES + W];
   const int64_t n = rope.features, block = slot / 64, offset = slot % 64;
   for (int64_t h = 0; h < q_heads; ++h) {
-    rope(qkv + h * n, q_weight, head);
-    each_vector(n, [&](int64_t j, int count) { store_some(q + h * n + j, load(head + j), count); });
+    rope(q + h * n, q_weight, head);
+    each_vector(n, [&](int64_t j, int count) { store_some(out + h * n + j, load(head + j), count); });
   }
   if (slot < 0) return;
   for (int64_t h = 0; h < kv_heads; ++h) {
-    rope(qkv + (q_heads + h) * n, k_weight, head);
+    rope(k + h * n, k_weight, head);
     alignas(64) T key[MAX_FEATURES + W];
     each_vector(n, [&](int64_t j, int) { store(key + j, load(head + j)); });
     T* column = k_cache + (block * kv_heads + h) * n * 64 + offset;
     for (int64_t j = 0; j < n; ++j) column[j * 64] = key[j];
-    std::copy_n(qkv + (q_heads + kv_heads + h) * n, n, v_cache + ((block * kv_heads + h) * 64 + offset) * n);
+    std::copy_n(v + h * n, n, v_cache + ((block * kv_heads + h) * 64 + offset) * n);
   }
 }
 
@@ -130,11 +130,11 @@ vf silu(vf x) { return x / (1.0f + exp(-x)); }
 vf gelu_tanh(vf x) { return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
 
 template <typename T>
-void gated_row(const T* x, int64_t n, int activation, T* out) {
+void gated_row(const T* gate, const T* up, int64_t n, int activation, T* out) {
   each_vector(n, [&](int64_t j, int count) {
-    const vf gate = load_some(x + j, count);
-    const vf active = rounded<T>(activation == 0 ? silu(gate) : gelu_tanh(gate));
-    store_some(out + j, active * load_some(x + n + j, count), count);
+    const vf x = load_some(gate + j, count);
+    const vf active = rounded<T>(activation == 0 ? silu(x) : gelu_tanh(x));
+    store_some(out + j, active * load_some(up + j, count), count);
   });
 }
 
@@ -146,6 +146,15 @@ void for_dtype(const Tensor& x, F&& run) {
     case DType::f16: return run(f16{});
     default: expect(false, "decode_layer: float32, bfloat16 or float16");
   }
+}
+
+void expect_rows(const char* name, const Tensor& x, DType dtype, int64_t rows, int64_t columns) {
+  expect(x.dim() == 2 && x.dtype() == dtype && x.size(0) == rows && x.size(1) == columns &&
+             (x.stride(1) == 1 || columns == 1), name);
+}
+template <typename T>
+const T* row_of(const Tensor& x, int64_t i) {
+  return x.data<const T>() + i * x.stride(0);
 }
 
 }  // namespace
@@ -169,15 +178,17 @@ void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
   });
 }
 
-void rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& q_weight,
-                 const Tensor& k_weight, double eps, bool unit_offset, const Tensor& k_cache, const Tensor& v_cache,
-                 const Tensor& slot, const Tensor& q, int threads) {
-  const DType dtype = qkv.dtype();
-  const int64_t rows = qkv.size(0), q_heads = q.size(1), n = q.size(2), kv_heads = k_cache.size(1);
-  const int64_t blocks = k_cache.size(0), width = (q_heads + 2 * kv_heads) * n, turned = cos.size(1);
+void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                 const Tensor& q_weight, const Tensor& k_weight, double eps, bool unit_offset, const Tensor& k_cache,
+                 const Tensor& v_cache, const Tensor& slot, const Tensor& out, int threads) {
+  const DType dtype = q.dtype();
+  const int64_t rows = q.size(0), q_heads = out.size(1), n = out.size(2), kv_heads = k_cache.size(1);
+  const int64_t blocks = k_cache.size(0), turned = cos.size(1);
   expect(n <= MAX_FEATURES, "a head has at most 512 features");
   expect(turned <= n && turned % 2 == 0, "cos must have an even number of features, at most the head's");
-  expect_dense("qkv", qkv, dtype, {rows, width});
+  expect_rows("q", q, dtype, rows, q_heads * n);
+  expect_rows("k", k, dtype, rows, kv_heads * n);
+  expect_rows("v", v, dtype, rows, kv_heads * n);
   expect_dense("cos", cos, dtype, {rows, turned});
   expect_dense("sin", sin, dtype, {rows, turned});
   expect_dense("q_weight", q_weight, dtype, {n}, true);
@@ -185,32 +196,35 @@ void rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const 
   expect_dense("k_cache", k_cache, dtype, {blocks, kv_heads, n, 64});
   expect_dense("v_cache", v_cache, dtype, {blocks, kv_heads, 64, n});
   expect_dense("slot", slot, DType::i64, {rows});
-  expect_dense("q", q, dtype, {rows, q_heads, n});
+  expect_dense("out", out, dtype, {rows, q_heads, n});
   const int64_t* slots = slot.data<const int64_t>();
   expect(std::all_of(slots, slots + rows, [&](int64_t s) { return s < blocks * 64; }),
          "slot holds values beyond the cache");
-  for_dtype(qkv, [&](auto element) {
+  for_dtype(q, [&](auto element) {
     using T = decltype(element);
-    parallel_for(rows, rows * width < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
+    const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;
+    parallel_for(rows, numbers < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Rope<T> rope{cos.data<const T>() + i * turned, sin.data<const T>() + i * turned, turned, n,
                            static_cast<float>(eps), unit_offset};
-        rope_row(qkv.data<const T>() + i * width, rope, q_weight.data<const T>(), k_weight.data<const T>(), q_heads,
-                 kv_heads, slots[i], q.data<T>() + i * q_heads * n, k_cache.data<T>(), v_cache.data<T>());
+        rope_row(row_of<T>(q, i), row_of<T>(k, i), row_of<T>(v, i), rope, q_weight.data<const T>(),
+                 k_weight.data<const T>(), q_heads, kv_heads, slots[i], out.data<T>() + i * q_heads * n,
+                 k_cache.data<T>(), v_cache.data<T>());
       }
     });
   });
 }
 
-void gated_activation(const Tensor& x, int activation, const Tensor& out, int threads) {
-  const int64_t rows = x.size(0), n = out.size(1);
-  expect_dense("x", x, x.dtype(), {rows, 2 * n});
-  expect_dense("out", out, x.dtype(), {rows, n});
-  for_dtype(x, [&](auto element) {
+void gated_activation(const Tensor& gate, const Tensor& up, int activation, const Tensor& out, int threads) {
+  const int64_t rows = gate.size(0), n = gate.size(1);
+  expect_rows("gate", gate, gate.dtype(), rows, n);
+  expect_rows("up", up, gate.dtype(), rows, n);
+  expect_dense("out", out, gate.dtype(), {rows, n});
+  for_dtype(gate, [&](auto element) {
     using T = decltype(element);
     parallel_for(rows, rows * n < SMALL / 2 ? 1 : threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        gated_row(x.data<const T>() + 2 * i * n, n, activation, out.data<T>() + i * n);
+        gated_row(row_of<T>(gate, i), row_of<T>(up, i), n, activation, out.data<T>() + i * n);
     });
   });
 }

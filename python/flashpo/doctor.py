@@ -121,8 +121,9 @@ def _layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     normed, total = decode_layer.add_rms_norm(x.detach(), residual.detach(), weight.detach(), eps=1e-6)
     k_cache, v_cache = x.new_zeros(1, 1, 64, 64), x.new_zeros(1, 1, 64, 64)
     angle = total.detach()[:, :64].tanh()
-    q = decode_layer.rope_append(normed, angle, angle, k_cache, v_cache, torch.arange(len(x), device=x.device))
-    return total, q, k_cache, v_cache, decode_layer.gated_activation(normed)
+    qkv = normed[:, :128], normed[:, 128:192], normed[:, 192:]
+    q = decode_layer.rope_append(*qkv, angle, angle, k_cache, v_cache, torch.arange(len(x), device=x.device))
+    return total, q, k_cache, v_cache, decode_layer.gated_activation(*normed.chunk(2, 1))
 
 
 def _plain_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -70,7 +70,9 @@ def _(x, residual, weight, eps, unit_offset):
 
 
 def rope_append(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     cos: Tensor,
     sin: Tensor,
     k_cache: Tensor,
@@ -82,14 +84,14 @@ def rope_append(
     eps: float = 1e-6,
     unit_offset: bool = False,
 ) -> Tensor:
-    """Queries, ready for `decode_attention`, of one product qkv; its keys and values go into the caches.
+    """The queries of a step, ready for `decode_attention`; its keys and values go into the caches.
 
     Of each head of queries and keys: RMSNorm with q_weight or k_weight where given (Qwen3), then the rotation by halves
     x cos + (-x2, x1) sin of its first R features (arXiv 2104.09864).
 
     Args:
-        qkv: (N, (Hq + 2 Hkv) D): the heads of queries, then of keys, then of values.
-        cos, sin: (N, R) in qkv's dtype, R <= D, even: both halves alike, as transformers' rotary embeddings give them.
+        q: (N, Hq D), k, v: (N, Hkv D); rows may be strided, as parts of one product are.
+        cos, sin: (N, R) in q's dtype, R <= D, even: both halves alike, as transformers' rotary embeddings give them.
         k_cache: (blocks, Hkv, D, 64), v_cache: (blocks, Hkv, 64, D), written at slot (N,) int64 as by `kv_append`.
         q_weight, k_weight: (D,); both or none. eps, unit_offset: of their norm.
 
@@ -97,35 +99,38 @@ def rope_append(
         (N, Hq, D).
     """
     check_caches(k_cache, v_cache)
-    check_float("qkv", qkv)
+    check_float("q", q)
     heads, features = k_cache.shape[1:3]
     if v_cache.shape[3] != features:
         raise ValueError(f"v_cache must have the {features} features of k_cache, got {v_cache.shape[3]}")
-    if qkv.dim() != 2 or qkv.shape[1] % features or qkv.shape[1] // features <= 2 * heads:
-        raise ValueError(f"qkv must be (N, (Hq + 2 * {heads}) * {features}), got {tuple(qkv.shape)}")
+    if k_cache.dtype != q.dtype:
+        raise TypeError(f"k_cache must be {q.dtype} as q is, got {k_cache.dtype}")
+    if q.dim() != 2 or q.shape[1] % (heads * features):
+        raise ValueError(f"q must be (N, a multiple of {heads} * {features}), got {tuple(q.shape)}")
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight: both or none")
-    rows = qkv.shape[0]
+    rows = q.shape[0]
     if cos.dim() != 2 or cos.shape[1] > features or cos.shape[1] % 2:
         raise ValueError(f"cos must be ({rows}, an even number up to {features}), got {tuple(cos.shape)}")
-    wanted = [("cos", cos, (rows, cos.shape[1])), ("sin", sin, cos.shape), ("q_weight", q_weight, (features,)),
-              ("k_weight", k_weight, (features,))]  # fmt: skip
+    of_head, of_row = (features,), (rows, heads * features)
+    wanted = [("k", k, of_row), ("v", v, of_row), ("cos", cos, (rows, cos.shape[1])), ("sin", sin, cos.shape),
+              ("q_weight", q_weight, of_head), ("k_weight", k_weight, of_head)]  # fmt: skip
     for name, x, shape in wanted:
         if x is None:
             continue
-        if x.shape != shape or x.dtype != qkv.dtype:
-            raise ValueError(f"{name} must be {tuple(shape)} {qkv.dtype}, got {tuple(x.shape)} {x.dtype}")
-        check_device(name, x, "qkv", qkv)
-    if k_cache.dtype != qkv.dtype:
-        raise TypeError(f"k_cache must be {qkv.dtype} as qkv is, got {k_cache.dtype}")
+        if x.shape != shape or x.dtype != q.dtype:
+            raise ValueError(f"{name} must be {tuple(shape)} {q.dtype}, got {tuple(x.shape)} {x.dtype}")
+        check_device(name, x, "q", q)
     if slot.dtype != torch.int64 or slot.shape != (rows,):
         raise ValueError(f"slot must be ({rows},) int64, got {tuple(slot.shape)} {slot.dtype}")
-    return rope_append_(qkv, cos, sin, q_weight, k_weight, float(eps), unit_offset, k_cache, v_cache, slot)
+    return rope_append_(q, k, v, cos, sin, q_weight, k_weight, float(eps), unit_offset, k_cache, v_cache, slot)
 
 
 @op(mutates=("k_cache", "v_cache"))
 def rope_append_(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     cos: Tensor,
     sin: Tensor,
     q_weight: Tensor | None,
@@ -137,8 +142,7 @@ def rope_append_(
     slot: Tensor,
 ) -> Tensor:
     check_that((slot < k_cache.shape[0] * BLOCK).all(), "slot holds values beyond the cache")
-    heads, features = k_cache.shape[1:3]
-    q, k, v = qkv.unflatten(1, (-1, features)).split([qkv.shape[1] // features - 2 * heads, heads, heads], 1)
+    q, k, v = (x.unflatten(1, (-1, k_cache.shape[2])) for x in (q, k, v))
     if q_weight is not None and k_weight is not None:
         q, k = _rms_norm(q, q_weight, eps, unit_offset), _rms_norm(k, k_weight, eps, unit_offset)
     live = slot >= 0
@@ -156,53 +160,56 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @rope_append_.fake
-def _(qkv, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache, slot):
-    heads, features = k_cache.shape[1:3]
-    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // features - 2 * heads, features)
+def _(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache, slot):
+    return q.new_empty(q.shape[0], q.shape[1] // k_cache.shape[2], k_cache.shape[2])
 
 
 @rope_append_.backend("native")
-def _(qkv, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache, slot):
-    if qkv.device.type != "cpu" or qkv.dtype not in NATIVE_DTYPES:
+def _(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache, slot):
+    if q.device.type != "cpu" or q.dtype not in NATIVE_DTYPES:
         return NotImplemented
-    heads, features = k_cache.shape[1:3]
-    q = qkv.new_empty(qkv.shape[0], qkv.shape[1] // features - 2 * heads, features)
-    dense = (x if x is None else x.contiguous() for x in (qkv, cos, sin, q_weight, k_weight))
-    native.rope_append(*dense, eps, unit_offset, k_cache, v_cache, slot.contiguous(), q, torch.get_num_threads())
-    return q
+    out = q.new_empty(q.shape[0], q.shape[1] // k_cache.shape[2], k_cache.shape[2])
+    rows = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k, v))
+    dense = (x if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight))
+    threads = torch.get_num_threads()
+    native.rope_append(*rows, *dense, eps, unit_offset, k_cache, v_cache, slot.contiguous(), out, threads)
+    return out
 
 
-def gated_activation(x: Tensor, *, activation: str = "silu") -> Tensor:
-    """activation(gate) * up of x = (gate, up): SwiGLU, GeGLU (arXiv 2002.05202).
+def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """activation(gate) * up: SwiGLU, GeGLU (arXiv 2002.05202).
 
     Args:
-        x: (N, 2 I), from one product. activation: "silu" or "gelu_tanh".
+        gate, up: (N, I); rows may be strided, as the halves of one product are. activation: "silu" or "gelu_tanh".
 
     Returns:
         (N, I).
     """
-    check_float("x", x)
+    check_float("gate", gate)
     check_choice("activation", activation, ACTIVATIONS)
-    if x.dim() != 2 or x.shape[1] % 2:
-        raise ValueError(f"x must be (N, 2 I), got {tuple(x.shape)}")
-    return gated_activation_fwd(x, activation)
+    if gate.dim() != 2:
+        raise ValueError(f"gate must be (N, I), got {tuple(gate.shape)}")
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(f"up must be {tuple(gate.shape)} {gate.dtype}, got {tuple(up.shape)} {up.dtype}")
+    check_device("up", up, "gate", gate)
+    return gated_activation_fwd(gate, up, activation)
 
 
 @op
-def gated_activation_fwd(x: Tensor, activation: str) -> Tensor:
-    gate, up = x.chunk(2, 1)
-    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+def gated_activation_fwd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ((F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up).contiguous()
 
 
 @gated_activation_fwd.fake
-def _(x, activation):
-    return x.new_empty(x.shape[0], x.shape[1] // 2)
+def _(gate, up, activation):
+    return gate.new_empty(gate.shape)
 
 
 @gated_activation_fwd.backend("native")
-def _(x, activation):
-    if x.device.type != "cpu" or x.dtype not in NATIVE_DTYPES:
+def _(gate, up, activation):
+    if gate.device.type != "cpu" or gate.dtype not in NATIVE_DTYPES:
         return NotImplemented
-    out = x.new_empty(x.shape[0], x.shape[1] // 2)
-    native.gated_activation(x.contiguous(), ACTIVATIONS.index(activation), out, torch.get_num_threads())
+    out = gate.new_empty(gate.shape)
+    rows = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
+    native.gated_activation(*rows, ACTIVATIONS.index(activation), out, torch.get_num_threads())
     return out
