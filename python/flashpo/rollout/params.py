@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 FINISH_REASONS = ("stop", "length", "nan")
@@ -131,7 +131,7 @@ class RolloutStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """Completions, flat: those of prompt 0, then those of prompt 1, and so on; every list has one entry a completion.
+    """Completions, flat: prompt 0's, then prompt 1's, and so on (until `reordered`); every list has one entry for each.
 
     prompt_index: which prompt of the call. prompt_ids: its tokens. completion_ids: at least one token each, the stop
     token included. logprobs: of each token over the full vocabulary at the sampling temperature (greedy: at 1), which
@@ -139,7 +139,7 @@ class Rollouts:
     from; the same object as `logprobs` where nothing was filtered. finish_reasons: "stop", "length" or "nan".
 
     Raises:
-        ValueError: the lists disagree in length or order.
+        ValueError: the lists disagree, or an entry is none that a rollout can have.
     """
 
     prompt_index: list[int]
@@ -151,13 +151,9 @@ class Rollouts:
     stats: RolloutStats
 
     def __post_init__(self):
-        for name in ("prompt_ids", "completion_ids", "logprobs", "truncated_logprobs", "finish_reasons"):
-            if len(getattr(self, name)) != len(self.prompt_index):
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries for {len(self.prompt_index)} completions"
-                )
-        if self.prompt_index != sorted(self.prompt_index):
-            raise ValueError("prompt_index must be in the order of the prompts")
+        for name in self._columns():
+            if len(getattr(self, name)) != len(self):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {len(self)} completions")
         if any(not ids for ids in self.completion_ids):
             raise ValueError("completion_ids: every completion has at least one token")
         for name in ("logprobs", "truncated_logprobs"):
@@ -168,3 +164,20 @@ class Rollouts:
 
     def __len__(self) -> int:
         return len(self.prompt_index)
+
+    def reordered(self, places: Sequence[int]) -> "Rollouts":
+        """Completion i of these stands at places[i] of the result.
+
+        Raises:
+            ValueError: `places` is not a permutation of 0 to len - 1.
+        """
+        if sorted(places) != list(range(len(self))):
+            raise ValueError(f"places must be a permutation of 0 to {len(self) - 1}")
+        sources = sorted(range(len(self)), key=lambda i: places[i])
+        columns: dict[str, Any] = {name: [getattr(self, name)[i] for i in sources] for name in self._columns()}
+        if self.truncated_logprobs is self.logprobs:
+            columns["truncated_logprobs"] = columns["logprobs"]
+        return replace(self, **columns)
+
+    def _columns(self) -> list[str]:
+        return [field.name for field in fields(self) if field.name != "stats"]
