@@ -67,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_rms_norm", CPU(add_rms_norm), ReleaseGil());
   m.def("rope_append", CPU(rope_append), ReleaseGil());
   m.def("gated_activation", CPU(gated_activation), ReleaseGil());
+  m.def("sample", CPU(sample), ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
   m.def("group_advantages", &group_advantages, ReleaseGil());
   m.def("group_advantages_scratch", &group_advantages_scratch);

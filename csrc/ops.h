@@ -4,6 +4,10 @@
 
 #include "tensor.h"
 
+namespace flashpo::sampling {
+struct Problem;
+}
+
 #define FLASHPO_DECLARE_CPU(ISA)                                                                                      \
   namespace flashpo::ISA {                                                                                            \
   void selective_log_softmax_fwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,  \
@@ -38,6 +42,9 @@
                    const Tensor& q_weight, const Tensor& k_weight, double eps, bool unit_offset,                      \
                    const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot, const Tensor& out, int threads); \
   void gated_activation(const Tensor& gate, const Tensor& up, int activation, const Tensor& out, int threads);        \
+  void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,              \
+              const Tensor& min_p, const Tensor& seed, const Tensor& offset, const Tensor& token,                     \
+              const Tensor& numbers, int threads);                                                                    \
   }
 
 FLASHPO_DECLARE_CPU(baseline)
@@ -64,6 +71,14 @@ void gae_fwd_cuda(const Tensor& rewards, const Tensor& values, const Tensor& mas
                   double gamma, double lam, const Tensor& advantages, const Tensor& returns, const Tensor& moments,
                   int64_t stream);
 void gae_whiten_cuda(const Tensor& advantages, const Tensor& mask, const Tensor& moments, double eps, int64_t stream);
+
+// What `sample` takes, here and on CUDA: throws, or returns it.
+sampling::Problem expect_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+                                const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& offset,
+                                const Tensor& token, const Tensor& numbers, DLDeviceType device);
+void sample_cuda(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                 const Tensor& min_p, const Tensor& seed, const Tensor& offset, const Tensor& token,
+                 const Tensor& numbers, int64_t stream);
 
 struct CudaDevice {
   int major, minor, multiprocessors, shared_memory_per_block, driver, runtime;

@@ -4,7 +4,7 @@ import torch
 from decode_inputs import plant
 from inputs import Case
 
-from flashpo import gae, group_advantages, kv_append, policy_loss, selective_log_softmax, tree_attention
+from flashpo import gae, group_advantages, kv_append, policy_loss, sample, selective_log_softmax, tree_attention
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 
 
@@ -73,7 +73,22 @@ def decoder_layer():
     )
 
 
-EXAMPLES = [decoder_layer, scoring, scoring_in_place, policy, advantages, generalised_advantages, tree, decoding]
+def sampling():
+    temperature, top_k = torch.tensor([0.0, 0.7, 1.0]), torch.tensor([0, 5, 3])
+    sample(torch.randn(3, 40), temperature=temperature, top_k=top_k, top_p=0.9, min_p=0.01, seed=1, offset=top_k)
+
+
+EXAMPLES = [
+    decoder_layer,
+    scoring,
+    scoring_in_place,
+    policy,
+    advantages,
+    generalised_advantages,
+    tree,
+    decoding,
+    sampling,
+]
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

@@ -20,6 +20,7 @@ from torch import Tensor
 import flashpo
 from flashpo import _op
 from flashpo.ops import decode_layer
+from flashpo.ops.sample import uniform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -100
@@ -136,6 +137,16 @@ def _plain_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, .
     return total, turned[:, :2], k_cache, v_cache, F.silu(normed[:, :128]) * normed[:, 128:]
 
 
+def _sample(logits: Tensor, seed: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / 0.8
+    full = z.log_softmax(-1)
+    mass = full.exp().where(full.exp() >= 0.02 * full.exp().amax(-1, keepdim=True), 0.0)
+    sums = mass.cumsum(-1)
+    token = (sums <= (uniform(seed, offset) * sums[:, -1]).to(z.dtype)[:, None]).sum(-1)
+    logprob = full.gather(-1, token[:, None])[:, 0]
+    return token, logprob - sums[:, -1].log(), logprob, sums[:, -1]
+
+
 PROBES = {
     "selective_log_softmax": Probe(
         lambda: [4 * torch.randn(2, 33, 1031, dtype=torch.float64), _target(2, 33, vocab=1031)],
@@ -176,6 +187,11 @@ PROBES = {
         lambda: [torch.randn(n, heads, 64, dtype=torch.float64) for n, heads in ((6, 4), (160, 2), (160, 2))],
         _decode,
         _softmax_attention,
+    ),
+    "sample": Probe(
+        lambda: [4 * torch.randn(33, 1031, dtype=torch.float64), torch.arange(33), torch.arange(33) ** 9],
+        lambda logits, seed, offset: flashpo.sample(logits, temperature=0.8, min_p=0.02, seed=seed, offset=offset),
+        _sample,
     ),
     "policy_loss": Probe(
         lambda: [

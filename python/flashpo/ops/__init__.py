@@ -14,6 +14,7 @@ from flashpo.ops.overlong_penalty import overlong_penalty
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.ops.preference_loss import PreferenceLoss, preference_loss
+from flashpo.ops.sample import Sample, sample
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 from flashpo.ops.token_stats import TokenStats
@@ -28,6 +29,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyStats",
     "PreferenceLoss",
+    "Sample",
     "SequenceLogprobs",
     "TokenStats",
     "UnpairedLoss",
@@ -44,6 +46,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "ratio_quantiles",
+    "sample",
     "selective_log_softmax",
     "sequence_logprobs",
     "tree_attention",

@@ -1,0 +1,205 @@
+"""A token of every row of logits, drawn under temperature, top-k, top-p and min-p, with its log-probabilities.
+
+z = logits / temperature      p = softmax(z)
+
+Tokens have a total order: the larger logit first, of equal ones the smaller id. Each filter keeps a beginning of it, in
+the order, and up to ties with the results, of transformers' logits warpers:
+
+    top_k   the first k tokens
+    top_p   a token, if those before it hold less than top_p of the mass that top_k has left (Holtzman et al. 2020)
+    min_p   the tokens with p >= min_p max p (Nguyen et al. 2024, arXiv 2407.01082)
+
+The token is the first, in order of id, with which the mass of the kept tokens exceeds u times all of theirs. u in
+[0, 1) is 53 bits of Philox4x32-10 (Salmon et al. 2011) with key `seed` and counter `offset`: it depends on these alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpo._op import native, op
+from flashpo.ops._check import check_device, check_float, check_share, check_that
+
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+
+
+class Sample(NamedTuple):
+    """Of each row; the numbers are float32 and in nats. `logprob` is `logprob_full - log(kept_mass)`."""
+
+    token: Tensor  # (B,) int64
+    logprob: Tensor  # under what the filters kept, renormalised
+    logprob_full: Tensor  # over the full vocabulary, at temperature: what a trainer recomputes
+    kept_mass: Tensor  # the share of the full distribution that the filters kept
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor,
+    offset: int | Tensor,
+) -> Sample:
+    """Draw a token of softmax(logits / temperature) for each row, after top-k, top-p and min-p.
+
+    Every parameter is a number for all rows or a (B,) tensor on the logits' device. A row's result depends on its own
+    logits and parameters alone: not on its place, nor on the rest of the batch. Nothing waits for a GPU, and the call
+    can be captured in a CUDA graph.
+
+    Args:
+        logits: (B, V) float32, bfloat16, float16 (float64: reference only); rows may be strided. -inf: impossible.
+        temperature: 0 (the largest logit, of equal ones the smallest id; filters change nothing, `logprob` is 0 and
+            `logprob_full` the one at temperature 1), or positive and a normal float32.
+        top_k: 0 or more; 0, and V or more: no such filter.
+        top_p: in [0, 1]; 1: no such filter. The first token is always kept.
+        min_p: in [0, 1]; 0: no such filter.
+        seed: int64, the stream of random numbers: one for each sequence, say.
+        offset: int64, the number within the stream: the token's position, say. Rows of equal seed and offset draw with
+            the same u, so one of both must be a tensor where B > 1.
+
+    Returns:
+        Sample of shape (B,). A row with a NaN or +inf, or with nothing but -inf, gives token 0 and NaN for its numbers.
+        Results are constants: nothing requires grad.
+
+    Raises:
+        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, the vocabulary is empty, a parameter is out
+        of its range (values of tensors on CUDA: a device assertion).
+    """
+    check_float("logits", logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (B, V) with V >= 1, got {tuple(logits.shape)}")
+    if not isinstance(seed, Tensor) and not isinstance(offset, Tensor) and logits.shape[0] > 1:
+        raise ValueError("seed and offset are numbers: all rows would draw alike; one of them must be a (B,) tensor")
+    if not isinstance(temperature, Tensor):
+        _check_temperature(temperature)
+    for name, share in (("top_p", top_p), ("min_p", min_p)):
+        if not isinstance(share, Tensor):
+            check_share(name, share)
+    if not isinstance(top_k, Tensor) and _check_int("top_k", top_k) < 0:
+        raise ValueError(f"top_k must not be negative, got {top_k}")
+    token, numbers = sample_rows(
+        logits.detach(),
+        _per_row("temperature", temperature, logits, torch.float32),
+        _per_row("top_k", top_k, logits, torch.int64, absent=0),
+        _per_row("top_p", top_p, logits, torch.float32, absent=1),
+        _per_row("min_p", min_p, logits, torch.float32, absent=0),
+        _per_row("seed", seed, logits, torch.int64),
+        _per_row("offset", offset, logits, torch.int64),
+    )
+    return Sample(token, *numbers.unbind(0))
+
+
+def _check_temperature(value: float) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
+    if value != 0 and not SMALLEST_TEMPERATURE <= value < math.inf:
+        raise ValueError(f"temperature must be 0 or a normal positive number, got {value}")
+
+
+def _check_int(name: str, value: int) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or a tensor, got {type(value).__name__}")
+    return value
+
+
+def _per_row(name: str, value, logits: Tensor, dtype: torch.dtype, absent: float | None = None) -> Tensor | None:
+    """The parameter as a dense (B,) tensor of `dtype`; None where it is the number `absent`, which filters nothing."""
+    rows = logits.shape[0]
+    if not isinstance(value, Tensor):
+        if dtype == torch.int64 and not -(2**63) <= _check_int(name, value) < 2**63:
+            raise ValueError(f"{name} must fit into int64, got {value}")
+        return None if value == absent else logits.new_full((rows,), value, dtype=dtype)
+    if dtype == torch.float32:
+        check_float(name, value)
+    elif value.dtype != dtype and not (name == "top_k" and value.dtype == torch.int32):
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    if value.shape != (rows,):
+        raise ValueError(f"{name} must be a number or (B,) = ({rows},), got {tuple(value.shape)}")
+    check_device(name, value, "logits", logits)
+    return value.detach().to(dtype).contiguous()
+
+
+@op
+def sample_rows(
+    logits: Tensor,  # (B, V)
+    temperature: Tensor,  # (B,) float32
+    top_k: Tensor | None,  # (B,) int64; None: 0
+    top_p: Tensor | None,  # (B,) float32; None: 1
+    min_p: Tensor | None,  # (B,) float32; None: 0
+    seed: Tensor,  # (B,) int64
+    offset: Tensor,  # (B,) int64
+) -> tuple[Tensor, Tensor]:
+    """(token (B,), numbers (3, B): logprob, logprob_full, kept_mass), computed in float64."""
+    vocab = logits.shape[1]
+    fine = (temperature == 0) | ((temperature >= SMALLEST_TEMPERATURE) & (temperature < torch.inf))
+    check_that(fine.all(), "temperature must be 0 or a normal positive number")
+    x = logits.double()
+    usable = x.amax(-1).isfinite()  # the largest of a row with NaN is NaN
+    x = x.where(usable[:, None], 0.0)
+    greedy = temperature == 0
+    logp = (x / temperature.double().where(~greedy, 1.0)[:, None]).log_softmax(-1)
+
+    by_logit, order = x.sort(dim=-1, descending=True, stable=True)
+    p = logp.exp().gather(-1, order)
+    rank = torch.arange(vocab, device=x.device)
+    kept = by_logit > -torch.inf
+    if top_k is not None:
+        check_that((top_k >= 0).all(), "top_k must not be negative")
+        kept &= rank < top_k.where(top_k > 0, vocab)[:, None]
+    if top_p is not None:
+        check_that(((top_p >= 0) & (top_p <= 1)).all(), "top_p must be in [0, 1]")
+        left = p.where(kept, 0.0)
+        before = left.cumsum(-1) - left
+        limit = top_p.double() * left.sum(-1)
+        kept &= (before < limit[:, None]) | (top_p == 1)[:, None]
+    if min_p is not None:
+        check_that(((min_p >= 0) & (min_p <= 1)).all(), "min_p must be in [0, 1]")
+        kept &= p >= min_p.double()[:, None] * p[:, :1]
+    kept = torch.where(greedy[:, None], rank < 1, kept | (rank == 0))
+    kept = torch.zeros_like(kept).scatter_(-1, order, kept)
+
+    mass = logp.exp().where(kept, 0.0)
+    sums = mass.cumsum(-1)
+    last = (rank * (mass > 0)).amax(-1)  # where rounding makes u times everything everything
+    token = (sums <= (uniform(seed, offset) * sums[:, -1])[:, None]).sum(-1).minimum(last).where(usable, 0)
+    full = logp.gather(-1, token[:, None])[:, 0]
+    numbers = torch.stack((full - sums[:, -1].log(), full, sums[:, -1]))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return token, numbers.masked_fill(~usable, torch.nan).to(dtype)
+
+
+@sample_rows.fake
+def _(logits, *rest):
+    rows, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty((rows,), dtype=torch.int64), logits.new_empty((3, rows), dtype=dtype)
+
+
+def uniform(seed: Tensor, offset: Tensor) -> Tensor:
+    """(B,) float64 in [0, 1): the first 53 bits of Philox4x32-10 with key `seed` and counter `offset`, 0."""
+    low32 = 0xFFFFFFFF
+    keys = [seed & low32, (seed >> 32) & low32]
+    c = [offset & low32, (offset >> 32) & low32, torch.zeros_like(offset), torch.zeros_like(offset)]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # modulo 2^64, the sign counting as a bit
+        c = [((b >> 32) & low32) ^ c[1] ^ keys[0], b & low32, ((a >> 32) & low32) ^ c[3] ^ keys[1], a & low32]
+        keys = [(keys[0] + 0x9E3779B9) & low32, (keys[1] + 0xBB67AE85) & low32]
+    return ((c[0] << 21) | (c[1] >> 11)).double() * 2.0**-53
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@sample_rows.backend("native")  # csrc/sample.h, csrc/cpu/sample.cpp
+def _(logits, *parameters):
+    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    rows = logits.shape[0]
+    token, numbers = logits.new_empty(rows, dtype=torch.int64), logits.new_empty((3, rows), dtype=torch.float32)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    native.sample(logits, *parameters, token, numbers, torch.get_num_threads())
+    return token, numbers
