@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashpo.packing import pack
+from flashpo.packing import pack, split_by_tokens
 from flashpo.packing.tree import TokenTree
 
 TOKENS = 3  # few, so that rows share a lot
@@ -177,6 +177,35 @@ def test_scored_among_the_last_columns():
     assert tree.source.tolist() == [0, 1, 1]
     assert tree.target.tolist() == [2, 3, 4]
     assert tree.pair.tolist() == [[0, 1], [2, 3]]
+
+
+@given(rows(), st.booleans(), st.integers(9, 40), st.sampled_from([1, 6]))
+@settings(max_examples=200, deadline=None)
+def test_micro_batches(given, prune, budget, min_saved):
+    tensors, options = given.tensors(), {"min_saved": min_saved, "prune": prune}
+    longest = max(map(len, given.needed(prune)))
+    if longest > budget:
+        with pytest.raises(ValueError, match="max_tokens"):
+            split_by_tokens(*tensors, budget, **options)
+        return
+    parts = split_by_tokens(*tensors, budget, **options)
+    assert torch.cat(parts).sort().values.tolist() == list(range(len(given.tokens)))
+    trees = [pack(*(x[part] for x in tensors), **options) for part in parts]
+    assert all(len(tree.tokens) <= budget for tree in trees)
+    if len(pack(*tensors, **options).tokens) <= budget:
+        assert len(parts) == 1
+
+
+def test_micro_batches_keep_groups_whole():
+    prompts = [[5] * 4 + [i] * 16 for i in range(6)]
+    groups = [[prompt + [10 + j] * 10 for j in range(4)] for prompt in prompts]
+    mixed = [groups[i][j] for j in range(4) for i in range(6)]
+    scored = [[False] * 20 + [True] * 10 for _ in mixed]
+    tensors = Rows(mixed, [0] * len(mixed), scored).tensors()
+    parts = split_by_tokens(*tensors, 2 * (20 + 4 * 10))
+    assert [sorted(row % 6 for row in part.tolist()) for part in parts] == [[i] * 4 + [i + 1] * 4 for i in (0, 2, 4)]
+    parts = split_by_tokens(*tensors, 20 + 2 * 10)  # too few for a group
+    assert [len({row % 6 for row in part.tolist()}) for part in parts] == [1] * 12
 
 
 ONES = torch.ones(2, 4, dtype=torch.int64)

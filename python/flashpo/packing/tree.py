@@ -76,10 +76,10 @@ def pack(
     Raises:
         TypeError, ValueError: the message names the argument.
     """
-    rows = _Rows.of(input_ids, attention_mask, completion_mask, prune)
-    sorted_ids, of_row = rows.ids.unique(dim=0, return_inverse=True)  # -1 behind the end: a prefix sorts first
+    rows = Rows.of(input_ids, attention_mask, completion_mask, prune)
+    sorted_ids, of_row = rows.distinct()
     length = (sorted_ids >= 0).sum(1)
-    branch = torch.tensor(_branches(_shared(sorted_ids), min_saved))
+    branch = torch.tensor(branches(shared_with_previous(sorted_ids), min_saved))
     begin = F.pad((length - branch).cumsum(0), (1, 0))  # of each sorted row's own tokens; the last is N
 
     count, depth = torch.arange(len(length))[:, None], torch.arange(sorted_ids.shape[1])
@@ -103,7 +103,7 @@ def pack(
     return TokenTree(*there, segments, parents, prune)  # type: ignore[call-arg, arg-type]  # the number of tensors
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The batch on the host, its rows aligned at their first tokens."""
 
     batch: Tensor  # (B, T): as it came
@@ -113,7 +113,7 @@ class _Rows(NamedTuple):
     ids: Tensor  # (B, L), -1 behind a row's end
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, prune: bool) -> "_Rows":
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, prune: bool) -> "Rows":
         batch, live, scored = _on_host(input_ids, attention_mask, completion_mask)
         first = live.int().argmax(1, keepdim=True)
         if (live.int().diff(dim=1) == 1).sum(1).add(live[:, 0]).max() > 1:
@@ -131,6 +131,14 @@ class _Rows(NamedTuple):
         depth = torch.arange(max(int(length.max()), 1))
         ids = batch.gather(1, (first + depth).clamp(max=batch.shape[1] - 1)).where(depth < length, -1)
         return cls(batch, scored, completion_mask.shape[1], first, ids)
+
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """`ids` without repetition, sorted as words are, and where each row is among them."""
+        return self.ids.unique(dim=0, return_inverse=True)  # -1 behind the end: a prefix sorts first
+
+    def prompt(self) -> Tensor:
+        """(B,): how many tokens of a row come before its first scored one; all, where none is scored."""
+        return (self.scored.int().argmax(1) - self.first[:, 0]).where(self.scored.any(1), self.ids.shape[1])
 
     def pairs(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """source, target and pair of TokenTree; `index` (B, L) is the flat index of each of `ids`."""
@@ -174,13 +182,13 @@ def _on_host(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor)
     return ids, live.bool(), scored.bool()
 
 
-def _shared(sorted_ids: Tensor) -> list[int]:
+def shared_with_previous(sorted_ids: Tensor) -> list[int]:
     """How many tokens each row shares with the one before it."""
     alike = (sorted_ids[1:] == sorted_ids[:-1]) & (sorted_ids[1:] >= 0)
     return [0, *alike.int().cumprod(1).sum(1).tolist()]
 
 
-def _branches(shared: list[int], min_saved: int) -> list[int]:
+def branches(shared: list[int], min_saved: int) -> list[int]:
     """The depth at which each row leaves the path of the row before it.
 
     That is `shared`, unless the stretch between two branchings is too short for its own segment: then all that go

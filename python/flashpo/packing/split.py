@@ -1,0 +1,56 @@
+"""Micro-batches of a budget of tokens, where a shared token counts once."""
+
+from itertools import pairwise
+
+from torch import Tensor
+
+from flashpo.packing.tree import MIN_SAVED, Rows, branches, shared_with_previous
+
+
+def split_by_tokens(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    max_tokens: int,
+    *,
+    min_saved: int = MIN_SAVED,
+    prune: bool = True,
+) -> list[Tensor]:
+    """Rows of each micro-batch, so that `pack` of them, with the same options, has at most `max_tokens` tokens.
+
+    Rows with the same prompt (all that comes before a row's first scored token) stay together, unless they are too many
+    for one micro-batch by themselves. Prompts that begin alike come one after the other.
+
+    Args:
+        input_ids, attention_mask, completion_mask, min_saved, prune: as in `pack`.
+
+    Returns:
+        A list of int64 tensors on the batch's device, which hold each row of the batch once.
+
+    Raises:
+        TypeError, ValueError: as in `pack`, and where a single row has more than `max_tokens` tokens.
+    """
+    rows = Rows.of(input_ids, attention_mask, completion_mask, prune)
+    sorted_ids, of_row = rows.distinct()
+    length, shared = (sorted_ids >= 0).sum(1).tolist(), shared_with_previous(sorted_ids)
+    prompts = of_row.new_full((len(length),), sorted_ids.shape[1]).scatter_reduce(0, of_row, rows.prompt(), "amin")
+    prompt = prompts.tolist()
+
+    def tokens(begin: int, stop: int) -> int:
+        return sum(length[begin:stop]) - sum(branches([0, *shared[begin + 1 : stop]], min_saved))
+
+    starts = [i for i in range(len(length)) if i == 0 or prompt[i] != prompt[i - 1] or shared[i] < prompt[i]]
+    cuts = [0]
+    for start, stop in pairwise([*starts, len(length)]):
+        if tokens(cuts[-1], stop) <= max_tokens:
+            continue
+        cuts.append(start)
+        if tokens(start, stop) <= max_tokens:
+            continue
+        for row in range(start, stop):
+            if length[row] > max_tokens:
+                raise ValueError(f"max_tokens is {max_tokens}, a row has {length[row]} tokens")
+            if tokens(cuts[-1], row + 1) > max_tokens:
+                cuts.append(row)
+    ranges = [(begin, stop) for begin, stop in pairwise([*cuts, len(length)]) if begin < stop]
+    return [((of_row >= begin) & (of_row < stop)).nonzero()[:, 0].to(input_ids.device) for begin, stop in ranges]
