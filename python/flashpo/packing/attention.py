@@ -75,7 +75,10 @@ def _attend_tree(
     if is_causal is False or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{name} is not causal")
     end, position = tree[0, 0].unbind(0)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    device, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device):  # which knows torch's attention, not ours; rotary embeddings have made fp32
+        dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     scale, window = None if scaling is None else float(scaling), _window(module, options)
     return tree_attention(q, k, v, end, position, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux)[None]
 

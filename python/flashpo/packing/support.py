@@ -74,12 +74,11 @@ def _configuration(config: Any) -> Iterator[str]:
 
 
 def _layers(backbone: nn.Module) -> Iterator[str]:
-    through_interface = False
+    scopes = {type(module).__module__ for module in backbone.modules()}
+    if not any(hasattr(sys.modules[name], "eager_attention_forward") for name in scopes):
+        yield "its attention does not go through the interface of transformers"
     for module in backbone.modules():
-        through_interface |= hasattr(sys.modules[type(module).__module__], "eager_attention_forward")
         if isinstance(module, nn.Conv1d):
             yield "it has convolutions over its tokens"
-        if getattr(module, "attention_dropout", None):
+        if getattr(module, "attention_dropout", 0.0):
             yield f"attention_dropout is {module.attention_dropout}"
-    if not through_interface:
-        yield "its attention does not go through the interface of transformers"
