@@ -1,16 +1,16 @@
-"""tree_attention on CPUs, by torch's own flash attention on the rectangles of which the mask of a tree consists.
+"""tree_attention on CPUs, by torch's own flash attention on pieces of a tree's mask.
 
 A token's first child follows it, so that a path of first children is one chain, causal in itself: a leaf each. Where a
 node has further children, all tokens of these see the whole chain down to that node: a dense rectangle. What a query
-gets of its rectangles is merged by their log-sum-exp; given the merged result, flash attention's backward of each
-rectangle gives that rectangle's share of the gradients.
+gets of its pieces is merged by their log-sum-exp; given the merged result, flash attention's backward of each piece
+gives that piece's share of the gradients.
 
-A window, a softcap and trees of tiny segments go by tiles of queries instead, over the keys that a tile can see.
+Where a window cuts these pieces, and where they are tiny, the pieces are tiles of queries with the keys that any of
+them may see, under a mask. A softcap, which flash attention does not know, takes such tiles through plain torch.
 """
 
-import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from flashpo.ops import _masked_attention as masked
 
 TILE = 128  # queries
-SHORT = 16  # tokens a rectangle below which a rectangle costs more to call than a share of a tile
+SHORT = 8  # tokens a chain or rectangle, on average, below which calls cost more than masked tiles compute in vain
 
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # not a public operator
 _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -50,6 +50,40 @@ def rectangles(end: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int,
     return chains, dense
 
 
+class Piece(NamedTuple):
+    begin: int  # of the queries
+    stop: int
+    keys: slice | Tensor
+    causal: bool = False
+    mask: Tensor | None = None  # (queries, keys), bool
+    merge: bool = False  # into what earlier pieces gave the same queries
+
+
+def tiles(end: Tensor, position: Tensor, window: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(begin, stop, keys, seen): some queries, the keys that any of them may see, and which of them each sees."""
+    here = torch.arange(len(end))
+    for begin in range(0, len(end), TILE):
+        queries = here[begin : begin + TILE]
+        stop = begin + len(queries)
+        near = end[:stop] > begin
+        if window:
+            near &= position[:stop] > position[begin:stop].min() - window
+        keys = near.nonzero()[:, 0]
+        yield begin, stop, keys, masked.visible(queries, keys, end, position, window)
+
+
+def pieces(end: Tensor, position: Tensor, window: int) -> list[Piece]:
+    """Of the whole mask; each query's first one does not merge."""
+    if len(end) == 0:
+        return []
+    chains, dense = rectangles(end)
+    cuts = window and bool(position.max() - position.min() >= window)
+    if cuts or (len(chains) + len(dense)) * SHORT > len(end):
+        return [Piece(a, b, keys, mask=seen) for a, b, keys, seen in tiles(end, position, window)]
+    causal = [Piece(a, b, slice(a, b), causal=True) for a, b in chains]
+    return causal + [Piece(a, b, slice(c, d), merge=True) for a, b, c, d in dense]
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -61,33 +95,37 @@ def forward(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    N, heads, kv_heads, v_dim, dtype = len(q), q.shape[1], k.shape[1], v.shape[2], q.dtype
-    wide = q.new_empty((N, heads, v_dim), dtype=torch.float32)
-    lse = q.new_empty((N, heads), dtype=torch.float32)
-    if N == 0:
-        return wide.to(dtype), lse
-    chains, dense = rectangles(end)
-    if window or softcap or (len(chains) + len(dense)) * SHORT > N:
-        for a, b, keys, seen in tiles(end, position, window):
-            wide[a:b], lse[a:b] = masked.forward(q[a:b], k[keys], v[keys], sinks, seen, scale, softcap)
-        return wide.to(dtype), lse
+    heads, kv_heads, v_dim, dtype = q.shape[1], k.shape[1], v.shape[2], q.dtype
+    out = q.new_empty((len(q), heads, v_dim), dtype=torch.float32)
+    lse = q.new_empty((len(q), heads), dtype=torch.float32)
+    if softcap:
+        for a, b, near, seen in tiles(end, position, window):
+            out[a:b], lse[a:b] = masked.forward(q[a:b], k[near], v[near], sinks, seen, scale, softcap)
+        return out.to(dtype), lse
     if sinks is not None:  # a result rounded to 16 bits before they take their share would be rounded twice
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = _padded(q, k, v)
-    q, k, v = _of_queries(q, kv_heads), _of_keys(k, heads), _of_keys(v, heads)
-    out, total = _of_queries(wide, kv_heads), _of_queries(lse[..., None], kv_heads)
-    for a, b in chains:
-        part, part_lse = _flash(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], 0.0, True, scale=scale)
-        out[:, :, a:b], total[:, :, a:b, 0] = part[..., :v_dim], part_lse
-    for a, b, c, d in dense:
-        part, part_lse = _flash(q[:, :, a:b], k[:, :, c:d], v[:, :, c:d], 0.0, False, scale=scale)
-        before, part_lse = total[:, :, a:b], part_lse[..., None]
-        out[:, :, a:b].lerp_(part[..., :v_dim].float(), (part_lse - before).sigmoid())
-        total[:, :, a:b] = torch.logaddexp(before, part_lse)
+    q, out_of, lse_of = (_of_queries(x, kv_heads) for x in (q, out, lse[..., None]))
+    for a, b, keys, causal, mask, merge in pieces(end, position, window):
+        part, part_lse = _flash(
+            q[:, :, a:b],
+            _of_keys(k[keys], heads),
+            _of_keys(v[keys], heads),
+            is_causal=causal,
+            attn_mask=_additive(mask, q.dtype),
+            scale=scale,
+        )
+        part, part_lse, before = part[..., :v_dim], part_lse[..., None], lse_of[:, :, a:b]
+        if merge:
+            out_of[:, :, a:b].lerp_(part.float(), (part_lse - before).sigmoid())
+            part_lse = torch.logaddexp(before, part_lse)
+        else:
+            out_of[:, :, a:b] = part
+        before.copy_(part_lse)
     if sinks is not None:
-        wide *= (lse - sinks).sigmoid()[..., None]
+        out *= (lse - sinks).sigmoid()[..., None]
         lse = torch.logaddexp(lse, sinks.float())
-    return wide.to(dtype), lse
+    return out.to(dtype), lse
 
 
 def backward(
@@ -104,55 +142,43 @@ def backward(
     lse: Tensor,
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In fp32 throughout: flash attention's backward is no faster in 16 bits, and a key's shares add up exactly."""
-    N, heads, kv_heads = len(q), q.shape[1], k.shape[1]
-    dtype = q.dtype
+    """In fp32 throughout: flash attention's backward is no faster in 16 bits, and a token's shares add up exactly."""
+    heads, kv_heads, dim, v_dim, dtype = q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype
     q, k, v, out, d_out = (x.float() for x in (q, k, v, out, d_out))
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
-    delta = (out * d_out).sum(-1)
-    chains, dense = rectangles(end) if N else ([], [])
-    if window or softcap or (len(chains) + len(dense)) * SHORT > N:
-        for a, b, keys, seen in tiles(end, position, window):
-            grads = masked.backward(q[a:b], k[keys], v[keys], seen, scale, softcap, lse[a:b], delta[a:b], d_out[a:b])
-            dq[a:b] = grads[0]
-            dk.index_add_(0, keys, grads[1])
-            dv.index_add_(0, keys, grads[2])
-    else:
-        dim, v_dim = q.shape[2], v.shape[2]
-        q, k, v, out, d_out = _padded(q, k, v, out, d_out)
-        q, out, d_out, lse_of = (_of_queries(x, kv_heads) for x in (q, out, d_out, lse[..., None]))
-        k, v = _of_keys(k, heads), _of_keys(v, heads)
-        of_dq = _of_queries(dq, kv_heads)
-        causal = ((a, b, a, b) for a, b in chains)
-        for a, b, c, d in itertools.chain(causal, dense):
-            part_dq, part_dk, part_dv = _flash_backward(
-                d_out[:, :, a:b],
-                q[:, :, a:b],
-                k[:, :, c:d],
-                v[:, :, c:d],
-                out[:, :, a:b],
-                lse_of[:, :, a:b, 0],
-                0.0,
-                a == c,
-                scale=scale,
+    delta = (out * d_out).sum(-1) if softcap or sinks is not None else lse
+    d_sinks = masked.sink_gradient(sinks, lse, delta)
+    if softcap:
+        for a, b, near, seen in tiles(end, position, window):
+            dq[a:b], part_dk, part_dv = masked.backward(
+                q[a:b], k[near], v[near], seen, scale, softcap, lse[a:b], delta[a:b], d_out[a:b]
             )
-            of_dq[:, :, a:b] += part_dq[..., :dim]
-            dk[c:d] += part_dk.sum(1).transpose(0, 1)[..., :dim]
-            dv[c:d] += part_dv.sum(1).transpose(0, 1)[..., :v_dim]
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), masked.sink_gradient(sinks, lse, delta)
+            dk[near] += part_dk
+            dv[near] += part_dv
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_sinks
+    q, k, v, out, d_out = _padded(q, k, v, out, d_out)
+    q, out, d_out, lse, dq_of = (_of_queries(x, kv_heads) for x in (q, out, d_out, lse[..., None], dq))
+    for a, b, keys, causal, mask, _ in pieces(end, position, window):
+        part_dq, part_dk, part_dv = _flash_backward(
+            d_out[:, :, a:b],
+            q[:, :, a:b],
+            _of_keys(k[keys], heads),
+            _of_keys(v[keys], heads),
+            out[:, :, a:b],
+            lse[:, :, a:b, 0],
+            0.0,
+            causal,
+            attn_mask=_additive(mask, q.dtype),
+            scale=scale,
+        )
+        dq_of[:, :, a:b] += part_dq[..., :dim]
+        dk[keys] += part_dk.sum(1).transpose(0, 1)[..., :dim]
+        dv[keys] += part_dv.sum(1).transpose(0, 1)[..., :v_dim]
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_sinks
 
 
-def tiles(end: Tensor, position: Tensor, window: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(begin, stop, keys, seen): some queries, the keys that any of them may see, and which of them each sees."""
-    here = torch.arange(len(end))
-    for begin in range(0, len(end), TILE):
-        queries = here[begin : begin + TILE]
-        stop = begin + len(queries)
-        near = end[:stop] > begin
-        if window:
-            near &= position[:stop] > position[begin:stop].min() - window
-        keys = near.nonzero()[:, 0]
-        yield begin, stop, keys, masked.visible(queries, keys, end, position, window)
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _of_queries(x: Tensor, kv_heads: int) -> Tensor:
