@@ -1,0 +1,310 @@
+"""RolloutEngine: completions of prompts by a model that is being trained, on its live weights."""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashpo.rollout import fallback as plain
+from flashpo.rollout.adapters import adapter_states
+from flashpo.rollout.cache import BLOCK, KVCache, allocate, block_bytes, free_bytes, out_of_memory
+from flashpo.rollout.generation import Completion, Generation
+from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams
+from flashpo.rollout.prefix_tree import blocks_for
+from flashpo.rollout.runner import Runner
+from flashpo.rollout.scheduler import Counts, Row, Scheduler
+from flashpo.rollout.seam import Unsupported, eval_mode, parts, rollout_mode
+from flashpo.rollout.support import support
+from flashpo.rollout.weights import WeightView
+
+log = logging.getLogger("flashpo")
+MEMORY_SHARE = 0.5  # of what is free, for the pool where `kv_memory` is not given
+SESSION_TURNS = 4  # a session's pool holds so many times what its first call needs, where memory allows
+
+
+class RolloutEngine:
+    """Generates with a KV cache in which every distinct prompt token is computed and stored once.
+
+    The model is used as it is and left as it was: attention implementation, train and eval flags, weights. It may be
+    wrapped by PEFT. Updates of its weights between calls need no notice.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: needed for `stop_strings` only.
+        kv_memory: bytes for keys and values; default: half of what is free when they are first needed. Never more is
+            taken than a call can use. The pool stays for the next call; `release` frees it.
+        max_sequences: completions that run at once; default: as many as fit.
+        prefill_tokens: prompt tokens of one forward.
+        autocast: the dtype of the autocast region that the trainer runs its forward in, None without one.
+        weights, lora: how weights are viewed, see WeightView.
+        fallback: what to do with a model that the engine cannot run, or where memory is too short for even a single
+            row: "generate" with transformers, after a warning that names the reason, or raise an "error".
+
+    Raises:
+        Unsupported: with fallback="error", naming the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer=None,
+        kv_memory: int | None = None,
+        max_sequences: int | None = None,
+        prefill_tokens: int = 8192,
+        autocast: torch.dtype | None = None,
+        weights: str = "auto",
+        lora: str = "auto",
+        fallback: str = "generate",
+    ):
+        if fallback not in ("generate", "error"):
+            raise ValueError(f'fallback must be "generate" or "error", not {fallback!r}')
+        sizes = {"kv_memory": kv_memory, "max_sequences": max_sequences, "prefill_tokens": prefill_tokens}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.model: Any = model
+        self.tokenizer, self.fallback, self.autocast = tokenizer, fallback, autocast
+        self.kv_memory, self.max_sequences, self.prefill_tokens = kv_memory, max_sequences, prefill_tokens
+        self.device = next(model.parameters()).device
+        self.view = WeightView(model, weights, dtype=autocast, lora=lora)
+        self.support = support(model)
+        if not self.support.ok:
+            if fallback == "error":
+                raise Unsupported(self.support.reason)
+            log.warning("rollouts by transformers' generate: %s", self.support.reason)
+        self.runner: Runner | None = None
+        self.scheduler: Scheduler | None = None  # of the session, in one
+        self.open_session: contextlib.ExitStack | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        adapters: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> Rollouts:
+        """Completions of `prompts` (lists of token ids), `params.n` of each, in the order of the prompts.
+
+        Args:
+            prompts: at least one token each.
+            params: for all prompts, or one for each.
+            adapters: the PEFT adapter that answers each prompt; default: those that are active.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a prompt is empty, holds ids outside the vocabulary or leaves no place for its new tokens.
+            MemoryError: a prompt with its max_new_tokens does not fit into the cache; names the bytes.
+        """
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        self._check(prompts, params, adapters)
+        groups = [[Completion.of(p, i, index) for index in range(p.n)] for i, p in enumerate(params)]
+        with _progress(sum(p.n for p in params), progress) as ended:
+            call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
+            if self.support.ok and prompts:
+                self._generate(call)
+            self._generate_plainly(call)
+        return call.rollouts()
+
+    def _generate(self, call: "_Call") -> None:
+        """As far as memory allows."""
+        runner, scheduler = self._rows_and_blocks(call)
+        try:
+            with rollout_mode(self.model), self.view:
+                for adapter, chosen in call.adapters:
+                    with self._adapter(adapter):
+                        runner.use(places(self.model, self.view), adapter_states(self.model))
+                        rows = call.queue(scheduler, chosen, adapter)
+                        generation = Generation(runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended)
+                        generation.run()
+                    call.steps += generation.steps
+                    call.row_steps += generation.row_steps
+        except BaseException as error:
+            scheduler.reset()  # it may count as cached what has never been computed
+            if self.fallback == "error" or not out_of_memory(error):
+                raise
+            self.runner = self.scheduler = None
+            log.warning("the rollout goes on with transformers' generate: %s", error)
+        call.counts, call.cache = scheduler.take_counts(), runner.cache
+
+    def _generate_plainly(self, call: "_Call") -> None:
+        """What the engine has not."""
+        for adapter, chosen in call.adapters:
+            for i in chosen:
+                missing = [completion for completion in call.groups[i] if not completion.reason]
+                if missing:
+                    with eval_mode(self.model), self.view, self._adapter(adapter):
+                        plain.generate(self.model, call.prompts[i], missing, self._decode)
+                    call.ended(len(missing))
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Within it, prompts and completions stay cached until their blocks are needed.
+
+        A prompt that begins with the tokens of an earlier one and its completion costs its new tokens only: the turns
+        of tools and agents. The weights must not change within a session.
+        """
+        if self.open_session is not None:
+            raise RuntimeError("session() of an engine that is in one")
+        try:
+            with contextlib.ExitStack() as self.open_session:
+                yield
+        finally:
+            self.open_session = self.scheduler = None
+
+    def release(self) -> None:
+        """Frees the cache, the CUDA graphs that read it and copies of weights; the next call makes them again."""
+        if self.open_session is not None:
+            raise RuntimeError("release() within a session")
+        self.runner = None
+        self.view.release()
+
+    @property
+    def _decode(self) -> Callable[[list[int]], str] | None:
+        return getattr(self.tokenizer, "decode", None)
+
+    def _adapter(self, name: str | None):
+        return contextlib.nullcontext() if name is None else self.view.adapter(name)
+
+    def _check(self, prompts, params: list[SamplingParams], adapters: Sequence[str] | None) -> None:
+        if len(params) != len(prompts):
+            raise ValueError(f"params must be one SamplingParams or one for each of {len(prompts)} prompts")
+        if adapters is not None and len(adapters) != len(prompts):
+            raise ValueError(f"adapters must have a name for each of {len(prompts)} prompts, not {len(adapters)}")
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for i, (prompt, p) in enumerate(zip(prompts, params)):
+            if len(prompt) == 0:
+                raise ValueError(f"prompts[{i}] is empty: there is nothing to continue")
+            if min(prompt) < 0 or max(prompt) >= vocabulary:
+                raise ValueError(f"prompts[{i}] holds ids outside [0, {vocabulary})")
+            if longest is not None and len(prompt) + p.max_new_tokens > longest:
+                raise ValueError(
+                    f"prompts[{i}] has {len(prompt)} tokens: with max_new_tokens={p.max_new_tokens} it would pass the "
+                    f"model's max_position_embeddings, {longest}"
+                )
+            if p.stop_strings and self.tokenizer is None:
+                raise ValueError("stop_strings need the engine's tokenizer")
+
+    def _rows_and_blocks(self, call: "_Call") -> tuple[Runner, Scheduler]:
+        """The session's, or new ones over a pool that is as large as the call can use, as far as memory allows."""
+        sizes = [
+            (blocks_for(len(prompt)), blocks_for(group[0].draw.limit), len(group))
+            for prompt, group in zip(call.prompts, call.groups)
+        ]
+        needed = 1 + max(prompt + own for prompt, own, _ in sizes)
+        wanted = 1 + sum(prompt + own * n for prompt, own, n in sizes)
+        rows = sum(n for _, _, n in sizes)
+        rows = min(rows, self.max_sequences or rows)
+        if self.runner is not None and self.scheduler is not None and self.runner.cache.blocks >= needed:
+            self.scheduler.max_rows = rows
+            return self.runner, self.scheduler
+        runner = self._runner(needed, wanted * (1 if self.open_session is None else SESSION_TURNS))
+        scheduler = Scheduler(runner.cache.blocks, rows)
+        if self.open_session is not None:
+            self.scheduler = scheduler
+            self.open_session.enter_context(scheduler.keeping())
+        return runner, scheduler
+
+    def _runner(self, needed: int, wanted: int) -> Runner:
+        """The last one if its pool is large enough, else one with as many blocks of those wanted as memory allows."""
+        base: Any = parts(self.model)
+        dtype: torch.dtype = self.autocast or base.head.weight.dtype
+        have = 0
+        if self.runner is not None and self.runner.cache.dtype == dtype:
+            have = self.runner.cache.blocks
+        per_block = block_bytes(self.support.layers, dtype)
+        memory = self.kv_memory or int((free_bytes(self.device) + have * per_block) * MEMORY_SHARE)
+        blocks = min(wanted, memory // per_block)
+        if blocks < needed:
+            raise MemoryError(
+                f"a prompt with its max_new_tokens needs {needed * per_block} bytes of keys and values "
+                f"({needed} blocks of {BLOCK} tokens), kv_memory allows {memory} bytes"
+            )
+        if self.runner is None or have < blocks:
+            self.runner = None  # its memory first
+            self.runner = Runner(base, allocate(self.support.layers, blocks, needed, dtype, self.device))
+        return self.runner
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call of `generate`: what is asked, the completions so far, and what they cost."""
+
+    prompts: Sequence[Sequence[int]]
+    groups: list[list[Completion]]  # of each prompt
+    adapters: list[tuple[str | None, list[int]]]  # with the indices of their prompts
+    ended: Callable[[int], object]
+    begin: float = dataclasses.field(default_factory=time.perf_counter)
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    cache: KVCache | None = None
+    steps: int = 0
+    row_steps: int = 0
+
+    def queue(self, scheduler: Scheduler, chosen: Sequence[int], adapter: str | None) -> dict[Row, Completion]:
+        """A row for each completion of the chosen prompts."""
+        completions = {}
+        for i in chosen:
+            n, limit = len(self.groups[i]), self.groups[i][0].draw.limit
+            rows = scheduler.add(self.prompts[i], prompt_index=i, n=n, max_new_tokens=limit, space=adapter)
+            for row, completion in zip(rows, self.groups[i]):
+                row.tokens = completion.tokens
+                completions[row] = completion
+        return completions
+
+    def rollouts(self) -> Rollouts:
+        completions = [completion for group in self.groups for completion in group]
+        cache_bytes, blocks = (self.cache.bytes, self.cache.blocks) if self.cache else (0, 1)
+        stats = RolloutStats(
+            tokens=sum(len(c.tokens) for c in completions),
+            seconds=time.perf_counter() - self.begin,
+            steps=self.steps,
+            prefill_tokens=self.counts.prefill_tokens,
+            prefill_tokens_saved=self.counts.prompt_tokens - self.counts.prefill_tokens,
+            peak_rows=self.counts.peak_rows,
+            mean_rows=self.row_steps / max(self.steps, 1),
+            cache_bytes=cache_bytes,
+            peak_cache_bytes=self.counts.peak_blocks * cache_bytes // blocks,
+            preemptions=self.counts.preemptions,
+            nan_rows=sum(c.reason == "nan" for c in completions),
+        )
+        return Rollouts(
+            prompt_index=[c.prompt_index for c in completions],
+            prompt_ids=[list(self.prompts[c.prompt_index]) for c in completions],
+            completion_ids=[c.tokens for c in completions],
+            logprobs=[c.logprobs for c in completions],
+            truncated_logprobs=[c.truncated if c.params.truncated else c.logprobs for c in completions],
+            finish_reasons=[c.reason for c in completions],
+            stats=stats,
+        )
+
+
+def _by_adapter(adapters: Sequence[str] | None, prompts: int) -> list[tuple[str | None, list[int]]]:
+    """Each adapter, in the order of first use, with the indices of its prompts."""
+    if adapters is None:
+        return [(None, list(range(prompts)))]
+    return [(name, [i for i, other in enumerate(adapters) if other == name]) for name in dict.fromkeys(adapters)]
+
+
+def places(model: nn.Module, view: WeightView) -> tuple[int, ...]:
+    """Where everything that a forward reads lies."""
+    tensors = (*model.parameters(), *model.buffers(), *view.buffers.values())
+    return tuple(x.data_ptr() for x in tensors)
+
+
+@contextlib.contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A function that counts completions as they end, on a bar if it is to be shown."""
+    if not shown:
+        yield lambda count: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="rollout", unit="completion") as bar:
+        yield bar.update

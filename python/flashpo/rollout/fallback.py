@@ -1,0 +1,70 @@
+"""transformers' `generate` with our sampler: what answers where the engine cannot.
+
+Slower, but the same completions: each token is drawn by the same operator from the same random stream, and every
+completion ends by the same rules.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from flashpo.ops import sample
+from flashpo.rollout.generation import Completion
+from flashpo.rollout.runner import Draw
+
+
+def generate(model: Any, prompt: Sequence[int], completions: Sequence[Completion], decode: Callable | None):
+    """All of the completions, which are of this one prompt, from their beginning."""
+    for completion in completions:
+        completion.restart()
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(prompt)] * len(completions), device=device)
+    draws = _Draws(completions, decode, device)
+    longest = max(c.draw.limit for c in completions)
+    with _own_config(model, GenerationConfig(max_new_tokens=longest, pad_token_id=0)):
+        mask = torch.ones_like(ids)
+        model.generate(input_ids=ids, attention_mask=mask, logits_processor=[draws], stopping_criteria=[_Ended(draws)])
+
+
+class _Draws(LogitsProcessor):
+    """Leaves one finite logit a row, the token drawn, so that the greedy choice behind it takes that one."""
+
+    def __init__(self, completions: Sequence[Completion], decode: Callable | None, device: torch.device):
+        self.completions, self.decode = completions, decode
+        self.settings = Draw.tensors([c.draw for c in completions], device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = sample(scores, **self.settings, offset=torch.full_like(input_ids[:, 0], input_ids.shape[1]))
+        columns = drawn.token.tolist(), drawn.logprob_full.tolist(), drawn.logprob.tolist()
+        for completion, token, full, truncated in zip(self.completions, *columns):
+            if not completion.reason:
+                completion.append(token, full, truncated, self.decode)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn.token[:, None], 0.0)
+
+
+class _Ended(StoppingCriteria):
+    def __init__(self, draws: _Draws):
+        self.draws = draws
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **keywords) -> Tensor:
+        return torch.tensor([bool(c.reason) for c in self.draws.completions], device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _own_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """In place of the model's own, whose penalties and end tokens `generate` would mix in; PEFT's wrapper has one."""
+    owners: list[Any] = [
+        m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)
+    ]
+    before = [m.generation_config for m in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = config
+        yield
+    finally:
+        for owner, theirs in zip(owners, before):
+            owner.generation_config = theirs

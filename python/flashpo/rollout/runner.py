@@ -1,0 +1,234 @@
+"""One decode step for all running rows: embed, layers, head, sample, and the tables of the next step.
+
+Every buffer keeps its address, no shape depends on a length and nothing waits for the host, so the step can be
+captured as a CUDA graph. On a CPU the same function runs directly.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpo.ops import decode_attention, sample
+from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
+from flashpo.rollout.params import SamplingParams
+from flashpo.rollout.scheduler import Row, Shared
+from flashpo.rollout.seam import Parts, in_charge
+
+log = logging.getLogger("flashpo")
+
+
+class Draw(NamedTuple):
+    """How one row samples and when it ends."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    limit: int  # tokens of the completion
+    stop: Sequence[int]
+
+    @classmethod
+    def of(cls, p: SamplingParams, prompt_index: int, index: int) -> "Draw":
+        seed = stream(p.seed, prompt_index, index)
+        return cls(p.temperature, p.top_k, p.top_p, p.min_p, seed, p.max_new_tokens, p.stop_token_ids)
+
+    @staticmethod
+    def tensors(draws: Sequence["Draw"], device: torch.device) -> dict[str, Tensor]:
+        """What `sample` takes, a value for each row."""
+        return {
+            name: torch.tensor([getattr(d, name) for d in draws], dtype=dtype, device=device)
+            for name, dtype in SETTINGS.items()
+        }
+
+
+SETTINGS = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+}
+
+
+def stream(seed: int, prompt_index: int, index: int) -> int:
+    """The key of a completion's random numbers, in [-2^63, 2^63): SplitMix64's finaliser over the three."""
+    x = seed
+    for part in (prompt_index, index):
+        x = (x + 0x9E3779B97F4A7C15 * (part + 1)) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        x ^= x >> 31
+    return x - 2**64 if x >= 2**63 else x
+
+
+class Sizes(NamedTuple):
+    """Of a step's buffers: exact on a CPU; rounded up on a GPU, so that graphs are used again."""
+
+    rows: int
+    shared: int  # segments that several rows read
+    blocks: int  # of the longest segment
+    stop: int  # tokens that end a row
+    steps: int  # between two looks of the host
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw], steps: int) -> "Sizes":
+        blocks = max(len(x.blocks) for x in (*rows, *(s.node for s in shared)))
+        return cls(len(rows), len(shared), blocks, max(1, *(len(d.stop) for d in draws)), steps)
+
+    def rounded(self) -> "Sizes":
+        rows, shared, blocks, stop = (1 << max(n - 1, 0).bit_length() for n in self[:4])
+        return Sizes(rows, shared, blocks, stop, self.steps)
+
+
+class Step:
+    """The buffers of up to `sizes.rows` rows and the function that moves all of them on by one token.
+
+    Rows that have ended, and places without a row, are parked: `live` is False, they write nothing to the cache and
+    their numbers stand still.
+    """
+
+    def __init__(self, parts: Parts, cache: KVCache, sizes: Sizes):
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=cache.device)
+
+        rows, segments = sizes.rows, sizes.shared + sizes.rows
+        self.parts, self.cache, self.sizes, self.states = parts, cache, sizes, None
+        # the segments of decode_attention: shared ones first, then each row's own
+        self.readers = zeros(segments, 2, dtype=torch.int32)
+        self.start = zeros(segments, dtype=torch.int32)
+        self.length = zeros(segments, dtype=torch.int32)
+        self.blocks = zeros(segments, sizes.blocks, dtype=torch.int32)
+        self.own_length, self.own_blocks = self.length[sizes.shared :], self.blocks[sizes.shared :]
+        # the rows
+        self.live = zeros(rows, dtype=torch.bool)
+        self.token = zeros(rows, dtype=torch.int64)
+        self.position = zeros(rows, dtype=torch.int32)
+        self.limit = zeros(rows, dtype=torch.int32)
+        self.stop = zeros(rows, sizes.stop, dtype=torch.int64)
+        self.settings = {name: zeros(rows, dtype=dtype) for name, dtype in SETTINGS.items()}
+        # what the steps since the last look of the host have drawn
+        self.at = zeros(1, dtype=torch.int64)
+        self.tokens = zeros(sizes.steps, rows, dtype=torch.int64)
+        self.logprobs = zeros(sizes.steps, 2, rows, dtype=torch.float32)
+        self.slot = zeros(rows, dtype=torch.int64)
+
+    def load(self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw]) -> None:
+        """The tables of these rows, each of which feeds the last of its tokens next."""
+        segments = [(s.begin, s.end, s.node.start, len(s.node.tokens), s.node.blocks) for s in shared]
+        segments += [(0, 0, 0, 0, [])] * (self.sizes.shared - len(shared))
+        segments += [(i, i + 1, row.start, len(row.tokens), row.blocks) for i, row in enumerate(rows)]
+        begin, end, start, length, blocks = zip(*segments)
+        wide = self.sizes.blocks
+        fields = (
+            (self.readers, list(zip(begin, end))),
+            (self.start, start),
+            (self.length, length),
+            (self.blocks, [[*b[:wide], *[0] * (wide - len(b))] for b in blocks]),
+            (self.live, [True] * len(rows)),
+            (self.token, [row.tokens[-1] for row in rows]),
+            (self.position, [row.position for row in rows]),
+            (self.limit, [d.limit for d in draws]),
+            (self.stop, [[*d.stop, *[-1] * (self.sizes.stop - len(d.stop))] for d in draws]),
+            *((self.settings[name], [getattr(d, name) for d in draws]) for name in SETTINGS),
+        )
+        self.live.zero_()
+        self.readers.zero_()
+        for field, values in fields:
+            field[: len(values)].copy_(torch.tensor(values, dtype=field.dtype))
+        self.at.zero_()
+
+    def take(self) -> Iterator[tuple[list[int], list[list[float]]]]:
+        """Of each step since the last look: a token, and the two log-probs, of each row."""
+        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
+        self.at.zero_()
+        return zip(tokens, logprobs)
+
+    def attend(self, layer, query, key, value, scale, softcap, sinks):
+        cache = self.cache
+        query, key, value = (x[:, :, 0].to(cache.dtype) for x in (query, key, value))
+        cache.append(layer, key, value, self.slot)
+        caches = cache.keys[layer], cache.values[layer]
+        tables = self.readers, self.start, self.length, self.blocks, self.position
+        window = cache.layers[layer].window
+        out, _ = decode_attention(query, *caches, *tables, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return out[:, None]
+
+    def __call__(self) -> None:
+        own = (self.own_length - 1).clamp(min=0).long()
+        block = self.own_blocks.gather(1, (own // BLOCK)[:, None])[:, 0]
+        self.slot.copy_((block * BLOCK + own % BLOCK).where(self.live, -1))
+        with in_charge(self):
+            hidden = self.parts.backbone(
+                input_ids=self.token[:, None],
+                position_ids=self.position[:, None].long(),
+                past_key_values=self.states,
+                use_cache=self.states is not None,
+            ).last_hidden_state[:, -1]
+        drawn = sample(self.parts.logits(hidden), **self.settings, offset=self.position.long() + 1)
+        self.tokens.index_copy_(0, self.at, drawn.token[None])
+        self.logprobs.index_copy_(0, self.at, torch.stack((drawn.logprob_full, drawn.logprob))[None])
+        self.at += 1
+        ended = (drawn.token[:, None] == self.stop).any(1) | drawn.logprob_full.isnan()
+        self.live &= ~(ended | (self.own_length + 1 >= self.limit))
+        self.token.copy_(drawn.token.where(self.live, self.token))
+        self.own_length += self.live
+        self.position += self.live
+
+
+class Runner:
+    """Steps of all sizes over one cache; on CUDA each is captured at its first use and replayed from then on.
+
+    check_every: steps between two looks of the host, each of which waits for the device.
+    """
+
+    def __init__(self, parts: Parts, cache: KVCache):
+        self.parts, self.cache = parts, cache
+        self.cuda = cache.device.type == "cuda"
+        self.check_every = 16 if self.cuda else 1
+        self._pool = torch.cuda.graph_pool_handle() if self.cuda else None  # one for all graphs
+        self._weights: Hashable = None
+        self._adapters: Hashable = None
+        self._captured: dict[tuple[Hashable, Sizes], tuple[Step, Callable[[], object]]] = {}
+
+    def use(self, weights: Hashable, adapters: Hashable) -> None:
+        """Where the weights of the next steps are, as a graph knows no other place, and which adapters answer."""
+        if weights != self._weights:
+            self._captured.clear()
+        self._weights, self._adapters = weights, adapters
+
+    def load(self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw]) -> tuple[Step, Callable]:
+        """A step whose tables hold these rows, and what moves it on."""
+        sizes = Sizes.of(rows, shared, draws, self.check_every)
+        if not self.cuda:  # new buffers cost next to nothing there
+            step = Step(self.parts, self.cache, sizes)
+            advance: Callable[[], object] = step
+        else:
+            key = self._adapters, sizes.rounded()
+            if key not in self._captured:
+                self._captured[key] = self._capture(Step(self.parts, self.cache, sizes.rounded()))
+            step, advance = self._captured[key]
+        step.load(rows, shared, draws)
+        return step, advance
+
+    def _capture(self, step: Step) -> tuple[Step, Callable[[], object]]:
+        """All rows are parked, so that neither warm-up nor capture leaves a trace in the cache."""
+        try:
+            stream = torch.cuda.Stream(self.cache.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles kernels, makes workspaces
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                step()
+            return step, graph.replay
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            log.warning("the decode step runs without a CUDA graph: %s", error)
+            return step, step

@@ -1,0 +1,190 @@
+"""How a model of transformers runs on our cache without a line of it being patched.
+
+transformers looks its attention up by the name in the config. `rollout_mode` puts our name there; the registered
+function hands queries, keys and values to whoever the current thread has put `in_charge`: the probe below, a prefill
+or a decode step. No mask function is registered under the name, so no mask is ever built.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+ATTENTION = "flashpo_decode"
+ATTRIBUTE = "_attn_implementation_internal"  # the public property walks sub-configs and checks names
+
+
+class Unsupported(RuntimeError):
+    """The model does something that the engine cannot reproduce; the text says what."""
+
+
+class Attention(Protocol):
+    """Answers the attention of every layer during one forward.
+
+    query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), with rope applied; returns (B, T, Hq, Dv).
+    """
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, sinks: Tensor | None
+    ) -> Tensor: ...
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def in_charge(attention: Attention) -> Iterator[None]:
+    """`attention` answers the layers of every forward of this thread.
+
+    Not a keyword of the forward: some models drop keywords on the way to their attention, some refuse unknown ones.
+    """
+    before = getattr(_thread, "attention", None)
+    _thread.attention = attention
+    try:
+        yield
+    finally:
+        _thread.attention = before
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **keywords):
+    attention = getattr(_thread, "attention", None)
+    if attention is None:
+        raise RuntimeError(f"{ATTENTION} was called outside of a rollout: it is not a training attention")
+    if isinstance(attention, _Probe):
+        attention.check(module, query, key, attention_mask, keywords)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention.attend(module.layer_idx, query, key, value, scale, softcap or 0.0, s_aux), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, no gradients, no autocast; undone at the end.
+
+    Eval mode also switches dropout and gradient checkpointing off: both look at `training`. The flags are set one by
+    one because `train()` and `eval()` would give all modules the same.
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def rollout_mode(model: nn.Module) -> Iterator[None]:
+    """`eval_mode` with every config on our attention; undone at the end."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, ATTRIBUTE)}
+    before = [(config, getattr(config, ATTRIBUTE)) for config in configs.values()]
+    try:
+        for config, _ in before:
+            setattr(config, ATTRIBUTE, ATTENTION)
+        with eval_mode(model):
+            yield
+    finally:
+        for config, implementation in before:
+            setattr(config, ATTRIBUTE, implementation)
+
+
+class Parts(NamedTuple):
+    """A causal language model taken apart: logits = transform(head(backbone(...)))."""
+
+    base: PreTrainedModel
+    backbone: nn.Module
+    head: nn.Module
+    scale: float
+    softcap: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V). The head is called as a module: adapters and swapped forwards on it count."""
+        logits = self.head(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+def parts(model: nn.Module) -> Parts:
+    """Backbone, head and what the family does to the logits; raises Unsupported where there is no such thing."""
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise Unsupported(f"{type(base).__name__} is no transformers model")
+    backbone, head = base.base_model, base.get_output_embeddings()
+    if backbone is base or head is None:
+        raise Unsupported(f"{type(base).__name__} has no {'backbone' if backbone is base else 'output embeddings'}")
+    config = base.config.get_text_config()
+    return Parts(base, backbone, head, _logit_scale(config), getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    """The factor by which a family multiplies its logits, under whichever name it keeps it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
+
+
+class Call(NamedTuple):
+    """What one layer hands to its attention."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    softcap: float
+    sinks: bool
+    window: int | None  # the keyword; some families have a window and do not say so here
+
+
+class _Probe:
+    """Records every call; its own answer has the right shape and no meaning."""
+
+    def __init__(self):
+        self.calls: list[Call] = []
+        self.window: int | None = None
+
+    def check(self, module, query, key, attention_mask, keywords) -> None:
+        name = type(module).__name__
+        if attention_mask is not None or keywords.get("position_bias") is not None:
+            raise Unsupported(f"{name} gives its attention a mask or bias of its own")
+        if not getattr(module, "is_causal", True):
+            raise Unsupported(f"{name} is not causal")
+        if not isinstance(getattr(module, "layer_idx", None), int):
+            raise Unsupported(f"{name} does not know its layer's index")
+        if query.shape[2] != key.shape[2]:
+            raise Unsupported(f"{name} attends to {key.shape[2]} keys with {query.shape[2]} queries in one forward")
+        self.window = keywords.get("sliding_window")
+
+    def attend(self, layer, query, key, value, scale, softcap, sinks):
+        shapes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        self.calls.append(Call(layer, *shapes, key.dtype, softcap, sinks is not None, self.window))
+        return value.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], 2)
+
+
+def probe(model: nn.Module, states=None) -> list[Call]:
+    """The calls of attention that one forward of two tokens makes, in order: facts, where a config invites guesses.
+
+    `states` is the cache object of a model that has linear-attention layers too.
+    """
+    attention = _Probe()
+    backbone = parts(model).backbone
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(backbone.parameters()).device)
+    with rollout_mode(model), in_charge(attention):
+        positions = torch.arange(2, device=tokens.device)[None]
+        backbone(input_ids=tokens, position_ids=positions, past_key_values=states, use_cache=states is not None)
+    return attention.calls

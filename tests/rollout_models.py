@@ -1,0 +1,73 @@
+"""Small random models of several families, and what a plain forward and `generate` say of them."""
+
+import functools
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 120
+# weights large enough for peaked distributions: with almost equal logits every mistake would look small
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 1024,
+}
+WINDOW = {"head_dim": 16, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=16, **SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=20, **SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=16, **WINDOW, **SIZES
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(query_pre_attn_scalar=16, **WINDOW, **SIZES | {"initializer_range": 0.05})
+    ),
+}
+
+
+@functools.cache
+def model(family: str):
+    torch.manual_seed(0)
+    return FAMILIES[family]().eval()
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def forward_logprobs(model, prompt: list[int], completion: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """What a trainer computes for the completion's tokens."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], max_new_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **settings)
+    return out[0, len(prompt) :].tolist()

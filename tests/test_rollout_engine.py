@@ -1,0 +1,181 @@
+"""RolloutEngine against plain forwards and `generate`: numbers, and independence of how the work was arranged."""
+
+import math
+import types
+
+import pytest
+import torch
+from rollout_models import FAMILIES, VOCAB, forward_logprobs, greedy, model, prompts
+
+from flashpo.rollout import RolloutEngine, SamplingParams, seam
+
+ATOL = 1e-5  # of fp32 log-probs; negative controls are orders of magnitude off
+
+
+def engine(family: str = "qwen3", **options) -> RolloutEngine:
+    return RolloutEngine(model(family), fallback="error", **options)
+
+
+def assert_logprobs(net, rollouts, temperature=1.0):
+    assert len(rollouts) > 0
+    for prompt, completion, logprobs in zip(rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprobs):
+        exact = forward_logprobs(net, prompt, completion, temperature)
+        torch.testing.assert_close(torch.tensor(logprobs), exact, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_those_of_a_plain_forward(family):
+    rollouts = engine(family).generate(prompts(5, 70, 131), SamplingParams(n=3, temperature=0.7, max_new_tokens=70))
+    assert [len(c) for c in rollouts.completion_ids] == [70] * 9
+    assert len({tuple(c) for c in rollouts.completion_ids}) == 9
+    assert_logprobs(model(family), rollouts, 0.7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_generate(family):
+    asked = prompts(3, 64, 90)
+    rollouts = engine(family).generate(asked, SamplingParams(temperature=0.0, max_new_tokens=40))
+    assert rollouts.completion_ids == [greedy(model(family), prompt, 40) for prompt in asked]
+
+
+def test_results_do_not_depend_on_arrangement():
+    """Slots, memory, chunks of prefill, batch composition and the order of refills leave no trace."""
+    asked = prompts(30, 64, 100, 7)
+    params = [SamplingParams(n=n, max_new_tokens=m, seed=3) for n, m in ((4, 20), (1, 65), (3, 5), (2, 40))]
+    whole = engine().generate(asked, params)
+    for options in ({"max_sequences": 1}, {"max_sequences": 3}, {"prefill_tokens": 17}, {"kv_memory": 200_000}):
+        other = engine(**options).generate(asked, params)
+        assert other.completion_ids == whole.completion_ids, options
+        for ours, theirs in zip(other.logprobs, whole.logprobs):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=ATOL, rtol=0)
+    assert other.stats.peak_rows < whole.stats.peak_rows == 10
+    first = engine().generate(asked[:1], params[:1])
+    assert first.completion_ids == whole.completion_ids[:4]
+
+
+def test_another_seed_gives_other_completions():
+    first, second = (engine().generate(prompts(9), SamplingParams(n=2, seed=s)).completion_ids for s in (0, 1))
+    assert first != second
+    assert first == engine().generate(prompts(9), SamplingParams(n=2, seed=0)).completion_ids
+
+
+def test_ragged_groups_and_limits():
+    params = [SamplingParams(n=n, max_new_tokens=m) for n, m in ((1, 1), (5, 3), (2, 66))]
+    rollouts = engine().generate(prompts(4, 65, 128), params)
+    assert rollouts.prompt_index == [0, 1, 1, 1, 1, 1, 2, 2]
+    assert [len(c) for c in rollouts.completion_ids] == [1, 3, 3, 3, 3, 3, 66, 66]
+    assert set(rollouts.finish_reasons) == {"length"}
+    assert_logprobs(model("qwen3"), rollouts)
+
+
+def test_stop_tokens_end_a_completion_and_belong_to_it():
+    asked = prompts(20, 33)
+    free = engine().generate(asked, SamplingParams(n=4, max_new_tokens=50))
+    stops = (11, 40, 77)
+    stopped = engine().generate(asked, SamplingParams(n=4, max_new_tokens=50, stop_token_ids=stops))
+    assert "stop" in stopped.finish_reasons
+    for long, short, reason in zip(free.completion_ids, stopped.completion_ids, stopped.finish_reasons):
+        end = next((i for i, t in enumerate(long) if t in stops), None)
+        assert short == (long if end is None else long[: end + 1])
+        assert reason == ("length" if end is None else "stop")
+
+
+def test_a_tree_of_prompts_is_prefilled_once():
+    system, tools, users = prompts(128, 64, 9, 70, 30, 5)[0], prompts(64, seed=1)[0], prompts(9, 70, 30, 5, seed=2)
+    asked = [system + tools + users[0], system + tools + users[1], system + users[2], users[3], users[3]]
+    rollouts = engine().generate(asked, SamplingParams(n=2, max_new_tokens=10, temperature=0.8))
+    assert rollouts.stats.prefill_tokens == 128 + 64 + 9 + 70 + 30 + 5
+    assert rollouts.stats.prefill_tokens_saved == 2 * sum(map(len, asked)) - rollouts.stats.prefill_tokens
+    assert_logprobs(model("qwen3"), rollouts, 0.8)
+    assert rollouts.completion_ids[6:8] != rollouts.completion_ids[8:10]  # equal prompts, streams of their own
+
+
+def test_a_session_continues_from_the_cache():
+    net, asked = engine(), prompts(100, 40)
+    params = SamplingParams(n=1, max_new_tokens=30)
+    with net.session():
+        first = net.generate(asked, params)
+        turn = [p + c + extra for p, c, extra in zip(asked, first.completion_ids, prompts(7, 66, seed=5))]
+        second = net.generate(turn, params)
+    assert second.stats.prefill_tokens == 7 + 66 + 2  # the last token of a completion has never been fed
+    fresh = engine().generate(turn, params)
+    assert fresh.completion_ids == second.completion_ids
+    assert_logprobs(model("qwen3"), second)
+    after = net.generate(turn, params)
+    assert after.stats.prefill_tokens == sum(map(len, turn))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, r"prompts\[1\] is empty"),
+        ([VOCAB], {}, r"prompts\[1\] holds ids outside \[0, 120\)"),
+        ([-1], {}, r"prompts\[1\] holds ids outside"),
+        ([1] * 1000, {"max_new_tokens": 25}, r"prompts\[1\] has 1000 tokens.*max_position_embeddings, 1024"),
+        ([1], {"stop_strings": ("x",)}, "stop_strings need the engine's tokenizer"),
+    ],
+)
+def test_bad_requests(prompt, params, message):
+    with pytest.raises(ValueError, match=message):
+        engine().generate([[1], prompt], SamplingParams(**params))
+
+
+def test_params_must_match_the_prompts():
+    with pytest.raises(ValueError, match="params must be one SamplingParams or one for each of 2 prompts"):
+        engine().generate(prompts(3, 3), [SamplingParams()])
+
+
+def test_a_request_that_cannot_fit_names_bytes():
+    with pytest.raises(MemoryError, match=r"kv_memory.*bytes"):
+        engine(kv_memory=100_000).generate(prompts(500), SamplingParams(max_new_tokens=200))
+
+
+def test_stop_strings():
+    tokenizer = types.SimpleNamespace(decode=lambda ids: "".join(chr(ord("A") + i % 26) for i in ids))
+    asked = prompts(20, 33)
+    free = engine().generate(asked, SamplingParams(n=3, max_new_tokens=40))
+    text = tokenizer.decode(free.completion_ids[1])
+    stop = text[10:13]
+    stopped = engine(tokenizer=tokenizer).generate(asked, SamplingParams(n=3, max_new_tokens=40, stop_strings=(stop,)))
+    assert stopped.finish_reasons[1] == "stop"
+    for long, short, reason in zip(free.completion_ids, stopped.completion_ids, stopped.finish_reasons):
+        at = tokenizer.decode(long).find(stop)
+        assert short == (long if at < 0 else long[: at + 3])
+        assert reason == ("length" if at < 0 else "stop")
+
+
+def test_truncated_logprobs_are_those_of_the_filtered_distribution():
+    rollouts = engine().generate(prompts(20), SamplingParams(n=3, top_k=5, max_new_tokens=20))
+    assert_logprobs(model("qwen3"), rollouts)
+    for full, truncated in zip(rollouts.logprobs, rollouts.truncated_logprobs):
+        assert all(a < b for a, b in zip(full, truncated))
+    plain = engine().generate(prompts(20), SamplingParams(n=3, max_new_tokens=20))
+    assert plain.truncated_logprobs[0] is plain.logprobs[0]
+
+
+def test_a_row_with_nan_ends_alone(monkeypatch):
+    net, asked, params = engine(), prompts(20, 30), SamplingParams(n=2, max_new_tokens=12)
+    whole = net.generate(asked, params)
+    logits, calls = seam.Parts.logits, []
+
+    def spoiled(self, hidden):
+        out = logits(self, hidden)
+        calls.append(out.shape[0])
+        if len(calls) == 6:  # a prefill, then steps
+            out[1] = torch.nan
+        return out
+
+    monkeypatch.setattr(seam.Parts, "logits", spoiled)
+    rollouts = net.generate(asked, params)
+    assert rollouts.finish_reasons == ["length", "nan", "length", "length"]
+    assert rollouts.stats.nan_rows == 1
+    assert len(rollouts.logprobs[1]) == 6
+    assert math.isnan(rollouts.logprobs[1][-1])
+    for i in (0, 2, 3):
+        assert rollouts.completion_ids[i] == whole.completion_ids[i]
+
+
+def test_no_prompts():
+    rollouts = engine().generate([], SamplingParams())
+    assert len(rollouts) == 0
+    assert rollouts.stats.steps == 0
