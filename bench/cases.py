@@ -5,12 +5,20 @@ from collections.abc import Callable
 from flashpo.bench import advantages, gae, losses, scoring
 from flashpo.bench.timing import Device, Tables
 
+
+def rollout_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    from flashpo.bench import rollout  # needs transformers
+
+    return rollout.tables(device, with_peers, quick)
+
+
 SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with_peers, quick
     "linear_logprob": scoring.linear_logprob_tables,
     "selective_log_softmax": scoring.selective_log_softmax_tables,
     "gae": gae.tables,
     "group_advantages": advantages.tables,
     "policy_loss": losses.policy_loss_tables,
+    "rollout": rollout_tables,
     "overhead": scoring.overhead_tables,
 }
 

@@ -1,0 +1,149 @@
+"""Rollouts against transformers' `generate` and continuous batching, in TRL's setting: groups of completions, no cache.
+
+The floor of a rollout: its GEMMs at the rate of a large one (or their weights read once a step, if that takes longer)
+and every distinct key and value read once a step at the rate of a copy, both measured in the same run.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from flashpo.bench.timing import Device, Tables, compare
+from flashpo.rollout import RolloutEngine, SamplingParams
+
+GROUPS = {"cpu": (4, 8), "cuda": (8, 16)}  # prompts, completions of each
+SHAPES = {  # of the model
+    "cpu": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32768,
+    },
+    "cuda": {  # of a model of 1.7B parameters
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+}
+TINY = SHAPES["cpu"] | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 4096}
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    prompt: int
+    new: int
+    ragged: bool = False  # stop tokens end completions at a third of `new`, on average
+    tiny: bool = False
+
+    @property
+    def title(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        marks = " ragged" * self.ragged + " tiny" * self.tiny
+        return f"rollout {dtype} prompt={self.prompt} new={self.new}{marks}"
+
+
+CASES = {
+    "cpu": [
+        *(Case(dtype, p, n) for dtype in (torch.float32, torch.bfloat16) for p in (256, 1024) for n in (64, 256)),
+        Case(torch.float32, 256, 256, ragged=True),
+        Case(torch.float32, 32, 64, tiny=True),
+    ],
+    "cuda": [
+        *(Case(torch.bfloat16, p, 256) for p in (512, 2048)),
+        Case(torch.bfloat16, 512, 1024, ragged=True),
+    ],
+}
+
+
+def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
+    torch.manual_seed(0)
+    config = Qwen3Config(**(TINY if case.tiny else SHAPES[device.name]), tie_word_embeddings=True)
+    model = Qwen3ForCausalLM(config).to(device.name, case.dtype).eval()
+    count, group = GROUPS[device.name]
+    prompts = torch.randint(config.vocab_size, (count, case.prompt)).tolist()
+    stops = tuple(range(0, config.vocab_size, case.new // 3)) if case.ragged else ()
+    engine = RolloutEngine(model, fallback="error")
+    params = SamplingParams(n=group, max_new_tokens=case.new, stop_token_ids=stops)
+    check(model, engine.generate(prompts[:1], params), case.dtype)
+
+    repeated = [prompt for prompt in prompts for _ in range(group)]
+    ids = torch.tensor(repeated, device=device.name)
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": case.new, "pad_token_id": 0}
+    settings |= {"eos_token_id": list(stops)} if stops else {}
+    drawn: dict[str, int] = {}  # tokens that the last run of a variant has drawn
+
+    def ours():
+        drawn["FlashPO"] = engine.generate(prompts, params).stats.tokens
+
+    def generate():
+        mask, settings_ = torch.ones_like(ids), GenerationConfig(**settings)
+        new = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings_)[:, case.prompt :]
+        ended = torch.isin(new, torch.tensor(stops or (-1,), device=new.device)).long().cumsum(1)
+        drawn["generate"] = int(((ended == 0).sum(1) + 1).clamp(max=new.shape[1]).sum())
+
+    def continuous_batching():
+        out = model.generate_batch(repeated, GenerationConfig(**settings), ContinuousBatchingConfig())
+        drawn["continuous batching"] = sum(len(x.generated_tokens) for x in out.values())
+
+    variants = {"FlashPO": ours, "generate": generate}
+    if with_peers and not case.ragged and case.new <= 64:  # it takes minutes
+        variants["continuous batching"] = continuous_batching
+    gemm = torch.randn(2, 2048, 2048, device=device.name).to(case.dtype)
+    source = torch.empty(1 << 28, dtype=torch.uint8, device=device.name)
+    target = torch.empty_like(source)
+    calibration = {"GEMM": lambda: torch.mm(gemm[0], gemm[1]), "copy": lambda: target.copy_(source)}
+    rates = compare(device, calibration, budget=0.5)
+    seconds = compare(device, variants, budget=0.0, rounds=3)
+    flops, bandwidth = 2 * 2048**3 / rates["GEMM"], 2 * source.numel() / rates["copy"]
+
+    stats = engine.generate(prompts, params).stats
+    weights = sum(p.numel() for p in model.parameters())
+    token_bytes = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * case.dtype.itemsize
+    read = count * case.prompt + stats.mean_rows * case.new / 2  # distinct keys and values of a step
+    step = max(2 * weights * stats.mean_rows / flops, weights * case.dtype.itemsize / bandwidth)
+    floor = 2 * weights * count * case.prompt / flops + stats.steps * (step + read * token_bytes / bandwidth)
+    for name, time in seconds.items():
+        rate = drawn[name] / time
+        ours_rate = drawn["FlashPO"] / seconds["FlashPO"]
+        yield {
+            "variant": name,
+            "tokens_per_s": rate,
+            "times_flashpo": ours_rate / rate,
+            "ms": time * 1e3,
+            "ms_per_step": time / case.new * 1e3,
+            "share_of_floor": floor / time if not case.ragged else None,
+            "cache_mb": (
+                stats.peak_cache_bytes if name == "FlashPO" else len(repeated) * (case.prompt + case.new) * token_bytes
+            )
+            / 2**20,
+            "gemm_gflops": flops / 1e9,
+            "copy_gb_per_s": bandwidth / 1e9,
+        }
+
+
+@torch.no_grad()
+def check(model, rollouts, dtype: torch.dtype) -> None:
+    """The log-probs of two completions against a plain forward."""
+    for i in range(2):
+        prompt, completion = rollouts.prompt_ids[i], rollouts.completion_ids[i]
+        logits = model(torch.tensor([prompt + completion], device=model.device)).logits[0, len(prompt) - 1 : -1].float()
+        exact = logits.log_softmax(-1).gather(1, torch.tensor(completion, device=model.device)[:, None])[:, 0]
+        error = (torch.tensor(rollouts.logprobs[i], device=model.device) - exact).abs().max().item()
+        if error > (1e-4 if dtype == torch.float32 else 0.3):
+            raise AssertionError(f"log-probs of the rollout are off by {error} nats")
+
+
+def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for case in CASES[device.name][: 1 if quick else None]:
+        yield case.title, list(records(device, case, with_peers))
