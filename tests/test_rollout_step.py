@@ -99,7 +99,7 @@ def test_a_gpu_runner_keeps_graphs_while_weights_stay(monkeypatch):
 
 
 class FakeStep:
-    def __init__(self, parts, cache, sizes):
+    def __init__(self, parts, cache, sizes, fused):
         self.sizes = sizes
 
     def load(self, *tables):

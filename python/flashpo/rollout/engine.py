@@ -13,6 +13,7 @@ from torch import nn
 from flashpo.rollout import fallback as plain
 from flashpo.rollout.adapters import adapter_states
 from flashpo.rollout.cache import BLOCK, KVCache, allocate, block_bytes, free_bytes, out_of_memory
+from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.generation import Completion, Generation
 from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams
 from flashpo.rollout.prefix_tree import blocks_for
@@ -117,6 +118,7 @@ class RolloutEngine:
         runner, scheduler = self._rows_and_blocks(call)
         try:
             with rollout_mode(self.model), self.view:
+                runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
                 for adapter, chosen in call.adapters:
                     with self._adapter(adapter):
                         runner.use(places(self.model, self.view), adapter_states(self.model))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashpo.ops import decode_attention, sample
 from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
+from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.scheduler import Row, Shared
 from flashpo.rollout.seam import Parts, in_charge
@@ -91,12 +92,12 @@ class Step:
     their numbers stand still.
     """
 
-    def __init__(self, parts: Parts, cache: KVCache, sizes: Sizes):
+    def __init__(self, parts: Parts, cache: KVCache, sizes: Sizes, fused: FusedBackbone | None = None):
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=cache.device)
 
         rows, segments = sizes.rows, sizes.shared + sizes.rows
-        self.parts, self.cache, self.sizes, self.states = parts, cache, sizes, None
+        self.parts, self.cache, self.sizes, self.states, self.fused = parts, cache, sizes, None, fused
         # the segments of decode_attention: shared ones first, then each row's own
         self.readers = zeros(segments, 2, dtype=torch.int32)
         self.start = zeros(segments, dtype=torch.int32)
@@ -151,24 +152,33 @@ class Step:
         cache = self.cache
         query, key, value = (x[:, :, 0].to(cache.dtype) for x in (query, key, value))
         cache.append(layer, key, value, self.slot)
-        caches = cache.keys[layer], cache.values[layer]
-        tables = self.readers, self.start, self.length, self.blocks, self.position
-        window = cache.layers[layer].window
-        out, _ = decode_attention(query, *caches, *tables, scale=scale, window=window, softcap=softcap, sinks=sinks)
-        return out[:, None]
+        return self.attend_cached(layer, query, scale, softcap, sinks)[:, None]
 
-    def __call__(self) -> None:
-        own = (self.own_length - 1).clamp(min=0).long()
-        block = self.own_blocks.gather(1, (own // BLOCK)[:, None])[:, 0]
-        self.slot.copy_((block * BLOCK + own % BLOCK).where(self.live, -1))
+    def attend_cached(
+        self, layer: int, query: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+    ) -> Tensor:
+        """query (N, Hq, D), its own tokens being in the cache -> (N, Hq, Dv)."""
+        caches = self.cache.keys[layer], self.cache.values[layer]
+        tables = self.readers, self.start, self.length, self.blocks, self.position
+        window = self.cache.layers[layer].window
+        return decode_attention(query, *caches, *tables, scale=scale, window=window, softcap=softcap, sinks=sinks)[0]
+
+    def _hidden(self) -> Tensor:
+        if self.fused is not None:
+            return self.fused(self)
         with in_charge(self):
-            hidden = self.parts.backbone(
+            return self.parts.backbone(
                 input_ids=self.token[:, None],
                 position_ids=self.position[:, None].long(),
                 past_key_values=self.states,
                 use_cache=self.states is not None,
             ).last_hidden_state[:, -1]
-        drawn = sample(self.parts.logits(hidden), **self.settings, offset=self.position.long() + 1)
+
+    def __call__(self) -> None:
+        own = (self.own_length - 1).clamp(min=0).long()
+        block = self.own_blocks.gather(1, (own // BLOCK)[:, None])[:, 0]
+        self.slot.copy_((block * BLOCK + own % BLOCK).where(self.live, -1))
+        drawn = sample(self.parts.logits(self._hidden()), **self.settings, offset=self.position.long() + 1)
         self.tokens.index_copy_(0, self.at, drawn.token[None])
         self.logprobs.index_copy_(0, self.at, torch.stack((drawn.logprob_full, drawn.logprob))[None])
         self.at += 1
@@ -187,6 +197,7 @@ class Runner:
 
     def __init__(self, parts: Parts, cache: KVCache):
         self.parts, self.cache = parts, cache
+        self.fused: FusedBackbone | None = None  # in the place of the backbone's own forward
         self.cuda = cache.device.type == "cuda"
         self.check_every = 16 if self.cuda else 1
         self._pool = torch.cuda.graph_pool_handle() if self.cuda else None  # one for all graphs
@@ -204,12 +215,12 @@ class Runner:
         """A step whose tables hold these rows, and what moves it on."""
         sizes = Sizes.of(rows, shared, draws, self.check_every)
         if not self.cuda:  # new buffers cost next to nothing there
-            step = Step(self.parts, self.cache, sizes)
+            step = Step(self.parts, self.cache, sizes, self.fused)
             advance: Callable[[], object] = step
         else:
             key = self._adapters, sizes.rounded()
             if key not in self._captured:
-                self._captured[key] = self._capture(Step(self.parts, self.cache, sizes.rounded()))
+                self._captured[key] = self._capture(Step(self.parts, self.cache, sizes.rounded(), self.fused))
             step, advance = self._captured[key]
         step.load(rows, shared, draws)
         return step, advance

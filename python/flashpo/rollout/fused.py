@@ -1,0 +1,95 @@
+"""A decode step of Llama-shaped models without their modules' Python: five operators a layer beside the projections.
+
+transformers runs some fifty operators a layer. The projections are called as the model's own modules, so adapters and
+swapped forwards on them count; norms, rotation, cache and activation run in our operators, with the same roundings.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flashpo.ops.decode_layer import ACTIVATIONS, add_rms_norm_fwd, gated_activation_fwd, rope_append_
+
+# Decoder layers that are: h += attention(norm(h)); h += mlp(norm(h)), with rotation by halves.
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
+MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
+ACTIVATION_OF = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
+PIECES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+
+
+class Cached(Protocol):
+    """A decode step: what it feeds, where that goes in the cache, and its attention over the cache."""
+
+    token: Tensor  # (N,)
+    position: Tensor  # (N,)
+    slot: Tensor  # (N,)
+    cache: Any
+
+    def attend_cached(self, layer: int, query: Tensor, scale: float) -> Tensor: ...
+
+
+class FusedBackbone:
+    """`backbone(step)` -> the last hidden states (N, H), as the model's own backbone computes them."""
+
+    def __init__(self, backbone: Any):
+        self.backbone = backbone
+        self.layers = [_Layer(layer) for layer in backbone.layers]
+        self.norms = [(x.input_layernorm, x.post_attention_layernorm) for x in backbone.layers]
+        self.eps = [(_eps(a), _eps(b)) for a, b in self.norms]
+
+    def __call__(self, step: Cached) -> Tensor:
+        backbone: Any = self.backbone
+        embedded = backbone.embed_tokens(step.token)
+        position = step.position[:, None].long()
+        turn = tuple(x[:, 0] for x in backbone.rotary_emb(embedded[:, None], position_ids=position))
+        x, residual = embedded, None
+        for layer, (before, between), (eps_before, eps_between) in zip(self.layers, self.norms, self.eps):
+            x, residual = add_rms_norm_fwd(x, residual, before.weight, eps_before, False)
+            x = layer.attention(x, turn, step)
+            x, residual = add_rms_norm_fwd(x, residual, between.weight, eps_between, False)
+            x = layer.mlp(x)
+        return add_rms_norm_fwd(x, residual, backbone.norm.weight, _eps(backbone.norm), False)[0]
+
+
+class _Layer:
+    def __init__(self, layer: Any):
+        self.attn, self.module = layer.self_attn, layer.mlp
+        self.q_norm, self.k_norm = (getattr(self.attn, name, None) for name in ("q_norm", "k_norm"))
+        self.eps = 0.0 if self.q_norm is None else _eps(self.q_norm)
+        name = ACTIVATION_OF.get(type(getattr(self.module, "act_fn", None)).__name__)
+        self.activation = name if type(self.module).__name__ in MLPS and name in ACTIVATIONS else None
+
+    def attention(self, x: Tensor, turn: tuple[Tensor, ...], step: Cached) -> Tensor:
+        attn, index = self.attn, self.attn.layer_idx
+        weights = (
+            (None, None) if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        )
+        caches = step.cache.keys[index], step.cache.values[index]
+        projected = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+        q = rope_append_(*projected, *turn, *weights, self.eps, False, *caches, step.slot)
+        return attn.o_proj(step.attend_cached(index, q, attn.scaling).flatten(1))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        if self.activation is None:  # a mixture of experts
+            return self.module(x[:, None])[:, 0]
+        mlp = self.module
+        return mlp.down_proj(gated_activation_fwd(mlp.gate_proj(x), mlp.up_proj(x), self.activation))
+
+
+def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | None:
+    """None for a model of another shape, with other dtypes than the cache's `dtype`, or with hooks we would pass by."""
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or any(type(layer).__name__ not in LAYERS for layer in layers):
+        return None
+    bypassed = [backbone, *layers, *(getattr(layer, name) for layer in layers for name in PIECES)]
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in bypassed):
+        return None
+    norms = [m for m in backbone.modules() if type(m).__name__.endswith("RMSNorm")]
+    if any(m.weight.dtype != dtype for m in norms):  # under autocast the residual stream is wider than the products
+        return None
+    return FusedBackbone(backbone)
+
+
+def _eps(norm: Any) -> float:
+    return float(norm.variance_epsilon)
