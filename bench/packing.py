@@ -1,0 +1,146 @@
+"""Benchmark of a training pass on token trees: a model forward, the log-probs of the completions, and backward, against
+the padded pass of TRL on the same samples and the same weights.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashpo import pack, score
+from flashpo.bench.timing import Device, Tables, compare
+
+TEMPERATURE = 0.9
+MODELS: dict[str, dict[str, Any]] = {  # Qwen3
+    "cpu": dict(
+        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, initializer_range=0.1,
+    ),
+    "cuda": dict(
+        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """`groups` prompts with `size` completions each, of up to `completion` tokens; `ragged`: of random lengths."""
+
+    title: str
+    groups: int
+    size: int
+    prompt: int
+    completion: int
+    ragged: bool = True
+
+
+WORKLOADS = {
+    "cpu": [
+        Workload("GRPO, prompt 256", 2, 8, 256, 128),
+        Workload("GRPO, prompt 1024", 2, 8, 1024, 128),
+        Workload("DPO, prompt 512", 4, 2, 512, 128, ragged=False),
+        Workload("nothing shared, no padding", 8, 1, 256, 128, ragged=False),
+    ],
+    "cuda": [
+        Workload("GRPO, prompt 2048", 1, 8, 2048, 512),
+        Workload("DPO, prompt 2048", 4, 2, 2048, 512, ragged=False),
+        Workload("nothing shared, no padding", 8, 1, 1024, 512, ragged=False),
+    ],
+}
+
+
+class Samples:
+    """Prompts padded on the left, completions on the right, as TRL has them."""
+
+    def __init__(self, workload: Workload, vocab: int, device: str):
+        rows, prompt, completion = workload.groups * workload.size, workload.prompt, workload.completion
+        prompts = torch.randint(vocab, (workload.groups, prompt)).repeat_interleave(workload.size, 0)
+        lengths = torch.randint(completion // 8, completion + 1, (rows, 1))
+        lengths[0] = completion
+        mask = (torch.arange(completion) < (lengths if workload.ragged else completion)).long().expand(rows, -1)
+        self.input_ids = torch.cat([prompts, torch.randint(vocab, (rows, completion))], 1).to(device)
+        self.attention_mask = torch.cat([torch.ones_like(prompts), mask], 1).to(device)
+        self.completion_mask = mask.to(device)
+        self.upstream = (torch.randn(rows, completion) * mask).to(device)
+
+    def padded(self, model) -> Tensor:
+        """As TRL's `_get_per_token_logps_and_entropies` does it."""
+        labels = self.input_ids.masked_fill(self.attention_mask == 0, -100)
+        labels[:, : -self.completion_mask.shape[1]] = -100
+        out = model(input_ids=self.input_ids, attention_mask=self.attention_mask, labels=labels, fused_lm_head=True)
+        return out.log_probs[:, -self.completion_mask.shape[1] :]
+
+    def packed(self, model) -> Tensor:
+        tree = pack(self.input_ids, self.attention_mask, self.completion_mask)
+        return score(model, tree, temperature=TEMPERATURE).logprob
+
+
+def make_model(device: Device):
+    import transformers
+    from trl.trainer.utils import add_fused_lm_head
+
+    config = transformers.Qwen3Config(**MODELS[device.name], dtype=torch.bfloat16 if device.cuda else torch.float32)
+    with torch.device(device.name):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+    return model.train()
+
+
+def table(device: Device, workload: Workload, model, with_peers: bool) -> list[dict]:
+    from flashpo.trl.patch import patched
+
+    samples = Samples(workload, model.config.vocab_size, device.name)
+
+    def padded_with_our_head(model) -> Tensor:
+        with patched():
+            return samples.padded(model)
+
+    ways = {"FlashPO": samples.packed, "padded, FlashPO's head": padded_with_our_head}
+    if with_peers:
+        ways["TRL, padded"] = samples.padded
+
+    def train(way: Callable) -> Callable:
+        def run() -> None:
+            model.zero_grad(set_to_none=True)
+            (way(model) * samples.upstream).sum().backward()
+
+        return run
+
+    def evaluate(way: Callable) -> Callable:
+        return torch.no_grad()(lambda: way(model))
+
+    exact = evaluate(samples.padded)()
+    errors = {
+        name: ((evaluate(way)() - exact) * samples.completion_mask).abs().max().item() for name, way in ways.items()
+    }
+    if not errors["FlashPO"] < (0.5 if device.cuda else 1e-3):
+        raise AssertionError(f"{workload.title}: off by {errors['FlashPO']} nats")
+    variants = {
+        f"{name} {phase}": make(way)
+        for phase, make in (("pass", train), ("scoring", evaluate))
+        for name, way in ways.items()
+    }
+    seconds = compare(device, variants)
+    tree = pack(samples.input_ids, samples.attention_mask, samples.completion_mask)
+    records = []
+    for variant in variants:
+        name, phase = variant.rsplit(" ", 1)
+        record = {
+            "variant": variant,
+            "ms": seconds[variant] * 1e3,
+            "times_flashpo": seconds[variant] / seconds[f"FlashPO {phase}"],
+            "peak_mb": device.peak_bytes(variants[variant]) / 2**20,
+            "tokens": len(tree.tokens) if name == "FlashPO" else samples.input_ids.numel(),
+            "off_by_nats": errors[name],
+        }
+        records.append(record)
+    return records
+
+
+def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    model = make_model(device)
+    for workload in WORKLOADS[device.name][: 1 if quick else None]:
+        yield f"training pass, {workload.title}", table(device, workload, model, with_peers)
