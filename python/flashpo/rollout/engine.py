@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flashpo.rollout import fallback as plain
+from flashpo.rollout import parity, sharded
 from flashpo.rollout.adapters import adapter_states
 from flashpo.rollout.cache import BLOCK, KVCache, allocate, block_bytes, free_bytes, out_of_memory
 from flashpo.rollout.fused import fused_backbone
@@ -45,6 +46,8 @@ class RolloutEngine:
         weights, lora: how weights are viewed, see WeightView.
         fallback: what to do with a model that the engine cannot run, or where memory is too short for even a single
             row: "generate" with transformers, after a warning that names the reason, or raise an "error".
+        check: compare with a plain forward before the first rollout of a class and config (see parity.py), which is
+            the only way to know of a model that does something unheard of.
 
     Raises:
         Unsupported: with fallback="error", naming the reason.
@@ -62,6 +65,7 @@ class RolloutEngine:
         weights: str = "auto",
         lora: str = "auto",
         fallback: str = "generate",
+        check: bool = True,
     ):
         if fallback not in ("generate", "error"):
             raise ValueError(f'fallback must be "generate" or "error", not {fallback!r}')
@@ -75,10 +79,9 @@ class RolloutEngine:
         self.device = next(model.parameters()).device
         self.view = WeightView(model, weights, dtype=autocast, lora=lora)
         self.support = support(model)
+        self.checked = not check
         if not self.support.ok:
-            if fallback == "error":
-                raise Unsupported(self.support.reason)
-            log.warning("rollouts by transformers' generate: %s", self.support.reason)
+            self._refuse(self.support.reason)
         self.runner: Runner | None = None
         self.scheduler: Scheduler | None = None  # of the session, in one
         self.open_session: contextlib.ExitStack | None = None
@@ -109,6 +112,8 @@ class RolloutEngine:
         with _progress(sum(p.n for p in params), progress) as ended:
             call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
             if self.support.ok and prompts:
+                self._check_parity()
+            if self.support.ok and prompts:
                 self._generate(call)
             self._generate_plainly(call)
         return call.rollouts()
@@ -123,7 +128,9 @@ class RolloutEngine:
                     with self._adapter(adapter):
                         runner.use(places(self.model, self.view), adapter_states(self.model))
                         rows = call.queue(scheduler, chosen, adapter)
-                        generation = Generation(runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended)
+                        generation = Generation(
+                            runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended, self.support.hybrid
+                        )
                         generation.run()
                     call.steps += generation.steps
                     call.row_steps += generation.row_steps
@@ -141,7 +148,7 @@ class RolloutEngine:
             for i in chosen:
                 missing = [completion for completion in call.groups[i] if not completion.reason]
                 if missing:
-                    with eval_mode(self.model), self.view, self._adapter(adapter):
+                    with eval_mode(self.model), self._plain_view(), self._adapter(adapter):
                         plain.generate(self.model, call.prompts[i], missing, self._decode)
                     call.ended(len(missing))
 
@@ -167,6 +174,34 @@ class RolloutEngine:
         self.runner = None
         self.view.release()
 
+    def _check_parity(self) -> None:
+        if self.checked:
+            return
+        self.checked = True
+
+        def roll(model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollouts:
+            own = model is self.model  # not a small twin of it
+            autocast = self.autocast if own else None
+            engine = RolloutEngine(model, max_sequences=4, autocast=autocast, fallback="error", check=False)
+            engine.view = self.view if own else WeightView(model, "shadow")
+            return engine.generate(prompts, params)
+
+        reason = parity.check(self.model, roll, self.autocast)
+        if reason is not None:
+            self._refuse(reason)
+
+    def _refuse(self, reason: str) -> None:
+        if self.fallback == "error":
+            raise Unsupported(reason)
+        log.warning("rollouts by transformers' generate: %s", reason)
+        self.support = dataclasses.replace(self.support, ok=False, reason=reason)
+
+    def _plain_view(self):
+        """Of weights that the model's own hooks have to gather there is no view."""
+        if sharded.why_no_view(self.model) is None:
+            return self.view
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
     @property
     def _decode(self) -> Callable[[list[int]], str] | None:
         return getattr(self.tokenizer, "decode", None)
@@ -180,7 +215,7 @@ class RolloutEngine:
         if adapters is not None and len(adapters) != len(prompts):
             raise ValueError(f"adapters must have a name for each of {len(prompts)} prompts, not {len(adapters)}")
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = self.support.longest
         for i, (prompt, p) in enumerate(zip(prompts, params)):
             if len(prompt) == 0:
                 raise ValueError(f"prompts[{i}] is empty: there is nothing to continue")
@@ -189,7 +224,7 @@ class RolloutEngine:
             if longest is not None and len(prompt) + p.max_new_tokens > longest:
                 raise ValueError(
                     f"prompts[{i}] has {len(prompt)} tokens: with max_new_tokens={p.max_new_tokens} it would pass the "
-                    f"model's max_position_embeddings, {longest}"
+                    f"{longest} positions that the model has, or up to which they mean the same in every batch"
                 )
             if p.stop_strings and self.tokenizer is None:
                 raise ValueError("stop_strings need the engine's tokenizer")
@@ -208,7 +243,7 @@ class RolloutEngine:
             self.scheduler.max_rows = rows
             return self.runner, self.scheduler
         runner = self._runner(needed, wanted * (1 if self.open_session is None else SESSION_TURNS))
-        scheduler = Scheduler(runner.cache.blocks, rows)
+        scheduler = Scheduler(runner.cache.blocks, rows, whole_nodes_only=self.support.hybrid)
         if self.open_session is not None:
             self.scheduler = scheduler
             self.open_session.enter_context(scheduler.keeping())

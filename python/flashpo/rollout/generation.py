@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashpo.ops import sample
 from flashpo.rollout.cache import BLOCK, Run, out_of_memory
+from flashpo.rollout.hybrid import RowStates, State
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.prefill import Piece, prefill
 from flashpo.rollout.prefix_tree import Node, Segment
@@ -57,12 +59,20 @@ class Completion:
         return any(text in tail for text in self.params.stop_strings)
 
 
+class Ending(NamedTuple):
+    """What a cached node keeps of its end."""
+
+    logits: Tensor | None  # where a prompt ends
+    state: State | None  # of a hybrid model
+
+
 class Generation:
     """The completions of one call.
 
     Args:
         decode: tokens to text, for stop strings.
         ended: called with the number of completions that have just ended.
+        hybrid: the model keeps a state for each row, which has to follow it.
     """
 
     def __init__(
@@ -73,10 +83,12 @@ class Generation:
         prefill_tokens: int,
         decode: Callable | None,
         ended: Callable[[int], object],
+        hybrid: bool = False,
     ):
         self.runner, self.scheduler, self.prefill_tokens = runner, scheduler, prefill_tokens
         self.completions = completions
         self.decode, self.ended = decode, ended
+        self.states = RowStates(runner.parts.base.config.get_text_config()) if hybrid else None
         self.steps, self.row_steps = 0, 0
 
     def run(self) -> None:
@@ -98,7 +110,9 @@ class Generation:
                 if self.scheduler.version != version:
                     version, rows = self.scheduler.version, list(self.scheduler.rows)
                     running = [self.completions[row] for row in rows]
-                    step, advance = self.runner.load(rows, self.scheduler.shared, [c.draw for c in running])
+                    draws = [c.draw for c in running]
+                    states = None if self.states is None else self.states.of(rows)
+                    step, advance = self.runner.load(rows, self.scheduler.shared, draws, states)
                 for _ in range(self.runner.check_every):
                     advance()
             except (RuntimeError, MemoryError) as error:
@@ -121,14 +135,16 @@ class Generation:
         """Rows that have ended give their blocks back; their number."""
         ended = [row for row in rows if self.completions[row].reason]
         for row in ended:
-            self.scheduler.finish(row, keep=self.completions[row].reason != "nan")
+            # the last token of a hybrid's row has no state: nothing can go on from there
+            self.scheduler.finish(row, keep=self.completions[row].reason != "nan" and self.states is None)
         if ended:
             self.ended(len(ended))
         return len(ended)
 
     def _halve_rows(self) -> None:
         self.scheduler.max_rows = len(self.scheduler.rows) // 2
-        for row in self.scheduler.rows[self.scheduler.max_rows :]:
+        kept = self.scheduler.max_rows if self.states is None else 0  # the step may have moved some layers' states
+        for row in self.scheduler.rows[kept:]:
             self.scheduler.preempt(row)
 
     def _halving_prefill(self, segments: Sequence[Segment]) -> dict[Segment, Tensor]:
@@ -144,14 +160,21 @@ class Generation:
         """Caches the segments; the logits behind those whose next token is wanted. Nodes keep theirs, too."""
         logits: dict[Segment, Tensor] = {}
         parts = self.runner.parts
+        ends: dict[Segment, State] = {}
         for chunk in self._chunks(segments):
-            hidden = prefill(parts, self.runner.cache, [piece for _, piece, _ in chunk])
+            segment = chunk[0][0]
+            states = None if self.states is None else self.states.behind(segment, ends)
+            hidden = prefill(parts, self.runner.cache, [piece for _, piece, _ in chunk], states)
+            if states is not None:
+                ends[segment] = states.take(0)
             wanted = [i for i, (_, _, last) in enumerate(chunk) if last]
             if wanted:
                 logits |= zip((chunk[i][0] for i in wanted), parts.logits(hidden[wanted]))
-        for segment, row in logits.items():
+        for segment in segments:
             if isinstance(segment, Node):
-                segment.payload = row
+                segment.payload = Ending(logits.get(segment), ends.get(segment))
+            elif self.states is not None:
+                self.states.fresh[segment] = ends[segment]
         return logits
 
     def _chunks(self, segments: Sequence[Segment]) -> Iterator[list[tuple[Segment, Piece, bool]]]:
@@ -169,7 +192,7 @@ class Generation:
                 chunk.append((segment, Piece(tokens[begin:end], past, slots), wanted))
                 room -= end - begin
                 begin = end
-                if room == 0:
+                if room == 0 or self.states is not None:  # a hybrid's layers know no boundaries of pieces
                     yield chunk
                     chunk, room = [], self.prefill_tokens
         if chunk:
@@ -179,7 +202,7 @@ class Generation:
         """The next token of rows that start, drawn from the logits behind them or behind their prompts."""
         for begin in range(0, len(rows), START_ROWS):
             some = rows[begin : begin + START_ROWS]
-            stacked = torch.stack([logits.get(row, row.parent.payload) for row in some])
+            stacked = torch.stack([logits.get(row, row.parent.payload.logits) for row in some])
             position = torch.tensor([row.start + len(row.tokens) for row in some], device=stacked.device)
             completions = [self.completions[row] for row in some]
             drawn = sample(stacked, **Draw.tensors([c.draw for c in completions], stacked.device), offset=position)

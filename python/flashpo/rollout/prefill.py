@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from flashpo.rollout.cache import KVCache, Run
+from flashpo.rollout.hybrid import States
 from flashpo.rollout.seam import Parts, Unsupported, in_charge
 
 TILE = 512  # queries whose scores against all of their keys exist at a time, where a kernel of torch cannot be used
@@ -23,10 +24,11 @@ class Piece(NamedTuple):
     slots: Sequence[int]
 
 
-def prefill(parts: Parts, cache: KVCache, pieces: Sequence[Piece], states=None) -> Tensor:
+def prefill(parts: Parts, cache: KVCache, pieces: Sequence[Piece], states: States | None = None) -> Tensor:
     """Caches the tokens of all pieces; the hidden state (pieces, H) of each one's last token.
 
-    A piece may stand behind another one of the same call, if that comes before it.
+    A piece may stand behind another one of the same call, if that comes before it. The layers of a hybrid model know
+    no boundaries of pieces: it takes one at a time, with the states behind the piece's past.
     """
     device = cache.device
     tokens = torch.tensor([t for piece in pieces for t in piece.tokens], device=device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from flashpo.ops import decode_attention, sample
 from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
 from flashpo.rollout.fused import FusedBackbone
+from flashpo.rollout.hybrid import States
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.scheduler import Row, Shared
 from flashpo.rollout.seam import Parts, in_charge
@@ -97,7 +98,8 @@ class Step:
             return torch.zeros(shape, dtype=dtype, device=cache.device)
 
         rows, segments = sizes.rows, sizes.shared + sizes.rows
-        self.parts, self.cache, self.sizes, self.states, self.fused = parts, cache, sizes, None, fused
+        self.parts, self.cache, self.sizes, self.fused = parts, cache, sizes, fused
+        self.states: States | None = None  # of a hybrid model's rows
         # the segments of decode_attention: shared ones first, then each row's own
         self.readers = zeros(segments, 2, dtype=torch.int32)
         self.start = zeros(segments, dtype=torch.int32)
@@ -211,11 +213,14 @@ class Runner:
             self._captured.clear()
         self._weights, self._adapters = weights, adapters
 
-    def load(self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw]) -> tuple[Step, Callable]:
-        """A step whose tables hold these rows, and what moves it on."""
+    def load(
+        self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw], states: States | None = None
+    ) -> tuple[Step, Callable]:
+        """A step whose tables hold these rows, and what moves it on. States of a hybrid model have no fixed place."""
         sizes = Sizes.of(rows, shared, draws, self.check_every)
-        if not self.cuda:  # new buffers cost next to nothing there
+        if not self.cuda or states is not None:  # new buffers cost next to nothing on a CPU
             step = Step(self.parts, self.cache, sizes, self.fused)
+            step.states = states
             advance: Callable[[], object] = step
         else:
             key = self._adapters, sizes.rounded()

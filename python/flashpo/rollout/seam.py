@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 ATTENTION = "flashpo_decode"
+HARMLESS = ("position_ids", "cache_position")  # tensors that layers pass on, of no use to attention
 ATTRIBUTE = "_attn_implementation_internal"  # the public property walks sub-configs and checks names
 
 
@@ -148,7 +149,8 @@ class Call(NamedTuple):
     dtype: torch.dtype
     softcap: float
     sinks: bool
-    window: int | None  # the keyword; some families have a window and do not say so here
+    window: int | None
+    window_given: bool  # some families have a window and do not say so by the keyword
 
 
 class _Probe:
@@ -156,35 +158,33 @@ class _Probe:
 
     def __init__(self):
         self.calls: list[Call] = []
-        self.window: int | None = None
+        self.window: tuple[int | None, bool] = None, False
 
     def check(self, module, query, key, attention_mask, keywords) -> None:
         name = type(module).__name__
-        if attention_mask is not None or keywords.get("position_bias") is not None:
-            raise Unsupported(f"{name} gives its attention a mask or bias of its own")
+        own = [key for key, x in keywords.items() if isinstance(x, Tensor) and key not in HARMLESS]
+        if own or attention_mask is not None:
+            raise Unsupported(f"{name} gives its attention {', '.join(own) or 'a mask of its own'}")
         if not getattr(module, "is_causal", True):
             raise Unsupported(f"{name} is not causal")
         if not isinstance(getattr(module, "layer_idx", None), int):
             raise Unsupported(f"{name} does not know its layer's index")
         if query.shape[2] != key.shape[2]:
             raise Unsupported(f"{name} attends to {key.shape[2]} keys with {query.shape[2]} queries in one forward")
-        self.window = keywords.get("sliding_window")
+        self.window = keywords.get("sliding_window"), "sliding_window" in keywords
 
     def attend(self, layer, query, key, value, scale, softcap, sinks):
         shapes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        self.calls.append(Call(layer, *shapes, key.dtype, softcap, sinks is not None, self.window))
+        self.calls.append(Call(layer, *shapes, key.dtype, softcap, sinks is not None, *self.window))
         return value.transpose(1, 2).repeat_interleave(query.shape[1] // key.shape[1], 2)
 
 
-def probe(model: nn.Module, states=None) -> list[Call]:
-    """The calls of attention that one forward of two tokens makes, in order: facts, where a config invites guesses.
-
-    `states` is the cache object of a model that has linear-attention layers too.
-    """
+def probe(model: nn.Module) -> list[Call]:
+    """The calls of attention that one forward of two tokens makes, in order: facts, where a config invites guesses."""
     attention = _Probe()
     backbone = parts(model).backbone
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(backbone.parameters()).device)
     with rollout_mode(model), in_charge(attention):
         positions = torch.arange(2, device=tokens.device)[None]
-        backbone(input_ids=tokens, position_ids=positions, past_key_values=states, use_cache=states is not None)
+        backbone(input_ids=tokens, position_ids=positions, use_cache=False)
     return attention.calls

@@ -1,10 +1,20 @@
-"""Which models the engine can run, and what their layers ask of the cache."""
+"""Which models the engine can run, why it refuses the others, and what layers ask of the cache."""
 
+import inspect
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 
-from flashpo.rollout import seam
+from flashpo.rollout import seam, sharded
+from flashpo.rollout.hybrid import STATEFUL, WITH_ATTENTION, is_hybrid
+
+CACHED = ("full_attention", "sliding_attention")  # layer types whose keys and values are all that a next token needs
+FIXED_UP_TO = ("dynamic", "longrope")  # rope whose frequencies change with the longest row, from a length on
 
 
 @dataclass(frozen=True)
@@ -20,17 +30,76 @@ class Layer:
 
 @dataclass(frozen=True)
 class Support:
+    """ok, or the reason why not. longest: sequences must not have more tokens. hybrid: some layers keep a state."""
+
     ok: bool
     reason: str
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...] = ()
+    longest: int | None = None
+    hybrid: bool = False
 
 
 def support(model: nn.Module) -> Support:
-    """Whether the engine can run `model`, and if not, why."""
+    """Whether the engine can run `model`, and if not, why.
+
+    What can be told from classes and configs is told first; the rest by a forward of two tokens, whose calls of
+    attention are facts about layers where a config invites guesses. What neither shows is found by `parity`.
+    """
+    reason = next(_refusals(model), None)
+    if reason is not None:
+        return Support(False, reason)
+    config = seam.parts(model).base.config.get_text_config()
     try:
         calls = seam.probe(model)
+    except Exception as error:  # of any kind: it is the model's own code
+        return Support(False, f"{type(error).__name__} in a forward of two tokens: {error}")
+    types, details = get_layer_types_and_kwargs(config)
+    expected = {i for i, kind in enumerate(types) if kind in (*CACHED, *WITH_ATTENTION)}
+    seen = Counter(call.layer for call in calls)
+    if not seen:
+        return Support(False, "its layers never call transformers' attention interface")
+    if missing := sorted(expected - seen.keys()):
+        return Support(False, f"layers {missing} do not call transformers' attention interface")
+    if twice := sorted(layer for layer, times in seen.items() if times > 1):
+        return Support(False, f"layers {twice} call attention more than once in a forward")
+    layers = []
+    for call in calls:
+        window = call.window if call.window_given else details[call.layer].get("sliding_window")  # PhiMoE: mask only
+        layers.append(Layer(call.layer, call.kv_heads, call.head_dim, call.value_dim, window or 0))
+    return Support(True, "", tuple(layers), longest(config), is_hybrid(config))
+
+
+def _refusals(model: nn.Module) -> Iterator[str]:
+    """Reasons that need no forward."""
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        yield f"PEFT's {adapter.peft_type.value} acts outside of the model's layers"
+    try:
+        base = seam.parts(model).base
     except seam.Unsupported as error:
-        return Support(False, str(error), ())
-    if not calls:
-        return Support(False, f"{type(model).__name__} does not call the attention interface", ())
-    return Support(True, "", tuple(Layer(c.layer, c.kv_heads, c.head_dim, c.value_dim, c.window or 0) for c in calls))
+        yield str(error)
+        return
+    config = base.config.get_text_config()
+    if base.config.is_encoder_decoder:
+        yield "encoder-decoder models are not supported"
+    if reason := sharded.why_no_view(model):
+        yield reason
+    if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
+        yield f"its weights are spread over {', '.join(sorted(devices))}"
+    if not base._can_set_attn_implementation():
+        yield f"{type(base).__name__} does not use transformers' attention interface"
+    if "position_ids" not in inspect.signature(base.base_model.forward).parameters:
+        yield f"{type(base.base_model).__name__} takes no position_ids: where a token stands is its own affair"
+    types, _ = get_layer_types_and_kwargs(config)
+    if other := sorted(set(types) - {*CACHED, *STATEFUL, "dummy"}):
+        yield f"layers of type {', '.join(other)} keep more than keys and values"
+
+
+def longest(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which positions exist, and mean the same whatever the longest row of a batch."""
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in FIXED_UP_TO:
+            limits.append(parameters.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit is not None), default=None)

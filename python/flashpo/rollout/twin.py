@@ -1,0 +1,103 @@
+"""A small random model of the same class and the same options as a given one: what is cheap to check in fp32.
+
+Mistakes that would hide behind the rounding of a large bf16 model, or behind a window of 4096 tokens, show in it.
+"""
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+LAYERS = 4
+VOCABULARY = 97
+LARGEST = 5_000_000  # parameters; a model that stays larger has sizes that we do not know
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8, laurel_rank=8,
+    hidden_size=32, d_model=32, n_embd=32, word_embed_proj_dim=32, embedding_size=32,
+    intermediate_size=48, n_inner=48, ffn_dim=48, d_ff=48, decoder_ffn_dim=48, encoder_ffn_dim=48, dff=48,
+    moe_intermediate_size=16, shared_expert_intermediate_size=16, shared_experts_intermediate_size=16,
+    expert_ffn_hidden_size=16, ffn_hidden_size=48, shared_intermediate_size=16,
+    num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,
+    head_dim=8, global_head_dim=8, rotary_dim=8, max_position_embeddings=512, n_positions=512, n_ctx=512,
+    q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, qk_head_dim=16,
+    num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, num_experts_per_token=2,
+    n_group=1, num_expert_group=1, topk_group=1, first_k_dense_replace=1,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    linear_head_dim=8, linear_num_heads=4, index_head_dim=8, index_n_heads=2,
+    mamba_n_heads=8, mamba_d_head=8, mamba_expand=2, mamba_d_ssm=64, mamba_d_state=8, mamba_chunk_size=16,
+    mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, mamba_n_groups=1, mamba_ngroups=1, n_groups=1, chunk_size=16,
+    sliding_window=9, attention_chunk_size=9, attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
+)  # fmt: skip
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
+
+
+def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
+    """`config` with every size in it made small, and as many layers as show each kind once."""
+    values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    for name, size in SIZES.items():
+        value = _value(config, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            values[name] = min(value, size)
+    for name in ("num_key_value_heads", "multi_query_kv_heads"):  # the ratio says what kind of attention it is
+        heads, shared = _value(config, "num_attention_heads"), _value(config, name)
+        if isinstance(shared, int) and isinstance(heads, int):
+            values[name] = SIZES["num_attention_heads"] if shared == heads else min(shared, 2)
+    count = _value(config, "num_hidden_layers")
+    if isinstance(count, int):
+        kept = _kept_layers(values.get("layer_types") or [""] * count)
+        for name, value in values.items():
+            if isinstance(value, list) and len(value) == count:
+                values[name] = [value[i] for i in kept]
+        values |= {name: len(kept) for name in LAYER_COUNTS if name in values}
+        values["num_hidden_layers"] = len(kept)
+    values |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.2, per_layer_config=None)
+    if isinstance(values.get("intermediate_size"), list):
+        values["intermediate_size"] = [SIZES["intermediate_size"]] * len(values["intermediate_size"])
+    values |= overrides
+    return type(config)(**{name: value for name, value in values.items() if value is not None})
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    with contextlib.suppress(Exception):  # some refuse to name a value that differs from layer to layer
+        return getattr(config, name)
+
+
+def _kept_layers(kinds: list[str]) -> list[int]:
+    """The last layer of each kind and the first ones, LAYERS together, in their order."""
+    last = {kind: i for i, kind in enumerate(kinds)}
+    kept = set(last.values()) | {len(kinds) - 1}
+    for i in range(len(kinds)):
+        if len(kept) < LAYERS:
+            kept.add(i)
+    return sorted(kept)
+
+
+def small_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model of a small config in eval mode, fp32 on the CPU, whose logits spread over a few nats.
+
+    Args:
+        kind: its class, in place of the one that AutoModelForCausalLM knows for the config.
+
+    Raises:
+        ValueError: the model is not small, or cannot be made here.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed would shard its weights")
+    make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            count = sum(p.numel() for p in make(config, dtype=torch.float32).parameters())
+        if count > LARGEST:
+            raise ValueError(f"{count / 1e6:.0f}M parameters: not small")
+        torch.manual_seed(0)
+        model = make(config, dtype=torch.float32).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                nn.init.normal_(parameter)
+    return model

@@ -1,0 +1,198 @@
+"""Families of models on the engine: what they answer, which are refused and why, and that the self-check can fail."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from rollout_models import forward_logprobs, greedy
+from transformers import AttentionInterface
+
+from flashpo.bench.tiny_models import tiny_config, tiny_model
+from flashpo.rollout import RolloutEngine, SamplingParams, engine, parity, seam, support
+
+FAMILIES = (
+    "llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "phi3", "phimoe", "olmo2", "gpt_oss",
+    "deepseek_v3", "gemma4_text", "cohere2", "nemotron",
+)  # fmt: skip
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "lfm2", "olmo_hybrid", "granitemoehybrid", "falcon_h1")
+
+
+def prompts(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(2, 97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def roll(model, prompts, params):
+    return RolloutEngine(model, max_sequences=4, fallback="error", check=False).generate(prompts, params)
+
+
+@pytest.mark.parametrize("family", FAMILIES + HYBRIDS)
+def test_family(family):
+    model = tiny_model(family)
+    engine = RolloutEngine(model, max_sequences=3, fallback="error")
+    assert engine.support.hybrid == (family in HYBRIDS)
+    asked = prompts(5, 70, 13)
+    rollouts = engine.generate(asked, SamplingParams(n=2, max_new_tokens=12))
+    for prompt, completion, logprobs in zip(rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprobs):
+        expected, allowed = forward_logprobs(model, prompt, completion), 1e-5
+        if engine.support.hybrid:  # the model's own decoding, a recurrence, against its forward, which is chunked
+            own = parity._stepwise(model, prompt + completion, None)[0]
+            allowed = max(allowed, 2 * (own - expected).abs().max().item())
+        assert (torch.tensor(logprobs) - expected).abs().max() < allowed
+    chosen = engine.generate(asked, SamplingParams(temperature=0, max_new_tokens=12)).completion_ids
+    assert chosen == [greedy(model, prompt, 12) for prompt in asked]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+def test_states_follow_their_rows(family, monkeypatch):
+    """Rows of other lengths come and go, one is preempted, a session goes on behind a prompt."""
+    model = tiny_model(family)
+    asked = prompts(70, 5)
+    params = [SamplingParams(n=3, max_new_tokens=n, seed=n) for n in (9, 14)]
+    whole = RolloutEngine(model, fallback="error").generate(asked, params)
+    few = RolloutEngine(model, max_sequences=2, fallback="error").generate(asked, params)
+    assert few.completion_ids == whole.completion_ids
+    step, calls = seam.Parts.logits, []
+
+    def short_of_memory(self, hidden):
+        calls.append(hidden)
+        if len(calls) == 7:
+            raise torch.OutOfMemoryError("no memory")
+        return step(self, hidden)
+
+    monkeypatch.setattr(seam.Parts, "logits", short_of_memory)
+    preempted = RolloutEngine(model, fallback="error").generate(asked, params)
+    assert preempted.stats.preemptions
+    assert preempted.completion_ids == whole.completion_ids
+
+
+def test_a_hybrids_turns():
+    model = tiny_model("qwen3_next")
+    first, more = prompts(70, 9)
+    engine = RolloutEngine(model, fallback="error")
+    greedily = SamplingParams(temperature=0, max_new_tokens=6)
+    with engine.session():
+        answer = engine.generate([first], greedily).completion_ids[0]
+        second = engine.generate([first + answer + more], greedily)
+    assert second.stats.prefill_tokens == len(answer) + len(more)  # the answer's own states are not kept
+    assert second.completion_ids[0] == greedy(model, first + answer + more, 6)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("bloom", "does not use transformers' attention interface"),
+        ("bert", "is not causal"),
+        ("doge", "attention a mask of its own"),
+        ("bart", "takes no position_ids"),
+        ("mamba", "takes no position_ids"),
+        ("diffllama", "more than once"),
+        ("deepseek_v4", "keep more than keys and values"),
+        ("llama4_text", "no backbone"),
+    ],
+)
+def test_refused_before_anything_runs(family, reason):
+    answer = support(tiny_model(family))
+    assert not answer.ok
+    assert reason in answer.reason
+    with pytest.raises(seam.Unsupported, match=re.escape(answer.reason)):
+        RolloutEngine(tiny_model(family), fallback="error")
+
+
+@pytest.mark.parametrize("family", ["modernbert-decoder", "jamba", "minimax"])
+def test_refused_by_the_check(family, caplog):
+    model = tiny_model(family)
+    assert support(model).ok, "the premise: nothing else finds it"
+    with pytest.raises(seam.Unsupported, match="answers otherwise"):
+        RolloutEngine(model, fallback="error").generate(prompts(3), SamplingParams())
+    rollouts = RolloutEngine(model).generate(prompts(3), SamplingParams(temperature=0, max_new_tokens=4))
+    assert "answers otherwise" in caplog.text
+    assert rollouts.completion_ids[0] == greedy(model, prompts(3)[0], 4)
+
+
+def test_prompt_learning_is_refused():
+    import peft
+
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert "PREFIX_TUNING acts outside" in support(peft.get_peft_model(tiny_model("llama"), config)).reason
+
+
+def test_rope_that_depends_on_the_batch():
+    rope = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4, original_max_position_embeddings=64)
+    model = tiny_model("llama", rope_parameters=rope)
+    assert support(model).longest == 64
+    with pytest.raises(ValueError, match="64 positions"):
+        RolloutEngine(model, fallback="error").generate(prompts(60), SamplingParams(max_new_tokens=5))
+
+
+CONTROLS = [
+    ("mistral", "window", 1), ("mistral", "window", -1), ("gemma3_text", "window", 1), ("phimoe", "window", 1),
+    ("gpt_oss", "sinks", None), ("gemma2", "softcap", None), ("gemma2", "scale", 1.01), ("qwen3", "scale", 1.01),
+    ("qwen3_next", "scale", 1.01),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "what", "change"), CONTROLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_finds(family, what, change, dtype, monkeypatch):
+    """In a bf16 model, too: its small twin is in fp32."""
+    model = tiny_model(family).to(dtype)
+    assert parity.why_wrong(model, roll) is None
+    original = seam._attention
+
+    def attention(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **keywords):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if what == "scale":
+            scaling *= change
+        softcap = None if what == "softcap" else softcap
+        s_aux = None if what == "sinks" else s_aux
+        return original(module, query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **keywords)
+
+    def shifted(model):
+        answer = support(model)
+        layers = [dataclasses.replace(x, window=x.window + change if x.window else 0) for x in answer.layers]
+        return dataclasses.replace(answer, layers=tuple(layers))
+
+    if what == "window":
+        monkeypatch.setattr(engine, "support", shifted)
+    else:
+        monkeypatch.setitem(AttentionInterface._global_mapping, seam.ATTENTION, attention)
+    reason = parity.why_wrong(model, roll)
+    assert reason.startswith("a small ")
+    assert "is the first to differ" in reason
+
+
+def test_the_model_itself_is_checked(monkeypatch):
+    """What only its size shows: here, a twin cannot be made."""
+    model = tiny_model("qwen3").to(torch.bfloat16)
+    monkeypatch.setattr(parity, "_twin", lambda base: None)
+    assert parity.why_wrong(model, roll) is None
+    logits = seam.Parts.logits
+    monkeypatch.setattr(seam.Parts, "logits", lambda self, hidden: logits(self, hidden) * 0.7)
+    assert "every layer agrees in a prefill" in parity.why_wrong(model, roll)
+
+
+def test_nothing_is_said_of_a_broken_model():
+    model = tiny_model("qwen3")
+    model.lm_head.weight.data[5] = torch.nan
+    assert parity._difference(model, roll, None) is None
+
+
+def test_asked_once(monkeypatch):
+    monkeypatch.setattr(parity, "_answers", {})
+    asked = []
+    monkeypatch.setattr(parity, "why_wrong", lambda model, roll, autocast: asked.append(model))
+    for family in ("qwen3", "qwen3", "llama"):
+        rollouts = RolloutEngine(tiny_model(family)).generate(prompts(3), SamplingParams(max_new_tokens=2))
+        assert len(rollouts.completion_ids[0]) == 2
+    assert len(asked) == 2
+
+
+def test_small_configs_keep_what_makes_the_family():
+    config = tiny_config("gemma2")
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    assert tiny_config("qwen3_next").layer_types.count("full_attention") == 1
+    assert tiny_config("gpt_oss").sliding_window == 9
