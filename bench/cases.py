@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flashpo.bench import advantages, gae, losses, packing, scoring
+from flashpo.bench import advantages, gae, losses, packing, sampling, scoring
 from flashpo.bench.timing import Device, Tables
 
 
@@ -20,6 +20,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "policy_loss": losses.policy_loss_tables,
     "rollout": rollout_tables,
     "packing": packing.tables,
+    "sample": sampling.tables,
     "overhead": scoring.overhead_tables,
 }
 

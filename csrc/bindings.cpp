@@ -76,6 +76,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("built_with_cuda") = true;
   m.def("gae_fwd_cuda", &gae_fwd_cuda, ReleaseGil());
   m.def("gae_whiten_cuda", &gae_whiten_cuda, ReleaseGil());
+  m.def("sample_cuda", &sample_cuda, ReleaseGil());
   m.def("cuda_device", [](int index) {
     const CudaDevice d = cuda_device(index);
     py::dict facts;

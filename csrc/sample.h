@@ -33,7 +33,6 @@ namespace {
 
 constexpr float LOG2E_OF_1 = 1.44269504088896341f;
 constexpr float LOWEST_BITS = -127.0f;  // weights below 2^-126 are 0
-constexpr int PIVOTS = 3;               // tried in one pass over the logits
 
 struct Weight {
   double mass;  // of some logits; where they are counted, their count too
@@ -108,19 +107,20 @@ FLASHPO_TEAM Kept first(Row& row, double wanted, float lowest) {
   for (int pass = 0; high - low > 1 && at_low.count - at_high.count > 1; ++pass) {
     // Evenly between the two values, which suits logits, or between the two keys, which bounds the number of passes.
     const float from = unordered(low, shift), to = unordered(high, shift);
-    int64_t keys[PIVOTS];
-    float pivots[PIVOTS];
-    for (int i = 0; i < PIVOTS; ++i) {
-      const float share = static_cast<float>(i + 1) / (PIVOTS + 1);
+    constexpr int N = Row::PIVOTS;  // tried in one pass over the logits
+    int64_t keys[N];
+    float pivots[N];
+    for (int i = 0; i < N; ++i) {
+      const float share = static_cast<float>(i + 1) / (N + 1);
       const int64_t by_value = ordered(from * (1 - share) + to * share, shift);
-      const int64_t by_key = low + (high - low) * (i + 1) / (PIVOTS + 1);
+      const int64_t by_key = low + (high - low) * (i + 1) / (N + 1);
       keys[i] = pass % 2 ? by_key : by_value;
       keys[i] = keys[i] <= low ? low + 1 : keys[i] >= high ? high - 1 : keys[i];
       pivots[i] = unordered(keys[i], shift);
     }
-    Weight weights[PIVOTS];
+    Weight weights[N];
     row.template weigh<COUNTED>(pivots, weights);
-    for (int i = 0; i < PIVOTS; ++i) {
+    for (int i = 0; i < N; ++i) {
       if (weights[i].mass < wanted) {
         high = keys[i], at_high = weights[i];
         break;
@@ -146,8 +146,8 @@ FLASHPO_TEAM Drawn draw(Row& row, const Problem& p, int64_t r) {
   const double top_p = p.top_p != nullptr ? p.top_p[r] : 1;
   const float min_p = p.min_p != nullptr ? p.min_p[r] : 0;
   row.unit = LOG2E_OF_1 / temperature;
-  if (!row.begin()) return {0, NAN, NAN, NAN};
-  const double all = row.sums(All{});
+  const double all = row.begin();
+  if (!(all > 0)) return {0, NAN, NAN, NAN};
   double mass = all;
   Kept kept{-INFINITY, row.size};
   if (greedy) {

@@ -3,6 +3,8 @@
 #include "../sample.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <type_traits>
 
 #include "../ops.h"
 #include "isa.h"
@@ -13,11 +15,10 @@ namespace {
 
 using sampling::All;
 using sampling::Kept;
-using sampling::PIVOTS;
 using sampling::Ties;
 using sampling::Weight;
 
-constexpr int CHUNKS = 128, CANDIDATES = 4096;
+constexpr int CHUNKS = 128, CANDIDATES = 16384;
 
 double total(vf x) {
   double sum = 0;
@@ -38,6 +39,7 @@ template <typename T>
 class Row {
  public:
   static constexpr int SHIFT = std::is_same_v<T, float> ? 0 : std::is_same_v<T, bf16> ? 16 : 13;
+  static constexpr int PIVOTS = 1;  // one and a few more passes, or more at once: the same time
   const int64_t size;
   float top = -INFINITY, unit = 1;
 
@@ -46,8 +48,8 @@ class Row {
     chunks = static_cast<int>((size + length - 1) / length);
   }
 
-  // Whether there is anything to draw from; finds `top`.
-  bool begin() {
+  // Finds `top`. All weights, as sums(All); NaN where there is nothing to draw from.
+  double begin() {
     vi fine = splat_int(-1);
     top = -INFINITY;
     for (int c = 0; c < chunks; ++c) {
@@ -60,7 +62,7 @@ class Row {
       for (int i = 0; i < W; ++i) maximum[c] = std::max(maximum[c], highest[i]);
       top = std::max(top, maximum[c]);
     }
-    return !any(~fine) && top > -INFINITY;
+    return any(~fine) || top == -INFINITY ? NAN : sums(All{});
   }
 
   float at(int64_t i) const { return load_part(logits + i, 1, 0)[0]; }
@@ -110,56 +112,45 @@ class Row {
   void unfocus() { candidates = -1; }
   void focus(float low, float high, Weight at_high, int64_t inside) {
     if (inside > CANDIDATES || inside > (candidates < 0 ? size : candidates) / 2) return;
+    low = std::max(low, -FLT_MAX);  // what the last vector is filled with is no candidate
     int64_t n = 0;
-    const auto keep = [&](float x) {
-      candidate[n] = x;
-      n += x >= low && x < high;
-    };
+    const auto copy = [&](vf x, int64_t) { n += compress(candidate + n, x, (x >= splat(low)) & (x < splat(high))); };
     if (candidates < 0) {
-      for (int c = 0; c < chunks; ++c) {
-        if (maximum[c] < low) continue;
-        each(logits, c * length, end_of(c), [&](vf x, int64_t) {
-          if (any((x >= low) & (x < high)))
-            for (int i = 0; i < W; ++i) keep(x[i]);
-        });
-      }
+      for (int c = 0; c < chunks; ++c)
+        if (maximum[c] >= low) each(logits, c * length, end_of(c), copy);
     } else {
-      for (int64_t i = 0; i < candidates; ++i) keep(candidate[i]);
+      each(candidate, 0, candidates, copy);
     }
     candidates = n;
     above = at_high;
   }
 
-  // What the logits >= pivots[i] weigh, which rise with i.
+  // What the logits >= *pivot weigh.
   template <bool COUNTED>
-  void weigh(const float* pivots, Weight* out) const {
-    vi counts[PIVOTS] = {};
-    vd masses[PIVOTS] = {};
+  void weigh(const float* pivot, Weight* out) const {
+    const vf least = splat(*pivot);
+    vi counts{};
+    vd masses{};
     const auto pass = [&](const auto* x, int64_t begin, int64_t end) {
-      vf sum[PIVOTS] = {};
+      vf sum{};
       each(x, begin, end, [&](vf x, int64_t) {
-        const vf w = COUNTED ? vf{} : weights(x);
-        for (int i = 0; i < PIVOTS; ++i) {
-          const vi inside = x >= splat(pivots[i]);
-          counts[i] -= inside;
-          if (!COUNTED) sum[i] += inside ? w : vf{};
-        }
+        const vi inside = x >= least;
+        counts -= inside;
+        if (!COUNTED) sum += inside ? weights(x) : vf{};
       });
-      if (COUNTED) return;
-      for (int i = 0; i < PIVOTS; ++i) masses[i] += __builtin_convertvector(sum[i], vd);
+      if (!COUNTED) masses += __builtin_convertvector(sum, vd);
     };
-    if (candidates < 0) {
-      for (int c = 0; c < chunks; ++c)
-        if (maximum[c] >= pivots[0]) pass(logits, c * length, end_of(c));
-    } else {
+    *out = {0, 0};
+    if (candidates >= 0) {
       pass(candidate, 0, candidates);
+      *out = above;
+    } else {
+      for (int c = 0; c < chunks; ++c)
+        if (maximum[c] >= *pivot) pass(logits, c * length, end_of(c));
     }
-    for (int i = 0; i < PIVOTS; ++i) {
-      out[i] = candidates < 0 ? Weight{0, 0} : above;
-      for (int lane = 0; lane < W; ++lane) out[i].count += counts[i][lane];
-      for (int lane = 0; lane < W; ++lane) out[i].mass += masses[i][lane];
-      if (COUNTED) out[i].mass = static_cast<double>(out[i].count);
-    }
+    for (int i = 0; i < W; ++i) out->count += counts[i];
+    for (int i = 0; i < W; ++i) out->mass += masses[i];
+    if (COUNTED) out->mass = static_cast<double>(out->count);
   }
 
  private:
@@ -168,7 +159,7 @@ class Row {
   int chunks;
   float maximum[CHUNKS];
   double part[CHUNKS];
-  float candidate[CANDIDATES + 1];
+  float candidate[CANDIDATES + W];
   int64_t candidates = -1;  // none were taken
   Weight above{0, 0};       // of what is larger than they are
 

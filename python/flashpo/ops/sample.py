@@ -193,13 +193,17 @@ def uniform(seed: Tensor, offset: Tensor) -> Tensor:
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@sample_rows.backend("native")  # csrc/sample.h, csrc/cpu/sample.cpp
+@sample_rows.backend("native")  # csrc/sample.h, csrc/cpu/sample.cpp, csrc/cuda/sample.cu
 def _(logits, *parameters):
-    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
+    if logits.dtype not in _KERNEL_DTYPES:
         return NotImplemented
     rows = logits.shape[0]
     token, numbers = logits.new_empty(rows, dtype=torch.int64), logits.new_empty((3, rows), dtype=torch.float32)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    native.sample(logits, *parameters, token, numbers, torch.get_num_threads())
+    if logits.device.type == "cuda":
+        with torch.cuda.device_of(logits):
+            native.sample_cuda(logits, *parameters, token, numbers, torch.cuda.current_stream().cuda_stream)
+    else:
+        native.sample(logits, *parameters, token, numbers, torch.get_num_threads())
     return token, numbers
