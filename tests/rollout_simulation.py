@@ -145,10 +145,9 @@ class Engine:
                 assert node.parent.blocks or not node.parent.parent, "cached below one that is not"
             else:
                 assert node.payload is None
-        idle = list(tree._idle)
-        assert set(idle) == {node for node in nodes if node.blocks and not node.running}
-        for i, node in enumerate(idle):
-            assert not set(idle[:i]) & set(node.ancestors), "a parent would go before its child"
+        assert set(tree._idle) == {node for node in nodes if node.blocks and not node.running}
+        for node in nodes:
+            assert all(node.last_used <= x.last_used for x in node.ancestors), "a parent would go before its child"
         for row in (*scheduler.rows, *scheduler._waiting):
             space, prompt, _ = self.requests[row.prompt_index]
             assert sum((node.tokens for node in row.ancestors), ()) == prompt

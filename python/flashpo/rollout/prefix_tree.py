@@ -103,6 +103,7 @@ class Node(Segment):
         self.children: dict[tuple[int, ...], list[Node]] = {}  # by their first block of tokens
         self.running = 0
         self.waiting = 0
+        self.last_used = 0  # when a row last stopped here or below: never before that of its children
         self.ends = False
         self.payload: Any = None
 
@@ -133,8 +134,8 @@ class PrefixTree:
         self.allocator.clear()
         self._order = itertools.count()
         self._roots: dict[Hashable, Node] = {}
-        # Cached nodes below which nothing runs: least recently used first, and always children before their parent.
-        self._idle: dict[Node, None] = {}
+        self._clock = itertools.count()
+        self._idle: dict[Node, None] = {}  # cached nodes that no row runs at or below
 
     def insert(self, tokens: tuple[int, ...], space: Hashable, rows: int, max_blocks: int) -> Node:
         """The node at which `tokens` end, for `rows` rows that wait; its path takes at most `max_blocks` blocks."""
@@ -152,7 +153,6 @@ class PrefixTree:
         node.ends = True
         for x in node.path:
             x.waiting += rows
-        self._touch(node)
         return node
 
     def start(self, leaf: Node) -> list[Node]:
@@ -169,9 +169,11 @@ class PrefixTree:
 
     def stop(self, leaf: Node, *, waits: bool) -> None:
         """One of the rows running at `leaf` has ended, or `waits` to run again."""
-        for node in reversed(leaf.path):
+        now = next(self._clock)
+        for node in leaf.path:
             node.running -= 1
             node.waiting += waits
+            node.last_used = now
             if node.running:
                 continue
             if node.waiting or self.keep:
@@ -183,6 +185,7 @@ class PrefixTree:
         """A node that is cached already, in `blocks`, below a node with running rows."""
         node = self._attach(parent, tokens)
         node.blocks = blocks
+        node.last_used = next(self._clock)
         self._idle[node] = None
         return node
 
@@ -191,7 +194,7 @@ class PrefixTree:
         victims = [node for node in self._idle if node not in spare] if blocks > self.allocator.free else []
         if blocks > self.allocator.free + sum(len(node.blocks) for node in victims):
             return False
-        for node in sorted(victims, key=lambda node: node.waiting > 0):
+        for node in sorted(victims, key=lambda node: (node.waiting > 0, node.last_used, -node.start)):
             if blocks <= self.allocator.free:
                 break
             self._free(node)
@@ -240,21 +243,13 @@ class PrefixTree:
         """Cuts `node` at a block boundary. It stays the lower part, with its rows and logits; returns the upper."""
         self._detach(node)
         upper = self._attach(node.parent, node.tokens[:at])
-        upper.order, node.order = node.order, upper.order
-        upper.running, upper.waiting = node.running, node.waiting
+        upper.running, upper.waiting, upper.last_used = node.running, node.waiting, node.last_used
         upper.blocks, node.blocks = node.blocks[: at // BLOCK], node.blocks[at // BLOCK :]
         node.parent, node.start, node.tokens = upper, upper.end, node.tokens[at:]
         upper.children[node.tokens[:BLOCK]] = [node]
         if node in self._idle:
             self._idle[upper] = None
-            self._touch(upper)
         return upper
-
-    def _touch(self, leaf: Node) -> None:
-        for node in reversed(leaf.path):
-            if node in self._idle:
-                del self._idle[node]
-                self._idle[node] = None
 
     def _free(self, node: Node) -> None:
         """Takes the node's blocks; removes it unless rows wait for it."""

@@ -189,14 +189,14 @@ class Scheduler:
         have all their blocks, and nothing happens.
         """
         preempted = []
-        for row in sorted(self.rows, key=_seniority, reverse=True):
+        for row in list(self.rows):
             wanted = blocks_for(min(len(row.tokens) + steps, row.max_new_tokens))
             while row.blocks and len(row.blocks) < wanted:
                 if self._tree.make_room(wanted - len(row.blocks)):
                     row.blocks += self._allocator.take(wanted - len(row.blocks))
                     self.version += 1
                 else:
-                    preempted.append(min(self.rows, key=_seniority))
+                    preempted.append(min(self.rows, key=lambda row: (len(row.tokens), -row.order)))
                     self.preempt(preempted[-1])
         return preempted
 
@@ -267,7 +267,3 @@ class Scheduler:
         row.blocks = []
         self._tree.stop(row.parent, waits=waits)
         self.version += 1
-
-
-def _seniority(row: Row) -> tuple[int, int]:
-    return len(row.tokens), -row.order
