@@ -54,8 +54,8 @@ def model(family: str):
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=generator, device="cpu").tolist() for n in lengths]
 
 
 @torch.no_grad()

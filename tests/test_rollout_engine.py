@@ -53,6 +53,17 @@ def test_results_do_not_depend_on_arrangement():
     assert first.completion_ids == whole.completion_ids[:4]
 
 
+def test_preempted_rows_go_on_as_if_nothing_had_happened():
+    params = SamplingParams(n=4, max_new_tokens=130)
+    whole = engine().generate(prompts(64), params)
+    short = engine(kv_memory=6 * 32768, expected_tokens=10).generate(prompts(64), params)
+    assert short.stats.cache_bytes == 6 * 32768
+    assert short.stats.peak_rows == 4
+    assert short.stats.preemptions > 0
+    assert short.completion_ids == whole.completion_ids
+    assert_logprobs(model("qwen3"), short)
+
+
 def test_another_seed_gives_other_completions():
     first, second = (engine().generate(prompts(9), SamplingParams(n=2, seed=s)).completion_ids for s in (0, 1))
     assert first != second

@@ -7,14 +7,14 @@ import torch
 from rollout_models import forward_logprobs, model, prompts
 from transformers import BloomConfig, BloomForCausalLM
 
-from flashpo.rollout import RolloutEngine, SamplingParams, generation, seam
+from flashpo.rollout import RolloutEngine, SamplingParams, cache, generation, seam
 from flashpo.rollout.runner import Step
 from flashpo.rollout.support import Support
 
 PARAMS = SamplingParams(n=3, max_new_tokens=12, seed=5)
 
 
-@pytest.fixture
+@pytest.fixture  # of the rollout that every fault is to leave as it is
 def whole():
     return RolloutEngine(model("qwen3"), fallback="error").generate(prompts(40, 70), PARAMS)
 
@@ -72,6 +72,41 @@ def test_no_memory_for_a_single_row(monkeypatch, whole, caplog):
     assert rollouts.completion_ids == whole.completion_ids
     with pytest.raises(torch.OutOfMemoryError):
         RolloutEngine(model("qwen3"), max_sequences=1, fallback="error").generate(prompts(40, 70), PARAMS)
+
+
+def test_a_smaller_pool_than_wished(monkeypatch, whole):
+    calls = failing(monkeypatch, cache, "KVCache", lambda i, layers, blocks, *rest: blocks > 6)
+    rollouts = RolloutEngine(model("qwen3"), fallback="error").generate(prompts(40, 70), PARAMS)
+    assert [blocks for _, blocks, *_ in calls] == [10, 5]
+    assert rollouts.completion_ids == whole.completion_ids
+    assert rollouts.stats.peak_rows == 3
+
+
+def test_weights_that_change_in_the_middle(monkeypatch):
+    net = model("qwen3")
+    step, changed = Step.__call__, []
+
+    def meddling(self):
+        if not changed:
+            changed.append(net.model.norm.weight.data_ptr())
+            net.model.norm.weight.add_(0.0)
+        step(self)
+
+    monkeypatch.setattr(Step, "__call__", meddling)
+    with pytest.raises(RuntimeError, match="changed during the rollout"):
+        RolloutEngine(net, fallback="error").generate(prompts(40), PARAMS)
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(caplog, whole):
+    """The GPU's bookkeeping on a CPU: capture fails, buckets are larger than their rows, the host looks seldom."""
+    engine = RolloutEngine(model("qwen3"), fallback="error")
+    engine.generate(prompts(40, 70), PARAMS)
+    engine.runner.cuda, engine.runner.check_every = True, 5
+    with caplog.at_level(logging.WARNING, logger="flashpo"):
+        rollouts = engine.generate(prompts(40, 70), PARAMS)
+    assert "the decode step runs without a CUDA graph" in caplog.text
+    assert rollouts.completion_ids == whole.completion_ids
+    assert rollouts.stats.steps == 15
 
 
 def test_the_fallback_is_the_engine_in_all_but_speed(monkeypatch):

@@ -41,6 +41,9 @@ class RolloutEngine:
         kv_memory: bytes for keys and values; default: half of what is free when they are first needed. Never more is
             taken than a call can use. The pool stays for the next call; `release` frees it.
         max_sequences: completions that run at once; default: as many as fit.
+        expected_tokens: where memory is short, completions start when there is room for this length, later for the mean
+            length of those that have ended; some are preempted and computed again if that was too few. Default: when
+            there is room for max_new_tokens.
         prefill_tokens: prompt tokens of one forward.
         autocast: the dtype of the autocast region that the trainer runs its forward in, None without one.
         weights, lora: how weights are viewed, see WeightView.
@@ -60,6 +63,7 @@ class RolloutEngine:
         tokenizer=None,
         kv_memory: int | None = None,
         max_sequences: int | None = None,
+        expected_tokens: float | None = None,
         prefill_tokens: int = 8192,
         autocast: torch.dtype | None = None,
         weights: str = "auto",
@@ -69,13 +73,15 @@ class RolloutEngine:
     ):
         if fallback not in ("generate", "error"):
             raise ValueError(f'fallback must be "generate" or "error", not {fallback!r}')
-        sizes = {"kv_memory": kv_memory, "max_sequences": max_sequences, "prefill_tokens": prefill_tokens}
+        sizes: dict[str, float | None] = {"kv_memory": kv_memory, "max_sequences": max_sequences}
+        sizes |= {"expected_tokens": expected_tokens, "prefill_tokens": prefill_tokens}
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.model: Any = model
         self.tokenizer, self.fallback, self.autocast = tokenizer, fallback, autocast
         self.kv_memory, self.max_sequences, self.prefill_tokens = kv_memory, max_sequences, prefill_tokens
+        self.expected_tokens = expected_tokens
         self.device = next(model.parameters()).device
         self.view = WeightView(model, weights, dtype=autocast, lora=lora)
         self.support = support(model)
@@ -243,7 +249,9 @@ class RolloutEngine:
             self.scheduler.max_rows = rows
             return self.runner, self.scheduler
         runner = self._runner(needed, wanted * (1 if self.open_session is None else SESSION_TURNS))
-        scheduler = Scheduler(runner.cache.blocks, rows, whole_nodes_only=self.support.hybrid)
+        scheduler = Scheduler(
+            runner.cache.blocks, rows, whole_nodes_only=self.support.hybrid, expected_tokens=self.expected_tokens
+        )
         if self.open_session is not None:
             self.scheduler = scheduler
             self.open_session.enter_context(scheduler.keeping())
