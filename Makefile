@@ -13,7 +13,7 @@ SITE = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt pyproject.toml constraints.txt
 
 SANITIZED = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
-	tests/test_decode_layer.py tests/test_sample.py
+	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py
 
 .PHONY: demo zoo test lint sanitize bench clean
 

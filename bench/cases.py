@@ -12,6 +12,12 @@ def rollout_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     return rollout.tables(device, with_peers, quick)
 
 
+def grpo_step_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    from flashpo.bench import grpo_step  # needs TRL
+
+    return grpo_step.tables(device, with_peers, quick)
+
+
 SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with_peers, quick
     "linear_logprob": scoring.linear_logprob_tables,
     "selective_log_softmax": scoring.selective_log_softmax_tables,
@@ -21,6 +27,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "rollout": rollout_tables,
     "packing": packing.tables,
     "sample": sampling.tables,
+    "grpo_step": grpo_step_tables,
     "overhead": scoring.overhead_tables,
 }
 

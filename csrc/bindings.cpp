@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "decode_plan.h"
 #include "ops.h"
 #include "tensor_caster.h"
 
@@ -68,6 +69,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_append", CPU(rope_append), ReleaseGil());
   m.def("gated_activation", CPU(gated_activation), ReleaseGil());
   m.def("sample", CPU(sample), ReleaseGil());
+  py::class_<decode::Plan>(m, "DecodePlan")
+      .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
+                    int64_t, int64_t, int>(),
+           ReleaseGil());
+  m.def("decode_attention_scratch", CPU(decode_attention_scratch));
+  m.def("decode_attention", CPU(decode_attention), ReleaseGil());
+  m.def("kv_append", &kv_append, ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
   m.def("group_advantages", &group_advantages, ReleaseGil());
   m.def("group_advantages_scratch", &group_advantages_scratch);

@@ -7,6 +7,9 @@
 namespace flashpo::sampling {
 struct Problem;
 }
+namespace flashpo::decode {
+class Plan;
+}
 
 #define FLASHPO_DECLARE_CPU(ISA)                                                                                      \
   namespace flashpo::ISA {                                                                                            \
@@ -45,6 +48,10 @@ struct Problem;
   void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,              \
               const Tensor& min_p, const Tensor& seed, const Tensor& offset, const Tensor& token,                     \
               const Tensor& numbers, int threads);                                                                    \
+  int64_t decode_attention_scratch(const decode::Plan& plan, const Tensor& k_cache, const Tensor& v_cache);           \
+  void decode_attention(const decode::Plan& plan, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,      \
+                        float scale, float softcap, const Tensor& sinks, const Tensor& out, const Tensor& lse,        \
+                        const Tensor& scratch);                                                                       \
   }
 
 FLASHPO_DECLARE_CPU(baseline)
@@ -53,6 +60,8 @@ FLASHPO_DECLARE_CPU(avx512)
 
 namespace flashpo {
 
+void kv_append(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot,
+               int threads);
 void merge_partials(const Tensor& partials, int64_t vocab, const Tensor& out);
 
 int64_t group_advantages_scratch(int64_t rows, int64_t columns);  // in words of 8 bytes

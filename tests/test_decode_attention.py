@@ -6,12 +6,12 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from decode_inputs import FORESTS, plant
-from inputs import DTYPES
+from inputs import DTYPES, backends, sanitized
 
 import flashpo
 from flashpo import decode_attention
 
-every_backend = pytest.mark.parametrize("backend", ["torch"])
+every_backend = pytest.mark.parametrize("backend", backends())
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -30,14 +30,14 @@ def compare(problem, backend, dtype):
     assert_as_accurate(lse[some], exact_lse[some], plain_lse[some])
 
 
-@every_backend
+@sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("forest", FORESTS)
 def test_trees(backend, dtype, forest):
     compare(plant(FORESTS[forest]), backend, dtype)
 
 
-@every_backend
+@sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "rep", "features", "value_features"), [
     (1, 1, 8, 8), (3, 1, 64, 128), (2, 4, 80, 80), (1, 8, 128, 64), (2, 3, 96, 96), (2, 7, 256, 256), (1, 2, 13, 37),
@@ -47,7 +47,7 @@ def test_heads_and_features(backend, dtype, heads, rep, features, value_features
     compare(plant([(130, 3, 64, 65), 70], heads, rep, features, value_features), backend, dtype)
 
 
-@every_backend
+@sanitized
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 90, 130, 10_000])
 def test_windows(backend, window):
     """They end within a segment, at its border, before the prefix; rows of one group at different positions."""
@@ -55,7 +55,7 @@ def test_windows(backend, window):
         compare(plant(FORESTS[forest], window=window), backend, torch.float32)
 
 
-@every_backend
+@sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_softcap_and_sinks(backend, dtype):
     for options in (
@@ -79,7 +79,7 @@ def test_large_logits(backend):
     compare(problem, backend, torch.float32)
 
 
-@every_backend
+@sanitized
 def test_rows_that_nobody_covers(backend):
     problem = plant([(70, 3, 4), 5, 6])
     problem.segments = [s for s in problem.segments if not s.begin <= 2 < s.end]
@@ -128,7 +128,7 @@ def test_nan_stays_in_its_row(backend, dtype):
             assert torch.equal(lse[others], expected[1][others])
 
 
-@pytest.mark.parametrize("backend", [])
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_batch(backend, dtype):
     """Bitwise: alone with the segments of its path, and in a batch of many."""
@@ -146,6 +146,24 @@ def test_a_row_does_not_depend_on_its_batch(backend, dtype):
                 assert torch.equal(lse[here], alone[1])
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_do_not_change_a_bit(dtype):
+    """Work is cut by rows, heads and keys until there is enough for all threads."""
+    forests = [(1500, 3, 4)], [(64, 70, 1), (300, *[3] * 70)], FORESTS["three levels"], [2000]
+    for forest in forests:
+        problem = plant(forest, window=1200)
+        with flashpo.backend("native"):
+            expected = problem.ours(dtype)
+            for threads in (2, 5):
+                before = torch.get_num_threads()
+                torch.set_num_threads(threads)
+                try:
+                    assert all(map(torch.equal, problem.ours(dtype), expected))
+                finally:
+                    torch.set_num_threads(before)
+
+
 def test_the_comparison_sees_small_mistakes():
     """Negative controls: what a wrong kernel would get wrong is far more than `compare` lets pass."""
     options = {"window": 130, "softcap": 8.0, "sinks": torch.randn(4), "scale": 0.2, "spread": 1.5}
@@ -158,7 +176,7 @@ def test_the_comparison_sees_small_mistakes():
             compare(mistaken, "torch", torch.float32)
 
 
-@every_backend
+@sanitized
 def test_layouts_and_empty_batches(backend):
     problem = plant(FORESTS["ragged groups"])
     q, *rest = problem.tables(torch.float32)

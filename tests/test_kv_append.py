@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from inputs import DTYPES
+from inputs import DTYPES, backends, sanitized
 
 import flashpo
 from flashpo import kv_append
 
-every_backend = pytest.mark.parametrize("backend", ["torch"])
+every_backend = pytest.mark.parametrize("backend", backends())
 SLOTS = {
     "a decode step": [70, 3 * 64 + 63, 64, 500],
     "parked and skipped rows": [5, -1, 130, -1, 6, -7],
@@ -33,7 +33,7 @@ def expected(k, v, k_cache, v_cache, slot):
     return k_cache, v_cache
 
 
-@every_backend
+@sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 64, 64), (4, 80, 128), (3, 5, 1), (2, 256, 13)], ids=str)
 @pytest.mark.parametrize("slots", SLOTS)
@@ -49,7 +49,7 @@ def test_slots(backend, dtype, shape, slots):
     assert torch.equal(v_cache, wanted[1])
 
 
-@every_backend
+@sanitized
 def test_strided_inputs(backend):
     """Views of a fused projection, as models have them: (B, heads, 1, D) of (B, 1, heads * D)."""
     slot = torch.tensor([64, 130, -1, 300])
@@ -64,7 +64,7 @@ def test_strided_inputs(backend):
         assert torch.equal(v_cache, wanted[1])
 
 
-@every_backend
+@sanitized
 def test_bad_arguments_raise(backend):
     if backend == "triton":
         pytest.skip("device assertions end the process")

@@ -12,7 +12,7 @@ joined by their log-sum-exps.
 import torch
 from torch import Tensor
 
-from flashpo._op import op
+from flashpo._op import native, op
 from flashpo.ops._check import check_device, check_positive, check_that
 from flashpo.ops.kv_append import BLOCK, check_caches
 
@@ -153,3 +153,21 @@ def decode_attention_fwd(
 def _(q, k_cache, v_cache, *rest):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty((*q.shape[:2], v_cache.shape[3])), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@decode_attention_fwd.backend("native")  # csrc/decode_plan.cpp, csrc/cpu/decode_attention.cpp
+def _(q, k_cache, v_cache, rows, start, length, blocks, position, scale, window, softcap, sinks):
+    if q.device.type != "cpu" or q.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    tables = [x.contiguous() for x in (rows, start, length, blocks, position)]
+    cache_blocks, heads = k_cache.shape[:2]
+    plan = native.DecodePlan(*tables, window, cache_blocks, heads, q.shape[1] // heads, torch.get_num_threads())
+    out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    scratch = lse.new_empty(native.decode_attention_scratch(plan, k_cache, v_cache))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    native.decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch)
+    return out, lse

@@ -7,7 +7,7 @@ contiguous for each feature; values (64, Dv).
 import torch
 from torch import Tensor
 
-from flashpo._op import op
+from flashpo._op import native, op
 from flashpo.ops._check import check_device, check_float, check_that
 
 BLOCK = 64  # tokens
@@ -83,3 +83,14 @@ def kv_append_(
 @kv_append_.fake
 def _(*args):
     return None
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@kv_append_.backend("native")  # csrc/cpu/kv_append.cpp
+def _(k, v, k_cache, v_cache, slot):
+    if k.device.type != "cpu" or k.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    native.kv_append(k, v, k_cache, v_cache, slot.contiguous(), torch.get_num_threads())

@@ -1,0 +1,46 @@
+"""A TRL script as one finds them, without a word of FlashPO: grpo_step.py times it with and without `flashpo run`.
+
+python bench/step_script.py MODEL OUT PROMPT_TOKENS STEPS SEED
+"""
+
+import json
+import sys
+import time
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+model, out, prompt_tokens, steps, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+PROMPTS, COMPLETIONS, NEW = 2, 8, 128
+
+
+def even_tokens(completion_ids, **kwargs):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+class Clock(TrainerCallback):
+    times: list[float] = []  # noqa: RUF012
+
+    def on_step_begin(self, *args, **kwargs):
+        self.times.append(time.perf_counter())
+
+    def on_step_end(self, *args, **kwargs):
+        self.times.append(time.perf_counter())
+
+
+torch.manual_seed(seed)
+words = torch.randint(3, 32768, (steps * PROMPTS, prompt_tokens)).tolist()
+data = Dataset.from_list([{"prompt": " ".join(f"w{i}" for i in row)} for row in words])
+config = GRPOConfig(
+    out, max_steps=steps, per_device_train_batch_size=PROMPTS * COMPLETIONS, num_generations=COMPLETIONS,
+    max_completion_length=NEW, learning_rate=3e-4, lr_scheduler_type="constant", gradient_checkpointing=False,
+    use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), seed=seed, logging_steps=1,
+    save_strategy="no", report_to="none",
+)  # fmt: skip
+trainer = GRPOTrainer(model, reward_funcs=even_tokens, args=config, train_dataset=data, callbacks=[Clock()])
+trainer.train()
+rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+seconds = [end - begin for begin, end in zip(Clock.times[::2], Clock.times[1::2])]
+print(json.dumps({"seconds": seconds, "rewards": rewards}))

@@ -1,0 +1,122 @@
+// Small matrix products on rows of vectors, in registers: c (rows x columns) = or += a (rows x depth) b.
+//
+// An element is one chain of multiply-adds over the depth, whatever the size of the tile that it is in.
+#pragma once
+#include <algorithm>
+
+#include "isa.h"
+
+namespace flashpo::FLASHPO_ISA {
+
+// c's tile of registers; fills 24 of 32 of them with AVX-512, 12 of 16 without.
+constexpr int TILE_ROWS = 6, TILE_VECTORS = W == 16 ? 4 : 2;
+
+// Memory to be brought near while a product is computed: `pairs` of cache lines, `step` bytes apart.
+struct Ahead {
+  const char* p = nullptr;
+  int64_t pairs = 0, step = 128;
+
+  void fetch() {
+    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(p + 64, 0, 2);
+    p += step;
+  }
+  // Fetches what `steps` calls of fetch() would not come to, and makes further calls harmless.
+  void fetch_all_but(int64_t steps) {
+    for (; pairs > steps; --pairs) fetch();
+  }
+  Ahead next(int64_t steps, const void* near) {
+    if (pairs <= 0) return {static_cast<const char*>(near), 0, 0};
+    const Ahead these = *this;
+    p += steps * step;
+    pairs -= steps;
+    return these;
+  }
+};
+
+template <int R, int V, typename T>
+static inline void product_tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth,
+                                float* c, int64_t c_stride, bool add, Ahead ahead) {
+  vf sum[R][V] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    ahead.fetch();
+    vf row[V];
+    for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * W);
+    for (int r = 0; r < R; ++r) {
+      const vf x = splat(a[r * a_stride + k]);
+      for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      float* to = c + r * c_stride + v * W;
+      store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+template <int V, typename T>
+static inline void product_vectors(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_t b_stride,
+                                   int64_t depth, float* c, int64_t c_stride, bool add, Ahead& ahead) {
+  while (rows > 0) {
+    const int64_t tile = std::min<int64_t>(rows, TILE_ROWS);
+    const Ahead near = ahead.next(depth, b);
+    switch (tile) {
+      case 1: product_tile<1, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
+      case 2: product_tile<2, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
+      case 3: product_tile<3, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
+      case 4: product_tile<4, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
+      case 5: product_tile<5, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
+      default: product_tile<TILE_ROWS, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near);
+    }
+    rows -= tile;
+    a += tile * a_stride;
+    c += tile * c_stride;
+  }
+}
+
+// b is a tile of T in memory, of which the rows [first, last) count; a holds a column for each row from 0 on.
+template <typename T>
+class VectorProduct {
+ public:
+  using Operand = float;
+  static constexpr int64_t scratch(int64_t depth, int64_t columns) { return depth * columns; }
+
+  explicit VectorProduct(float* scratch) : wide_(scratch) {}
+
+  // c's rows end with whole vectors. b is widened first where that is cheaper, or where its rows do not.
+  void operator()(int64_t rows, int64_t columns, int64_t first, int64_t last, const float* a, int64_t a_stride,
+                  const T* b, int64_t b_stride, float* c, int64_t c_stride, bool add, Ahead ahead) {
+    const int64_t depth = last - first, padded = (columns + W - 1) / W * W;
+    const bool whole = padded <= b_stride;
+    a += first;
+    b += first * b_stride;
+    if (whole && (sizeof(T) == 4 || rows <= TILE_ROWS))
+      return multiply(rows, padded, depth, a, a_stride, b, b_stride, c, c_stride, add, ahead);
+    for (int64_t k = 0; k < depth; ++k) operand(b + k * b_stride, whole ? padded : columns, wide_ + k * padded);
+    multiply(rows, padded, depth, a, a_stride, wide_, padded, c, c_stride, add, ahead);
+  }
+
+  static void operand(const T* from, int64_t count, float* to) {
+    int64_t j = 0;
+    for (; j + W <= count; j += W) store(to + j, load(from + j));
+    const int rest = static_cast<int>(count - j);
+    if (rest > 0) store_part(to + j, load_part(from + j, rest, 0.0f), rest);
+  }
+
+ private:
+  template <typename B>
+  static void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const B* b,
+                       int64_t b_stride, float* c, int64_t c_stride, bool add, Ahead ahead) {
+    ahead.fetch_all_but(depth * ((rows + TILE_ROWS - 1) / TILE_ROWS) * (columns / (TILE_VECTORS * W)));
+    int64_t j = 0;
+    for (; j + TILE_VECTORS * W <= columns; j += TILE_VECTORS * W)
+      product_vectors<TILE_VECTORS>(rows, a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, ahead);
+    for (; j < columns; j += W)
+      product_vectors<1>(rows, a, a_stride, b + j, b_stride, depth, c + j, c_stride, add, ahead);
+  }
+
+  float* wide_;
+};
+
+}  // namespace flashpo::FLASHPO_ISA
