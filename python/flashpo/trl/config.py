@@ -1,4 +1,4 @@
-"""GRPOConfig and RLOOConfig of TRL with what FlashPO adds: any loss, finer groups, dynamic sampling."""
+"""GRPOConfig and RLOOConfig of TRL with what FlashPO adds: any loss, finer groups, dynamic sampling, the engine."""
 
 from dataclasses import dataclass, field, fields, replace
 
@@ -17,7 +17,27 @@ RLOO_LOSS_OPTIONS = ("epsilon", "epsilon_high")
 
 
 @dataclass
-class PolicyOptions:
+class RolloutOptions:
+    """The fields for generation, PPOConfig's too."""
+
+    rollout: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: flashpo.rollout generates, or by TRL, with a warning, where that cannot; "
+            "engine: an error where it cannot; generate: by TRL."
+        },
+    )
+    rollout_options: dict | None = field(
+        default=None, metadata={"help": "Arguments of flashpo.rollout.RolloutEngine: kv_memory, weights ..."}
+    )
+
+    def _check_rollout(self) -> None:
+        if self.rollout not in ("auto", "engine", "generate"):
+            raise ValueError(f"rollout must be 'auto', 'engine' or 'generate', got {self.rollout!r}")
+
+
+@dataclass
+class PolicyOptions(RolloutOptions):
     """The fields of both."""
 
     loss: str | None = field(
@@ -42,7 +62,20 @@ class PolicyOptions:
         },
     )
 
+    old_logprobs: str = field(
+        default="trainer",
+        metadata={
+            "help": "Where log-probs of the old policy come from, where updates lie between sampling and training. "
+            "trainer: a forward pass; rollout: those that the engine sampled with, which saves that pass."
+        },
+    )
+
     def _check_options(self, loss_options: tuple[str, ...]) -> None:
+        self._check_rollout()
+        if self.old_logprobs not in ("trainer", "rollout"):
+            raise ValueError(f"old_logprobs must be 'trainer' or 'rollout', got {self.old_logprobs!r}")
+        if self.old_logprobs == "rollout" and self.rollout == "generate":
+            raise ValueError("old_logprobs='rollout' needs the engine: rollout must not be 'generate'")
         if isinstance(self.group_by, str):
             self.group_by = [self.group_by]
         if self.dynamic_sampling < 0:

@@ -21,6 +21,7 @@ from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.patch import active
+from flashpo.trl.rollout import TrainerRollouts, importance_fields, mismatch, mismatch_metrics
 from flashpo.trl.trainers import Accelerated
 
 SCORING_INPUTS = (
@@ -45,7 +46,9 @@ class PolicyTrainer(Accelerated, Base):
 
     def __init__(self, *args, **kwargs):
         self._pending_stats: dict[str, list[PolicyStats]] = {"train": [], "eval": []}
+        self._pending_mismatch: dict[str, list[Tensor]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
+        self._rollouts = TrainerRollouts(self)
 
     # loss
 
@@ -65,6 +68,13 @@ class PolicyTrainer(Accelerated, Base):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def _note_mismatch(self, inputs, logprob: Tensor, mask: Tensor) -> None:
+        """Compare the rollout's log-probs with the trainer's, where those are of the same policy."""
+        sampled = inputs.get("sampling_per_token_logps")
+        if self._rollouts.generated and sampled is not None and not self._takes_old_logprobs():
+            trained = inputs.get("old_per_token_logps", logprob)
+            self._pending_mismatch[self._mode].append(mismatch(trained, sampled, mask))
 
     def _accumulation(self) -> float:
         return self.current_gradient_accumulation_steps if self._mode == "train" else 1.0
@@ -91,6 +101,12 @@ class PolicyTrainer(Accelerated, Base):
                 for name, value in self._metrics_of(PolicyStats(values)).items():
                     self._metrics[mode][name].append(value)
             pending.clear()
+        for mode, compared in self._pending_mismatch.items():
+            if compared:
+                rows = self.accelerator.gather(torch.stack(compared))
+                for name, value in mismatch_metrics(rows).items():
+                    self._metrics[mode][name].append(value)
+                compared.clear()
 
     def log(self, logs, *args, **kwargs):
         self.flush_metrics()
@@ -111,6 +127,21 @@ class PolicyTrainer(Accelerated, Base):
             (rows of all ranks,), or (this rank's rows, completion length): one advantage a token.
         """
         raise NotImplementedError
+
+    def _generate(self, prompts):
+        with self._rollouts.session():  # for the turns of a conversation with tools
+            result = super()._generate(prompts)
+        if self._rollouts.generated and self._takes_old_logprobs():
+            self._rollouts.keep_as_old(self._sampled_logprobs(result))
+        return result
+
+    def _sampled_logprobs(self, generated: tuple) -> list[list[float]]:
+        """Of each completion, from what `_generate` returned; 0 at tokens that tools wrote."""
+        raise NotImplementedError
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        old = self._rollouts.take_old()
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs) if old is None else (old, None, None)
 
     def _generate_and_score_completions(self, inputs):
         if not active():
@@ -150,6 +181,10 @@ class PolicyTrainer(Accelerated, Base):
         for _ in range(min(len(of_rows), len(logged))):
             logged.pop()
         logged.extend(of_rows)
+
+    def _takes_old_logprobs(self) -> bool:
+        """Whether TRL scores the completions by the policy now, and the rollout's own log-probs are to stand for it."""
+        return getattr(self.args, "old_logprobs", "trainer") == "rollout"
 
     def _keep_scored(self, batch: dict, scored: list[Tensor]) -> None:
         """For a trainer whose TRL class drops the log-probs of tokens."""
@@ -213,12 +248,31 @@ def clip_metrics(stats: PolicyStats) -> dict[str, float]:
 
 
 class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
-    """TRL's GRPOTrainer with FlashPO's ops. `flashpo.trl.GRPOConfig` adds `loss`, `group_by` and `dynamic_sampling`."""
+    """TRL's GRPOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.GRPOConfig` has their options."""
 
     _entropy_window_stats: Any
 
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
+        if rollouts is None:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        return rollouts.completion_ids, rollouts.logprobs
+
+    def _sampled_logprobs(self, generated):
+        return generated[4]
+
+    def _takes_old_logprobs(self):
+        every = self.args.steps_per_generation * self.num_iterations
+        return super()._takes_old_logprobs() and self.args.gradient_accumulation_steps % every != 0
+
     def _loss_spec(self) -> LossSpec:
-        """What the configuration asks for, with the entropy coefficient of this moment."""
+        """What the configuration asks for, with the entropy coefficient of this moment; corrected for the sampler."""
+        spec = self._configured_loss()
+        if not self._rollouts.generated or spec.importance != "none":
+            return spec
+        return replace(spec, **importance_fields(self.args, spec.surrogate))
+
+    def _configured_loss(self) -> LossSpec:
         if getattr(self.args, "loss", None):
             return self.args.loss_spec()
         args, loss = self.args, self.loss_type
@@ -262,6 +316,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             model = without_tokens(model, inputs["tool_mask"] == 0)
         logprob, entropy, aux_loss = self._score(model, inputs)
         mode, accumulation, spec = self._mode, self._accumulation(), self._loss_spec()
+        self._note_mismatch(inputs, logprob, mask)
         num_items, scale = None, 1 / accumulation
         if spec.aggregation == "token_mean":
             num_items = self._tokens_of_a_step(inputs)
@@ -356,7 +411,17 @@ def without_tokens(model, dead: Tensor):
 
 
 class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
-    """TRL's RLOOTrainer with FlashPO's ops. `flashpo.trl.RLOOConfig` adds `loss`, `group_by` and `dynamic_sampling`."""
+    """TRL's RLOOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.RLOOConfig` has their options."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
+        if rollouts is None:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        self._sampled = rollouts.logprobs
+        return rollouts.completion_ids
+
+    def _sampled_logprobs(self, generated):
+        return self._sampled  # TRL's RLOO has no place for them
 
     def _keep_scored(self, batch, scored):
         batch["old_per_token_logps"] = scored[0]

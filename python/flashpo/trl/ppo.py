@@ -175,6 +175,7 @@ class PPOTrainer(GRPOTrainer):
         mask, spec, clip = inputs["mask"], self._loss_spec(), self.args.cliprange_value
         logprob, entropy, aux_loss = self._score(without_tokens(model, ~mask), inputs)
         values = self._values_of_forwards.pop()
+        self._note_mismatch(inputs, logprob, mask)
         num_items = self._tokens_of_a_step(inputs)
         policy = policy_loss(
             logprob,
@@ -183,6 +184,7 @@ class PPOTrainer(GRPOTrainer):
             mask,
             loss=spec,
             ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
+            rollout_logprob=inputs.get("sampling_per_token_logps"),
             entropy=entropy,
             num_items=num_items,
         )

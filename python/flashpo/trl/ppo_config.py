@@ -5,6 +5,8 @@ from typing import Any
 
 import trl
 
+from flashpo.trl.config import RolloutOptions
+
 # GRPO's own mathematics: (option, why PPO has no use for it)
 REFUSED = {
     "loss_type": "the loss is PPO's clipped surrogate, a mean over tokens",
@@ -27,8 +29,9 @@ class _Single(int):
 
 
 @dataclass
-class PPOConfig(trl.GRPOConfig):
-    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, and those below.
+class PPOConfig(RolloutOptions, trl.GRPOConfig):
+    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, those of RolloutOptions, and those
+    below.
 
     A batch of generations is used for `num_iterations` epochs over `steps_per_generation` micro-batches, with an
     optimizer step after each `gradient_accumulation_steps` of them. `epsilon`, `epsilon_high` and `delta` clip the
@@ -57,6 +60,7 @@ class PPOConfig(trl.GRPOConfig):
     kl_in: str = field(default="reward", metadata={"help": "Where the KL penalty goes.", "choices": ["reward", "loss"]})
 
     def __post_init__(self):
+        self._check_rollout()
         defaults = {f.name: f.default for f in fields(trl.GRPOConfig)}
         for name, reason in REFUSED.items():
             value: Any = getattr(self, name)

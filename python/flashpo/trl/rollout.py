@@ -1,0 +1,199 @@
+"""Generation for GRPO, RLOO and PPO by `flashpo.rollout`, on the weights that the trainer is training.
+
+A turn of generation comes with prompts as token ids, each as often as it is to be completed. The engine gets every
+distinct one once. What it cannot do goes to TRL's own generation, with one warning that names the reason.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import pad
+
+from flashpo.ops.masked_quantile import masked_quantile
+from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "eos_token_id", "stop_strings", "do_sample")
+# Options of transformers that change nothing in what is sampled.
+STORAGE = (
+    "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "use_cache", "cache_implementation",
+    "cache_config", "disable_compile", "compile_config", "return_dict_in_generate", "transformers_version",
+    "prefill_chunk_size", "_from_model_config", "_commit_hash",
+)  # fmt: skip
+
+
+class Unsupported(Exception):
+    """Why the engine does not generate; the text is the reason."""
+
+
+class TrainerRollouts:
+    """The engine of one trainer, made when it is first needed."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.mode: str = getattr(trainer.args, "rollout", "auto")
+        self.engine: RolloutEngine | None = None
+        self.refused: set[str] = set()  # reasons that have been said
+        self.generated = False  # whether the last batch came from the engine
+        self._old: Tensor | None = None
+        self._session: contextlib.ExitStack | None = None  # open, whether or not there is an engine yet
+
+    def generate(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
+        """One completion of each prompt, in their order; None: TRL has to generate."""
+        self.generated = False
+        if self.mode == "generate":
+            return None
+        try:
+            with self._model() as model:
+                rollouts = self._generate(model, prompt_ids, images, multimodal_fields)
+        except Unsupported as reason:
+            if self.mode == "engine":
+                raise ValueError(f"rollout='engine', but {reason}") from None
+            if str(reason) not in self.refused:
+                self.refused.add(str(reason))
+                warnings.warn(f"FlashPO's rollout engine does not generate here: {reason}. TRL does.", stacklevel=2)
+            return None
+        self.generated = True
+        self._log(rollouts)
+        return rollouts
+
+    @contextlib.contextmanager
+    def _model(self) -> Iterator[PreTrainedModel]:
+        """The model as TRL generates with it: unwrapped, gathered, without gradient checkpointing."""
+        trainer, args = self.trainer, self.trainer.args
+        with (
+            profiling_context(trainer, "flashpo.rollout"),
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=args.ds3_gather_for_generation,
+                generation_kwargs=getattr(trainer, "generation_kwargs", None),
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    def _generate(self, model, prompt_ids, images, multimodal_fields) -> Rollouts:
+        trainer = self.trainer
+        for option in ("use_vllm", "use_transformers_continuous_batching"):
+            if getattr(trainer, option, False):
+                raise Unsupported(f"{option} is set")
+        if images is not None or multimodal_fields:
+            raise Unsupported("the prompts have images")
+        params = sampling_params(model, trainer.generation_config)
+        if self.engine is None:
+            found = support(model)
+            if not found.ok:
+                raise Unsupported(found.reason)
+            options = getattr(trainer.args, "rollout_options", None) or {}
+            autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+            options = {"tokenizer": trainer._tokenizer, "autocast": autocast, "fallback": "error"} | options
+            self.engine = RolloutEngine(model, **options)
+            if self._session is not None:
+                self._session.enter_context(self.engine.session())
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in enumerate(prompt_ids):
+            rows_of.setdefault(tuple(ids), []).append(row)
+        # Drawn from torch's generator: another one on every rank, and the same again after a resume.
+        params = replace(params, seed=int(torch.randint(2**62, ())))
+        rollouts = self.engine.generate(
+            [list(ids) for ids in rows_of], [replace(params, n=len(rows)) for rows in rows_of.values()]
+        )
+        return rollouts.reordered([row for rows in rows_of.values() for row in rows])
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Within it a turn costs its new tokens only: what earlier turns computed stays in the cache."""
+        with contextlib.ExitStack() as self._session:
+            if self.engine is not None:
+                self._session.enter_context(self.engine.session())
+            try:
+                yield
+            finally:
+                self._session = None
+
+    def keep_as_old(self, logprobs: list[list[float]]) -> None:
+        """Let the scoring of these completions that comes next be answered by what they were sampled with."""
+        rows = [torch.tensor(row, device=self.trainer.accelerator.device) for row in logprobs]
+        self._old = pad(rows, padding_value=0, pad_to_multiple_of=self.trainer.pad_to_multiple_of)
+
+    def take_old(self) -> Tensor | None:
+        old, self._old = self._old, None
+        return old
+
+    def _log(self, rollouts: Rollouts) -> None:
+        metrics, stats = self.trainer._metrics[self.trainer._mode], rollouts.stats
+        metrics["rollout/tokens_per_second"].append(stats.tokens_per_second)
+        metrics["rollout/prefill_tokens_saved"].append(stats.prefill_tokens_saved)
+        metrics["rollout/cache_bytes"].append(stats.cache_bytes)
+        metrics["rollout/nan_completions"].append(rollouts.finish_reasons.count("nan"))
+
+
+def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> SamplingParams:
+    """What `model.generate(generation_config=config)` would do, or Unsupported naming the option."""
+    merged, _ = model._prepare_generation_config(config)  # with the model's own defaults for what is not set
+    neutral = GenerationConfig()._get_default_generation_params()
+    for name, value in merged.to_diff_dict().items():
+        if name not in SAMPLING + STORAGE and value not in (None, False, neutral.get(name)):
+            raise Unsupported(f"the generation option {name}={value!r} is set")
+    stop = merged.eos_token_id
+    stop_strings = merged.stop_strings or ()
+    return SamplingParams(
+        temperature=merged.temperature if merged.do_sample else 0.0,
+        top_k=merged.top_k or 0,
+        top_p=1.0 if merged.top_p is None else merged.top_p,
+        min_p=merged.min_p or 0.0,
+        max_new_tokens=merged.max_new_tokens,
+        stop_token_ids=() if stop is None else tuple(torch.as_tensor(stop).reshape(-1).tolist()),
+        stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
+    )
+
+
+MISMATCH = ("mean", "max", "ratio_q01", "ratio_q50", "ratio_q99", "effective_sample_size")
+
+
+def mismatch(trained: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
+    """How far the trainer's log-probs are from the rollout's over live tokens: the numbers of MISMATCH, and the tokens.
+
+    mean and max of |trained - sampled|; quantiles of the ratio w = exp(trained - sampled); (sum w)^2 / (n sum w^2).
+    """
+    live = (mask != 0) & ~sampled.isnan()
+    log_ratio = torch.where(live, trained.detach() - sampled, 0.0)
+    tokens = live.sum()
+    w = log_ratio.exp() * live
+    quantiles = masked_quantile(log_ratio, live, (0.01, 0.5, 0.99)).exp().nan_to_num(nan=1.0)
+    size = w.sum() ** 2 / (tokens * (w * w).sum()).clamp(min=1.0)
+    error = log_ratio.abs()
+    return torch.stack([error.sum() / tokens.clamp(min=1), error.max(), *quantiles, size, tokens.float()])
+
+
+def mismatch_metrics(rows: Tensor) -> dict[str, float]:
+    """Of micro-batches and ranks, (rows, numbers): the maximum of the maxima, the token-weighted mean of the others."""
+    rows = rows.double().cpu()
+    weights = rows[:, -1] / rows[:, -1].sum() if rows[:, -1].sum() > 0 else torch.full_like(rows[:, -1], math.nan)
+    means = (rows[:, :-1] * weights[:, None]).sum(0).tolist()
+    found = dict(zip(MISMATCH, means)) | {"max": rows[:, 1].max().item()}
+    return {f"rollout/mismatch/{name}": value for name, value in found.items()}
+
+
+def importance_fields(args: Any, surrogate: str) -> dict[str, Any]:
+    """Fields of a LossSpec for r = pi_trainer / pi_rollout, by TRL's options for the same mismatch of vLLM."""
+    if not args.vllm_importance_sampling_correction:
+        return {}
+    mode = args.vllm_importance_sampling_mode
+    return {
+        # vespo gathers the weights of tokens into its sequence's own
+        "importance": mode.replace("sequence", "token") if surrogate == "vespo" else mode,
+        "importance_min": args.vllm_importance_sampling_clip_min,
+        "importance_max": args.vllm_importance_sampling_clip_max,
+    }
