@@ -26,14 +26,14 @@ OPTIONS = {
 
 
 def check_ddp(rank: int, folder: str, name: str) -> None:
-    from trl_models import assert_ran, assert_same, make_trainer, train
+    from trl_models import SAMPLED_BY_TRL, assert_ran, assert_same, make_trainer, train
 
     options = OPTIONS[name] | dict(model=folder, ddp_backend="gloo", ddp_find_unused_parameters=False, max_steps=2)
     stock_trainer = make_trainer(name, trl, **options)
     stock = train(stock_trainer)
     assert isinstance(stock_trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     assert not flashpo.stats()
-    ours_trainer = make_trainer(name, flashpo.trl, **options)
+    ours_trainer = make_trainer(name, flashpo.trl, **options, **SAMPLED_BY_TRL.get(name, {}))
     ours = train(ours_trainer)
     assert_ran("linear_logprob_partial", "linear_logprob_bwd")
     flashpo.trl.verify(ours_trainer, steps=1)  # of the wrapped model

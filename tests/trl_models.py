@@ -1,5 +1,6 @@
 """Tiny models and a real tokenizer on disk, data sets and trainers on them, and one training step as numbers."""
 
+import contextlib
 import functools
 import tempfile
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import flashpo.trl
+from flashpo.trl.packed import groups_stay_together
 from flashpo.trl.verify import Step, compare, compute_dtype, tolerance_for
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "yes", "no"]
@@ -141,7 +143,11 @@ def train(trainer) -> list[Step]:
     """`trainer.train()`; each logged step's loss, metrics and gradients."""
     recorder = Recorder()
     trainer.add_callback(recorder)
-    trainer.train()
+    with contextlib.ExitStack() as stack:
+        for stock in (trl.GRPOTrainer, trl.RLOOTrainer):  # as ours: which rows meet in a micro-batch changes the step
+            if isinstance(trainer, stock):
+                stack.enter_context(groups_stay_together(stock, trainer.num_generations))
+        trainer.train()
     steps = []
     for log, gradients in zip(trainer.state.log_history, recorder.gradients):
         metrics = {k: float(v) for k, v in log.items() if k not in CLOCKS and v is not None}

@@ -94,13 +94,7 @@ def forward_here(
         raise ValueError("aux_loss: the tree lacks tokens that count in it, pack with prune=False")
     lm = CausalLM.of(model)
     router = {"output_router_logits": True} if aux_loss else {}
-    states = lm.backbone(
-        input_ids=tree.tokens[None],
-        attention_mask=tree.mask,
-        position_ids=tree.position.long()[None],
-        use_cache=False,
-        **router,
-    )
+    states = lm.backbone(**tree.inputs(), use_cache=False, **router)
     # FSDP2 keeps the head as a DTensor
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (lm.head.weight, lm.head.bias))
     hidden = states.last_hidden_state[0]

@@ -29,6 +29,11 @@ def packable(model: nn.Module) -> Packable:
     return Packable(True, "")
 
 
+def why_not_packable(backbone: nn.Module) -> str:
+    """Of a model without a head; empty where it is."""
+    return next(iter((*_configuration(backbone.config), *_layers(backbone), "")))
+
+
 def check_packable(model: nn.Module) -> None:
     """Raise Unsupported, with the reason, unless `packable(model)`."""
     lm = CausalLM.of(model)

@@ -43,6 +43,10 @@ class TokenTree(NamedTuple):
         """(1, 1, 2, N) int32, end and position: what the tree is to attention, in the place of a mask."""
         return torch.stack([self.end, self.position])[None, None]
 
+    def inputs(self) -> dict[str, Tensor]:
+        """What a backbone takes."""
+        return {"input_ids": self.tokens[None], "attention_mask": self.mask, "position_ids": self.position.long()[None]}
+
     def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Values of the pairs (M, ...) at the places that they score (B, C, ...), `fill` at the others."""
         nothing = values.new_full((1, *values.shape[1:]), fill)

@@ -10,7 +10,8 @@ from flashpo.trl.verify import VerificationError, verify
 
 _MODULES = {  # where the classes are
     **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer"), "trainers"),
-    **dict.fromkeys(("GRPOTrainer", "RLOOTrainer"), "policy"),
+    "GRPOTrainer": "grpo",
+    "RLOOTrainer": "rloo",
     **dict.fromkeys(("GRPOConfig", "RLOOConfig"), "config"),
     "PPOTrainer": "ppo",
     "PPOConfig": "ppo_config",

@@ -17,27 +17,36 @@ RLOO_LOSS_OPTIONS = ("epsilon", "epsilon_high")
 
 
 @dataclass
-class RolloutOptions:
-    """The fields for generation, PPOConfig's too."""
+class EngineOptions:
+    """The fields for generation and for token trees, PPOConfig's too."""
 
     rollout: str = field(
         default="auto",
         metadata={
-            "help": "auto: flashpo.rollout generates, or by TRL, with a warning, where that cannot; "
-            "engine: an error where it cannot; generate: by TRL."
+            "help": "Who generates. auto: flashpo.rollout, or TRL, with a warning, where it cannot; engine: an error "
+            "where it cannot; generate: TRL."
         },
     )
     rollout_options: dict | None = field(
         default=None, metadata={"help": "Arguments of flashpo.rollout.RolloutEngine: kv_memory, weights ..."}
     )
+    share_prefix: str | bool = field(
+        default="auto",
+        metadata={
+            "help": "Score and train each distinct token of a micro-batch once, padding never. auto: where model and "
+            "batch allow it, else padded, with a warning; True: an error where they do not; False: padded."
+        },
+    )
 
-    def _check_rollout(self) -> None:
+    def _check_engine(self) -> None:
         if self.rollout not in ("auto", "engine", "generate"):
             raise ValueError(f"rollout must be 'auto', 'engine' or 'generate', got {self.rollout!r}")
+        if self.share_prefix not in ("auto", True, False):
+            raise ValueError(f"share_prefix must be 'auto', True or False, got {self.share_prefix!r}")
 
 
 @dataclass
-class PolicyOptions(RolloutOptions):
+class PolicyOptions(EngineOptions):
     """The fields of both."""
 
     loss: str | None = field(
@@ -71,7 +80,7 @@ class PolicyOptions(RolloutOptions):
     )
 
     def _check_options(self, loss_options: tuple[str, ...]) -> None:
-        self._check_rollout()
+        self._check_engine()
         if self.old_logprobs not in ("trainer", "rollout"):
             raise ValueError(f"old_logprobs must be 'trainer' or 'rollout', got {self.old_logprobs!r}")
         if self.old_logprobs == "rollout" and self.rollout == "generate":

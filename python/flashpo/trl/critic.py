@@ -10,13 +10,16 @@ import functools
 import os
 import types
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
+
+from flashpo.ops.token_stats import TokenStats
+from flashpo.packing import TokenTree
 
 NAME = "critic"  # of the policy's attribute
 FILE = "critic.safetensors"
@@ -28,6 +31,14 @@ class ActorCriticOutput(FusedCausalLMOutput):
     """With `state_values` (batch, seq_len - 1), fp32: the value of the state before each label."""
 
     state_values: Tensor | None = None
+
+
+class ActorCriticScores(NamedTuple):
+    """TreeScores with `state_values` (rows, scored tokens), fp32, 0 where nothing is scored."""
+
+    stats: TokenStats
+    aux_loss: Tensor | None
+    state_values: Tensor
 
 
 class Critic(nn.Module):
@@ -54,21 +65,30 @@ def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = No
     score = policy.forward
 
     @functools.wraps(type(policy).forward)  # `generate` reads the signature
-    def forward(self, *args, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:
+    def forward(self, *args, fused_lm_head=False, flashpo_tree: TokenTree | None = None, **kwargs):
+        if flashpo_tree is not None:
+            kwargs["flashpo_tree"] = flashpo_tree
+        elif not fused_lm_head:
             return score(*args, **kwargs)
+        else:
+            kwargs["fused_lm_head"] = True
         seen: list[Tensor] = []
         watched = self.base_model if critic.backbone is None else critic.backbone
         hook = watched.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state))
         try:
-            out = score(*args, fused_lm_head=True, **kwargs)
+            out = score(*args, **kwargs)
             if critic.backbone is not None:
-                critic.backbone(**_text_inputs(args, kwargs), use_cache=False)
+                inputs = _text_inputs(args, kwargs) if flashpo_tree is None else flashpo_tree.inputs()
+                critic.backbone(**inputs, use_cache=False)
         finally:
             hook.remove()
         (hidden,) = seen
-        return ActorCriticOutput(**out, state_values=critic(hidden[:, :-1]))
+        if flashpo_tree is None:
+            return ActorCriticOutput(**out, state_values=critic(hidden[:, :-1]))
+        values = flashpo_tree.unpack(critic(hidden[0, flashpo_tree.source]))
+        return ActorCriticScores(out.stats, out.aux_loss, values)
 
+    forward.takes_trees = getattr(score.__func__, "takes_trees", False)  # type: ignore[attr-defined]
     policy.forward = types.MethodType(forward, policy)  # type: ignore[method-assign]
     return critic
 

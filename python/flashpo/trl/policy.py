@@ -7,21 +7,17 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from trl.trainer import grpo_trainer, rloo_trainer  # not trl's names: `flashpo run` replaces them
-from trl.trainer.utils import nanstd
 
 from flashpo.ops.group_advantages import group_advantages
-from flashpo.ops.loss_spec import LOSSES, LossSpec
-from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.trl.dynamic_sampling import replace_degenerate
+from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
-from flashpo.trl.rollout import TrainerRollouts, importance_fields, mismatch, mismatch_metrics
+from flashpo.trl.rollout import TrainerRollouts, mismatch, mismatch_metrics
 from flashpo.trl.trainers import Accelerated
 
 SCORING_INPUTS = (
@@ -31,7 +27,7 @@ SCORING_INPUTS = (
 
 
 if TYPE_CHECKING:
-    Base = grpo_trainer.GRPOTrainer  # for the attributes that it shares with RLOOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer as Base  # for the attributes that it shares with RLOOTrainer
 else:
     Base = object
 
@@ -39,6 +35,7 @@ else:
 class PolicyTrainer(Accelerated, Base):
     """What the two share; beside a TRL class."""
 
+    _trl_class: type
     args: Any  # GRPOConfig or RLOOConfig, TRL's or ours
     model: Any
     router_aux_loss_coef: Any
@@ -49,11 +46,15 @@ class PolicyTrainer(Accelerated, Base):
         self._pending_mismatch: dict[str, list[Tensor]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
         self._rollouts = TrainerRollouts(self)
+        self._packed = PackedScoring(self)
 
     # loss
 
-    def _score(self, model, inputs, batch_size: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs, entropies and auxiliary loss by TRL's own forward pass, of `batch_size` rows at once or of all."""
+    def _score(
+        self, model, inputs, batch_size: int | None = None, scored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probs, entropies and auxiliary loss of `batch_size` rows at once or of all; of tokens that are `scored`
+        (rows, completion tokens): by default of all that are no padding."""
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -62,8 +63,33 @@ class PolicyTrainer(Accelerated, Base):
             batch_size=batch_size,
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
+            scored=scored,
             **{name: inputs.get(name) for name in SCORING_INPUTS},
         )
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
+        compute_aux_loss=False, scored: Tensor | None = None, **multimodal,
+    ):  # fmt: skip
+        old = self._rollouts.take_old()
+        if old is not None:
+            return old, None, None
+        if active() and self._packed.takes(multimodal):
+            scored = attention_mask[:, -logits_to_keep:] if scored is None else scored
+            return self._packed.score(
+                model, input_ids, attention_mask, scored, batch_size, compute_entropy, compute_aux_loss
+            )
+        if scored is not None:
+            model = without_tokens(model, scored == 0)
+        padded: Any = super()._get_per_token_logps_and_entropies
+        wanted = (batch_size, compute_entropy, compute_aux_loss)
+        return padded(model, input_ids, attention_mask, logits_to_keep, *wanted, **multimodal)
+
+    def _prepare_inputs(self, generation_batch):
+        if self._packed.mode is False:
+            return super()._prepare_inputs(generation_batch)
+        with groups_stay_together(self._trl_class, self.num_generations or 1):
+            return super()._prepare_inputs(generation_batch)
 
     @property
     def _mode(self) -> str:
@@ -138,10 +164,6 @@ class PolicyTrainer(Accelerated, Base):
     def _sampled_logprobs(self, generated: tuple) -> list[list[float]]:
         """Of each completion, from what `_generate` returned; 0 at tokens that tools wrote."""
         raise NotImplementedError
-
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        old = self._rollouts.take_old()
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs) if old is None else (old, None, None)
 
     def _generate_and_score_completions(self, inputs):
         if not active():
@@ -231,7 +253,7 @@ def _seen(trainer, name: str, look: Callable) -> Iterator[None]:
             trainer.__dict__[name] = own
 
 
-def _scorable(unscorable: Tensor, group: Tensor) -> Tensor:
+def scorable(unscorable: Tensor, group: Tensor) -> Tensor:
     """How many rows of each row's group have a reward."""
     _, member = group.unique(return_inverse=True)
     return torch.zeros_like(group).index_add_(0, member, (~unscorable).to(group.dtype))[member]
@@ -247,158 +269,6 @@ def clip_metrics(stats: PolicyStats) -> dict[str, float]:
     }
 
 
-class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
-    """TRL's GRPOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.GRPOConfig` has their options."""
-
-    _entropy_window_stats: Any
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
-        if rollouts is None:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        return rollouts.completion_ids, rollouts.logprobs
-
-    def _sampled_logprobs(self, generated):
-        return generated[4]
-
-    def _takes_old_logprobs(self):
-        every = self.args.steps_per_generation * self.num_iterations
-        return super()._takes_old_logprobs() and self.args.gradient_accumulation_steps % every != 0
-
-    def _loss_spec(self) -> LossSpec:
-        """What the configuration asks for, with the entropy coefficient of this moment; corrected for the sampler."""
-        spec = self._configured_loss()
-        if not self._rollouts.generated or spec.importance != "none":
-            return spec
-        return replace(spec, **importance_fields(self.args, spec.surrogate))
-
-    def _configured_loss(self) -> LossSpec:
-        if getattr(self.args, "loss", None):
-            return self.args.loss_spec()
-        args, loss = self.args, self.loss_type
-        surrogate: Any = loss if loss in ("cispo", "sapo", "vespo") else "clip"
-        clip: dict[str, Any] = {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "ratio_cap": args.delta}
-        if loss == "cispo":
-            clip = {"clip_low": None, "clip_high": self.epsilon_high - 1}  # TRL's epsilon_high is the cap itself
-        elif loss in ("sapo", "vespo"):
-            clip = {}
-        aggregations: dict[str, Any] = {
-            "grpo": "sequence_mean", "sapo": "sequence_mean", "luspo": "sequence_sum", "bnpo": "local_token_mean",
-            "dr_grpo": "fixed_length",
-        }  # fmt: skip
-        coef = self.entropy_coef
-        if self.use_adaptive_entropy and self._last_world_entropy > args.entropy_target:
-            coef = 0.0
-        return LossSpec(
-            ratio=self.importance_sampling_level,  # type: ignore[arg-type]  # checked by LossSpec
-            surrogate=surrogate,
-            **clip,
-            sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
-            vespo_gamma=(
-                (args.vespo_k_pos, args.vespo_lambda_pos),
-                (args.vespo_k_neg, args.vespo_lambda_neg),
-            ),
-            kl_coef=self.beta,
-            kl_ratio_correction=self.beta != 0 and args.use_bias_correction_kl,
-            off_policy_threshold=self.off_policy_mask_threshold,
-            top_entropy=self.top_entropy_quantile,
-            aggregation=aggregations.get(loss, "token_mean"),
-            max_length=self.max_completion_length if loss == "dr_grpo" else None,
-            entropy_coef=coef,
-        )
-
-    def _compute_loss(self, model, inputs):
-        if not active():
-            return super()._compute_loss(model, inputs)
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-            model = without_tokens(model, inputs["tool_mask"] == 0)
-        logprob, entropy, aux_loss = self._score(model, inputs)
-        mode, accumulation, spec = self._mode, self._accumulation(), self._loss_spec()
-        self._note_mismatch(inputs, logprob, mask)
-        num_items, scale = None, 1 / accumulation
-        if spec.aggregation == "token_mean":
-            num_items = self._tokens_of_a_step(inputs)
-            scale, spec = 1.0, replace(spec, entropy_coef=spec.entropy_coef / accumulation)
-        result = policy_loss(
-            logprob,
-            inputs.get("old_per_token_logps"),
-            inputs["advantages"],
-            mask,
-            loss=spec,
-            ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
-            rollout_logprob=inputs.get("sampling_per_token_logps"),
-            importance_ratio=inputs.get("importance_sampling_ratio"),
-            entropy=entropy,
-            entropy_group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
-            num_items=num_items,
-            scale=scale,
-        )
-        self._pending_stats[mode].append(result.stats)
-        if self._entropy_bonus_enabled:
-            self._control_entropy(mode, result)
-        return self._add_aux_loss(result.loss, aux_loss, 1 / accumulation)
-
-    def _tokens_of_a_step(self, inputs) -> Tensor:
-        """Live tokens of an optimizer step, a process: what each of its micro-batches is divided by."""
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self._mode == "eval":
-            return tokens
-        return tokens * self._accumulation() / self.args.steps_per_generation
-
-    def _control_entropy(self, mode: str, result: PolicyLoss) -> None:
-        """TRL's controller: once an optimisation step, the coefficient follows the mean entropy of its tokens."""
-        if mode != "train":
-            return
-        if self.use_adaptive_entropy:
-            tokens = result.stats.high_entropy_tokens
-            window = torch.stack([result.stats.high_entropy * tokens, tokens])
-            self._entropy_window_stats = (
-                window if self._entropy_window_stats is None else self._entropy_window_stats + window
-            )
-            if self.accelerator.sync_gradients:
-                total, tokens = self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
-                self._last_world_entropy = (total / tokens.clamp(min=1.0)).item()
-                low, high = self.args.entropy_coef_min, self.args.entropy_coef_max
-                step = self.args.entropy_coef_delta
-                if self._last_world_entropy <= self.args.entropy_target:
-                    self.entropy_coef = min(self.entropy_coef + step, high)
-                else:
-                    self.entropy_coef = max(self.entropy_coef - step, low)
-                self._entropy_window_stats = None
-        if self.accelerator.sync_gradients:
-            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
-
-    def _metrics_of(self, stats: PolicyStats) -> dict[str, float]:
-        spec = self._loss_spec()
-        metrics = {"entropy": stats.entropy.item()}
-        if spec.kl_coef != 0:
-            metrics["kl"] = stats.kl.item()
-        if self._entropy_bonus_enabled:
-            metrics["policy_loss"] = stats.policy_loss.item() / self.accelerator.num_processes
-        if spec.surrogate == "cispo":
-            metrics["cispo_clip_ratio"] = stats.clip_high.item()
-        elif spec.surrogate == "vespo":
-            metrics["vespo/phi_seq_mean"] = stats.phi.item()
-        elif spec.surrogate in ("clip", "gmpo", "dppo_tv", "dppo_kl"):
-            metrics |= clip_metrics(stats)
-        return metrics
-
-    def compute_advantages(self, rewards, group, inputs, batch):
-        found = group_advantages(
-            rewards,
-            group,
-            scale=self.scale_rewards,
-            reward_weights=self.reward_weights.to(rewards.device),
-            aggregation=self.multi_objective_aggregation,
-        )
-        if self.scale_rewards != "batch" and self.multi_objective_aggregation == "sum_then_normalize":
-            dead = found.degenerate & (_scorable(rewards.isnan().all(dim=1), group) > 1)  # TRL misses equal 0.9s
-            self._metrics[self._mode]["frac_reward_zero_std"][-1] = dead.float().mean().item()
-        return found.advantage
-
-
 def without_tokens(model, dead: Tensor):
     """`model`, called with labels that leave out those tokens of the completions: they do not reach the LM head."""
 
@@ -408,61 +278,3 @@ def without_tokens(model, dead: Tensor):
         return model(*args, labels=labels, **kwargs)
 
     return call
-
-
-class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
-    """TRL's RLOOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.RLOOConfig` has their options."""
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
-        if rollouts is None:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        self._sampled = rollouts.logprobs
-        return rollouts.completion_ids
-
-    def _sampled_logprobs(self, generated):
-        return self._sampled  # TRL's RLOO has no place for them
-
-    def _keep_scored(self, batch, scored):
-        batch["old_per_token_logps"] = scored[0]
-        if self.beta != 0.0:
-            batch["ref_per_token_logps"] = scored[1]
-
-    def _loss_spec(self) -> LossSpec:
-        if getattr(self.args, "loss", None):
-            return self.args.loss_spec()
-        return replace(LOSSES["rloo"], clip_low=self.epsilon_low, clip_high=self.epsilon_high)
-
-    def _compute_loss(self, model, inputs):
-        if not active():
-            return super()._compute_loss(model, inputs)
-        logprob, entropy, aux_loss = self._score(model, inputs)
-        spec = self._loss_spec()
-        result = policy_loss(
-            logprob,
-            inputs["old_per_token_logps"],
-            inputs["advantages"],
-            inputs["completion_mask"],
-            loss=spec,
-            ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
-            entropy=entropy,
-        )
-        self._pending_stats[self._mode].append(result.stats)
-        return self._add_aux_loss(result.loss, aux_loss, 1.0)  # the Trainer divides by the accumulation steps
-
-    def _metrics_of(self, stats):
-        return {"entropy": stats.entropy.item(), **clip_metrics(stats)}
-
-    def compute_advantages(self, rewards, group, inputs, batch):
-        unscorable = rewards.isnan().all(dim=1)
-        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).masked_fill(unscorable, torch.nan)
-        if self.reward_clip_range:
-            total = total.clamp(*self.reward_clip_range)
-        if self.beta != 0.0:
-            k1 = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
-            total = total - self.beta * self.accelerator.gather(k1.sum(-1))
-        advantage = group_advantages(total, group, baseline="leave_one_out", scale="none").advantage
-        if self.normalize_advantages:  # over the completions that were compared with others
-            compared = advantage.masked_fill(unscorable | (_scorable(unscorable, group) < 2), torch.nan)
-            advantage = (compared - compared.nanmean()) / (nanstd(compared) + 1e-4)
-        return advantage.nan_to_num(nan=0.0)

@@ -21,7 +21,8 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 from flashpo.ops import LossSpec, gae, policy_loss, value_loss
 from flashpo.ops._check import check_that
 from flashpo.trl import critic as critics
-from flashpo.trl.policy import GRPOTrainer, clip_metrics, without_tokens
+from flashpo.trl.grpo import GRPOTrainer
+from flashpo.trl.policy import clip_metrics
 from flashpo.trl.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, optimizers=optimizers, **kwargs)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         backbone: Any = self._load_backbone(policy) if critic_model is None else critic_model.base_model
+        self._packed.prepare(backbone)  # before the critic, which then finds the trees' forward in place
         self.critic = critics.attach_critic(policy, backbone)
         if self.args.disable_dropout:
             disable_dropout_in_model(self.critic)
@@ -102,8 +104,10 @@ class PPOTrainer(GRPOTrainer):
             return out
 
         result = super()._get_per_token_logps_and_entropies(watched, *args, **kwargs)
-        scored = result[0].shape[1]
-        self._values_of_forwards.append(None if None in values else torch.cat(values)[:, -scored:])
+        found = self._packed.take_values()
+        if found is None and None not in values:
+            found = torch.cat(values)[:, -result[0].shape[1] :]
+        self._values_of_forwards.append(found)
         return result
 
     def _generate_and_score_completions(self, inputs):
@@ -172,8 +176,8 @@ class PPOTrainer(GRPOTrainer):
         return spec if self.args.kl_in == "loss" else replace(spec, kl_coef=0.0, kl_ratio_correction=False)
 
     def _compute_loss(self, model, inputs):
-        mask, spec, clip = inputs["mask"], self._loss_spec(), self.args.cliprange_value
-        logprob, entropy, aux_loss = self._score(without_tokens(model, ~mask), inputs)
+        mask, spec, clip = inputs["mask"], self._spec_of(inputs), self.args.cliprange_value
+        logprob, entropy, aux_loss = self._score(model, inputs, scored=mask)
         values = self._values_of_forwards.pop()
         self._note_mismatch(inputs, logprob, mask)
         num_items = self._tokens_of_a_step(inputs)

@@ -5,7 +5,7 @@ from typing import Any
 
 import trl
 
-from flashpo.trl.config import RolloutOptions
+from flashpo.trl.config import EngineOptions
 
 # GRPO's own mathematics: (option, why PPO has no use for it)
 REFUSED = {
@@ -29,8 +29,8 @@ class _Single(int):
 
 
 @dataclass
-class PPOConfig(RolloutOptions, trl.GRPOConfig):
-    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, those of RolloutOptions, and those
+class PPOConfig(EngineOptions, trl.GRPOConfig):
+    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, those of EngineOptions, and those
     below.
 
     A batch of generations is used for `num_iterations` epochs over `steps_per_generation` micro-batches, with an
@@ -60,7 +60,7 @@ class PPOConfig(RolloutOptions, trl.GRPOConfig):
     kl_in: str = field(default="reward", metadata={"help": "Where the KL penalty goes.", "choices": ["reward", "loss"]})
 
     def __post_init__(self):
-        self._check_rollout()
+        self._check_engine()
         defaults = {f.name: f.default for f in fields(trl.GRPOConfig)}
         for name, reason in REFUSED.items():
             value: Any = getattr(self, name)

@@ -141,7 +141,8 @@ class TrainerRollouts:
 
 def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> SamplingParams:
     """What `model.generate(generation_config=config)` would do, or Unsupported naming the option."""
-    merged, _ = model._prepare_generation_config(config)  # with the model's own defaults for what is not set
+    prepare: Any = model._prepare_generation_config
+    merged, _ = prepare(config)  # with the model's own defaults for what is not set
     neutral = GenerationConfig()._get_default_generation_params()
     for name, value in merged.to_diff_dict().items():
         if name not in SAMPLING + STORAGE and value not in (None, False, neutral.get(name)):

@@ -1,0 +1,168 @@
+"""GRPOTrainer: TRL's GRPO, and any loss of its kind, on `policy_loss`."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer import grpo_trainer  # not trl's names: `flashpo run` replaces them
+
+from flashpo.ops.group_advantages import group_advantages
+from flashpo.ops.loss_spec import LossSpec
+from flashpo.ops.policy_loss import PolicyLoss, policy_loss
+from flashpo.ops.policy_stats import PolicyStats
+from flashpo.trl.patch import active
+from flashpo.trl.policy import PolicyTrainer, clip_metrics, scorable
+from flashpo.trl.rollout import importance_fields
+
+
+class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
+    """TRL's GRPOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.GRPOConfig` has their options."""
+
+    _trl_class = grpo_trainer.GRPOTrainer
+    _entropy_window_stats: Any
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
+        if rollouts is None:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        return rollouts.completion_ids, rollouts.logprobs
+
+    def _sampled_logprobs(self, generated):
+        return generated[4]
+
+    def _takes_old_logprobs(self):
+        every = self.args.steps_per_generation * self.num_iterations
+        return super()._takes_old_logprobs() and self.args.gradient_accumulation_steps % every != 0
+
+    def _spec_of(self, inputs) -> LossSpec:
+        """The loss of a micro-batch: `_loss_spec`, corrected for the mismatch where the engine sampled it."""
+        spec = self._loss_spec()
+        sampled = self._rollouts.generated and inputs.get("sampling_per_token_logps") is not None
+        if not sampled or spec.importance != "none":
+            return spec
+        return replace(spec, **importance_fields(self.args, spec.surrogate))
+
+    def _loss_spec(self) -> LossSpec:
+        """What the configuration asks for, with the entropy coefficient of this moment."""
+        if getattr(self.args, "loss", None):
+            return self.args.loss_spec()
+        args, loss = self.args, self.loss_type
+        surrogate: Any = loss if loss in ("cispo", "sapo", "vespo") else "clip"
+        clip: dict[str, Any] = {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "ratio_cap": args.delta}
+        if loss == "cispo":
+            clip = {"clip_low": None, "clip_high": self.epsilon_high - 1}  # TRL's epsilon_high is the cap itself
+        elif loss in ("sapo", "vespo"):
+            clip = {}
+        aggregations: dict[str, Any] = {
+            "grpo": "sequence_mean", "sapo": "sequence_mean", "luspo": "sequence_sum", "bnpo": "local_token_mean",
+            "dr_grpo": "fixed_length",
+        }  # fmt: skip
+        coef = self.entropy_coef
+        if self.use_adaptive_entropy and self._last_world_entropy > args.entropy_target:
+            coef = 0.0
+        return LossSpec(
+            ratio=self.importance_sampling_level,  # type: ignore[arg-type]  # checked by LossSpec
+            surrogate=surrogate,
+            **clip,
+            sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+            vespo_gamma=(
+                (args.vespo_k_pos, args.vespo_lambda_pos),
+                (args.vespo_k_neg, args.vespo_lambda_neg),
+            ),
+            kl_coef=self.beta,
+            kl_ratio_correction=self.beta != 0 and args.use_bias_correction_kl,
+            off_policy_threshold=self.off_policy_mask_threshold,
+            top_entropy=self.top_entropy_quantile,
+            aggregation=aggregations.get(loss, "token_mean"),
+            max_length=self.max_completion_length if loss == "dr_grpo" else None,
+            entropy_coef=coef,
+        )
+
+    def _compute_loss(self, model, inputs):
+        if not active():
+            return super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        logprob, entropy, aux_loss = self._score(model, inputs, scored=mask)
+        mode, accumulation, spec = self._mode, self._accumulation(), self._spec_of(inputs)
+        self._note_mismatch(inputs, logprob, mask)
+        num_items, scale = None, 1 / accumulation
+        if spec.aggregation == "token_mean":
+            num_items = self._tokens_of_a_step(inputs)
+            scale, spec = 1.0, replace(spec, entropy_coef=spec.entropy_coef / accumulation)
+        result = policy_loss(
+            logprob,
+            inputs.get("old_per_token_logps"),
+            inputs["advantages"],
+            mask,
+            loss=spec,
+            ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
+            rollout_logprob=inputs.get("sampling_per_token_logps"),
+            importance_ratio=inputs.get("importance_sampling_ratio"),
+            entropy=entropy,
+            entropy_group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
+            num_items=num_items,
+            scale=scale,
+        )
+        self._pending_stats[mode].append(result.stats)
+        if self._entropy_bonus_enabled:
+            self._control_entropy(mode, result)
+        return self._add_aux_loss(result.loss, aux_loss, 1 / accumulation)
+
+    def _tokens_of_a_step(self, inputs) -> Tensor:
+        """Live tokens of an optimizer step, a process: what each of its micro-batches is divided by."""
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self._mode == "eval":
+            return tokens
+        return tokens * self._accumulation() / self.args.steps_per_generation
+
+    def _control_entropy(self, mode: str, result: PolicyLoss) -> None:
+        """TRL's controller: once an optimisation step, the coefficient follows the mean entropy of its tokens."""
+        if mode != "train":
+            return
+        if self.use_adaptive_entropy:
+            tokens = result.stats.high_entropy_tokens
+            window = torch.stack([result.stats.high_entropy * tokens, tokens])
+            self._entropy_window_stats = (
+                window if self._entropy_window_stats is None else self._entropy_window_stats + window
+            )
+            if self.accelerator.sync_gradients:
+                total, tokens = self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
+                self._last_world_entropy = (total / tokens.clamp(min=1.0)).item()
+                low, high = self.args.entropy_coef_min, self.args.entropy_coef_max
+                step = self.args.entropy_coef_delta
+                if self._last_world_entropy <= self.args.entropy_target:
+                    self.entropy_coef = min(self.entropy_coef + step, high)
+                else:
+                    self.entropy_coef = max(self.entropy_coef - step, low)
+                self._entropy_window_stats = None
+        if self.accelerator.sync_gradients:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+
+    def _metrics_of(self, stats: PolicyStats) -> dict[str, float]:
+        spec = self._loss_spec()
+        metrics = {"entropy": stats.entropy.item()}
+        if spec.kl_coef != 0:
+            metrics["kl"] = stats.kl.item()
+        if self._entropy_bonus_enabled:
+            metrics["policy_loss"] = stats.policy_loss.item() / self.accelerator.num_processes
+        if spec.surrogate == "cispo":
+            metrics["cispo_clip_ratio"] = stats.clip_high.item()
+        elif spec.surrogate == "vespo":
+            metrics["vespo/phi_seq_mean"] = stats.phi.item()
+        elif spec.surrogate in ("clip", "gmpo", "dppo_tv", "dppo_kl"):
+            metrics |= clip_metrics(stats)
+        return metrics
+
+    def compute_advantages(self, rewards, group, inputs, batch):
+        found = group_advantages(
+            rewards,
+            group,
+            scale=self.scale_rewards,
+            reward_weights=self.reward_weights.to(rewards.device),
+            aggregation=self.multi_objective_aggregation,
+        )
+        if self.scale_rewards != "batch" and self.multi_objective_aggregation == "sum_then_normalize":
+            dead = found.degenerate & (scorable(rewards.isnan().all(dim=1), group) > 1)  # TRL misses equal 0.9s
+            self._metrics[self._mode]["frac_reward_zero_std"][-1] = dead.float().mean().item()
+        return found.advantage

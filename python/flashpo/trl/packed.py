@@ -1,0 +1,129 @@
+"""Scoring for GRPO, RLOO and PPO over token trees: every distinct token of a micro-batch once, padding never."""
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flashpo.packing import pack, packable, prepare, split_by_tokens
+from flashpo.packing.attention import install
+from flashpo.packing.support import why_not_packable
+
+
+class PackedScoring:
+    """What a trainer's `_get_per_token_logps_and_entropies` does where it can run packed.
+
+    `share_prefix` of its arguments: "auto", packed where model and batch can be, else padded after a warning that names
+    the reason; True, an error instead; False, always padded.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.mode: Any = getattr(trainer.args, "share_prefix", "auto")
+        self._reason: str | None = None  # why the models cannot, empty where they can; None: not looked yet
+        self._said: set[str] = set()
+        self._values: Tensor | None = None
+
+    def takes(self, batch: dict[str, Any]) -> bool:
+        """Whether this batch is scored packed; `batch`: TRL's keywords of a scoring."""
+        if self.mode is False:
+            return False
+        reason = self.prepare() or next((f"the batch has {name}" for name, x in batch.items() if x is not None), "")
+        if not reason:
+            return True
+        if self.mode is True:
+            raise ValueError(f"share_prefix=True, but {reason}")
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"FlashPO scores padded rows here, prompts are not shared: {reason}.", stacklevel=3)
+        return False
+
+    def prepare(self, critic: PreTrainedModel | None = None) -> str:
+        """Let the trainer's models, and the backbone of a critic, take token trees; or why one of them cannot."""
+        if self._reason is None:
+            models = [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
+            reasons = [packable(model).reason for model in models]
+            reasons += [] if critic is None else [why_not_packable(critic)]
+            self._reason = next(filter(None, reasons), "")
+            if not self._reason and self.mode is not False:
+                for model in models:
+                    prepare(model)
+                if critic is not None:
+                    install(critic)
+        return self._reason
+
+    def take_values(self) -> Tensor | None:
+        """A critic's values (B, C) of the last scoring, None where that was padded or the model has no critic."""
+        values, self._values = self._values, None
+        return values
+
+    def score(
+        self,
+        model,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored: Tensor,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs and entropies of the last tokens of each row where `scored` (B, C), 0 elsewhere; auxiliary loss.
+
+        batch_size: as many rows, padded, TRL would take at once; here it is as many tokens, groups kept whole.
+        """
+        options = {
+            "temperature": self.trainer.temperature,
+            "outputs": ("entropy",) if compute_entropy else (),
+            "fp32_head": getattr(self.trainer.args, "cast_lm_head_to_fp32", False),  # RLOO has none
+            "aux_loss": compute_aux_loss,
+        }
+        batch, prune = (input_ids, attention_mask, scored), not compute_aux_loss
+        if batch_size is None or batch_size >= len(input_ids):
+            parts = [torch.arange(len(input_ids), device=input_ids.device)]
+        else:
+            parts = split_by_tokens(*batch, batch_size * input_ids.shape[1], prune=prune)
+        chunks = []
+        for rows in parts:
+            tree = pack(*(x[rows] for x in batch), prune=prune)
+            with self.trainer.accelerator.autocast():
+                chunks.append(model(flashpo_tree=tree, **options))
+        order = torch.cat(parts).argsort()
+        logprob = torch.cat([chunk.stats.logprob for chunk in chunks])[order]
+        entropy = torch.cat([chunk.stats.entropy for chunk in chunks])[order] if compute_entropy else None
+        if all(hasattr(chunk, "state_values") for chunk in chunks):
+            self._values = torch.cat([chunk.state_values for chunk in chunks])[order]
+        aux_loss = torch.stack([chunk.aux_loss for chunk in chunks]).mean() if compute_aux_loss else None
+        return logprob, entropy, aux_loss
+
+
+@contextlib.contextmanager
+def groups_stay_together(trainer_class: type, groups_of: int) -> Iterator[None]:
+    """Within it, what TRL's module of that class shuffles keeps the completions of a prompt side by side."""
+    module: Any = importlib.import_module(trainer_class.__module__)
+    shuffle = module.shuffle_sequence_dict
+
+    def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
+        prompts = batch["prompt_ids"]
+        first = torch.ones(len(prompts), dtype=torch.bool)
+        first[1:] = (prompts[1:] != prompts[:-1]).any(1).cpu()
+        first[::groups_of] = True
+        group = first.cumsum(0) - 1
+        order = torch.randperm(int(group[-1]) + 1)[group].argsort(stable=True)
+
+        def permuted(value):
+            if value is None or (isinstance(value, Tensor) and value.dim() == 0):
+                return value
+            return value[order.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in order]
+
+        return {name: permuted(value) for name, value in batch.items()}
+
+    module.shuffle_sequence_dict = shuffle_groups
+    try:
+        yield
+    finally:
+        module.shuffle_sequence_dict = shuffle

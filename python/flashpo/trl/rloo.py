@@ -1,0 +1,73 @@
+"""RLOOTrainer: TRL's RLOO on `policy_loss`."""
+
+from dataclasses import replace
+
+import torch
+from trl.trainer import rloo_trainer  # not trl's names: `flashpo run` replaces them
+from trl.trainer.utils import nanstd
+
+from flashpo.ops.group_advantages import group_advantages
+from flashpo.ops.loss_spec import LOSSES, LossSpec
+from flashpo.ops.policy_loss import policy_loss
+from flashpo.trl.patch import active
+from flashpo.trl.policy import PolicyTrainer, clip_metrics, scorable
+
+
+class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
+    """TRL's RLOOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.RLOOConfig` has their options."""
+
+    _trl_class = rloo_trainer.RLOOTrainer
+
+    def _generate_single_turn(self, *turn):  # type: ignore[override]  # prompt_ids, images, multimodal_fields
+        rollouts = self._rollouts.generate(*turn) if active() else None
+        if rollouts is None:
+            return super()._generate_single_turn(*turn)
+        self._sampled = rollouts.logprobs
+        return rollouts.completion_ids
+
+    def _sampled_logprobs(self, generated):
+        return self._sampled  # TRL's RLOO has no place for them
+
+    def _keep_scored(self, batch, scored):
+        batch["old_per_token_logps"] = scored[0]
+        if self.beta != 0.0:
+            batch["ref_per_token_logps"] = scored[1]
+
+    def _loss_spec(self) -> LossSpec:
+        if getattr(self.args, "loss", None):
+            return self.args.loss_spec()
+        return replace(LOSSES["rloo"], clip_low=self.epsilon_low, clip_high=self.epsilon_high)
+
+    def _compute_loss(self, model, inputs):
+        if not active():
+            return super()._compute_loss(model, inputs)
+        logprob, entropy, aux_loss = self._score(model, inputs)
+        spec = self._loss_spec()
+        result = policy_loss(
+            logprob,
+            inputs["old_per_token_logps"],
+            inputs["advantages"],
+            inputs["completion_mask"],
+            loss=spec,
+            ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
+            entropy=entropy,
+        )
+        self._pending_stats[self._mode].append(result.stats)
+        return self._add_aux_loss(result.loss, aux_loss, 1.0)  # the Trainer divides by the accumulation steps
+
+    def _metrics_of(self, stats):
+        return {"entropy": stats.entropy.item(), **clip_metrics(stats)}
+
+    def compute_advantages(self, rewards, group, inputs, batch):
+        unscorable = rewards.isnan().all(dim=1)
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).masked_fill(unscorable, torch.nan)
+        if self.reward_clip_range:
+            total = total.clamp(*self.reward_clip_range)
+        if self.beta != 0.0:
+            k1 = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
+            total = total - self.beta * self.accelerator.gather(k1.sum(-1))
+        advantage = group_advantages(total, group, baseline="leave_one_out", scale="none").advantage
+        if self.normalize_advantages:  # over the completions that were compared with others
+            compared = advantage.masked_fill(unscorable | (scorable(unscorable, group) < 2), torch.nan)
+            advantage = (compared - compared.nanmean()) / (nanstd(compared) + 1e-4)
+        return advantage.nan_to_num(nan=0.0)
