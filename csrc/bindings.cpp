@@ -2,8 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <string>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "decode_plan.h"
 #include "ops.h"
@@ -14,7 +21,20 @@ using namespace flashpo;
 
 namespace {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, amx };
+constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "amx"};
+
+#ifdef FLASHPO_AMX
+// The system grants a process the registers of AMX when it asks for them.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 // The best set of this CPU; FLASHPO_ISA asks for a lesser one (to test it), never for one that cannot run.
 Isa choose_isa() {
@@ -26,20 +46,26 @@ Isa choose_isa() {
   if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
+#ifdef FLASHPO_AMX
+  if (best == Isa::avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+      may_use_tiles())
+    best = Isa::amx;
+#endif
 #endif
   const char* wanted = std::getenv("FLASHPO_ISA");
   if (wanted == nullptr) return best;
   const std::string name = wanted;
-  const Isa isa = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::baseline;
-  if (name != "avx512" && name != "avx2" && name != "baseline")
-    throw std::invalid_argument("FLASHPO_ISA must be baseline, avx2 or avx512, got " + name);
+  const auto* found = std::find(std::begin(NAMES), std::end(NAMES), name);
+  if (found == std::end(NAMES))
+    throw std::invalid_argument("FLASHPO_ISA must be baseline, avx2, avx512 or amx, got " + name);
+  const Isa isa = static_cast<Isa>(found - std::begin(NAMES));
   if (isa > best) throw std::invalid_argument("FLASHPO_ISA=" + name + " cannot run on this CPU");
   return isa;
 }
 
 template <typename F>
 F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
-  return isa == Isa::avx512 ? avx512_form : isa == Isa::avx2 ? avx2_form : baseline_form;
+  return isa >= Isa::avx512 ? avx512_form : isa == Isa::avx2 ? avx2_form : baseline_form;
 }
 
 }  // namespace
@@ -49,11 +75,16 @@ F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
 #else
 #define CPU(f) (&baseline::f)
 #endif
+#ifdef FLASHPO_AMX
+#define CPU_OR_AMX(f) (isa == Isa::amx ? &amx::f : CPU(f))
+#else
+#define CPU_OR_AMX(f) CPU(f)
+#endif
 
 PYBIND11_MODULE(_C, m) {
   TorchExchange::instance().load();
   const Isa isa = choose_isa();
-  m.attr("isa") = isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  m.attr("isa") = NAMES[static_cast<int>(isa)];
 
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;  // after the casters: they need it
   m.def("selective_log_softmax_fwd", CPU(selective_log_softmax_fwd), ReleaseGil());
@@ -73,8 +104,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                     int64_t, int64_t, int>(),
            ReleaseGil());
-  m.def("decode_attention_scratch", CPU(decode_attention_scratch));
-  m.def("decode_attention", CPU(decode_attention), ReleaseGil());
+  m.def("decode_attention_scratch", CPU_OR_AMX(decode_attention_scratch));
+  m.def("decode_attention", CPU_OR_AMX(decode_attention), ReleaseGil());
   m.def("kv_append", &kv_append, ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
   m.def("group_advantages", &group_advantages, ReleaseGil());

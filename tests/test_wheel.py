@@ -9,6 +9,8 @@ import zipfile
 import pytest
 import torch
 
+import flashpo
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -71,7 +73,7 @@ def test_builds_without_a_cuda_compiler(tmp_path):
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_every_instruction_set_gives_the_same(isa):
     """To rounding: the sets differ in how many sums run side by side."""
     code = """
@@ -89,4 +91,6 @@ assert flashpo._op.native.isa == sys.argv[1]
     supported = torch.backends.cpu.get_cpu_capability().lower()
     if (isa, supported) in (("avx2", "default"), ("avx512", "default"), ("avx512", "avx2")):
         pytest.skip(f"this CPU has {supported}")
+    if isa == "amx" and flashpo._op.native.isa != "amx":
+        pytest.skip("this CPU, compiler or system has no AMX")
     subprocess.run([sys.executable, "-c", code, isa], check=True, env={"FLASHPO_ISA": isa})

@@ -12,6 +12,9 @@
 #include "../ops.h"
 #include "parallel.h"
 #include "product.h"
+#ifdef __AMX_BF16__
+#include "product_amx.h"
+#endif
 
 namespace flashpo::FLASHPO_ISA {
 namespace {
@@ -305,12 +308,18 @@ void decode_attention(const Plan& plan, const Tensor& q, const Tensor& k_cache, 
   expect_dense("lse", lse, DType::f32, {plan.batch, query_heads});
   expect_dense("scratch", scratch, DType::f32, {decode_attention_scratch(plan, k_cache, v_cache)});
   const Options options{scale, softcap, sinks.data<float>()};
+  float* const own = scratch.data<float>();
+#ifdef __AMX_BF16__
+  if (dtype == DType::bf16) return run<bf16, AmxProduct>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
+  avx512::decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch);
+#else
   switch (dtype) {
-    case DType::f32: return run<float>(plan, q, k_cache, v_cache, sizes, options, out, lse, scratch.data<float>());
-    case DType::bf16: return run<bf16>(plan, q, k_cache, v_cache, sizes, options, out, lse, scratch.data<float>());
-    case DType::f16: return run<f16>(plan, q, k_cache, v_cache, sizes, options, out, lse, scratch.data<float>());
+    case DType::f32: return run<float>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
+    case DType::bf16: return run<bf16>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
+    case DType::f16: return run<f16>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
     default: expect(false, "q must be float32, bfloat16 or float16");
   }
+#endif
 }
 
 int64_t decode_attention_scratch(const Plan& plan, const Tensor& k_cache, const Tensor& v_cache) {

@@ -80,8 +80,6 @@ template <typename T>
 class VectorProduct {
  public:
   using Operand = float;
-  static constexpr int64_t scratch(int64_t depth, int64_t columns) { return depth * columns; }
-
   explicit VectorProduct(float* scratch) : wide_(scratch) {}
 
   // c's rows end with whole vectors. b is widened first where that is cheaper, or where its rows do not.

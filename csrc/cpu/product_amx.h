@@ -1,0 +1,118 @@
+// The same products of bfloat16 with AMX: 16 x 16 sums of 32 products each in one instruction.
+//
+// The instruction takes b's rows in pairs: each tile of the cache is interleaved into scratch first.
+#pragma once
+#include <immintrin.h>
+
+#include "product.h"
+
+namespace flashpo::FLASHPO_ISA {
+
+class AmxProduct {
+ public:
+  using Operand = bf16;
+  explicit AmxProduct(float* scratch) : pairs_(reinterpret_cast<bf16*>(scratch)) {
+    alignas(64) struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~AmxProduct() { _tile_release(); }
+  AmxProduct(const AmxProduct&) = delete;
+
+  // c has rows to a multiple of 16 and columns to one of 32; a's columns from `last` to a multiple of 32 are 0.
+  void operator()(int64_t rows, int64_t columns, int64_t first, int64_t last, const bf16* a, int64_t a_stride,
+                  const bf16* b, int64_t b_stride, float* c, int64_t c_stride, bool add, Ahead ahead) {
+    const int64_t steps = (last + 31) / 32, groups = (columns + 31) / 32 * 2;
+    interleave(b, b_stride, first, last, columns, ahead);
+    for (int64_t i = 0; i < rows; i += 16) {
+      for (int64_t g = 0; g < groups; g += 4) {
+        float* to = c + i * c_stride + g * 16;
+        if (groups - g >= 4)
+          multiply<4>(a + i * a_stride, a_stride, pairs_ + g * 512, groups * 512, steps, to, c_stride, add);
+        else
+          multiply<2>(a + i * a_stride, a_stride, pairs_ + g * 512, groups * 512, steps, to, c_stride, add);
+      }
+    }
+  }
+
+  static void operand(const bf16* from, int64_t count, bf16* to) {
+    std::copy(from, from + count, to);
+    std::fill(to + count, to + (count + 31) / 32 * 32, bf16{0});
+  }
+
+ private:
+  // 16 rows of a with `GROUPS` tiles of 16 columns; a step goes over 32 of a's columns, from tile to tile of `pairs`.
+  template <int GROUPS>
+  static void multiply(const bf16* a, int64_t a_stride, const bf16* pairs, int64_t step, int64_t steps, float* c,
+                       int64_t c_stride, bool add) {
+    const int64_t c_bytes = c_stride * sizeof(float);
+    if (add) {
+      _tile_loadd(0, c, c_bytes);
+      _tile_loadd(1, c + 16, c_bytes);
+      if constexpr (GROUPS == 4) {
+        _tile_loadd(2, c + 32, c_bytes);
+        _tile_loadd(3, c + 48, c_bytes);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (GROUPS == 4) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+    }
+    for (int64_t i = 0; i < steps; ++i, a += 32, pairs += step) {
+      _tile_loadd(4, a, a_stride * sizeof(bf16));
+      _tile_loadd(5, pairs, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, pairs + 512, 64);
+      _tile_dpbf16ps(1, 4, 6);
+      if constexpr (GROUPS == 4) {
+        _tile_loadd(5, pairs + 1024, 64);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, pairs + 1536, 64);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + 16, c_bytes);
+    if constexpr (GROUPS == 4) {
+      _tile_stored(2, c + 32, c_bytes);
+      _tile_stored(3, c + 48, c_bytes);
+    }
+  }
+
+  // b's rows [first, last), 0 for the others up to a multiple of 32, as tiles of 16 pairs of rows and 16 columns.
+  void interleave(const bf16* b, int64_t b_stride, int64_t first, int64_t last, int64_t columns, Ahead ahead) {
+    alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const int64_t depth = (last + 31) / 32 * 32, groups = (columns + 31) / 32;
+    ahead.fetch_all_but(depth / 2 * groups);
+    ahead = ahead.next(depth / 2 * groups, b);
+    for (int64_t k = 0; k < depth; k += 2) {
+      bf16* to = pairs_ + k / 32 * groups * 1024 + k % 32 / 2 * 32;
+      for (int64_t j = 0; j < columns; j += 32, to += 1024) {
+        const __mmask32 live = columns - j >= 32 ? ~0u : (1u << (columns - j)) - 1;
+        const auto row = [&](int64_t i) {
+          return _mm512_maskz_loadu_epi16(first <= i && i < last ? live : 0, b + i * b_stride + j);
+        };
+        ahead.fetch();
+        const __m512i even = row(k), odd = row(k + 1);
+        _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(even, high, odd));
+      }
+    }
+  }
+
+  bf16* pairs_;
+};
+
+}  // namespace flashpo::FLASHPO_ISA
