@@ -86,6 +86,19 @@ def test_equal_prompts_of_different_adapters_share_nothing():
     assert rollouts.completion_ids[:3] != rollouts.completion_ids[3:]
 
 
+def test_an_fp32_head_on_a_bf16_model():
+    """What TRL's cast_lm_head_to_fp32 makes of a model."""
+    torch.manual_seed(0)
+    model = FAMILIES["qwen3"]().to(torch.bfloat16).eval()
+    model.lm_head = model.lm_head.float()
+    hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+    engine = RolloutEngine(model, fallback="error")
+    rollouts = engine.generate(prompts(40), PARAMS)
+    assert engine.runner.cache.dtype == torch.bfloat16
+    assert_logprobs(model, rollouts, atol=0.3)
+    hook.remove()
+
+
 def test_autocast_computes_what_the_trainer_computes():
     """fp32 masters, forward in bf16: as near as two forwards of different shapes are to one another."""
     torch.manual_seed(0)

@@ -146,7 +146,8 @@ class RolloutEngine:
                 raise
             self.runner = self.scheduler = None
             log.warning("the rollout goes on with transformers' generate: %s", error)
-        call.counts, call.cache = scheduler.take_counts(), runner.cache
+        finally:
+            call.counts, call.cache = scheduler.take_counts(), runner.cache
 
     def _generate_plainly(self, call: "_Call") -> None:
         """What the engine has not."""
@@ -260,7 +261,7 @@ class RolloutEngine:
     def _runner(self, needed: int, wanted: int) -> Runner:
         """The last one if its pool is large enough, else one with as many blocks of those wanted as memory allows."""
         base: Any = parts(self.model)
-        dtype: torch.dtype = self.autocast or base.head.weight.dtype
+        dtype: torch.dtype = self.autocast or base.backbone.dtype
         have = 0
         if self.runner is not None and self.runner.cache.dtype == dtype:
             have = self.runner.cache.blocks

@@ -59,6 +59,7 @@ class Packed:
             raise Unsupported(f"layer {layer} sees {query.shape[2]} queries, {key.shape[2]} keys of {self.ends[-1]}")
         self.visited.add(layer)
         window = self.cache.layers[layer].window
+        dtype = query.dtype
         query, key, value = (x.to(self.cache.dtype) for x in (query, key, value))
         self.cache.append(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slot)
         out = []
@@ -69,7 +70,7 @@ class Packed:
                 past_k, past_v = self.cache.read(layer, piece.past)
                 k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
             out.append(causal_attention(q, k, v, scale, window, softcap, sinks))
-        return torch.cat(out, 2).transpose(1, 2).contiguous()
+        return torch.cat(out, 2).transpose(1, 2).contiguous().to(dtype)
 
 
 def causal_attention(

@@ -152,9 +152,9 @@ class Step:
 
     def attend(self, layer, query, key, value, scale, softcap, sinks):
         cache = self.cache
-        query, key, value = (x[:, :, 0].to(cache.dtype) for x in (query, key, value))
-        cache.append(layer, key, value, self.slot)
-        return self.attend_cached(layer, query, scale, softcap, sinks)[:, None]
+        q, k, v = (x[:, :, 0].to(cache.dtype) for x in (query, key, value))
+        cache.append(layer, k, v, self.slot)
+        return self.attend_cached(layer, q, scale, softcap, sinks)[:, None].to(query.dtype)
 
     def attend_cached(
         self, layer: int, query: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
