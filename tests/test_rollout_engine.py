@@ -24,7 +24,7 @@ def assert_logprobs(net, rollouts, temperature=1.0):
     pairs = list(zip(rollouts.prompt_ids, rollouts.completion_ids))
     exact, plain = (torch.cat([forward_logprobs(x, *pair, temperature) for pair in pairs]) for x in (wide, net))
     assert plain.dtype == torch.float32
-    assert_as_accurate(torch.tensor(sum(rollouts.logprobs, [])), exact, plain)
+    assert_as_accurate(torch.cat([torch.tensor(x) for x in rollouts.logprobs]), exact, plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
