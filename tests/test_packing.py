@@ -192,7 +192,7 @@ def test_micro_batches(given, prune, budget, min_saved):
     assert torch.cat(parts).sort().values.tolist() == list(range(len(given.tokens)))
     trees = [pack(*(x[part] for x in tensors), **options) for part in parts]
     assert all(len(tree.tokens) <= budget for tree in trees)
-    if len(pack(*tensors, **options).tokens) <= budget:
+    if min_saved == 1 and len(pack(*tensors, **options).tokens) <= budget:  # else more rows can make fewer tokens
         assert len(parts) == 1
 
 

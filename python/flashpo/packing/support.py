@@ -1,5 +1,6 @@
 """Which models can run on token trees: those whose tokens meet in causal attention alone."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from flashpo._causal_lm import CausalLM, Unsupported
 FAMILIES = {
     "doge": "its layers compute with the attention mask",
     "diffllama": "its attention is a difference of two",
+    "modernbert-decoder": "it has a layer between its backbone and its head",
+    "moshi": "its configuration has a sliding window that its attention has not",
 }
 
 
@@ -65,7 +68,7 @@ def _configuration(config: Any) -> Iterator[str]:
         yield "it is an encoder and a decoder"
     if config.model_type in FAMILIES:
         yield FAMILIES[config.model_type]
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         yield "its attention is bidirectional"
     for kind in getattr(config, "layer_types", None) or ():
         if kind not in ("full_attention", "sliding_attention"):
@@ -82,8 +85,13 @@ def _layers(backbone: nn.Module) -> Iterator[str]:
     scopes = {type(module).__module__ for module in backbone.modules()}
     if not any(hasattr(sys.modules[name], "eager_attention_forward") for name in scopes):
         yield "its attention does not go through the interface of transformers"
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        yield "its backbone takes no position_ids"
     for module in backbone.modules():
+        if not getattr(module, "is_causal", True):
+            yield f"{type(module).__name__} is not causal"
         if isinstance(module, nn.Conv1d):
             yield "it has convolutions over its tokens"
-        if getattr(module, "attention_dropout", 0.0):
-            yield f"attention_dropout is {module.attention_dropout}"
+        dropout = getattr(module, "attention_dropout", 0.0)
+        if p := dropout.p if isinstance(dropout, nn.Dropout) else dropout:
+            yield f"attention_dropout is {p}"
