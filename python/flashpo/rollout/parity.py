@@ -91,11 +91,13 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> s
         rows = [_logprobs(model, [sequence]) for sequence in sequences]
         together, largest = _logprobs(model, sequences)
     single = torch.cat([logprobs for logprobs, _ in rows])
-    distance, noise = _rms(rolled - single), _rms(together - single)
-    if is_hybrid(base.config.get_text_config()):  # a recurrence rounds otherwise than its chunked form
-        noise = max(noise, _rms(_stepwise(model, sequences[0], autocast) - single[:1]))
+    distance, noises = _rms(rolled - single), [_rms(together - single)]
     dtype = autocast or base.get_output_embeddings().weight.dtype
-    if distance <= NOISE * noise + ROUNDINGS * torch.finfo(dtype).eps * max(largest, 1.0):
+    if is_hybrid(base.config.get_text_config()):  # a recurrence rounds otherwise than its chunked form
+        noises.append(_rms(_stepwise(model, sequences[0], autocast) - single[:1]))
+    eps = torch.finfo(dtype).eps
+    noise = max((x for x in noises if x < math.sqrt(eps)), default=0.0)  # more is no rounding
+    if distance <= NOISE * noise + ROUNDINGS * eps * max(largest, 1.0):
         return None
     where = _first_layer(model, roll, autocast, first)
     rounding = f"what rounding does to its own forward is {noise:.1e}"
@@ -152,7 +154,7 @@ def _stepwise(model: Any, sequence: Sequence[int], autocast: torch.dtype | None)
     with _evaluating(model, autocast):
         for begin, end in ((0, prompt), *((i, i + 1) for i in range(prompt, len(sequence) - 1))):
             out = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            cache = out.get("past_key_values")  # None where a model keeps its state elsewhere
             rows.append(out.logits[:, -1].double().log_softmax(-1).gather(1, ids[:, end, None]))
     return torch.cat(rows, 1).cpu()
 

@@ -51,6 +51,8 @@ def support(model: nn.Module) -> Support:
     config = seam.parts(model).base.config.get_text_config()
     try:
         calls = seam.probe(model)
+    except seam.Unsupported as error:
+        return Support(False, str(error))
     except Exception as error:  # of any kind: it is the model's own code
         return Support(False, f"{type(error).__name__} in a forward of two tokens: {error}")
     types, details = get_layer_types_and_kwargs(config)

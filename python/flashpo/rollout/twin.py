@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = dict(
     linear_head_dim=8, linear_num_heads=4, index_head_dim=8, index_n_heads=2,
     mamba_n_heads=8, mamba_d_head=8, mamba_expand=2, mamba_d_ssm=64, mamba_d_state=8, mamba_chunk_size=16,
     mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, mamba_n_groups=1, mamba_ngroups=1, n_groups=1, chunk_size=16,
+    num_kv_shared_layers=2, lru_width=32, attention_window_size=9,
     sliding_window=9, attention_chunk_size=9, attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
 )  # fmt: skip
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
@@ -40,7 +41,7 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
     """`config` with every size in it made small, and as many layers as show each kind once."""
     values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     for name, size in SIZES.items():
-        value = _value(config, name)
+        value = _value(config, name) if name in values or name in config.attribute_map else None
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             values[name] = min(value, size)
     for name in ("num_key_value_heads", "multi_query_kv_heads"):  # the ratio says what kind of attention it is
@@ -68,9 +69,10 @@ def _value(config: PreTrainedConfig, name: str) -> Any:
 
 
 def _kept_layers(kinds: list[str]) -> list[int]:
-    """The last layer of each kind and the first ones, LAYERS together, in their order."""
-    last = {kind: i for i, kind in enumerate(kinds)}
-    kept = set(last.values()) | {len(kinds) - 1}
+    """The first and the last layer of each kind, and at least LAYERS, in their order."""
+    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+    last = {kind: i for i, kind in enumerate(kinds)}  # which share the keys and values of earlier ones, in Gemma 3n
+    kept = {*first.values(), *last.values()}
     for i in range(len(kinds)):
         if len(kept) < LAYERS:
             kept.add(i)

@@ -1,0 +1,132 @@
+"""`python -m flashpo.bench.models`: which families of transformers run on the rollout engine and on token trees.
+
+Every causal language model family that can be made small is built with random weights, and tried: the engine's own
+self-check (flashpo.rollout.parity) and that of packed training (flashpo.packing.parity) compare it with plain forwards.
+Writes docs/models.md.
+"""
+
+import argparse
+import logging
+import pathlib
+import re
+import warnings
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
+from flashpo.bench.tiny_models import FAMILIES, tiny_model
+from flashpo.packing.parity import worst_difference
+from flashpo.packing.support import packable
+from flashpo.rollout import RolloutEngine, parity, support
+
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "models.md"
+PACKED_NATS = 1e-4  # of log-probs, fp32: more is another computation, not rounding
+TEXT = """# Models
+
+Which of the {total} causal language model families of transformers {version} FlashPO accelerates. Each was built
+small with random weights and compared with plain forwards, in fp32, by `python -m flashpo.bench.models`, which wrote
+this page.
+
+| | families |
+|---|---|
+| rollout engine | {rollout} (of these {hybrid} hybrids, whose layers keep states beside keys and values) |
+| refused by the engine for a reason that it names beforehand | {refused} |
+| refused by the engine's self-check: only a comparison finds them | {found} |
+| packed, prefix-shared training | {packed} |
+| not built small, so not tried here | {untried} |
+
+**Rollout engine.** A model that it refuses is not an error: `RolloutEngine` warns once, with the reason, and answers by
+transformers' `generate` with the same sampler (`fallback="error"` raises instead). The self-check runs before the first
+rollout of every class and config, on the model itself and on a small fp32 twin of it, so that a family that is not in
+this table, or a model with code of its own, is refused rather than sampled from wrongly.
+Refused for any family: prompt-learning adapters of PEFT, weights on several devices, tensor parallelism, FSDP1, ZeRO-3
+weights that have not been gathered. Sequences must not be longer than the positions that the model has, nor, with
+dynamic or longrope scaling, than the length from which rotary frequencies depend on the longest row of a batch.
+
+**Packed training.** A model that cannot run on token trees trains on padded rows, as in TRL.
+
+| family | rollout engine | packed training |
+|---|---|---|
+{rows}
+
+Not built small: {names}.
+"""
+
+
+class Row(NamedTuple):
+    family: str
+    rollout: str  # "yes", "yes, with states" or the reason
+    packed: str  # "yes" or the reason
+    found: bool  # refused by the self-check only
+
+
+def try_family(family: str) -> Row:
+    """Raises where the family cannot be built, or does not run at all."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        model(input_ids=torch.arange(2, 12)[None], use_cache=False)
+    answer = support(model)
+    reason = parity._difference(model, _roll, None) if answer.ok else answer.reason
+    rollout = reason or ("yes, with states" if answer.hybrid else "yes")
+    return Row(family, rollout, _packed(model), found=answer.ok and reason is not None)
+
+
+def _roll(model, prompts, params):
+    return RolloutEngine(model, max_sequences=4, fallback="error", check=False).generate(prompts, params)
+
+
+def _packed(model) -> str:
+    answer = packable(model)
+    if not answer.ok:
+        return answer.reason.split(": ", 1)[-1]
+    try:
+        difference = worst_difference(model)
+    except Exception as error:  # of the model's own code
+        return f"{type(error).__name__}: {error}"
+    return "yes" if difference < PACKED_NATS else f"differs by {difference:.1e} nats"
+
+
+def cell(text: str) -> str:
+    """A reason in a table, without the numbers of one run."""
+    return " ".join(re.sub(r"\d\.\de[-+]\d+", "...", text).replace("|", "\\|").split())[:200]
+
+
+def page(rows: list[Row], untried: list[str]) -> str:
+    return TEXT.format(
+        total=len(rows) + len(untried),
+        version=transformers.__version__,
+        rollout=sum(row.rollout.startswith("yes") for row in rows),
+        hybrid=sum(row.rollout == "yes, with states" for row in rows),
+        refused=sum(not row.rollout.startswith("yes") and not row.found for row in rows),
+        found=sum(row.found for row in rows),
+        packed=sum(row.packed == "yes" for row in rows),
+        untried=len(untried),
+        rows="\n".join(f"| {row.family} | {cell(row.rollout)} | {cell(row.packed)} |" for row in rows),
+        names=", ".join(untried),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="print these; default: try all and write docs/models.md")
+    chosen = parser.parse_args().families
+    transformers_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    rows, untried = [], []
+    for family in chosen or FAMILIES:
+        try:
+            rows.append(try_family(family))
+            print(*rows[-1][:3], sep=": ", flush=True)
+        except Exception as error:
+            untried.append(family)
+            print(f"{family}: not built: {type(error).__name__}: {error}", flush=True)
+    if not chosen:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page(rows, untried))
+
+
+if __name__ == "__main__":
+    main()
