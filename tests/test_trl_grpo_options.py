@@ -151,6 +151,53 @@ def test_groups_by_columns():
         generated(with_rewards(trainer, rewards))
 
 
+AGENTS = ["planner", "worker", "worker", "planner"] * 2
+TURNS = [0, 1, 1, 0, 0, 1, 2, 0]  # the second prompt's workers are alone in their turns
+
+
+def two_agents(prompts: list[str], trainer) -> dict:
+    """A rollout function."""
+    ids = [[5 + i, 6 + 2 * i % 7, *[9] * (i % 3), 1] for i in range(len(prompts))]
+    logprobs = [[-1.0] * len(x) for x in ids]
+    prompt_ids = trainer.processing_class(prompts)["input_ids"]
+    return dict(prompt_ids=prompt_ids, completion_ids=ids, logprobs=logprobs, agent=AGENTS, turn=TURNS)
+
+
+def test_groups_by_fields_of_a_rollout_function():
+    """A step of training through TRL's own `rollout_func`: rewards are compared within prompt, agent and turn."""
+    seen: dict[str, list] = {}
+
+    class Seen(GRPOTrainer):
+        def compute_advantages(self, rewards, group, inputs, batch):
+            seen["prompt"] = [row["prompt"] for row in inputs]
+            seen["reward"] = rewards[:, 0].tolist()
+            seen["advantage"] = super().compute_advantages(rewards, group, inputs, batch)
+            return seen["advantage"]
+
+    def reward(completion_ids, agent, turn, **kwargs):  # TRL hands them to rewards, too
+        assert (agent, turn) == (AGENTS, TURNS)
+        return [sum(ids) % 7 + (10.0 if who == "worker" else 0.0) for ids, who in zip(completion_ids, agent)]
+
+    options = dict(group_by=["agent", "turn"], per_device_train_batch_size=8, reward_funcs=reward)
+    trainer = make_trainer("GRPO", flashpo.trl, rollout_func=two_agents, **options)
+    trainer.__class__ = Seen
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    groups: dict[tuple, list[int]] = {}
+    for i, key in enumerate(zip(seen["prompt"], AGENTS, TURNS)):
+        groups.setdefault(key, []).append(i)
+    assert sorted(map(len, groups.values())) == [1, 1, 2, 2, 2]
+    expected = torch.zeros(8)
+    for rows in groups.values():
+        r = torch.tensor([seen["reward"][i] for i in rows])
+        if len(rows) > 1:
+            expected[rows] = (r - r.mean()) / (r.std() + 1e-4)
+    assert (expected != 0).sum() == 6
+    torch.testing.assert_close(seen["advantage"], expected)
+    assert any(g.abs().max() > 0 for g in recorder.gradients[0].values())
+
+
 def test_advantages_of_tokens():
     """A trainer that gives credit by token."""
 

@@ -105,7 +105,7 @@ def make_trainer(name: str, package=trl, model: str = "qwen3", dtype=torch.float
     if name in ("GRPO", "RLOO", "PPO"):
         settings |= dict(num_generations=4, max_completion_length=8, temperature=0.9)
     extra = {}
-    for key in ("peft_config", "eval_dataset", "reward_funcs", "critic_model", "train_dataset"):
+    for key in ("peft_config", "eval_dataset", "reward_funcs", "critic_model", "train_dataset", "rollout_func"):
         if key in options:
             extra[key] = options.pop(key)
     config = getattr(package if hasattr(package, f"{name}Config") else trl, f"{name}Config")(**settings | options)
