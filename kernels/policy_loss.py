@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpo.kernels.policy_rows import COLUMNS, POLICY_LOSS, SEQUENCES, SUMS, WIDTH, finish, stack
+from flashpo.kernels.policy_rows import (
+    BINS,
+    COLUMNS,
+    POLICY_LOSS,
+    SEQUENCES,
+    SUMS,
+    WIDTH,
+    bin_column,
+    finish,
+    stack,
+)
 from flashpo.kernels.policy_terms import (
     SATURATION,
     VESPO_LOG_MAX,
@@ -152,6 +162,7 @@ def forward_kernel(
     h_sum, kept_sum, kept_h_sum, phis, phi_sum, dropped_sum = zeros, zeros, zeros, zeros, zeros, zeros
     weights, weight_sum, weight_squared = zeros, zeros, zeros
     smallest, largest, lightest, heaviest = infinite, -infinite, infinite, -infinite
+    bins = tl.zeros((WIDTH,), tl.int32)
     for first in range(begin, stop, BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = at < stop
@@ -213,6 +224,8 @@ def forward_kernel(
             tl.store(grads + N.to(tl.int64) + at, t.live.to(tl.float32) * share, mask=inside)
 
         one_each = is_first if PER_SEQUENCE else t.live
+        if RATIO == "token":
+            bins += tl.histogram(bin_column(log_w), WIDTH, mask=one_each)
         ratios += one_each.to(tl.float32)
         ratio += tl.where(one_each, w, 0.0)
         squared += tl.where(one_each, w * w, 0.0)
@@ -254,7 +267,7 @@ def forward_kernel(
             before = tl.load(grads + at, mask=inside, other=0.0)
             tl.store(grads + at, before + tl.where(receives, each, 0.0), mask=inside)
 
-    k = tl.arange(0, WIDTH)
+    k = tl.arange(0, 32)
     row = tl.sum(
         stack((
             h_sum * share, loss * share, tokens, zeros, zeros, h_sum, kl_sum, approx_kl, ratios, ratio, squared, low,
@@ -268,7 +281,12 @@ def forward_kernel(
         row = tl.where(k == POLICY_LOSS, row - empty, row)
     row = tl.where(k == SEQUENCES, (exists & (part == 0)).to(tl.float32), row)
     at = partials + program * WIDTH
-    tl.store(at + k, row, mask=k < SUMS)
+    tl.store(at + k, row, mask=k < BINS)
+    k = tl.arange(0, WIDTH)
+    if RATIO != "token":
+        log_w = clamp(log_w_of_sequence, numbers.log_ratio_min, numbers.log_ratio_max)
+        bins = tl.where(k == bin_column(log_w + tl.zeros((WIDTH,), tl.float32)), tl.sum(ratios), 0.0)
+    tl.store(at + k, bins.to(tl.float32), mask=(k >= BINS) & (k < SUMS))
     k = tl.arange(0, 8)
     row = tl.max(stack((-smallest, largest, -infinite, -infinite, -lightest, heaviest, -infinite, -infinite)), 0)
     tl.store(at + SUMS + k, row, mask=SUMS + k < COLUMNS)

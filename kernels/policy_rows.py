@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashpo.ops.policy_stats import NAMES
+from flashpo.ops.policy_stats import LOG_RATIO_BINS, LOG_RATIO_EDGES, NAMES
 from flashpo.ops.policy_stats import SUMS as _SUMS
 
 # The columns, as in NAMES
@@ -17,10 +17,13 @@ from flashpo.ops.policy_stats import SUMS as _SUMS
     CLIP_LOW, CLIP_HIGH, BELOW, ABOVE, CAPPED, SATURATED, WEIGHTS, WEIGHT, WEIGHT_SQUARED, OFF_POLICY_SEQUENCES,
     HIGH_ENTROPY_TOKENS, HIGH_ENTROPY, PHIS, PHI, RATIO_MIN, RATIO_MAX, CLIP_LOW_MIN, CLIP_HIGH_MAX, WEIGHT_MIN,
     WEIGHT_MAX,
-) = (tl.constexpr(i) for i in range(len(NAMES)))  # fmt: skip
+) = (tl.constexpr(i) for i, name in enumerate(NAMES) if name not in LOG_RATIO_BINS)  # fmt: skip
+BINS: tl.constexpr = tl.constexpr(NAMES.index(LOG_RATIO_BINS[0]))  # the first of them
+EDGES: tl.constexpr = tl.constexpr(LOG_RATIO_EDGES)
+EDGES_A_SIDE: tl.constexpr = tl.constexpr(len(LOG_RATIO_EDGES))
 SUMS: tl.constexpr = tl.constexpr(len(_SUMS))
 COLUMNS: tl.constexpr = tl.constexpr(len(NAMES))
-WIDTH: tl.constexpr = tl.constexpr(32)  # columns of a row in memory
+WIDTH: tl.constexpr = tl.constexpr(64)  # columns of a row in memory
 TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -42,6 +45,15 @@ def stack(columns):
 def column(x, name):
     """One column of rows (R, WIDTH), or of one row (WIDTH,)."""
     return tl.sum(tl.where(tl.arange(0, WIDTH) == name, x, 0.0), len(x.shape) - 1)
+
+
+@triton.jit
+def bin_column(log_w):
+    """Where log-ratios are counted."""
+    beyond = tl.zeros(log_w.shape, tl.int32)
+    for i in tl.static_range(EDGES_A_SIDE):
+        beyond += (tl.abs(log_w) >= EDGES[i]).to(tl.int32)
+    return tl.where(log_w < 0, -beyond, beyond) + (BINS + EDGES_A_SIDE)
 
 
 @triton.jit

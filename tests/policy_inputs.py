@@ -67,12 +67,13 @@ LENGTHS = ([40] * 5, [1, 0, 17, 16, 3, 33], [1500, 70], [7], [0, 5, 0], [2100, 0
 
 def random_inputs(rng: random.Random, spec: LossSpec, lengths, live: float = 0.7, spread: float = 0.3) -> dict:
     """Float64 inputs of float32 values, `live` of the tokens unmasked; NaN and the like wherever nobody may look.
-    Log-ratios are near multiples of 1/256: none is so close to a bound that rounding decides."""
+    Log-ratios are near multiples of 1/256 and a bit: none is so close to a bound or an edge of the statistics' bins
+    that rounding decides."""
     flat = rng.random() < 0.5 or len(set(lengths)) > 1
     shape = (sum(lengths),) if flat else (len(lengths), lengths[0])
     sequences = len(lengths)
     old = -3 * torch.rand(shape)
-    noise = lambda: old + (256 * spread * torch.randn(shape)).round() / 256  # noqa: E731
+    noise = lambda: old + ((256 * spread * torch.randn(shape)).round() + 0.37) / 256  # noqa: E731
     mask = torch.rand(shape) < live
     inputs = dict(
         logprob=noise(),

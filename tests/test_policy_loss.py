@@ -184,7 +184,9 @@ def test_statistics_and_entropy_threshold_of_two_ranks(tmp_path):
     whole = policy_loss(**tensors_for(spec, made), loss=spec)
     assert math.isclose(sum(loss for loss, _ in found), whole.loss.item(), rel_tol=1e-12)
     for _, values in found:
-        torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), whole.stats.values)
+        values = torch.tensor(values, dtype=torch.float64)
+        torch.testing.assert_close(values, whole.stats.values)
+        torch.testing.assert_close(PolicyStats(values).ratio_quantile(0.9), whole.stats.ratio_quantile(0.9))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,8 +12,8 @@ namespace {
 enum Stat {  // as policy_stats.py names them
   LOSS, POLICY_LOSS, TOKENS, SEQUENCES, LIVE_SEQUENCES, ENTROPY_SUM, KL, APPROX_KL, RATIOS, RATIO, RATIO_SQUARED,
   CLIP_LOW, CLIP_HIGH, BELOW, ABOVE, CAPPED, SATURATED, WEIGHTS, WEIGHT, WEIGHT_SQUARED, OFF_POLICY_SEQUENCES,
-  HIGH_ENTROPY_TOKENS, HIGH_ENTROPY, PHIS, PHI, RATIO_MIN, RATIO_MAX, CLIP_LOW_MIN, CLIP_HIGH_MAX, WEIGHT_MIN,
-  WEIGHT_MAX, STATS
+  HIGH_ENTROPY_TOKENS, HIGH_ENTROPY, PHIS, PHI, LOG_RATIO_BINS, RATIO_MIN = LOG_RATIO_BINS + BINS, RATIO_MAX,
+  CLIP_LOW_MIN, CLIP_HIGH_MAX, WEIGHT_MIN, WEIGHT_MAX, STATS
 };
 
 // Everything of one sequence: its gradients are written, its statistics returned.
@@ -27,7 +27,9 @@ Partial run_sequence(const Batch& b, int64_t sequence, Sequence q) {
   if (b.advantage_of_sequence) q.advantage = b.advantage_of_sequence[sequence];
   q.weighted = s.importance != Importance::none || t.in[IMPORTANCE_RATIO] || b.importance_ratio_of_sequence;
   if (b.importance_ratio_of_sequence) q.rho = b.importance_ratio_of_sequence[sequence];
-  if (needs_sums(b)) sum_tokens(b, t, length, q);
+  for (float* out : t.out)
+    if (out) std::fill(out + q.end, out + length, 0.0f);
+  if (needs_sums(b)) sum_tokens(b, t, q.end, q);
 
   double share = 1 / b.items;
   if (s.aggregation == Aggregation::sequence_mean) share /= std::max<int64_t>(q.tokens, 1);
@@ -36,11 +38,12 @@ Partial run_sequence(const Batch& b, int64_t sequence, Sequence q) {
   const double factor = share * b.scale;
   Sums sums;
   Counts counts;
-  terms_of(s.surrogate)(b, q, t, length, static_cast<float>(factor),
-                        static_cast<float>(-s.entropy_coef * of_bonus * b.scale), sums, counts);
+  Bins bins;
+  terms_of(s.surrogate)(b, q, t, q.end, static_cast<float>(factor),
+                        static_cast<float>(-s.entropy_coef * of_bonus * b.scale), sums, counts, bins);
   if (!s.chain_of_tokens()) {
     const int64_t divisor = s.surrogate == Surrogate::gmpo ? q.kept : s.ratio == Ratio::sequence ? q.tokens : 1;
-    add_chain(b, q, t, length, static_cast<float>(total(sums.chain) * factor / std::max<int64_t>(divisor, 1)));
+    add_chain(b, q, t, q.end, static_cast<float>(total(sums.chain) * factor / std::max<int64_t>(divisor, 1)));
   }
 
   Partial p;
@@ -61,6 +64,8 @@ Partial run_sequence(const Batch& b, int64_t sequence, Sequence q) {
   out[RATIOS] = of_sequences ? length > 0 : out[TOKENS];
   out[RATIO] = total(sums.ratio);
   out[RATIO_SQUARED] = total(sums.ratio_squared);
+  bins.finish(s.of_tokens() ? out[RATIOS] : 0, out + LOG_RATIO_BINS);
+  if (!s.of_tokens()) out[LOG_RATIO_BINS + bin_of(q.log_w)] = out[RATIOS];
   out[BELOW] = count(counts.below);
   out[ABOVE] = count(counts.above);
   const bool dppo = s.surrogate == Surrogate::dppo_tv || s.surrogate == Surrogate::dppo_kl;

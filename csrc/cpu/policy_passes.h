@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "policy_bins.h"
 #include "policy_terms.h"
 
 namespace flashpo::FLASHPO_ISA {
@@ -106,7 +107,6 @@ struct Batch {
 // pass(tokens, first, vectors) over blocks of whole vectors; what is left over comes in a padded copy.
 template <typename Pass>
 static inline void over(const Tokens& t, int64_t length, Pass pass) {
-  constexpr int64_t BLOCK = 64;
   alignas(64) float in[INPUTS][W] = {}, out[OUTPUTS][W];
   alignas(64) char mask[8 * W] = {};
   Tokens part = t;
@@ -129,8 +129,10 @@ static inline void over(const Tokens& t, int64_t length, Pass pass) {
 }
 
 static inline void count_tokens(const Batch& b, const Tokens& t, int64_t length, Sequence& q) {
+  q.end = length;
+  while (q.end > W && !any(t.live(q.end - W))) q.end -= W;
   vi live{}, kept{};
-  over(t, length, [&](const Tokens& t, int64_t first, int64_t vectors) {
+  over(t, q.end, [&](const Tokens& t, int64_t first, int64_t vectors) {
     for (int64_t i = first; i < first + vectors * W; i += W) {
       const vi m = t.live(i);
       live += m;
@@ -203,7 +205,7 @@ static inline void sum_tokens(const Batch& b, const Tokens& t, int64_t length, S
 
 template <Surrogate S>
 static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens& t, int64_t length, float factor,
-               float entropy_factor, Sums& sums, Counts& counts) {
+               float entropy_factor, Sums& sums, Counts& counts, Bins& bins) {
   bool start = true;  // of the sequence
   over(t, length, [&](const Tokens& tokens, int64_t first, int64_t vectors) {
     const Batch b = batch;  // copies, which no store can change: else all of it would be read again for each vector
@@ -215,6 +217,7 @@ static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens
     vf x_sum{}, chain{}, entropy{}, high_entropy{}, kl_sum{}, approx_kl{}, ratio{}, ratio_squared{}, weight{},
         weight_squared{}, phi{};
     Counts local = counts;
+    alignas(64) int8_t ranks[BLOCK * W];
     for (int64_t i = first; i < first + vectors * W; i += W) {
       const vi m = t.live(i);
       const vi first_token = iota() == (start ? 0 : -1);
@@ -258,6 +261,7 @@ static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens
         const vf bounded = clamp(log_w, -SATURATION, SATURATION);
         local.saturated += bounded != log_w;
         w = exp_normal(bounded);
+        store_ranks(ranks + (i - first), bounded);
       } else {
         w = splat(q.w);
         free = splat_int(q.free ? -1 : 0);
@@ -305,6 +309,10 @@ static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens
       }
     }
     counts = local;
+    if (s.of_tokens()) {
+      std::memset(ranks + vectors * W, 0, std::min<int64_t>(3, BLOCK - vectors) * W);
+      bins.add(ranks, vectors);
+    }
     add(sums.x, x_sum);
     add(sums.chain, chain);
     add(sums.approx_kl, approx_kl);

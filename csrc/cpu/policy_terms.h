@@ -114,6 +114,7 @@ struct Tokens {
 // What is known of a sequence before its tokens' terms.
 struct Sequence {
   int64_t tokens = 0, kept = 0;  // live ones, and those of high entropy
+  int64_t end = 0;               // padding from there on
   float advantage = 0;           // where it is the sequence's
   float log_w = 0, w = 1;        // where the ratio is; clamped
   bool free = true, saturated = false;  // no clamp of log w holds it; beyond SATURATION

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashpo.ops.loss_spec import LossSpec
-from flashpo.ops.policy_stats import NAMES
+from flashpo.ops.policy_stats import LOG_RATIO_BINS, LOG_RATIO_EDGES, NAMES
 
 SATURATION = 64.0  # |log w| at which exp stops growing: e^64 a token stays finite summed over any batch
 VESPO_LOG_MIN, VESPO_LOG_MAX = math.log(1e-8), 20.0  # of log W and of each of its terms
@@ -170,6 +170,9 @@ def policy_loss_fwd(
     low_clipped, high_clipped = below & (adv < 0), above & (adv > 0)
     if s.surrogate.startswith("dppo"):
         low_clipped = below & (adv <= 0)
+    beyond = torch.stack([log_w.abs() >= edge for edge in LOG_RATIO_EDGES]).sum(0)
+    bins = len(LOG_RATIO_EDGES) + torch.where(log_w < 0, -beyond, beyond)
+    of_bins = log_w.new_zeros(len(LOG_RATIO_BINS)).index_add_(0, bins, one_each_float)
     counts = sequence_sum(one_each_float)
     low_of_sequence = sequence_sum((low_clipped & one_each).to(dtype)) / counts
     high_of_sequence = sequence_sum((high_clipped & one_each).to(dtype)) / counts
@@ -196,6 +199,7 @@ def policy_loss_fwd(
         phis=tokens * 0 if phi is None else of_phi.sum().to(dtype),
         phi=tokens * 0 if phi is None else phi.where(of_phi, 0.0).sum(),
         off_policy_sequences=(dropped & first).sum().to(dtype),
+        **dict(zip(LOG_RATIO_BINS, of_bins, strict=True)),
         ratio_min=_extreme(w, one_each, False),
         ratio_max=_extreme(w, one_each, True),
         clip_low_min=_extreme(low_of_sequence, counts > 0, False),

@@ -72,5 +72,8 @@ def ratio_quantiles(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Quantiles (Q,) of the tokens' ratios exp(logprob - old_logprob), of a policy to the old one or to the sampler."""
+    """Quantiles (Q,) of the tokens' ratios exp(logprob - old_logprob), of a policy to the old one or to the sampler.
+
+    Exact; `policy_loss` counts for `PolicyStats.ratio_quantile` in passing.
+    """
     return masked_quantile(logprob - old_logprob, mask, quantiles, group=group).exp()

@@ -1,6 +1,7 @@
 """GRPO and RLOO of TRL on `policy_loss` and `group_advantages`: the same results, any `LossSpec`, no host waits a step.
 
-Metrics stay on the device until they are logged. Stock TRL reduces and reads a dozen numbers a micro-batch.
+Metrics stay on the device until they are logged. Stock TRL reduces and reads a dozen numbers a micro-batch. Beside
+TRL's own there are `ratio/q01` and `ratio/q99`, between which 98 % of the ratios are, see `PolicyStats.ratio_quantile`.
 """
 
 import contextlib
@@ -124,7 +125,8 @@ class PolicyTrainer(Accelerated, Base):
             if self.accelerator.num_processes > 1:
                 table = table.reduce()
             for values in table.values.cpu().unbind(1):
-                for name, value in self._metrics_of(PolicyStats(values)).items():
+                stats = PolicyStats(values)
+                for name, value in (self._metrics_of(stats) | ratio_metrics(stats)).items():
                     self._metrics[mode][name].append(value)
             pending.clear()
         for mode, compared in self._pending_mismatch.items():
@@ -257,6 +259,10 @@ def scorable(unscorable: Tensor, group: Tensor) -> Tensor:
     """How many rows of each row's group have a reward."""
     _, member = group.unique(return_inverse=True)
     return torch.zeros_like(group).index_add_(0, member, (~unscorable).to(group.dtype))[member]
+
+
+def ratio_metrics(stats: PolicyStats) -> dict[str, float]:
+    return {"ratio/q01": stats.ratio_quantile(0.01).item(), "ratio/q99": stats.ratio_quantile(0.99).item()}
 
 
 def clip_metrics(stats: PolicyStats) -> dict[str, float]:
