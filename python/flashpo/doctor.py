@@ -20,6 +20,7 @@ from torch import Tensor
 import flashpo
 from flashpo import _op
 from flashpo.ops import decode_layer
+from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.sample import uniform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +42,7 @@ def _target(*shape: int, vocab: int) -> Tensor:
 
 
 def _eager(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    logp = z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
+    logp = wide(z).log_softmax(-1)
     chosen = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
     ignored = target == IGNORED
     return chosen.masked_fill(ignored, 0.0), -(logp.exp() * logp).sum(-1).masked_fill(ignored, 0.0)
@@ -64,7 +65,7 @@ def _grpo(rewards: Tensor, group: Tensor) -> tuple[Tensor, ...]:
 
 def _gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """verl's loop; whitened."""
-    rewards, values = (x.to(torch.promote_types(x.dtype, torch.float32)).detach() for x in (rewards, values))
+    rewards, values = (wide(x).detach() for x in (rewards, values))
     value, advantage, columns = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
     for r, v, live in zip(*(x.flip(1).unbind(1) for x in (rewards, values, mask))):
         advantage = torch.where(live, r + 0.99 * value - v + 0.99 * 0.95 * advantage, advantage)
@@ -88,7 +89,7 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (k, v))
     s = q.transpose(0, 1) @ k.transpose(1, 2) * q.shape[2] ** -0.5
     s = s.masked_fill((i.t() > i) | (i >= end), -torch.inf)
-    p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
+    p = s.softmax(-1, dtype=wide_dtype(s.dtype)).to(s.dtype)
     return ((p @ v).transpose(0, 1),)
 
 
@@ -108,7 +109,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    dtype, wide = q.dtype, wide_dtype(q.dtype)
     rep = q.shape[1] // k.shape[1]
     q, k, v = q.detach().to(wide), *(x.detach().to(wide).repeat_interleave(rep, 1) for x in (k, v))
     y = 0.2 * torch.einsum("bhd,khd->bhk", q, k)
@@ -138,7 +139,7 @@ def _plain_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, .
 
 
 def _sample(logits: Tensor, seed: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / 0.8
+    z = wide(logits.detach()) / 0.8
     full = z.log_softmax(-1)
     mass = full.exp().where(full.exp() >= 0.02 * full.exp().amax(-1, keepdim=True), 0.0)
     sums = mass.cumsum(-1)

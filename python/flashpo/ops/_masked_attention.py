@@ -6,6 +6,8 @@ Shapes: q (I, Hq, D), k (J, Hkv, D), v (J, Hkv, Dv), seen (I, J), sinks (Hq,), l
 import torch
 from torch import Tensor
 
+from flashpo.ops._wide import wide_dtype
+
 
 def visible(i: Tensor, j: Tensor, end: Tensor, position: Tensor, window: int) -> Tensor:
     """Which of the keys at the flat indices j each query at i sees; end and position are the tree's."""
@@ -70,5 +72,5 @@ def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    dtype = wide_dtype(tensors[0].dtype)
     return [x.to(dtype) for x in tensors]

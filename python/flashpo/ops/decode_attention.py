@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import check_device, check_positive, check_that
+from flashpo.ops._wide import wide_dtype
 from flashpo.ops.kv_append import BLOCK, check_caches
 
 
@@ -92,7 +93,7 @@ def decode_attention(
         if sinks.shape != q.shape[1:2]:
             raise ValueError(f"sinks must be ({q.shape[1]},), got {tuple(sinks.shape)}")
         check_device("sinks", sinks, "q", q)
-        sinks = sinks.to(torch.promote_types(q.dtype, torch.float32))
+        sinks = sinks.to(wide_dtype(q.dtype))
     tables = rows, start, length, blocks, position
     return decode_attention_fwd(q, k_cache, v_cache, *tables, float(scale), window, float(softcap), sinks)
 
@@ -130,7 +131,7 @@ def decode_attention_fwd(
     visible = covers[..., None] & (i < length[:, None])  # (B, S, 64 M)
     if window > 0:
         visible = visible & (start[:, None] + i > position[:, None, None] - window)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     block = blocks.where(used, 0)
     k = k_cache[block].to(wide).permute(2, 0, 3, 1, 4).reshape(Hkv, S, D, M * BLOCK)
     v = v_cache[block].to(wide).permute(2, 0, 1, 3, 4).reshape(Hkv, S, M * BLOCK, Dv)
@@ -151,7 +152,7 @@ def decode_attention_fwd(
 
 @decode_attention_fwd.fake
 def _(q, k_cache, v_cache, *rest):
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    lse_dtype = wide_dtype(q.dtype)
     return q.new_empty((*q.shape[:2], v_cache.shape[3])), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import check_choice, check_device, check_float, check_that
+from flashpo.ops._wide import wide
 from flashpo.ops.kv_append import BLOCK, check_caches
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -49,8 +50,8 @@ def add_rms_norm_fwd(
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    unit = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    x32 = wide(x)
+    unit = x32 * (x32.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (unit * (1 + weight.to(unit.dtype))).to(x.dtype) if unit_offset else weight * unit.to(x.dtype)
 
 

@@ -1,9 +1,9 @@
 """Direct Advantage Policy Optimization (arXiv 2412.18279): offline, by steps. Not the DAPO of `policy_loss`."""
 
-import torch
 from torch import Tensor
 
 from flashpo.ops._check import check_device, check_float, check_positive
+from flashpo.ops._wide import wide_dtype
 
 
 def direct_advantage_loss(logprob: Tensor, ref_logprob: Tensor, advantage: Tensor, *, beta: float) -> Tensor:
@@ -34,6 +34,6 @@ def direct_advantage_loss(logprob: Tensor, ref_logprob: Tensor, advantage: Tenso
         if x.shape != logprob.shape:
             raise ValueError(f"{name} must have the shape of logprob, {tuple(logprob.shape)}, got {tuple(x.shape)}")
         check_device(name, x, "logprob", logprob)
-    wide = torch.promote_types(logprob.dtype, torch.float32)
+    wide = wide_dtype(logprob.dtype)
     missing = advantage.to(wide) / beta - (logprob.to(wide) - ref_logprob.to(wide))
     return 0.5 * (missing * missing).sum() / max(missing.shape[0], 1)

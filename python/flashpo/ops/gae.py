@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import check_cu_seqlens, check_device, check_float, check_mask, check_share
+from flashpo.ops._wide import wide_dtype
 
 EPS = 1e-8  # added to the variance of whitening
 
@@ -118,7 +119,7 @@ def gae_fwd(
 
 
 def _result_dtype(rewards: Tensor, values: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
+    return wide_dtype(torch.promote_types(rewards.dtype, values.dtype))
 
 
 def _sequences(rewards: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import check_choice, check_device, check_float
+from flashpo.ops._wide import wide
 
 BASELINES = ("mean", "leave_one_out", "second_best", "none")
 SCALES = ("group", "batch", "none")
@@ -117,7 +118,7 @@ def _check(rewards, group, lengths, reward_weights) -> tuple[Tensor, list[float]
         if x.shape != rewards.shape[:1]:
             raise ValueError(f"{name} must be ({rewards.shape[0]},) beside rewards, got {tuple(x.shape)}")
         check_device(name, x, "rewards", rewards)
-    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+    rewards = wide(rewards.detach())
     rewards = rewards[:, None] if rewards.dim() == 1 else rewards
     functions = rewards.shape[1]
     if reward_weights is None:

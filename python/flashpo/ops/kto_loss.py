@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashpo.ops._check import check_device, check_float, check_positive
+from flashpo.ops._wide import wide_dtype
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
@@ -54,7 +55,7 @@ def kto_loss(
     if (kl is None) == (loss == "kto"):
         raise ValueError(f"kl is {'needed' if kl is None else 'not read'} by {loss}")
 
-    wide = torch.promote_types(logprob.dtype, torch.float32)
+    wide = wide_dtype(logprob.dtype)
     x = logprob.to(wide) - ref_logprob.to(wide)
     shift = x.new_zeros(()) if kl is None else _estimate(kl, logprob).to(wide)
     away = beta * (shift - x)

@@ -20,6 +20,7 @@ from torch import Tensor
 from flashpo._op import op
 from flashpo.ops import _linear_logprob_cpu as cpu
 from flashpo.ops._check import check_device, check_float, check_index, check_positive, check_range
+from flashpo.ops._wide import wide_dtype
 from flashpo.ops.token_stats import (
     ENTROPY,
     LN2,
@@ -130,7 +131,7 @@ def _token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | 
 
 def _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype):
     """(z, dz/dx) in fp32 or wider, both (N, V)."""
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = wide_dtype(dtype)
     x = hidden.to(dtype).to(wide) @ weight.to(dtype).to(wide).t()
     if bias is not None:
         x = x + bias.to(wide)
@@ -169,7 +170,7 @@ def linear_logprob_partial(
 @linear_logprob_partial.fake
 def _(hidden, weight, target, *rest):
     *_, side, dtype = rest
-    return hidden.new_empty((partial_rows(side), target.shape[0]), dtype=torch.promote_types(dtype, torch.float32))
+    return hidden.new_empty((partial_rows(side), target.shape[0]), dtype=wide_dtype(dtype))
 
 
 @op

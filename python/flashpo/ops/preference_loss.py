@@ -21,6 +21,7 @@ from flashpo.ops._preference_terms import (
     WITHOUT_REFERENCE,
     Pairs,
 )
+from flashpo.ops._wide import wide
 
 
 class PreferenceLoss(NamedTuple):
@@ -100,13 +101,13 @@ def preference_loss(
     if sft is None:
         sft, sft_length = chosen, chosen_length
     pairs = Pairs(  # a length that is None is not read
-        chosen=_wide(chosen),
-        rejected=_wide(rejected),
-        ref_chosen=None if ref_chosen is None else _wide(ref_chosen),
-        ref_rejected=None if ref_rejected is None else _wide(ref_rejected),
+        chosen=wide(chosen),
+        rejected=wide(rejected),
+        ref_chosen=None if ref_chosen is None else wide(ref_chosen),
+        ref_rejected=None if ref_rejected is None else wide(ref_rejected),
         chosen_length=chosen_length,  # type: ignore[arg-type]
         rejected_length=rejected_length,  # type: ignore[arg-type]
-        sft=_wide(sft),
+        sft=wide(sft),
         sft_length=sft_length,  # type: ignore[arg-type]
         beta=beta,
         label_smoothing=label_smoothing,
@@ -122,10 +123,6 @@ def preference_loss(
     of_means = names[0] in WITHOUT_REFERENCE & OF_MEANS
     rewards = (beta * x.detach() for x in (pairs.means if of_means else pairs.ratios))
     return PreferenceLoss(per_pair.sum() / max(per_pair.shape[0], 1), per_pair, *rewards)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _names(loss: str | Sequence[str]) -> tuple[str, ...]:

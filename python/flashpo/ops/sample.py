@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import check_device, check_float, check_share, check_that
+from flashpo.ops._wide import wide_dtype
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
@@ -168,13 +169,13 @@ def sample_rows(
     token = (sums <= (uniform(seed, offset) * sums[:, -1])[:, None]).sum(-1).minimum(last).where(usable, 0)
     full = logp.gather(-1, token[:, None])[:, 0]
     numbers = torch.stack((full - sums[:, -1].log(), full, sums[:, -1]))
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = wide_dtype(logits.dtype)
     return token, numbers.masked_fill(~usable, torch.nan).to(dtype)
 
 
 @sample_rows.fake
 def _(logits, *rest):
-    rows, dtype = logits.shape[0], torch.promote_types(logits.dtype, torch.float32)
+    rows, dtype = logits.shape[0], wide_dtype(logits.dtype)
     return logits.new_empty((rows,), dtype=torch.int64), logits.new_empty((3, rows), dtype=dtype)
 
 

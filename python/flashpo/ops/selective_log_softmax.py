@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import check_index, check_positive, check_range
+from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.token_stats import (
     ENTROPY,
     LN2,
@@ -75,14 +76,14 @@ def selective_log_softmax_fwd(
 ) -> Tensor:
     """The rows (4 or 7, B T) of `merge_partials`; 0 for an ignored index."""
     check_range("index", index, logits.shape[-1], ignore_index)
-    z = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    z = wide(logits.flatten(0, 1)) / temperature
     partial = partial_from_logits(z, index, side)
     return merge_partials.reference(partial[None], z.shape[-1]).masked_fill(index == ignore_index, 0.0)
 
 
 @selective_log_softmax_fwd.fake
 def _(logits, index, temperature, ignore_index, side):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = wide_dtype(logits.dtype)
     return logits.new_empty((result_rows(side), index.shape[0]), dtype=dtype)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashpo.ops._check import check_device, check_float, check_that
+from flashpo.ops._wide import wide
 
 
 class SequenceLogprobs(NamedTuple):
@@ -53,7 +54,7 @@ def sequence_logprobs(
     rows = Rows(logprob) if cu_seqlens is None else Segments(logprob, cu_seqlens)
 
     mask = mask.bool()
-    logprob = logprob.to(torch.promote_types(logprob.dtype, torch.float32)).where(mask, 0.0)
+    logprob = wide(logprob).where(mask, 0.0)
     length = rows.sum(mask.long())
     weighted = logprob
     if ld_alpha is not None:

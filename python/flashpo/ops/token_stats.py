@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
+from flashpo.ops._wide import wide_dtype
 
 LN2 = math.log(2.0)
 REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX = range(8)
@@ -103,7 +104,7 @@ def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
 
 def neutral_partial(side: bool, tokens: int, like: Tensor) -> Tensor:
     """(R, tokens): what stands for ignored tokens; `merge_partials` of it alone gives exact zeros."""
-    partial = like.new_zeros((partial_rows(side), tokens), dtype=torch.promote_types(like.dtype, torch.float32))
+    partial = like.new_zeros((partial_rows(side), tokens), dtype=wide_dtype(like.dtype))
     partial[SUM] = 1
     if side:
         partial[SQSUM] = 1

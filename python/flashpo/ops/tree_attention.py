@@ -20,6 +20,7 @@ from flashpo._op import op
 from flashpo.ops import _masked_attention as masked
 from flashpo.ops import _tree_attention_cpu as cpu
 from flashpo.ops._check import check_device, check_float, check_positive, check_that
+from flashpo.ops._wide import wide_dtype
 
 
 def tree_attention(
@@ -129,7 +130,7 @@ def tree_attention_fwd(
 
 @tree_attention_fwd.fake
 def _(q, k, v, *rest):
-    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[:2], dtype=wide_dtype(q.dtype))
     return q.new_empty((*q.shape[:2], v.shape[2])), lse
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashpo.ops._check import check_device, check_float, check_mask, check_positive
+from flashpo.ops._wide import wide_dtype
 
 
 def value_loss(
@@ -60,7 +61,7 @@ def value_loss(
 class ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, old_values, returns, mask, clip, num_items):
-        dtype = torch.promote_types(values.dtype, torch.float32)
+        dtype = wide_dtype(values.dtype)
         error = torch.where(mask, values.to(dtype) - returns, 0.0)
         square, gradient = error.square(), error
         if clip is not None:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashpo.ops._wide import wide
 from flashpo.ops.gae import gae as estimate
 from flashpo.ops.group_advantages import CONVENTIONS, group_advantages
-from flashpo.verl.losses import live, wide
+from flashpo.verl.losses import live
 
 EPSILON = CONVENTIONS["verl"].eps
 WHITENING_EPSILON = 1e-8

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 
+from flashpo.ops._wide import wide
 from flashpo.ops.policy_loss import policy_loss
 from flashpo.ops.policy_stats import NAMES
 
@@ -99,11 +100,6 @@ def aggregation(mode: str, width: int, global_batch_info: Any) -> dict[str, Any]
         "num_items": None if count is None else info[count],
         "scale": scale,
     }
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32, or what is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def live(mask: Tensor) -> Tensor:
