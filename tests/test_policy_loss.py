@@ -326,6 +326,20 @@ def test_bad_arguments_raise(changes, error, message):
         policy_loss(**_wrong(**changes))
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_what_is_not_0_in_a_mask_is_live(dtype, backend):
+    if backend not in flashpo._op.OPS["policy_loss_fwd"].kernels and backend != "torch":
+        pytest.skip("not built")
+    made = tensors_for(LOSSES["dapo"], batch(T=19, dtype=torch.float32))
+    other = torch.tensor([2, 100, 1 if dtype == torch.uint8 else -1])[torch.randint(3, made["mask"].shape)].to(dtype)
+    with flashpo.backend(backend):
+        expected, found = (
+            policy_loss(**made | {"mask": mask}) for mask in (made["mask"], other.where(made["mask"], 0))
+        )
+    assert torch.equal(found.stats.values, expected.stats.values)
+
+
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_openrlhf(dual_clip):
     """Its PolicyLoss and k3 as written (models/loss.py, models/utils.py): mean of live tokens or of samples' means."""

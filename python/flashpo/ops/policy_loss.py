@@ -53,7 +53,8 @@ def policy_loss(
         logprob: (B, T), or flat (N,) with `cu_seqlens`; fp32 (fp64: reference only), of the policy.
         old_logprob: the same shape, of the policy that acted; None: the policy itself, every ratio is 1.
         advantage: (B,) or (B, T); flat: one a sequence, (S,), or one a token, (N,).
-        mask: bool or 0/1 integers, the live tokens; what other tensors hold elsewhere is never looked at.
+        mask: bool or integers, not 0 at the live tokens; what other tensors hold elsewhere is never looked at. That it
+            holds 0 and 1 only is not checked, as other operators do: on a CPU it would take as long as the loss.
         loss: a name in `LOSSES` or a LossSpec; `overrides` replace fields of it: `clip_high=0.3`.
         cu_seqlens: (S + 1,) int64, where each sequence of flat tensors begins, and N.
         ref_logprob: of the reference policy; needed where kl_coef is not 0.
