@@ -62,8 +62,12 @@ def records(learned: dict[str, dict]) -> list[dict]:
     rows = []
     for algorithm in ALGORITHMS:
         found = learned.get(algorithm.zoo or "")
-        reward = "" if found is None else f"{found['reward at start']:.2f} → {found['reward at end']:.2f}"
+        reward, tokens = "", ""
+        if found is not None:
+            reward = f"{found['reward at start']:.2f} → {found['reward at end']:.2f}"
+            tokens = f"{found['tokens']:,.0f} in {found['steps']}"
         row = {"variant": algorithm.name, "operators": algorithm.operators, "trainer": algorithm.trainer}
         row |= {"same results as": algorithm.same_as, "shown by": f"`{algorithm.test}`", "reward in `make zoo`": reward}
+        row |= {"tokens in steps": tokens}
         rows.append(row)
     return rows

@@ -2,8 +2,9 @@
 
 A small model first imitates sums half of which stop short of the result (examples/arithmetic.py). From there each
 algorithm takes --steps optimisation steps of 64 sequences (DPO: 32 pairs): SFT on complete sums, DPO on complete ones
-against spoiled ones, the others on what the model itself writes, rewarded by exact match. The reward drawn is that
-of held-out problems, sampled at temperature 1 under a fixed seed.
+against spoiled ones, the others on what the model itself writes, rewarded by exact match. All have the same budget of
+tokens, with prompts and what is generated in vain: DAPO, which replaces groups of equal rewards, takes fewer steps for
+it. The reward drawn is that of held-out problems, sampled at temperature 1 under a fixed seed.
 
 python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo
 python -m flashpo.bench.zoo gmpo sapo          # any name of flashpo.LOSSES
@@ -31,6 +32,7 @@ NAMES = ("sft", "dpo", "ppo", "grpo", "dapo", "gspo", "rloo", "cispo")
 SEQUENCES = 64  # a step
 GENERATIONS = 8  # completions a prompt
 LONGEST = 16  # tokens of a completion
+TOKENS = 870  # a step: a little more than SEQUENCES have
 MARGIN = 0.1  # by which each must end above its start
 HELD_OUT = 512
 
@@ -74,8 +76,25 @@ class Curve(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.bar.update()
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.every == 0:
             self.measure(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.steps[-1] != state.global_step:
+            self.measure(model, state.global_step)
+
+
+class Budget(transformers.TrainerCallback):
+    """Ends training before the steps that, at the pace so far, would take it beyond so many tokens."""
+
+    def __init__(self, tokens: int):
+        self.tokens, self.spent = tokens, 0
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.spent = logs.get("num_tokens", self.spent)  # logged when something was generated
+        together = getattr(args, "steps_per_generation", 1)  # which share what was generated for them
+        if state.global_step % together == 0:
+            control.should_training_stop |= self.spent * (1 + together / state.global_step) > self.tokens
 
 
 def config(kind: type, out: Path, steps: int, seed: int, rows: int = SEQUENCES, **options):
@@ -130,17 +149,19 @@ def learn(name: str, model: Path, out: Path, steps: int, seed: int) -> tuple[dic
         sums = arithmetic()
         curve = Curve(sums.problems(HELD_OUT, seed + 10**6), sums.tokenizer(), max(1, steps // 12), bar)
         made.add_callback(curve)
+        made.add_callback(Budget(steps * TOKENS))
         made.remove_callback(transformers.PrinterCallback)
         start = time.perf_counter()
         made.train()
         seconds = time.perf_counter() - start
-    tokens = next((row["num_tokens"] for row in reversed(made.state.log_history) if "num_tokens" in row), None)
+    tokens = max(row.get("num_tokens", 0) for row in made.state.log_history)
     made.save_model(str(out))
     record = {
         "variant": name,
         "reward at start": curve.rewards[0],
         "reward at end": curve.rewards[-1],
         "reward gain": curve.rewards[-1] - curve.rewards[0],
+        "steps": made.state.global_step,
         "tokens": tokens,
         "s": seconds,
     }
@@ -183,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names:
         record, curves[name] = learn(name, args.out / "start", args.out / name, args.steps, args.seed)
         records.append(record)
-    title = f"zoo: {args.steps} steps of {SEQUENCES} sequences"
+    title = f"zoo: up to {args.steps} steps of {SEQUENCES} sequences, {args.steps * TOKENS} tokens"
     show(title, records)
     plot(curves, args.out / "zoo.png")
     document = {
