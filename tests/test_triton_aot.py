@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from flashpo.kernels import linear_logprob, policy_loss, selective_log_softmax, token_stats
+from flashpo.kernels import decode_attention, kv_append, linear_logprob, policy_loss, selective_log_softmax, token_stats
 from flashpo.kernels.policy_terms import Numbers
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 
@@ -38,20 +38,26 @@ INTEGERS = {
     "cu_seqlens": "i64",
     "mask": "u8",
     "arrived": "i32",
+    "slots": "i64",
+    "ranges": "i32",
+    "starts": "i32",
+    "lengths": "i32",
+    "block_table": "i32",
+    "positions": "i32",
 }
-OPERANDS = ("logits", "d_logits", "hidden", "weight", "bias")
+OPERANDS = ("logits", "d_logits", "hidden", "weight", "bias", "q", "k", "v", "k_cache", "v_cache")
 FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
     "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
-    "stats", "grads", "factors", "d_loss",
+    "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse",
 )  # fmt: skip
 SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
 
 
-def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers=None, **constants):
+def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers=None, debug=False, **constants):
     """As a launch with aligned tensors of `dtype` and long rows would; arguments named in `absent` are None."""
     types, aligned = {}, {}
-    out = dtype if kernel is linear_logprob.d_logits_kernel else "fp32"
+    out = dtype if kernel in (linear_logprob.d_logits_kernel, decode_attention.merge_kernel) else "fp32"
     for i, name in enumerate(kernel.arg_names):
         if name in constants or name in absent:
             types[name] = "constexpr"
@@ -70,7 +76,8 @@ def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers
         if types[name][0] == "*" or name in ("H", "V") or "stride" in name:
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "debug": debug, "sanitize_overflow": False}
+    return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -124,6 +131,34 @@ def test_gemm_kernels(name, dtype, full):
             assert instruction in text
             if target.backend == "cuda" and kernel is linear_logprob.d_logits_kernel:  # 16 bytes a store
                 assert "st.global.v4.b32" in text
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rep", "features", "value_features", "full"),
+    [(2, 128, 128, False), (8, 80, 64, True), (4, 256, 256, True)],
+    ids=["plain", "every option", "wide, every option"],
+)
+def test_decode_kernels(name, dtype, rep, features, value_features, full):
+    target, limit, _ = TARGETS[name]
+    shape = {"heads": 8, "D": features, "DV": value_features}
+    split = {"rep": rep, "SPLITS": decode_attention.SPLITS, "SEGMENTS": decode_attention.SEGMENTS, "WINDOWED": full}
+    tile = decode_attention.tile(rep, features, value_features, DTYPES[dtype].itemsize, limit)
+    absent = () if full else ("softcap", "sinks")
+    compiled = compile(decode_attention.split_kernel, target, dtype, absent, **shape, **split, **tile)
+    assert compiled.metadata.shared <= limit
+    if target.backend == "cuda":
+        ptx = compiled.asm["ptx"]
+        assert "tf32" not in ptx  # fp32 is fp32
+        assert dtype == "fp32" or "mma" in ptx
+        assert "ld.global.v4.b32" in ptx or "cp.async.cg" in ptx  # 16 bytes a load
+    merge = {"DV": value_features, "SPLITS": decode_attention.SPLITS, "BLOCK_DV": tile["BLOCK_DV"], "CAPPED": full}
+    assert compile(decode_attention.merge_kernel, target, dtype, absent, **merge).metadata.shared <= limit
+    append = {"BLOCK_D": tile["BLOCK_D"], "BLOCK_DV": tile["BLOCK_DV"]}
+    compiled = compile(kv_append.append_kernel, target, dtype, num_warps=1, debug=True, **shape, **append)
+    if target.backend == "cuda":
+        assert "__assertfail" in compiled.asm["ptx"]
 
 
 POLICY = {  # spec -> arguments that it goes without
@@ -197,6 +232,18 @@ def test_one_compilation_for_all_lengths(layout, variants):
         token_stats.merge_partials(torch.zeros(T, 8, B), 1024 * T)
     assert len(variants) == 6
     assert {name: len(keys) for name, keys in variants.items()} == dict.fromkeys(variants, 1)
+
+
+def test_one_compilation_for_all_decode_steps(variants):
+    """Rows, segments, blocks and windows are run-time values."""
+    for B, S, M in ((1, 1, 1), (2, 1, 16), (16, 16, 1), (33, 300, 7), (48, 64, 32)):
+        tables = [torch.zeros(shape, dtype=torch.int32) for shape in ((S, 2), (S,), (S,), (S, M), (B,))]
+        k_cache, v_cache = torch.zeros(M, 2, 64, 64), torch.zeros(M, 2, 64, 64)
+        for window, softcap in ((1, 1.0), (16 * M, 2.5)):
+            decode_attention.forward(torch.zeros(B, 4, 64), k_cache, v_cache, *tables, 1.0 / B, window, softcap, None)
+        kv_append.append(torch.zeros(B, 2, 64), torch.zeros(B, 2, 64), k_cache, v_cache, torch.zeros(B).long())
+    assert {name: len(keys) for name, keys in variants.items()} == dict.fromkeys(variants, 1)
+    assert len(variants) == 3
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -57,8 +57,8 @@ def decode_attention(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices disagree, an argument is out of its range, q requires grad
-        outside of torch.no_grad(), a table points outside the cache or the batch (on CUDA: an asynchronous device
-        assertion).
+        outside of torch.no_grad(), a table points outside the cache or the batch (on CUDA, where nothing waits for
+        the tables, the rows that read such an entry are NaN instead).
     """
     check_caches(k_cache, v_cache)
     check_positive("scale", scale)
@@ -172,3 +172,12 @@ def _(q, k_cache, v_cache, rows, start, length, blocks, position, scale, window,
     q = q if q.stride(-1) == 1 else q.contiguous()
     native.decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch)
     return out, lse
+
+
+@decode_attention_fwd.backend("triton")  # kernels/decode_attention.py
+def _(q, *rest):
+    if q.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    from flashpo.kernels.decode_attention import forward
+
+    return forward(q, *rest)

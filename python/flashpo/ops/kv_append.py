@@ -94,3 +94,12 @@ def _(k, v, k_cache, v_cache, slot):
         return NotImplemented
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     native.kv_append(k, v, k_cache, v_cache, slot.contiguous(), torch.get_num_threads())
+
+
+@kv_append_.backend("triton")  # kernels/kv_append.py
+def _(k, *rest):
+    if k.dtype not in _KERNEL_DTYPES:
+        return NotImplemented
+    from flashpo.kernels.kv_append import append
+
+    append(k, *rest)

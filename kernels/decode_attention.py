@@ -1,0 +1,247 @@
+"""Decode attention on tensor cores: a program takes some rows' queries of a key head over a share of the blocks.
+
+Nothing is planned on the host: which segments a program's rows read, it finds in the tables. Block i of a sequence
+belongs to split i mod SPLITS, wherever its segment begins, so that a row's sums and their order depend on its own
+segments alone. Rows that do not read a block carry their sums through it unchanged.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashpo.kernels.linear_logprob import shared_memory
+from flashpo.kernels.token_stats import LN2, LOG2E
+
+BLOCK: tl.constexpr = tl.constexpr(64)  # tokens of a block of the cache
+SPLITS = 8  # a power of two
+SEGMENTS = 128  # whose ranges are looked at together
+LOWEST: tl.constexpr = tl.constexpr(-3e38)  # stands for the largest of no products
+NOWHERE: tl.constexpr = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def logit(x, scale, softcap):
+    """Products -> what differences are taken of: with a softcap the logits, else the products themselves."""
+    if softcap is not None:
+        t = tl.exp2(tl.abs(x) * (-2 * LOG2E * scale / softcap))
+        x = tl.where(x < 0, -softcap, softcap) * ((1 - t) / (1 + t))
+    return x
+
+
+@triton.jit(do_not_specialize=["B", "S", "M", "cache_blocks", "window"])
+def split_kernel(
+    q,  # (B, heads rep, D)
+    k_cache,  # (blocks, heads, D, 64)
+    v_cache,  # (blocks, heads, 64, DV)
+    ranges,  # (S, 2): rows
+    starts,  # (S,)
+    lengths,  # (S,)
+    block_table,  # (S, M)
+    positions,  # (B,)
+    sums,  # (2, SPLITS, B, heads rep): m, the largest x, and l, the sum of 2^((x - m) unit)
+    parts,  # (SPLITS, B, heads rep, DV): the values' sums, where l is not 0
+    B,
+    S,
+    M,
+    cache_blocks,
+    window,
+    scale,
+    softcap,
+    heads: tl.constexpr,
+    rep: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    ROWS: tl.constexpr = BLOCK_Q // rep
+    first = (tl.program_id(0) // heads) * ROWS
+    head, split = tl.program_id(0) % heads, tl.program_id(1)
+    i = tl.arange(0, BLOCK_Q)
+    row = first + i // rep
+    inside = (i < ROWS * rep) & (row < B)
+    query = row.to(tl.int64) * (heads * rep) + head * rep + i % rep
+    d, dv, key = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, BLOCK)
+    queries = tl.load(q + query[:, None] * D + d[None, :], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+    position = tl.load(positions + row, mask=inside, other=0)
+    unit = LOG2E if softcap is not None else scale * LOG2E
+
+    m = tl.full((BLOCK_Q,), LOWEST, tl.float32)
+    l = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_DV), tl.float32)
+    for begin_segment in range(0, S, SEGMENTS):
+        segment = begin_segment + tl.arange(0, SEGMENTS)
+        begin = tl.load(ranges + 2 * segment, mask=segment < S, other=0)
+        end = tl.load(ranges + 2 * segment + 1, mask=segment < S, other=0)
+        hit = (begin < end) & (begin < first + ROWS) & (first < end)
+        s = tl.min(tl.where(hit, segment, NOWHERE))
+        while s < S:
+            begin_row, end_row = tl.load(ranges + 2 * s), tl.load(ranges + 2 * s + 1)
+            start, length = tl.load(starts + s), tl.load(lengths + s)
+            reads = inside & (begin_row <= row) & (row < end_row)
+            bad = (begin_row < 0) | (end_row > B) | (length < 0) | (length > M * BLOCK)
+            l = tl.where(reads & bad, float("nan"), l)
+            length = tl.where(bad, 0, length)
+            low = 0
+            if WINDOWED:
+                low = tl.min(tl.where(reads, position, NOWHERE)) - window + 1 - start
+                low = tl.maximum(low, 0)
+            block = (split - (start >> 6)) & (SPLITS - 1)
+            block += tl.cdiv(tl.maximum(low // BLOCK - block, 0), SPLITS) * SPLITS
+            for j in range(block, tl.cdiv(length, BLOCK), SPLITS):
+                at = j * BLOCK + key
+                live = (at < length) & (at >= low)
+                found = tl.load(block_table + s.to(tl.int64) * M + j)
+                known = (found >= 0) & (found < cache_blocks)
+                tile = (tl.where(known, found, 0).to(tl.int64) * heads + head) * BLOCK
+                keys = tl.load(
+                    k_cache + tile * D + d[:, None] * BLOCK + key[None, :],
+                    mask=(d[:, None] < D) & live[None, :],
+                    other=0.0,
+                )
+                x = logit(tl.dot(queries, keys, input_precision="ieee"), scale, softcap)
+                seen = reads[:, None] & live[None, :]
+                if WINDOWED:
+                    seen = seen & (start + at[None, :] > position[:, None] - window)
+                x = tl.where(seen, tl.where(known, x, float("nan")), float("-inf"))
+                top = tl.maximum(m, tl.max(x, 1))
+                p = tl.exp2((x - top[:, None]) * unit)
+                factor = tl.exp2((m - top) * unit)
+                values = tl.load(
+                    v_cache + tile * DV + key[:, None] * DV + dv[None, :],
+                    mask=live[:, None] & (dv[None, :] < DV),
+                    other=0.0,
+                )
+                more = tl.dot(p.to(values.dtype), values, input_precision="ieee")
+                acc = tl.where(reads[:, None], acc * factor[:, None] + more, acc)  # NaN of others' values stays theirs
+                l = l * factor + tl.sum(p, 1)
+                m = top
+            s = tl.min(tl.where(hit & (segment > s), segment, NOWHERE))
+
+    of_split = split.to(tl.int64) * B * (heads * rep) + query
+    tl.store(sums + of_split, m, mask=inside)
+    tl.store(sums + of_split + SPLITS * B.to(tl.int64) * (heads * rep), l, mask=inside)
+    some = inside & (l != 0)
+    tl.store(parts + of_split[:, None] * DV + dv[None, :], acc, mask=some[:, None] & (dv[None, :] < DV))
+
+
+@triton.jit(do_not_specialize=["queries"])
+def merge_kernel(
+    sums,
+    parts,
+    sinks,  # (heads rep,) fp32 or None
+    out,  # (B, heads rep, DV)
+    lse,  # (B, heads rep)
+    queries,  # B heads rep
+    query_heads,
+    scale,
+    CAPPED: tl.constexpr,
+    DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    query = tl.program_id(0).to(tl.int64)
+    split, dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
+    at = split.to(tl.int64) * queries + query
+    m, l = tl.load(sums + at), tl.load(sums + at + SPLITS * queries.to(tl.int64))
+    some = l != 0  # NaN too
+    top = tl.max(tl.where(some, m, LOWEST), 0)
+    factor = tl.where(some, tl.exp2((m - top) * (LOG2E if CAPPED else scale * LOG2E)), 0.0)
+    part = tl.load(parts + at[:, None] * DV + dv[None, :], mask=some[:, None] & (dv[None, :] < DV), other=0.0)
+    acc, total = tl.sum(part * factor[:, None], 0), tl.sum(tl.where(some, l * factor, 0.0), 0)
+    top = top if CAPPED else top * scale
+    none = total == 0
+    if sinks is not None:
+        sink = tl.load(sinks + query % query_heads)
+        highest = tl.where(none, sink, tl.maximum(top, sink))
+        kept = tl.where(none, 0.0, tl.exp2((top - highest) * LOG2E))
+        total = total * kept + tl.where(sink > float("-inf"), tl.exp2((sink - highest) * LOG2E), 0.0)
+        acc *= kept
+        top = highest
+    tl.store(lse + query, tl.where(total == 0, float("-inf"), top + tl.log2(total) * LN2))
+    acc = tl.where(none, 0.0, acc / total)
+    tl.store(out + query * DV + dv, acc.to(out.dtype.element_ty), mask=dv < DV)
+
+
+def tile(rep: int, features: int, value_features: int, itemsize: int, shared: int) -> dict[str, int]:
+    """Some 8 rows a program, a usual group, in whole tiles of tensor cores; as many stages as fit."""
+    block_d, block_dv = (max(triton.next_power_of_2(n), 16) for n in (features, value_features))
+    block_q = max(min(triton.next_power_of_2(8 * rep), 64), triton.next_power_of_2(rep), 16)
+    stage = BLOCK.value * (block_d + block_dv) * itemsize
+    fixed = block_q * (block_d + BLOCK.value) * itemsize + 4096  # queries and weights, on their way to the tensor cores
+    stages = max(1, min(3, (shared - fixed) // stage))
+    blocks = {"BLOCK_Q": block_q, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
+    return {**blocks, "num_stages": stages, "num_warps": 4 if block_q <= 64 else 8}
+
+
+def forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    start: Tensor,
+    length: Tensor,
+    blocks: Tensor,
+    position: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    B, query_heads, D = q.shape
+    S, M = blocks.shape
+    cache_blocks, heads, DV = *k_cache.shape[:2], v_cache.shape[3]
+    out = q.new_empty((B, query_heads, DV))
+    lse = q.new_empty((B, query_heads), dtype=torch.float32)
+    if B == 0:
+        return out, lse
+    sums, parts = lse.new_empty((2, SPLITS, B, query_heads)), lse.new_empty((SPLITS, B, query_heads, DV))
+    rep = query_heads // heads
+    tiles = tile(rep, D, DV, q.itemsize, shared_memory(q.device))
+    cap = softcap if softcap != 0 else None
+    grid = triton.cdiv(B, tiles["BLOCK_Q"] // rep) * heads, SPLITS
+    tables = (x.contiguous() for x in (rows, start, length, blocks, position))
+    with torch.cuda.device_of(q):
+        split_kernel[grid](
+            q.contiguous(),
+            k_cache,
+            v_cache,
+            *tables,
+            sums,
+            parts,
+            B,
+            S,
+            M,
+            cache_blocks,
+            window,
+            scale,
+            cap,
+            heads=heads,
+            rep=rep,
+            D=D,
+            DV=DV,
+            WINDOWED=window > 0,
+            SPLITS=SPLITS,
+            SEGMENTS=SEGMENTS,
+            **tiles,
+        )
+        merge_kernel[(B * query_heads,)](
+            sums,
+            parts,
+            sinks,
+            out,
+            lse,
+            B * query_heads,
+            query_heads,
+            scale,
+            CAPPED=cap is not None,
+            DV=DV,
+            SPLITS=SPLITS,
+            BLOCK_DV=tiles["BLOCK_DV"],
+        )
+    return out, lse
