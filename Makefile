@@ -25,7 +25,7 @@ zoo: $(VENV)/ready
 
 # The interpreter and the compiler of Triton exclude each other in one process.
 test: $(VENV)/ready
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/test_triton.py tests/test_triton_policy.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/test_triton.py tests/test_triton_policy.py tests/test_triton_tree.py
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -k triton tests/test_decode_attention.py tests/test_kv_append.py
 	$(RUN) -m pytest -q --durations=15 tests
 

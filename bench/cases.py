@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flashpo.bench import advantages, gae, losses, packing, sampling, scoring
+from flashpo.bench import advantages, gae, losses, packing, sampling, scoring, tree
 from flashpo.bench.timing import Device, Tables
 
 
@@ -23,6 +23,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "selective_log_softmax": scoring.selective_log_softmax_tables,
     "gae": gae.tables,
     "group_advantages": advantages.tables,
+    "tree_attention": tree.tables,
     "policy_loss": losses.policy_loss_tables,
     "rollout": rollout_tables,
     "packing": packing.tables,

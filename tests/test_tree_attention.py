@@ -4,42 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from inputs import DTYPES, backends
-from tree_inputs import LARGE, TREES, Attention, Tree
+from tree_inputs import LARGE, OPTIONS, TREES, Attention, Tree, check, group, ours, run
 
 import flashpo
-from flashpo import tree_attention
+from flashpo.ops import _tree_attention_cpu
 
 every_backend = pytest.mark.parametrize("backend", backends())
+in_tiles = pytest.mark.parametrize("backend", [b for b in backends() if b != "torch"])
 every_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
-OPTIONS = {
-    "plain": Attention(),
-    "scaled": Attention(scale=0.3),
-    "window": Attention(window=5),
-    "window longer than any row": Attention(window=1000),
-    "softcap": Attention(softcap=1.5),
-    "sinks": Attention(heads=32, kv_heads=4, sinks=True),
-    "everything": Attention(heads=32, kv_heads=4, window=7, softcap=2.0, sinks=True, scale=0.5, v_dim=24),
-    "one head": Attention(heads=1, kv_heads=1, dim=64),
-    "one kv head": Attention(heads=8, kv_heads=1),
-    "equal heads": Attention(heads=3, kv_heads=3, dim=7, v_dim=5),
-    "D 80": Attention(dim=80),
-    "D 128": Attention(dim=128),
-    "D 256": Attention(heads=2, kv_heads=1, dim=256),
-}
 every_option = pytest.mark.parametrize("attention", OPTIONS.values(), ids=OPTIONS.keys())
-
-
-def ours(attention: Attention, tree: Tree, *inputs, **options):
-    q, k, v, *sinks = inputs
-    options = attention.options | {"sinks": sinks[0] if sinks else None} | options
-    return tree_attention(q, k, v, tree.end, tree.position, **options)
-
-
-def run(function, inputs, upstream):
-    out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype), allow_unused=True)]
 
 
 @every_tree
@@ -72,21 +48,6 @@ def test_no_tokens(backend):
     assert (grads[-1] == 0).all()
 
 
-def check(attention, tree, backend, dtype):
-    inputs = attention.make(len(tree), dtype)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    upstream = torch.randn(len(tree), attention.heads, attention.v_dim or attention.dim).to(dtype)
-    exact = run(lambda *x: attention.rows(tree, *x), wide, upstream)
-    plain = run(lambda *x: attention.rows(tree, *x), inputs, upstream)
-    flashpo.stats(reset=True)
-    with flashpo.backend(backend):
-        results = run(lambda *x: ours(attention, tree, *x), inputs, upstream)
-    assert {used for counts in flashpo.stats().values() for used in counts} == {backend}
-    for result, true, baseline in zip(results, exact, plain):
-        assert result.dtype == dtype
-        assert_as_accurate(result, true, baseline)
-
-
 @every_tree
 @every_option
 @every_backend
@@ -97,7 +58,7 @@ def test_as_accurate_as_torch(attention, tree, backend, dtype):
 
 
 @pytest.mark.parametrize("name", ["plain", "everything", "one kv head", "D 80"])
-@every_backend
+@in_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_larger_than_a_tile(name, backend, dtype):
@@ -123,8 +84,152 @@ def test_a_token_that_sees_itself_alone(attention, tree, backend, dtype):
         assert grad.abs().max() < 1e-5
 
 
-@every_backend
+@in_tiles
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_window_that_starts_late_in_a_tile(backend, dtype):
     """A query whose tile has hundreds of keys before the first that it sees itself."""
     check(Attention(window=650), Tree.of((700,), (100,)), backend, dtype)
+
+
+@every_backend
+def test_each_input_alone(backend):
+    attention, tree = OPTIONS["everything"], TREES["two groups"]
+    inputs = attention.make(len(tree), torch.float32)
+    upstream = torch.randn(len(tree), attention.heads, attention.v_dim)
+    with flashpo.backend(backend):
+        _, *together = run(lambda *x: ours(attention, tree, *x), inputs, upstream)
+        for n, whole in enumerate(together):
+            alone = [x.detach() for x in inputs]
+            alone[n].requires_grad_()
+            out = ours(attention, tree, *alone)
+            assert torch.equal(torch.autograd.grad(out, alone[n], upstream)[0], whole)
+
+
+@in_tiles
+@pytest.mark.parametrize("name", ["plain", "window", "everything"])
+def test_same_twice(name, backend):
+    attention, tree = OPTIONS[name], LARGE
+    inputs = attention.make(len(tree), torch.float32)
+    upstream = torch.randn(len(tree), attention.heads, attention.v_dim or attention.dim)
+    with flashpo.backend(backend):
+        first, second = (run(lambda *x: ours(attention, tree, *x), inputs, upstream) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+
+
+@every_backend
+def test_layouts(backend):
+    """Slices and transposes give what their contiguous copies give."""
+    tree = TREES["levels"]
+    N = len(tree)
+    plain = [torch.randn(N, heads, 16) for heads in (4, 2, 2)]
+    upstream = torch.randn(N, 4, 16)
+    layouts = {
+        "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "features first": lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        "of a wider tensor": lambda x: torch.cat([x, x], 2)[..., :16],
+    }
+    with flashpo.backend(backend):
+        expected = run(lambda *x: ours(Attention(), tree, *x), [x.requires_grad_() for x in plain], upstream)
+        for change in layouts.values():
+            inputs = [change(x.detach()).requires_grad_() for x in plain]
+            got = run(lambda *x: ours(Attention(), tree, *x), inputs, change(upstream))
+            assert all(torch.equal(x, y) for x, y in zip(got, expected))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_trees(seed):
+    """In float64, and every rectangle, tile and chain of the path for CPUs."""
+    torch.manual_seed(seed)
+    tree = Tree.random(roots=3, depth=4, children=4, tokens=(3, 12, 40)[seed % 3])
+    check(Attention(window=(0, 9)[seed % 2], sinks=seed % 4 == 3, heads=8), tree, "native", torch.float32)
+
+
+@every_backend
+def test_padded_batch(backend):
+    """The model of transformers: prompts repeated, completions padded, torch's attention."""
+    tree = TREES["two groups"]
+    attention = Attention(heads=8, kv_heads=2, dim=64)
+    inputs = attention.make(len(tree), torch.float32)
+    longest = max(map(len, tree.rows))
+    padded = torch.stack([F.pad(row, (0, longest - len(row))) for row in tree.rows])
+    real = torch.stack([torch.arange(longest) < len(row) for row in tree.rows])
+    upstream = torch.randn(*real.shape, 8, 64) * real[..., None, None]
+
+    def stock(q, k, v):
+        q, k, v = (x[padded].transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def unpacked(*x):
+        with flashpo.backend(backend):
+            return ours(attention, tree, *x)[padded]
+
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact, baseline = run(stock, wide, upstream), run(stock, inputs, upstream)
+    for n, (result, true, other) in enumerate(zip(run(unpacked, inputs, upstream), exact, baseline)):
+        assert_as_accurate(*((x[real] if n == 0 else x) for x in (result, true, other)))
+
+
+@every_backend
+def test_compiles_into_one_graph(backend, graphs, counting):
+    attention = OPTIONS["sinks"]
+
+    def loss(tree, inputs):
+        return ours(attention, tree, *inputs).square().sum()
+
+    compiled = torch.compile(loss, backend=counting, fullgraph=True, dynamic=True)
+    with flashpo.backend(backend):
+        for tokens in (5, 9, 17):
+            tree = Tree.of(group(tokens, 3, tokens + 1))
+            inputs = [x.detach().contiguous().requires_grad_() for x in attention.make(len(tree), torch.float32)]
+            expected = torch.autograd.grad(loss(tree, inputs), inputs)
+            got = torch.autograd.grad(compiled(tree, inputs), inputs)
+            assert all(torch.equal(x, y) for x, y in zip(got, expected))
+    assert len(graphs) == 1
+
+
+def test_without_torchs_private_operators(monkeypatch):
+    """Another torch may not have them: then the reference runs, and says so."""
+    monkeypatch.setattr(_tree_attention_cpu, "_flash", None)
+    flashpo.stats(reset=True)
+    tree = TREES["levels"]
+    ours(Attention(), tree, *Attention().make(len(tree), torch.float32))
+    assert flashpo.stats() == {"tree_attention_fwd": {"torch": 1}}
+    with flashpo.backend("native"), pytest.raises(NotImplementedError):
+        ours(Attention(), tree, *Attention().make(len(tree), torch.float32))
+
+
+q, k, end = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.full((5,), 5, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("q must be a torch.Tensor, got list", {"q": [1.0]}),
+        ("q must be float32", {"q": q.long()}),
+        (r"k must be \(tokens, heads, head dimension\), got \(2, 8\)", {"k": k[0]}),
+        ("v must have the dtype of q", {"v": k.half()}),
+        ("k has 4 tokens, q has 5", {"k": k[:4]}),
+        ("q has 3 heads, which is not a multiple of the 2 of k", {"q": q[:, :3]}),
+        ("v has 1 heads, k has 2", {"v": k[:, :1]}),
+        ("head dimensions of q and k must agree", {"q": q[..., :4]}),
+        ("head dimensions of q and k must agree, and none be 0: 8, 8, 0", {"v": k[..., :0]}),
+        ("k is on meta", {"k": k.to("meta")}),
+        ("end must be a torch.Tensor", {"end": None}),
+        ("end must be int32", {"end": end.long()}),
+        ("position must be int32", {"position": end.float()}),
+        ("position must have the shape of q's tokens", {"position": end[:4]}),
+        ("end must lie behind its token", {"end": end - 1}),
+        ("end must lie behind its token", {"end": end + 1}),
+        ("neither nested nor disjoint", {"end": torch.tensor([3, 2, 4, 4, 5], dtype=torch.int32)}),
+        ("window must be an integer of at least 0, got -1", {"window": -1}),
+        ("window must be an integer of at least 0, got 2.5", {"window": 2.5}),
+        ("softcap must be positive", {"softcap": -1.0}),
+        ("scale must be positive", {"scale": 0.0}),
+        ("sinks must have one number for each head of q", {"sinks": torch.zeros(2)}),
+        ("sinks must be float32", {"sinks": torch.zeros(4).int()}),
+    ],
+)
+def test_errors(message, change):
+    arguments = {"q": q, "k": k, "v": k, "end": end, "position": end} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        flashpo.tree_attention(**arguments)

@@ -16,7 +16,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from flashpo.kernels import decode_attention, kv_append, linear_logprob, policy_loss, selective_log_softmax, token_stats
+from flashpo.kernels import (
+    decode_attention,
+    kv_append,
+    linear_logprob,
+    policy_loss,
+    selective_log_softmax,
+    token_stats,
+    tree_attention,
+    tree_attention_backward,
+    tree_tiles,
+)
 from flashpo.kernels.policy_terms import Numbers
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 
@@ -44,12 +54,18 @@ INTEGERS = {
     "lengths": "i32",
     "block_table": "i32",
     "positions": "i32",
+    "end": "i32",
+    "position": "i32",
+    "lists": "i32",
+    "counts": "i32",
 }
-OPERANDS = ("logits", "d_logits", "hidden", "weight", "bias", "q", "k", "v", "k_cache", "v_cache")
+OPERANDS = (
+    "logits", "d_logits", "hidden", "weight", "bias", "q", "k", "v", "k_cache", "v_cache", "d_out", "dq", "dk", "dv",
+)  # fmt: skip
 FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
     "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
-    "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse",
+    "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse", "delta",
 )  # fmt: skip
 SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
 
@@ -57,7 +73,8 @@ SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_sc
 def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers=None, debug=False, **constants):
     """As a launch with aligned tensors of `dtype` and long rows would; arguments named in `absent` are None."""
     types, aligned = {}, {}
-    out = dtype if kernel in (linear_logprob.d_logits_kernel, decode_attention.merge_kernel) else "fp32"
+    in_dtype = (linear_logprob.d_logits_kernel, decode_attention.merge_kernel, tree_attention.forward_kernel)
+    out = dtype if kernel in in_dtype else "fp32"
     for i, name in enumerate(kernel.arg_names):
         if name in constants or name in absent:
             types[name] = "constexpr"
@@ -201,6 +218,38 @@ def test_policy_kernels(name, loss):
     assert compile(policy_loss.backward_kernel, target, "fp32", BLOCK=1024).metadata.shared <= limit
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "dim", "full"),
+    [(name, "bf16", dim, dim == 128) for name in TARGETS for dim in (128, 256)]
+    + [(name, "fp32", 64, False) for name in ("A100", "MI300")],  # for minutes, were it more
+)
+def test_tree_kernels(name, dtype, dim, full):
+    target, limit, instruction = TARGETS[name]
+    absent = () if full else ("sinks", "window", "softcap")
+    heads = {"REPEAT": 2, "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim}
+    own, step, stages, warps = tree_attention_backward.tile(DTYPES[dtype], dim, limit)
+    backward = heads | {"num_stages": stages, "num_warps": warps}
+    for kernel, constants in (
+        (tree_attention.forward_kernel, heads | tree_attention.tile(DTYPES[dtype], dim, limit)),
+        (tree_attention_backward.keys_kernel, backward | {"BLOCK_K": own, "BLOCK_Q": step}),
+        (tree_attention_backward.queries_kernel, backward | {"BLOCK_Q": own, "BLOCK_K": step}),
+    ):
+        compiled = compile(kernel, target, dtype, absent, **constants)
+        assert compiled.metadata.shared <= limit
+        text = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
+        assert "tf32" not in text if dtype == "fp32" else instruction in text
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_tree_helpers(name):
+    target, limit, _ = TARGETS[name]
+    for by_key, absent in ((False, ()), (True, ("window",))):
+        options = {"ROWS_ARE_KEYS": by_key, "ROW": 128, "COLUMN": 64, "CHUNK": tree_tiles.CHUNK}
+        assert compile(tree_tiles.lists_kernel, target, "bf16", absent, **options).metadata.shared <= limit
+    delta = compile(tree_attention_backward.delta_kernel, target, "bf16", DV=128, BLOCK=32, BLOCK_DV=128)
+    assert delta.metadata.shared <= limit
+
+
 @pytest.fixture
 def variants(monkeypatch):
     """Launches compile nothing here: they only record what Triton would compile, by kernel."""
@@ -272,3 +321,22 @@ def test_one_compilation_for_all_policies(level, variants):
                 )
                 policy_loss.backward(whole[:1, :-1], torch.ones(1), torch.ones(()))
     assert {name: len(keys) for name, keys in variants.items()} == {"forward_kernel": 1, "backward_kernel": 1}
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_one_compilation_for_all_trees(window, variants):
+    """Tokens, windows and scales are run-time values; a list of tiles is made for three kernels' tiles."""
+    for N in (1, 2, 16, 100, 128, 1000):
+        whole = torch.zeros(N + 1, 4, 64), torch.zeros(N + 1, 2, 64), torch.zeros(N + 1, 2, 64)
+        tree = torch.full((N,), N, dtype=torch.int32), torch.arange(N, dtype=torch.int32)
+        for q, k, v in ([x[:-1] for x in whole], [x[1:] for x in whole]):
+            args = q, k, v, torch.zeros(4), *tree, 1 / N, window * N, 0.0
+            out, lse = tree_attention.forward(*args)
+            tree_attention_backward.backward(*args, out, lse, torch.zeros(N, 4, 64))
+    assert {name: len(keys) for name, keys in variants.items()} == {
+        "lists_kernel": 3,
+        "forward_kernel": 1,
+        "delta_kernel": 1,
+        "keys_kernel": 1,
+        "queries_kernel": 1,
+    }

@@ -3,7 +3,11 @@
 import dataclasses
 
 import torch
+from accuracy import assert_as_accurate
 from torch import Tensor
+
+import flashpo
+from flashpo import tree_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Tree:
             return (int(torch.randint(1, tokens + 1, ())), *(segment(depth - 1) for _ in range(count)))
 
         return cls.of(*(segment(depth) for _ in range(roots)))
+
+    def to(self, device: str) -> "Tree":
+        return Tree(self.end.to(device), self.position.to(device), [row.to(device) for row in self.rows])
 
     def __len__(self) -> int:
         return len(self.end)
@@ -110,3 +117,47 @@ class Attention:
             s = torch.cat([s, sinks[:, None, None].expand(-1, s.shape[1], 1)], -1)
         p = s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
         return (p[..., : k.shape[1]] @ v).transpose(0, 1)
+
+
+OPTIONS = {
+    "plain": Attention(),
+    "scaled": Attention(scale=0.3),
+    "window": Attention(window=5),
+    "window longer than any row": Attention(window=1000),
+    "softcap": Attention(softcap=1.5),
+    "sinks": Attention(heads=32, kv_heads=4, sinks=True),
+    "everything": Attention(heads=32, kv_heads=4, window=7, softcap=2.0, sinks=True, scale=0.5, v_dim=24),
+    "one head": Attention(heads=1, kv_heads=1, dim=64),
+    "one kv head": Attention(heads=8, kv_heads=1),
+    "equal heads": Attention(heads=3, kv_heads=3, dim=7, v_dim=5),
+    "D 80": Attention(dim=80),
+    "D 128": Attention(heads=4, kv_heads=1, dim=128),
+    "D 256": Attention(heads=2, kv_heads=1, dim=256),
+}
+
+
+def ours(attention: Attention, tree: Tree, *inputs, **options):
+    q, k, v, *sinks = inputs
+    options = attention.options | {"sinks": sinks[0] if sinks else None} | options
+    return tree_attention(q, k, v, tree.end, tree.position, **options)
+
+
+def run(function, inputs, upstream):
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype), allow_unused=True)]
+
+
+def check(attention: Attention, tree: Tree, backend: str, dtype: torch.dtype):
+    """Values and gradients of random upstream gradients against fp64, with eager attention's error as the yardstick."""
+    inputs = attention.make(len(tree), dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    upstream = torch.randn(len(tree), attention.heads, attention.v_dim or attention.dim).to(dtype)
+    exact = run(lambda *x: attention.rows(tree, *x), wide, upstream)
+    plain = run(lambda *x: attention.rows(tree, *x), inputs, upstream)
+    flashpo.stats(reset=True)
+    with flashpo.backend(backend):
+        results = run(lambda *x: ours(attention, tree, *x), inputs, upstream)
+    assert {used for counts in flashpo.stats().values() for used in counts} == {backend}
+    for result, true, baseline in zip(results, exact, plain):
+        assert result.dtype == dtype
+        assert_as_accurate(result, true, baseline)

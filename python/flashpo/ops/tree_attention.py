@@ -173,6 +173,28 @@ def _(*args):
     return cpu.backward(*args) if cpu.takes(args[0]) else NotImplemented
 
 
+def _for_triton(q: Tensor, v: Tensor) -> bool:
+    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and max(q.shape[2], v.shape[2]) <= 256
+
+
+@tree_attention_fwd.backend("triton")  # kernels/tree_attention.py
+def _(q, k, v, *rest):
+    if not _for_triton(q, v):
+        return NotImplemented
+    from flashpo.kernels.tree_attention import forward
+
+    return forward(q, k, v, *rest)
+
+
+@tree_attention_bwd.backend("triton")  # kernels/tree_attention_backward.py
+def _(q, k, v, *rest):
+    if not _for_triton(q, v):
+        return NotImplemented
+    from flashpo.kernels.tree_attention_backward import backward
+
+    return backward(q, k, v, *rest)
+
+
 class TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

@@ -1,0 +1,155 @@
+"""tree_attention on groups of completions against torch's attention: on padded rows, and under a dense mask."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from flashpo import tree_attention
+from flashpo.bench.timing import Device, Tables, compare
+
+
+class Shape(NamedTuple):
+    prompts: int
+    prompt: int  # tokens; 0: nothing is shared
+    completions: int  # of each prompt
+    longest: int  # of ragged completions
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+SHAPES = {
+    "cpu": [Shape(2, 256, 8, 128, 8, 4, 64), Shape(2, 1024, 8, 128, 8, 4, 64), Shape(16, 0, 1, 512, 8, 4, 64)],
+    "cuda": [
+        Shape(4, 2048, 8, 512, 16, 8, 128),
+        Shape(2, 8192, 16, 1024, 32, 8, 128),
+        Shape(32, 0, 1, 2048, 16, 8, 128),
+    ],
+}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+
+class Groups(NamedTuple):
+    end: Tensor  # (N,)
+    position: Tensor  # (N,)
+    rows: Tensor  # (B, T): flat index of every token, 0 on padding
+    real: Tensor  # (B, T)
+
+
+def groups(shape: Shape, device: str) -> Groups:
+    """Flat tokens: a prompt, then its completions, and so on."""
+    generator = torch.Generator().manual_seed(0)
+    end: list[int] = []
+    position: list[int] = []
+    rows = []
+    for _ in range(shape.prompts):
+        lengths = torch.randint(
+            shape.longest // 8, shape.longest + 1, (shape.completions,), generator=generator
+        ).tolist()
+        begin = len(end)
+        prompt = list(range(begin, begin + shape.prompt))
+        end += [begin + shape.prompt + sum(lengths)] * shape.prompt
+        position += range(shape.prompt)
+        for length in lengths:
+            rows.append([*prompt, *range(len(end), len(end) + length)])
+            end += [len(end) + length] * length
+            position += range(shape.prompt, shape.prompt + length)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    real = torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    tree = (torch.tensor(x, dtype=torch.int32) for x in (end, position))
+    return Groups(*(x.to(device) for x in (*tree, padded, real)))
+
+
+def systems(tree: Groups, with_peers: bool) -> dict:
+    """name -> (attention, whether it takes padded rows): (q, k, v) -> out, of (N, heads, D) or (B, heads, T, D)."""
+    found = {
+        "FlashPO": (lambda q, k, v: tree_attention(q, k, v, tree.end, tree.position), False),
+        "SDPA, padded rows": (lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True), True),
+    }
+    if not with_peers:
+        return found
+    i = torch.arange(len(tree.end), device=tree.end.device)[:, None]
+    mask = (i.t() <= i) & (i < tree.end)
+
+    def dense(q, k, v):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    found["SDPA, dense mask"] = dense, False
+    if tree.end.is_cuda:  # no backward on CPUs
+        N = len(tree.end)
+        blocks = create_block_mask(lambda b, h, q, k: (k <= q) & (q < tree.end[k]), None, None, N, N, device="cuda")
+        compiled = torch.compile(flex_attention)
+
+        def flex(q, k, v):
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return compiled(q, k, v, block_mask=blocks, enable_gqa=True)[0].transpose(0, 1)
+
+        found["flex_attention"] = flex, False
+    return found
+
+
+def records(device: Device, shape: Shape, dtype: torch.dtype, with_peers: bool) -> Iterator[dict]:
+    tree = groups(shape, device.name)
+    N, heads = len(tree.end), (shape.heads, shape.kv_heads, shape.kv_heads)
+    flat = [torch.randn(N, h, shape.dim, device=device.name).to(dtype) for h in heads]
+    padded = [x[tree.rows].transpose(1, 2).contiguous() for x in flat]
+    upstream = torch.randn(N, shape.heads, shape.dim, device=device.name).to(dtype)
+    share = upstream[tree.rows].transpose(1, 2).contiguous()
+    variants, errors = {}, {}
+    exact = None
+    for name, (attention, takes_rows) in systems(tree, with_peers).items():
+        inputs = [x.requires_grad_() for x in (padded if takes_rows else flat)]
+        d_out = share if takes_rows else upstream
+
+        def forward(attention=attention, inputs=inputs):
+            with torch.no_grad():
+                return attention(*inputs)
+
+        def step(attention=attention, inputs=inputs, d_out=d_out):
+            torch.autograd.grad(attention(*inputs), inputs, d_out)
+
+        if exact is None:  # of the first rows, in float64
+            wide = (x[:2].double() for x in padded)
+            exact = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).transpose(1, 2)[
+                tree.real[:2]
+            ]
+        out = forward().transpose(1, 2)[:2] if takes_rows else forward()[tree.rows[:2]]
+        errors[name] = (out[tree.real[:2]].double() - exact).abs().max().item()
+        variants[f"{name} forward"], variants[f"{name} step"] = forward, step
+    if errors["FlashPO"] > 2 * errors["SDPA, padded rows"] + 1e-6:
+        raise AssertionError(f"tree_attention is off by {errors['FlashPO']}")
+
+    size = 1024 if device.name == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
+    c = torch.empty_like(a)
+    seconds = compare(device, variants | {"GEMM": lambda: torch.mm(a, b, out=c)})
+    gemm = 2 * size**3 / seconds["GEMM"]
+    pairs = (tree.position + 1).sum().item()  # of a query and a key that it sees
+    yield {"variant": "GEMM", "ms": seconds["GEMM"] * 1e3, "gflop_per_s": gemm / 1e9}
+    for name, f in variants.items():
+        system, _, phase = name.rpartition(" ")
+        flops = pairs * shape.heads * shape.dim * (4 if phase == "forward" else 14)
+        yield {
+            "variant": name,
+            "ms": seconds[name] * 1e3,
+            "times_flashpo": seconds[name] / seconds[f"FlashPO {phase}"],
+            "gflop_per_s": flops / seconds[name] / 1e9,  # that a tree needs
+            "share_of_gemm": flops / seconds[name] / gemm,
+            "extra_mb": device.peak_bytes(f) / 2**20,
+            "error": errors[system],
+        }
+
+
+def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    for shape in SHAPES[device.name][: 1 if quick else None]:
+        for dtype in DTYPES[device.name]:
+            tokens = "{} x ({} + {} of up to {})".format(*shape[:4])
+            title = (
+                f"tree_attention {tokens} tokens, {shape.heads}/{shape.kv_heads} heads of {shape.dim} {str(dtype)[6:]}"
+            )
+            yield title, list(records(device, shape, dtype, with_peers))
