@@ -25,6 +25,16 @@ HEADS = {
     "share_of_read_bandwidth": "share of read bandwidth",
     "share_of_copy_bandwidth": "share of copy bandwidth",
     "max_error": "max error",
+    "tokens_per_s": "tokens/s",
+    "ms_per_step": "ms a step",
+    "share_of_floor": "share of the floor",
+    "cache_mb": "cache, MiB",
+    "gemm_gflops": "GEMM, GFLOP/s",
+    "copy_gb_per_s": "copy, GB/s",
+    "peak_mb": "peak MiB",
+    "reward_first": "first reward",
+    "reward_last": "last reward",
+    "reward_spread": "its spread over seeds",
 }
 
 

@@ -58,6 +58,33 @@ def test_script_is_accelerated_and_reported(script, tmp_path):
     assert "WARNING: none" not in done.stderr
 
 
+GRPO_SCRIPT = """
+import sys
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+settings = dict(use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no", num_generations=4)
+config = GRPOConfig(sys.argv[2], per_device_train_batch_size=4, max_completion_length=8, **settings)
+data = Dataset.from_list([{"prompt": "a b c"}])
+reward = lambda completions, **_: [0.0, 1.0, 0.0, 1.0]
+GRPOTrainer(sys.argv[1], reward_funcs=reward, args=config, train_dataset=data).train()
+"""
+
+
+def test_a_grpo_script_generates_with_the_engine_and_trains_on_trees(tmp_path):
+    path = tmp_path / "grpo.py"
+    path.write_text(GRPO_SCRIPT)
+    done = run(path, model_path(), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "in the place of TRL's classes: GRPOTrainer",
+        "decode_attention_fwd: ",
+        "sample_rows: ",
+        "tree_attention_bwd: ",
+    ):
+        assert f"flashpo: {line}" in done.stderr
+
+
 def test_report_comes_after_an_exception_too(script, tmp_path):
     done = run(script, model_path(), tmp_path / "out", "fail")
     assert done.returncode == 1
