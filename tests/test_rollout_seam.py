@@ -5,6 +5,7 @@ import torch
 from rollout_models import model, prompts
 from torch import nn
 
+from flashpo._causal_lm import CausalLM
 from flashpo.rollout import RolloutEngine, SamplingParams, seam
 
 
@@ -80,9 +81,9 @@ def test_our_attention_refuses_to_train(net):
 
 def test_a_model_without_a_head_is_refused(net):
     with pytest.raises(seam.Unsupported, match="Qwen3Model has no backbone"):
-        seam.parts(net.model)
+        CausalLM.of(net.model)
     with pytest.raises(seam.Unsupported, match="Linear is no transformers model"):
-        seam.parts(nn.Linear(2, 2))
+        CausalLM.of(nn.Linear(2, 2))
 
 
 def test_the_innermost_attention_answers():

@@ -7,9 +7,10 @@ import torch
 from rollout_models import FAMILIES
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from flashpo._causal_lm import CausalLM
 from flashpo.rollout.cache import KVCache
 from flashpo.rollout.runner import Draw, Runner, Sizes, Step, stream
-from flashpo.rollout.seam import parts, rollout_mode
+from flashpo.rollout.seam import rollout_mode
 from flashpo.rollout.support import Layer
 
 
@@ -18,7 +19,7 @@ def fake_step(family: str) -> Step:
     config = net.config
     layers = [Layer(i, config.num_key_value_heads, 16, 16, 20) for i in range(config.num_hidden_layers)]
     cache = KVCache(layers, 9, torch.float32, torch.device("cpu"))
-    return Step(parts(net), cache, Sizes(rows=4, shared=2, blocks=2, stop=3, steps=16))
+    return Step(CausalLM.of(net), cache, Sizes(rows=4, shared=2, blocks=2, stop=3, steps=16))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +53,7 @@ def test_parked_places_write_nothing_and_stand_still():
     cache = KVCache(layers, 6, torch.float32, torch.device("cpu"))
     for tensor in (*cache.keys.values(), *cache.values.values()):
         tensor.fill_(7.0)
-    step = Step(parts(net), cache, Sizes(rows=4, shared=1, blocks=2, stop=1, steps=5))
+    step = Step(CausalLM.of(net), cache, Sizes(rows=4, shared=1, blocks=2, stop=1, steps=5))
     rows = [types.SimpleNamespace(blocks=[2 + i], tokens=[5], start=0, position=0) for i in range(2)]
     step.load(rows, [], [Draw(1.0, 0, 1.0, 0.0, i, 3, ()) for i in range(2)])
     with rollout_mode(net):

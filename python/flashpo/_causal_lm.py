@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Unsupported(RuntimeError):
@@ -15,6 +16,13 @@ class CausalLM(NamedTuple):
     head: Any
     scale: float
     softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V). The head is called as a module: adapters and swapped forwards on it count."""
+        logits = self.head(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     @classmethod
     def of(cls, model: nn.Module) -> "CausalLM":

@@ -179,7 +179,7 @@ PROBES = {
         lambda rewards, values, mask: flashpo.gae(rewards, values, mask, gamma=0.99, lam=0.95, whiten=True),
         _gae,
     ),
-    "decode layer": Probe(
+    "add_rms_norm, rope_append, gated_activation": Probe(
         lambda: [torch.randn(shape, dtype=torch.float64) for shape in ((7, 256), (7, 256), (256,))],
         _layer,
         _plain_layer,

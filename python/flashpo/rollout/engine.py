@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity, sharded
 from flashpo.rollout.adapters import adapter_states
@@ -20,7 +21,7 @@ from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams
 from flashpo.rollout.prefix_tree import blocks_for
 from flashpo.rollout.runner import Runner
 from flashpo.rollout.scheduler import Counts, Row, Scheduler
-from flashpo.rollout.seam import Unsupported, eval_mode, parts, rollout_mode
+from flashpo.rollout.seam import eval_mode, rollout_mode
 from flashpo.rollout.support import support
 from flashpo.rollout.weights import WeightView
 
@@ -260,7 +261,7 @@ class RolloutEngine:
 
     def _runner(self, needed: int, wanted: int) -> Runner:
         """The last one if its pool is large enough, else one with as many blocks of those wanted as memory allows."""
-        base: Any = parts(self.model)
+        base: Any = CausalLM.of(self.model)
         dtype: torch.dtype = self.autocast or base.backbone.dtype
         have = 0
         if self.runner is not None and self.runner.cache.dtype == dtype:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flashpo.rollout import seam
+from flashpo._causal_lm import CausalLM
 from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.hybrid import is_hybrid
 from flashpo.rollout.params import Rollouts, SamplingParams
@@ -33,7 +33,7 @@ ROUNDINGS = 4.0  # of the largest logit, below which no forward can be told from
 
 def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
     """`why_wrong`, asked once a process for each class, config, dtype and kind of device."""
-    base: Any = seam.parts(model).base
+    base: Any = CausalLM.of(model).base
     dtype = base.get_output_embeddings().weight.dtype
     key = type(model), type(base), base.config.to_json_string(), dtype, base.device.type, autocast
     if key not in _answers:
@@ -48,7 +48,7 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
         roll: an engine without this check: (model, prompts, params) -> Rollouts.
         autocast: as the trainer's forward has it.
     """
-    base = seam.parts(model).base
+    base = CausalLM.of(model).base
     twin = _twin(base)
     if twin is not None:
         reason = _difference(twin, roll, None)
@@ -67,7 +67,7 @@ def _twin(base: PreTrainedModel) -> nn.Module | None:
 
 
 def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | None:
-    base: Any = seam.parts(model).base
+    base: Any = CausalLM.of(model).base
     vocabulary = base.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     room = (longest(base.config.get_text_config()) or math.inf) - SAMPLED.max_new_tokens
@@ -106,7 +106,7 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> s
 
 def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, prompt: list[int]) -> str:
     """Where a prefill first leaves the plain forward."""
-    lists = [m for m in seam.parts(model).backbone.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in CausalLM.of(model).backbone.modules() if isinstance(m, nn.ModuleList)]
     layers = max(lists, key=len, default=nn.ModuleList())
     outputs: list[Tensor] = []
     hooks = [

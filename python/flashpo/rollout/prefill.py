@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.rollout.cache import KVCache, Run
 from flashpo.rollout.hybrid import States
-from flashpo.rollout.seam import Parts, Unsupported, in_charge
+from flashpo.rollout.seam import in_charge
 
 TILE = 512  # queries whose scores against all of their keys exist at a time, where a kernel of torch cannot be used
 
@@ -24,7 +25,7 @@ class Piece(NamedTuple):
     slots: Sequence[int]
 
 
-def prefill(parts: Parts, cache: KVCache, pieces: Sequence[Piece], states: States | None = None) -> Tensor:
+def prefill(parts: CausalLM, cache: KVCache, pieces: Sequence[Piece], states: States | None = None) -> Tensor:
     """Caches the tokens of all pieces; the hidden state (pieces, H) of each one's last token.
 
     A piece may stand behind another one of the same call, if that comes before it. The layers of a hybrid model know

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashpo._causal_lm import CausalLM
 from flashpo.ops import decode_attention, sample
 from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
 from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import States
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.scheduler import Row, Shared
-from flashpo.rollout.seam import Parts, in_charge
+from flashpo.rollout.seam import in_charge
 
 log = logging.getLogger("flashpo")
 
@@ -93,7 +94,7 @@ class Step:
     their numbers stand still.
     """
 
-    def __init__(self, parts: Parts, cache: KVCache, sizes: Sizes, fused: FusedBackbone | None = None):
+    def __init__(self, parts: CausalLM, cache: KVCache, sizes: Sizes, fused: FusedBackbone | None = None):
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=cache.device)
 
@@ -197,7 +198,7 @@ class Runner:
     check_every: steps between two looks of the host, each of which waits for the device.
     """
 
-    def __init__(self, parts: Parts, cache: KVCache):
+    def __init__(self, parts: CausalLM, cache: KVCache):
         self.parts, self.cache = parts, cache
         self.fused: FusedBackbone | None = None  # in the place of the backbone's own forward
         self.cuda = cache.device.type == "cuda"

@@ -8,19 +8,17 @@ or a decode step. No mask function is registered under the name, so no mask is e
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface
+
+from flashpo._causal_lm import CausalLM, Unsupported
 
 ATTENTION = "flashpo_decode"
 HARMLESS = ("position_ids", "cache_position")  # tensors that layers pass on, of no use to attention
 ATTRIBUTE = "_attn_implementation_internal"  # the public property walks sub-configs and checks names
-
-
-class Unsupported(RuntimeError):
-    """The model does something that the engine cannot reproduce; the text says what."""
 
 
 class Attention(Protocol):
@@ -97,47 +95,6 @@ def rollout_mode(model: nn.Module) -> Iterator[None]:
             setattr(config, ATTRIBUTE, implementation)
 
 
-class Parts(NamedTuple):
-    """A causal language model taken apart: logits = transform(head(backbone(...)))."""
-
-    base: PreTrainedModel
-    backbone: nn.Module
-    head: nn.Module
-    scale: float
-    softcap: float
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V). The head is called as a module: adapters and swapped forwards on it count."""
-        logits = self.head(hidden)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
-
-
-def parts(model: nn.Module) -> Parts:
-    """Backbone, head and what the family does to the logits; raises Unsupported where there is no such thing."""
-    wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(base, PreTrainedModel):
-        raise Unsupported(f"{type(base).__name__} is no transformers model")
-    backbone, head = base.base_model, base.get_output_embeddings()
-    if backbone is base or head is None:
-        raise Unsupported(f"{type(base).__name__} has no {'backbone' if backbone is base else 'output embeddings'}")
-    config = base.config.get_text_config()
-    return Parts(base, backbone, head, _logit_scale(config), getattr(config, "final_logit_softcapping", None) or 0.0)
-
-
-def _logit_scale(config: PretrainedConfig) -> float:
-    """The factor by which a family multiplies its logits, under whichever name it keeps it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling
-
-
 class Call(NamedTuple):
     """What one layer hands to its attention."""
 
@@ -182,7 +139,7 @@ class _Probe:
 def probe(model: nn.Module) -> list[Call]:
     """The calls of attention that one forward of two tokens makes, in order: facts, where a config invites guesses."""
     attention = _Probe()
-    backbone = parts(model).backbone
+    backbone = CausalLM.of(model).backbone
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(backbone.parameters()).device)
     with rollout_mode(model), in_charge(attention):
         positions = torch.arange(2, device=tokens.device)[None]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from flashpo._causal_lm import CausalLM
 from flashpo.rollout import seam, sharded
 from flashpo.rollout.hybrid import STATEFUL, WITH_ATTENTION, is_hybrid
 
@@ -48,7 +49,7 @@ def support(model: nn.Module) -> Support:
     reason = next(_refusals(model), None)
     if reason is not None:
         return Support(False, reason)
-    config = seam.parts(model).base.config.get_text_config()
+    config = CausalLM.of(model).base.config.get_text_config()
     try:
         calls = seam.probe(model)
     except seam.Unsupported as error:
@@ -77,7 +78,7 @@ def _refusals(model: nn.Module) -> Iterator[str]:
     if adapter is not None and adapter.is_prompt_learning:
         yield f"PEFT's {adapter.peft_type.value} acts outside of the model's layers"
     try:
-        base = seam.parts(model).base
+        base = CausalLM.of(model).base
     except seam.Unsupported as error:
         yield str(error)
         return
