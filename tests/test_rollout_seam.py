@@ -82,7 +82,7 @@ def test_our_attention_refuses_to_train(net):
 def test_a_model_without_a_head_is_refused(net):
     with pytest.raises(seam.Unsupported, match="Qwen3Model has no language model head"):
         CausalLM.of(net.model)
-    with pytest.raises(seam.Unsupported, match="Linear is no transformers model"):
+    with pytest.raises(seam.Unsupported, match="Linear is no model of transformers"):
         CausalLM.of(nn.Linear(2, 2))
 
 
