@@ -12,6 +12,12 @@ def rollout_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     return rollout.tables(device, with_peers, quick)
 
 
+def rollout_long_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    from flashpo.bench import rollout
+
+    return rollout.tables(device, with_peers, quick, long=True)
+
+
 def grpo_step_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     from flashpo.bench import grpo_step  # needs TRL
 
@@ -26,6 +32,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "tree_attention": tree.tables,
     "policy_loss": losses.policy_loss_tables,
     "rollout": rollout_tables,
+    "rollout_long": rollout_long_tables,
     "packing": packing.tables,
     "sample": sampling.tables,
     "grpo_step": grpo_step_tables,

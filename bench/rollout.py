@@ -143,7 +143,9 @@ def check(model, rollouts, dtype: torch.dtype) -> None:
             raise AssertionError(f"log-probs of the rollout are off by {error} nats")
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, with_peers: bool, quick: bool, long: bool = False) -> Tables:
+    """Of the cases with 64 new tokens, or of the `long` ones."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    for case in CASES[device.name][: 1 if quick else None]:
+    chosen = [case for case in CASES[device.name] if (case.new > 64) == long]
+    for case in chosen[: 1 if quick else None]:
         yield case.title, list(records(device, case, with_peers))
