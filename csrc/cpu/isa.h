@@ -174,7 +174,7 @@ static inline vf exp2_normal(vf y) {
   p = p * r + 0.240222424f;
   p = p * r + 0.693147004f;
   p = p * r + 1.0f;
-  return (vf)((vi)p + ((vi)shifted << 23));
+  return (vf)((vu)p + ((vu)shifted << 23));  // unsigned: `exp2` comes here with any y, and drops the result
 }
 
 // The same for all y <= 127; 0 below -126.
