@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flashpo.bench import advantages, gae, losses, packing, sampling, scoring, tree
+from flashpo.bench import advantages, decoding, gae, losses, packing, sampling, scoring, tree
 from flashpo.bench.timing import Device, Tables
 
 
@@ -35,6 +35,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "rollout_long": rollout_long_tables,
     "packing": packing.tables,
     "sample": sampling.tables,
+    "decode_attention": decoding.tables,
     "grpo_step": grpo_step_tables,
     "overhead": scoring.overhead_tables,
 }
