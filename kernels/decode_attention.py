@@ -169,12 +169,18 @@ def merge_kernel(
 
 
 def tile(rep: int, features: int, value_features: int, itemsize: int, shared: int) -> dict[str, int]:
-    """Some 8 rows a program, a usual group, in whole tiles of tensor cores; as many stages as fit."""
+    """Some 8 rows a program, a usual group, in whole tiles of tensor cores, or fewer where their queries and weights
+    would leave no room for a tile of the cache; and as many stages of those as fit."""
     block_d, block_dv = (max(triton.next_power_of_2(n), 16) for n in (features, value_features))
-    block_q = max(min(triton.next_power_of_2(8 * rep), 64), triton.next_power_of_2(rep), 16)
-    stage = BLOCK.value * (block_d + block_dv) * itemsize
-    fixed = block_q * (block_d + BLOCK.value) * itemsize + 4096  # queries and weights, on their way to the tensor cores
-    stages = max(1, min(3, (shared - fixed) // stage))
+    fewest = max(triton.next_power_of_2(rep), 16)
+    block_q = max(min(triton.next_power_of_2(8 * rep), 64), fewest)
+
+    def room(block_q):
+        return shared - 4096 - block_q * (block_d + BLOCK.value) * itemsize
+
+    while block_q > fewest and room(block_q) < BLOCK.value * max(block_d, block_dv) * itemsize:
+        block_q //= 2
+    stages = max(1, min(3, room(block_q) // (BLOCK.value * (block_d + block_dv) * itemsize)))
     blocks = {"BLOCK_Q": block_q, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     return {**blocks, "num_stages": stages, "num_warps": 4 if block_q <= 64 else 8}
 
