@@ -23,7 +23,7 @@ from flashpo.bench.timing import Device, Tables
 
 SCRIPT = Path(__file__).with_name("step_script.py")
 VARIANTS = {"stock TRL": [sys.executable], "flashpo run": [sys.executable, "-m", "flashpo.run"]}
-CASES = {"cpu": [(256, 8, 3), (1024, 4, 1)], "cuda": [(512, 8, 3), (2048, 8, 1)]}  # prompt tokens, steps, seeds
+CASES = {"cpu": [(256, 4, 1), (1024, 3, 1)], "cuda": [(512, 8, 3), (2048, 8, 1)]}  # prompt tokens, steps, seeds
 
 
 class Run(NamedTuple):
@@ -88,5 +88,5 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
         save_model(device, model)
         for prompt, steps, seeds in CASES[device.name][: 1 if quick else None]:
             steps, seeds = (2, 1) if quick else (steps, seeds)
-            title = f"GRPO step, 2 x 8 completions of 128 tokens, prompt={prompt}, {seeds} seeds"
+            title = f"GRPO step, 2 x 8 completions of 128 tokens, prompt={prompt}, {seeds} seed" + "s" * (seeds > 1)
             yield title, list(records(device, model, prompt, steps, seeds))
