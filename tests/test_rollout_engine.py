@@ -9,7 +9,8 @@ import torch
 from accuracy import assert_as_accurate
 from rollout_models import FAMILIES, VOCAB, forward_logprobs, greedy, model, prompts
 
-from flashpo.rollout import RolloutEngine, SamplingParams, seam
+from flashpo._causal_lm import CausalLM
+from flashpo.rollout import RolloutEngine, SamplingParams
 
 ATOL = 1e-5  # of fp32 log-probs; negative controls are orders of magnitude off
 
@@ -171,7 +172,7 @@ def test_truncated_logprobs_are_those_of_the_filtered_distribution():
 def test_a_row_with_nan_ends_alone(monkeypatch):
     net, asked, params = engine(), prompts(20, 30), SamplingParams(n=2, max_new_tokens=12)
     whole = net.generate(asked, params)
-    logits, calls = seam.Parts.logits, []
+    logits, calls = CausalLM.logits, []
 
     def spoiled(self, hidden):
         out = logits(self, hidden)
@@ -180,7 +181,7 @@ def test_a_row_with_nan_ends_alone(monkeypatch):
             out[1] = torch.nan
         return out
 
-    monkeypatch.setattr(seam.Parts, "logits", spoiled)
+    monkeypatch.setattr(CausalLM, "logits", spoiled)
     rollouts = net.generate(asked, params)
     assert rollouts.finish_reasons == ["length", "nan", "length", "length"]
     assert rollouts.stats.nan_rows == 1

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from rollout_models import forward_logprobs, greedy
 from transformers import AttentionInterface
 
+from flashpo._causal_lm import CausalLM
 from flashpo.bench.tiny_models import tiny_config, tiny_model
 from flashpo.rollout import RolloutEngine, SamplingParams, engine, parity, seam, support
 
@@ -56,7 +57,7 @@ def test_states_follow_their_rows(family, monkeypatch):
     whole = RolloutEngine(model, fallback="error").generate(asked, params)
     few = RolloutEngine(model, max_sequences=2, fallback="error").generate(asked, params)
     assert few.completion_ids == whole.completion_ids
-    step, calls = seam.Parts.logits, []
+    step, calls = CausalLM.logits, []
 
     def short_of_memory(self, hidden):
         calls.append(hidden)
@@ -64,7 +65,7 @@ def test_states_follow_their_rows(family, monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return step(self, hidden)
 
-    monkeypatch.setattr(seam.Parts, "logits", short_of_memory)
+    monkeypatch.setattr(CausalLM, "logits", short_of_memory)
     preempted = RolloutEngine(model, fallback="error").generate(asked, params)
     assert preempted.stats.preemptions
     assert preempted.completion_ids == whole.completion_ids
@@ -92,7 +93,7 @@ def test_a_hybrids_turns():
         ("mamba", "takes no position_ids"),
         ("diffllama", "more than once"),
         ("deepseek_v4", "keep more than keys and values"),
-        ("llama4_text", "no backbone"),
+        ("llama4_text", "no language model head"),
     ],
 )
 def test_refused_before_anything_runs(family, reason):
@@ -171,8 +172,8 @@ def test_the_model_itself_is_checked(monkeypatch):
     model = tiny_model("qwen3").to(torch.bfloat16)
     monkeypatch.setattr(parity, "_twin", lambda base: None)
     assert parity.why_wrong(model, roll) is None
-    logits = seam.Parts.logits
-    monkeypatch.setattr(seam.Parts, "logits", lambda self, hidden: logits(self, hidden) * 0.7)
+    logits = CausalLM.logits
+    monkeypatch.setattr(CausalLM, "logits", lambda self, hidden: logits(self, hidden) * 0.7)
     assert "every layer agrees in a prefill" in parity.why_wrong(model, roll)
 
 

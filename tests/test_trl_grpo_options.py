@@ -44,7 +44,7 @@ def test_a_spec_is_a_loss():
 
 def test_names_of_losses_agree_with_trl():
     """`loss="gspo"` is TRL's GRPO with importance_sampling_level="sequence" and loss_type="grpo"."""
-    options = dict(steps_per_generation=2, num_iterations=2, max_steps=4, learning_rate=0.05)
+    options = dict(steps_per_generation=2, num_iterations=2, max_steps=4, learning_rate=0.01)
     theirs = train(
         make_trainer(
             "GRPO", trl, importance_sampling_level="sequence", loss_type="grpo", epsilon=3e-4, epsilon_high=4e-4,
