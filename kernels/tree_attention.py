@@ -3,13 +3,12 @@
 Tiles of which it sees everything come first and cost no mask. The softmax is online, in powers of 2.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashpo.kernels.linear_logprob import shared_memory
 from flashpo.kernels.tree_tiles import lists, visible
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -39,13 +38,6 @@ def tile(dtype: torch.dtype, dim: int, shared_memory: int) -> dict[str, int]:
         if (queries + 2 * stages * keys) * dim * dtype.itemsize <= shared_memory - 1024:
             return {"BLOCK_Q": queries, "BLOCK_K": keys, "num_stages": stages, "num_warps": warps}
     raise ValueError(f"no tile of heads of {dim} {dtype} fits in {shared_memory} bytes of shared memory")
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    if device.type == "cpu":  # Triton's interpreter
-        return 99 * 1024
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 @triton.jit

@@ -55,16 +55,14 @@ class FusedBackbone:
 class _Layer:
     def __init__(self, layer: Any):
         self.attn, self.module = layer.self_attn, layer.mlp
-        self.q_norm, self.k_norm = (getattr(self.attn, name, None) for name in ("q_norm", "k_norm"))
-        self.eps = 0.0 if self.q_norm is None else _eps(self.q_norm)
+        self.head_norms = (self.attn.q_norm, self.attn.k_norm) if hasattr(self.attn, "q_norm") else ()
+        self.eps = _eps(self.attn.q_norm) if self.head_norms else 0.0
         name = ACTIVATION_OF.get(type(getattr(self.module, "act_fn", None)).__name__)
         self.activation = name if type(self.module).__name__ in MLPS and name in ACTIVATIONS else None
 
     def attention(self, x: Tensor, turn: tuple[Tensor, ...], step: Cached) -> Tensor:
         attn, index = self.attn, self.attn.layer_idx
-        weights = (
-            (None, None) if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        )
+        weights = [norm.weight for norm in self.head_norms] or (None, None)
         caches = step.cache.keys[index], step.cache.values[index]
         projected = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
         q = rope_append_(*projected, *turn, *weights, self.eps, False, *caches, step.slot)

@@ -52,8 +52,9 @@ class TrainerRollouts:
         if self.mode == "generate":
             return None
         try:
+            self._check_turn(images, multimodal_fields)  # before weights are gathered
             with self._model() as model:
-                rollouts = self._generate(model, prompt_ids, images, multimodal_fields)
+                rollouts = self._generate(model, prompt_ids)
         except Unsupported as reason:
             if self.mode == "engine":
                 raise ValueError(f"rollout='engine', but {reason}") from None
@@ -83,13 +84,15 @@ class TrainerRollouts:
         ):
             yield model
 
-    def _generate(self, model, prompt_ids, images, multimodal_fields) -> Rollouts:
-        trainer = self.trainer
+    def _check_turn(self, images, multimodal_fields) -> None:
         for option in ("use_vllm", "use_transformers_continuous_batching"):
-            if getattr(trainer, option, False):
+            if getattr(self.trainer, option, False):
                 raise Unsupported(f"{option} is set")
         if images is not None or multimodal_fields:
             raise Unsupported("the prompts have images")
+
+    def _generate(self, model, prompt_ids: list[list[int]]) -> Rollouts:
+        trainer = self.trainer
         params = sampling_params(model, trainer.generation_config)
         if self.engine is None:
             found = support(model)
