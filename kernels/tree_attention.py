@@ -9,10 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flashpo.kernels.linear_logprob import shared_memory
+from flashpo.kernels.token_stats import LN2, LOG2E
 from flashpo.kernels.tree_tiles import lists, visible
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 # head dimension -> (queries, keys, stages, warps), best first
 TILES_16_BIT = {

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpo.kernels.tree_attention import LOG2E, block_dim, cap, load_tokens, shared_memory
+from flashpo.kernels.linear_logprob import shared_memory
+from flashpo.kernels.token_stats import LOG2E
+from flashpo.kernels.tree_attention import block_dim, cap, load_tokens
 from flashpo.kernels.tree_tiles import lists, visible
 from flashpo.ops import _masked_attention as masked
 
