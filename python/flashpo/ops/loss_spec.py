@@ -159,6 +159,12 @@ class LossSpec:
         """Whether there is one ratio for a sequence."""
         return self.ratio != "token"
 
+    @property
+    def zero_advantage_is_zero_gradient(self) -> bool:
+        """Whether a sequence whose advantage is 0 at every token trains nothing: each surrogate is proportional to A,
+        a KL and an entropy bonus are not."""
+        return self.kl_coef == 0 and self.entropy_coef == 0
+
 
 FIELDS = tuple(field.name for field in fields(LossSpec))
 

@@ -78,6 +78,14 @@ class PolicyOptions(EngineOptions):
             "trainer: a forward pass; rollout: those that the engine sampled with, which saves that pass."
         },
     )
+    skip_zero_advantage: bool = field(
+        default=True,
+        metadata={
+            "help": "Leave completions of prompts without any advantage (groups of equal rewards) out of the training "
+            "pass, where the loss gives them no gradient and token trees are used: a forward without gradient has "
+            "their log-probs, so that results and metrics are the same. False: they are trained on, for nothing."
+        },
+    )
 
     def _check_options(self, loss_options: tuple[str, ...]) -> None:
         self._check_engine()

@@ -83,8 +83,8 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         if not active():
             return super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        logprob, entropy, aux_loss = self._score(model, inputs, scored=mask)
         mode, accumulation, spec = self._mode, self._accumulation(), self._spec_of(inputs)
+        logprob, entropy, aux_loss = self._score_to_train(model, inputs, mask, spec)
         self._note_mismatch(inputs, logprob, mask)
         num_items, scale = None, 1 / accumulation
         if spec.aggregation == "token_mean":

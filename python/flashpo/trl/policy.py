@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
 
 from flashpo.ops.group_advantages import group_advantages
+from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.packed import PackedScoring, groups_stay_together
@@ -66,6 +68,33 @@ class PolicyTrainer(Accelerated, Base):
             compute_aux_loss=self.aux_loss_enabled,
             scored=scored,
             **{name: inputs.get(name) for name in SCORING_INPUTS},
+        )
+
+    def _score_to_train(self, model, inputs, mask: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`_score` of the tokens under `mask`, in one forward or, where there are idle rows, in two.
+
+        Idle rows need log-probs for the metrics alone. Their forward keeps no activations, and comes first, so that it
+        needs no memory beside those of the others.
+        """
+        if not self._can_skip(inputs, spec):
+            return self._score(model, inputs, scored=mask)
+        idle = idle_rows(inputs["advantages"], mask, inputs["prompt_ids"])[:, None]
+        if self.accelerator.reduce(idle.any().long()) == 0:  # of all ranks, whose forwards have to match
+            return self._score(model, inputs, scored=mask)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logprob, entropy, _ = self._score(model, inputs, scored=mask * idle)
+        torch.clear_autocast_cache()  # casts without gradient, which torch before pytorch#165068 would use again
+        trained = self._score(model, inputs, scored=mask * ~idle)
+        return logprob.where(idle, trained[0]), entropy.where(idle, trained[1]), None
+
+    def _can_skip(self, inputs, spec: LossSpec) -> bool:
+        """Whether idle rows have no gradient and can be left out; the same on all ranks."""
+        return (
+            getattr(self.args, "skip_zero_advantage", True)
+            and spec.zero_advantage_is_zero_gradient
+            and not self.aux_loss_enabled
+            and torch.is_grad_enabled()
+            and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS})
         )
 
     def _get_per_token_logps_and_entropies(
@@ -259,6 +288,18 @@ def scorable(unscorable: Tensor, group: Tensor) -> Tensor:
     """How many rows of each row's group have a reward."""
     _, member = group.unique(return_inverse=True)
     return torch.zeros_like(group).index_add_(0, member, (~unscorable).to(group.dtype))[member]
+
+
+def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
+    """(B,) bool: rows whose prompt has no row with an advantage other than 0 at a token under `mask`.
+
+    A row without advantage beside others with one is not idle: it costs little more than its own tokens there, and
+    elsewhere its prompt again.
+    """
+    trains = ((advantages.view(len(mask), -1) != 0) & (mask != 0)).any(1)
+    _, group = prompts.unique(dim=0, return_inverse=True)
+    of_group = torch.zeros_like(group).index_add_(0, group, trains.long())
+    return (of_group[group] == 0) & (mask != 0).any(1)
 
 
 def ratio_metrics(stats: PolicyStats) -> dict[str, float]:

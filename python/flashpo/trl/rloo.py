@@ -41,8 +41,8 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
     def _compute_loss(self, model, inputs):
         if not active():
             return super()._compute_loss(model, inputs)
-        logprob, entropy, aux_loss = self._score(model, inputs)
         spec = self._loss_spec()
+        logprob, entropy, aux_loss = self._score_to_train(model, inputs, inputs["completion_mask"], spec)
         result = policy_loss(
             logprob,
             inputs["old_per_token_logps"],
