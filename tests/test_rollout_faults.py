@@ -1,13 +1,18 @@
 """What goes wrong in the middle of a rollout, and what is then answered all the same."""
 
+import gc
 import logging
+import math
+import weakref
 
 import pytest
 import torch
 from rollout_models import forward_logprobs, model, prompts
 from transformers import BloomConfig, BloomForCausalLM
 
-from flashpo.rollout import RolloutEngine, SamplingParams, cache, generation, seam
+from flashpo._causal_lm import CausalLM
+from flashpo.rollout import RolloutEngine, SamplingParams, cache, generation, parity, seam
+from flashpo.rollout import fallback as plain
 from flashpo.rollout.runner import Step
 from flashpo.rollout.support import Support
 
@@ -82,6 +87,100 @@ def test_a_smaller_pool_than_wished(monkeypatch, whole):
     assert rollouts.stats.peak_rows == 3
 
 
+def test_no_memory_for_any_pool(monkeypatch, whole, caplog):
+    failing(monkeypatch, cache, "KVCache", lambda i, *rest: True)
+    engine = RolloutEngine(model("qwen3"), check=False)
+    with caplog.at_level(logging.WARNING, logger="flashpo"):
+        rollouts = engine.generate(prompts(40, 70), PARAMS)
+    assert "the rollout goes on with transformers' generate: no memory" in caplog.text
+    assert rollouts.completion_ids == whole.completion_ids
+    assert rollouts.stats.cache_bytes == 0
+    with pytest.raises(torch.OutOfMemoryError):
+        RolloutEngine(model("qwen3"), fallback="error", check=False).generate(prompts(40, 70), PARAMS)
+
+
+def test_a_request_that_never_fits_is_told_in_bytes(whole, caplog):
+    engine = RolloutEngine(model("qwen3"), kv_memory=50_000, check=False)
+    with caplog.at_level(logging.WARNING, logger="flashpo"):
+        rollouts = engine.generate(prompts(40, 70), PARAMS)
+    assert "needs 131072 bytes of keys and values (4 blocks of 64 tokens), kv_memory allows 50000 bytes" in caplog.text
+    assert rollouts.completion_ids == whole.completion_ids
+
+
+def test_the_pool_is_free_before_generate_goes_on(monkeypatch, whole):
+    pools, made = [], cache.KVCache.__init__
+
+    def watched(self, *args):
+        made(self, *args)
+        pools.append(weakref.ref(self))
+
+    def without_memory(self):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(cache.KVCache, "__init__", watched)
+    monkeypatch.setattr(Step, "__call__", without_memory)
+    generate, alive = plain.generate, []
+
+    def looking(*args):
+        gc.collect()
+        alive.append([pool() is not None for pool in pools])
+        generate(*args)
+
+    monkeypatch.setattr(plain, "generate", looking)
+    rollouts = RolloutEngine(model("qwen3"), max_sequences=1, check=False).generate(prompts(40, 70), PARAMS)
+    assert alive == [[False], [False]]
+    assert rollouts.completion_ids == whole.completion_ids
+    assert rollouts.stats.cache_bytes > 0
+
+
+def test_a_prompt_behind_which_there_is_nan_ends_alone(monkeypatch, whole):
+    logits, calls = CausalLM.logits, []
+
+    def spoiled(self, hidden):
+        out = logits(self, hidden)
+        calls.append(out.shape[0])
+        if len(calls) == 1:  # the prefill of both prompts
+            out[0, 3] = torch.inf  # which makes every log-prob NaN
+        return out
+
+    monkeypatch.setattr(CausalLM, "logits", spoiled)
+    engine = RolloutEngine(model("qwen3"), fallback="error", check=False)
+    rollouts = engine.generate(prompts(40, 70), PARAMS)
+    assert calls[0] == 2
+    assert rollouts.finish_reasons == ["nan"] * 3 + ["length"] * 3
+    assert [len(ids) for ids in rollouts.completion_ids[:3]] == [1] * 3
+    assert all(math.isnan(x) for (x,) in rollouts.logprobs[:3])
+    assert rollouts.completion_ids[3:] == whole.completion_ids[3:]
+    monkeypatch.setattr(CausalLM, "logits", logits)
+    assert engine.generate(prompts(40, 70), PARAMS).completion_ids == whole.completion_ids, "nothing of it is kept"
+
+
+def test_a_model_that_fails_the_self_check_is_never_run(monkeypatch, caplog):
+    monkeypatch.setattr(parity, "check", lambda model, roll, autocast: "layer 1 is the first to differ")
+    monkeypatch.setattr(Step, "__call__", lambda self: pytest.fail("the engine runs"))
+    engine = RolloutEngine(model("qwen3"), fallback="error")
+    for _ in range(2):
+        with pytest.raises(seam.Unsupported, match="layer 1 is the first to differ"):
+            engine.generate(prompts(5), PARAMS)
+    engine = RolloutEngine(model("qwen3"))
+    with caplog.at_level(logging.WARNING, logger="flashpo"):
+        for _ in range(2):
+            assert len(engine.generate(prompts(5), PARAMS)) == 3
+    assert caplog.text.count("rollouts by transformers' generate: layer 1 is the first to differ") == 1
+    assert engine.why_not() == "layer 1 is the first to differ"
+
+
+def test_no_memory_for_the_self_check(monkeypatch, whole, caplog):
+    failing(monkeypatch, parity, "check", lambda i, *rest: i == 0)
+    engine = RolloutEngine(model("qwen3"))
+    with caplog.at_level(logging.WARNING, logger="flashpo"):
+        first = engine.generate(prompts(40, 70), PARAMS)
+    assert "there is no memory for its self-check: no memory" in caplog.text
+    second = engine.generate(prompts(40, 70), PARAMS)  # asks again
+    assert (first.stats.steps, second.stats.steps) == (0, 11)
+    assert first.completion_ids == second.completion_ids == whole.completion_ids
+
+
 def test_weights_that_change_in_the_middle(monkeypatch):
     net = model("qwen3")
     step, changed = Step.__call__, []
@@ -104,7 +203,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(caplog, whole):
     engine.runner.cuda, engine.runner.check_every = True, 5
     with caplog.at_level(logging.WARNING, logger="flashpo"):
         rollouts = engine.generate(prompts(40, 70), PARAMS)
-    assert "the decode step runs without a CUDA graph" in caplog.text
+    assert caplog.text.count("the decode step runs without a CUDA graph") == 1, "of one bucket"
     assert rollouts.completion_ids == whole.completion_ids
     assert rollouts.stats.steps == 15
 

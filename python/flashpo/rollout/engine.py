@@ -14,7 +14,7 @@ from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity, sharded
 from flashpo.rollout.adapters import adapter_states
-from flashpo.rollout.cache import BLOCK, KVCache, allocate, block_bytes, free_bytes, out_of_memory
+from flashpo.rollout.cache import BLOCK, allocate, block_bytes, free_bytes, out_of_memory
 from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.generation import Completion, Generation
 from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams
@@ -87,6 +87,7 @@ class RolloutEngine:
         self.view = WeightView(model, weights, dtype=autocast, lora=lora)
         self.support = support(model)
         self.checked = not check
+        self._said = False  # that something else answers
         if not self.support.ok:
             self._refuse(self.support.reason)
         self.runner: Runner | None = None
@@ -111,23 +112,44 @@ class RolloutEngine:
 
         Raises:
             ValueError: a prompt is empty, holds ids outside the vocabulary or leaves no place for its new tokens.
-            MemoryError: a prompt with its max_new_tokens does not fit into the cache; names the bytes.
+            Unsupported, MemoryError: with fallback="error". A prompt that with its max_new_tokens does not fit into the
+                cache is told in bytes.
         """
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         self._check(prompts, params, adapters)
         groups = [[Completion.of(p, i, index) for index in range(p.n)] for i, p in enumerate(params)]
         with _progress(sum(p.n for p in params), progress) as ended:
             call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
-            if self.support.ok and prompts:
-                self._check_parity()
-            if self.support.ok and prompts:
-                self._generate(call)
+            if prompts:
+                reason = self.why_not()
+                if reason is None:
+                    self._generate(call)
+                else:
+                    self._refuse(reason)
             self._generate_plainly(call)
         return call.rollouts()
 
+    def why_not(self) -> str | None:
+        """Why the engine cannot run its model, None if it can. Compares with a plain forward when it is first asked."""
+        if self.support.ok and not self.checked:
+            try:
+                reason = parity.check(self.model, self._roll, self.autocast)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                return f"there is no memory for its self-check: {error}"
+            self.checked = True
+            if reason is not None:
+                self.support = dataclasses.replace(self.support, ok=False, reason=reason)
+        return None if self.support.ok else self.support.reason
+
     def _generate(self, call: "_Call") -> None:
         """As far as memory allows."""
-        runner, scheduler = self._rows_and_blocks(call)
+        try:
+            runner, scheduler = self._rows_and_blocks(call)
+        except (RuntimeError, MemoryError) as error:
+            self._without_memory(error)
+            return
         try:
             with rollout_mode(self.model), self.view:
                 runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
@@ -143,12 +165,17 @@ class RolloutEngine:
                     call.row_steps += generation.row_steps
         except BaseException as error:
             scheduler.reset()  # it may count as cached what has never been computed
-            if self.fallback == "error" or not out_of_memory(error):
-                raise
-            self.runner = self.scheduler = None
-            log.warning("the rollout goes on with transformers' generate: %s", error)
+            self._without_memory(error)
         finally:
-            call.counts, call.cache = scheduler.take_counts(), runner.cache
+            call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
+
+    def _without_memory(self, error: BaseException) -> None:
+        """Frees the pool for what answers in the engine's place, or raises the error."""
+        if self.fallback == "error" or not out_of_memory(error):
+            raise error
+        self.runner = self.scheduler = None
+        text = str(error)  # a record of the error itself would keep the pool: its traceback has it
+        log.warning("the rollout goes on with transformers' generate: %s", text)
 
     def _generate_plainly(self, call: "_Call") -> None:
         """What the engine has not."""
@@ -182,27 +209,20 @@ class RolloutEngine:
         self.runner = None
         self.view.release()
 
-    def _check_parity(self) -> None:
-        if self.checked:
-            return
-        self.checked = True
-
-        def roll(model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollouts:
-            own = model is self.model  # not a small twin of it
-            autocast = self.autocast if own else None
-            engine = RolloutEngine(model, max_sequences=4, autocast=autocast, fallback="error", check=False)
-            engine.view = self.view if own else WeightView(model, "shadow")
-            return engine.generate(prompts, params)
-
-        reason = parity.check(self.model, roll, self.autocast)
-        if reason is not None:
-            self._refuse(reason)
+    def _roll(self, model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollouts:
+        """For the self-check: a rollout of the model, or of a small twin of it, that is not checked itself."""
+        own = model is self.model
+        autocast = self.autocast if own else None
+        engine = RolloutEngine(model, max_sequences=4, autocast=autocast, fallback="error", check=False)
+        engine.view = self.view if own else WeightView(model, "shadow")
+        return engine.generate(prompts, params)
 
     def _refuse(self, reason: str) -> None:
         if self.fallback == "error":
             raise Unsupported(reason)
-        log.warning("rollouts by transformers' generate: %s", reason)
-        self.support = dataclasses.replace(self.support, ok=False, reason=reason)
+        if not self._said:
+            self._said = True
+            log.warning("rollouts by transformers' generate: %s", reason)
 
     def _plain_view(self):
         """Of weights that the model's own hooks have to gather there is no view."""
@@ -290,7 +310,7 @@ class _Call:
     ended: Callable[[int], object]
     begin: float = dataclasses.field(default_factory=time.perf_counter)
     counts: Counts = dataclasses.field(default_factory=Counts)
-    cache: KVCache | None = None
+    pool: tuple[int, int] = 0, 1  # bytes and blocks; the pool itself may have to be freed before the call ends
     steps: int = 0
     row_steps: int = 0
 
@@ -307,7 +327,7 @@ class _Call:
 
     def rollouts(self) -> Rollouts:
         completions = [completion for group in self.groups for completion in group]
-        cache_bytes, blocks = (self.cache.bytes, self.cache.blocks) if self.cache else (0, 1)
+        cache_bytes, blocks = self.pool
         stats = RolloutStats(
             tokens=sum(len(c.tokens) for c in completions),
             seconds=time.perf_counter() - self.begin,

@@ -25,7 +25,8 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
         if rollouts is None:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            ids, logprobs = super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            return ids, self._rollouts.unknown(ids) if logprobs is None else logprobs
         return rollouts.completion_ids, rollouts.logprobs
 
     def _sampled_logprobs(self, generated):

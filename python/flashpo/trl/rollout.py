@@ -42,15 +42,29 @@ class TrainerRollouts:
         self.mode: str = getattr(trainer.args, "rollout", "auto")
         self.engine: RolloutEngine | None = None
         self.refused: set[str] = set()  # reasons that have been said
-        self.generated = False  # whether the last batch came from the engine
+        self._turns: list[bool] = []  # of the last batch: whether the engine answered
         self._old: Tensor | None = None
         self._session: contextlib.ExitStack | None = None  # open, whether or not there is an engine yet
 
     def generate(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
         """One completion of each prompt, in their order; None: TRL has to generate."""
-        self.generated = False
-        if self.mode == "generate":
-            return None
+        rollouts = None if self.mode == "generate" else self._by_engine(prompt_ids, images, multimodal_fields)
+        if self._session is None:
+            self._turns = []
+        self._turns.append(rollouts is not None)
+        return rollouts
+
+    @property
+    def generated(self) -> bool:
+        """Whether the last batch came from the engine, with all of its turns."""
+        return bool(self._turns) and all(self._turns)
+
+    def unknown(self, completion_ids: list[list[int]]) -> list[list[float]] | None:
+        """For a turn that TRL has generated: NaN where TRL adds its log-probs to those of earlier turns."""
+        behind = self._session is not None and any(self._turns)
+        return [[math.nan] * len(ids) for ids in completion_ids] if behind else None
+
+    def _by_engine(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
         try:
             self._check_turn(images, multimodal_fields)  # before weights are gathered
             with self._model() as model:
@@ -62,7 +76,6 @@ class TrainerRollouts:
                 self.refused.add(str(reason))
                 warnings.warn(f"FlashPO's rollout engine does not generate here: {reason}. TRL does.", stacklevel=2)
             return None
-        self.generated = True
         self._log(rollouts)
         return rollouts
 
@@ -100,10 +113,16 @@ class TrainerRollouts:
                 raise Unsupported(found.reason)
             options = getattr(trainer.args, "rollout_options", None) or {}
             autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
-            options = {"tokenizer": trainer._tokenizer, "autocast": autocast, "fallback": "error"} | options
+            fallback = "error" if self.mode == "engine" else "generate"  # where memory runs out
+            options = {"tokenizer": trainer._tokenizer, "autocast": autocast, "fallback": fallback} | options
             self.engine = RolloutEngine(model, **options)
             if self._session is not None:
                 self._session.enter_context(self.engine.session())
+        if reason := self.engine.why_not():
+            raise Unsupported(reason)
+        longest = self.engine.support.longest
+        if longest is not None and max(map(len, prompt_ids), default=0) + params.max_new_tokens > longest:
+            raise Unsupported(f"a prompt with max_completion_length passes the {longest} positions of the model")
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, ids in enumerate(prompt_ids):
             rows_of.setdefault(tuple(ids), []).append(row)
@@ -118,6 +137,7 @@ class TrainerRollouts:
     def session(self) -> Iterator[None]:
         """Within it a turn costs its new tokens only: what earlier turns computed stays in the cache."""
         with contextlib.ExitStack() as self._session:
+            self._turns = []
             if self.engine is not None:
                 self._session.enter_context(self.engine.session())
             try:
