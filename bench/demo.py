@@ -2,7 +2,8 @@
 
 Runs examples/sft.py and then, from the stock run's checkpoint, examples/grpo.py, each stock and accelerated with the
 same seeds; prints a table, writes demo.png and demo.json. A step's time is the median of the times between the
-trainer's log lines, so it holds everything: data, generation, optimiser. The LM head alone is timed by head.py.
+trainer's log lines, so it holds everything: data, generation, optimiser. demo_parts.py times the LM head and
+generation alone.
 """
 
 import argparse
@@ -24,10 +25,10 @@ FIRST_STEPS = 5  # not timed: allocations and caches
 FOOTNOTE = """
 The model is a small Qwen3 with random weights, 4 layers, hidden size 128 and a vocabulary of 2,048, of which the data
 use 16: the head has the share of the work that it has in Qwen3-0.6B, but sequences of 20 tokens are far from real ones.
-The head was timed apart, its two variants interleaved. Two things favour FlashPO more than on a GPU with a real model:
-on CPUs stock TRL also scores prompts and padding, and its tile is 32,768 columns wide whatever the vocabulary, which
-costs memory and cache. The runs follow one another, so a busy machine distorts their ratios. Peak memory is the whole
-process's, most of it libraries."""
+The head and generation were timed apart, their two variants interleaved. Two things favour FlashPO more than on a GPU
+with a real model: on CPUs stock TRL also scores prompts and padding, and its tile is 32,768 columns wide whatever the
+vocabulary, which costs memory and cache. The runs follow one another, so a busy machine distorts their ratios. Peak
+memory is the whole process's, most of it libraries."""
 
 
 class Run(NamedTuple):
@@ -78,52 +79,52 @@ def train(title: str, python: list[str], script: str, out: Path, steps: int, *ar
     )
 
 
-def head_times(checkpoint: Path) -> list[tuple[float, float]]:
-    """Median seconds of the LM head, forward and backward, stock and accelerated, in an SFT and in a GRPO step."""
-    command = [sys.executable, Path(__file__).with_name("head.py"), checkpoint]
+def part_times(checkpoint: Path) -> dict[str, tuple[float, float]]:
+    """Median seconds of parts of a step, stock and accelerated."""
+    command = [sys.executable, Path(__file__).with_name("demo_parts.py"), checkpoint]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment())
-    return [tuple(pair) for pair in json.loads(result.stdout)]
+    return {name: tuple(pair) for name, pair in json.loads(result.stdout).items()}
 
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def table(sft: list[Run], grpo: list[Run], heads: list[tuple[float, float]]) -> str:
+def table(sft: list[Run], grpo: list[Run], parts: dict[str, tuple[float, float]]) -> str:
     lines = [f"{'':28s}{'stock TRL':>12s}{'flashpo run':>13s}{'ratio':>8s}"]
 
     def row(name: str, a: float, b: float, form: str, better: float | None = None) -> None:
         ratio = "" if better is None else f"{better:7.2f}x"
         lines.append(f"{name:28s}{form.format(a):>12s}{form.format(b):>13s}{ratio:>8s}")
 
-    for name, (a, b), head in (("SFT", sft, heads[0]), ("GRPO", grpo, heads[1])):
-        row(f"{name} step, ms", 1e3 * a.step_time, 1e3 * b.step_time, "{:.1f}", a.step_time / b.step_time)
-        row(f"{name} LM head, ms", 1e3 * head[0], 1e3 * head[1], "{:.1f}", head[0] / head[1])
-        row(f"{name} tokens/s", a.tokens_per_s, b.tokens_per_s, "{:.0f}", b.tokens_per_s / a.tokens_per_s)
+    for kind, (a, b) in (("SFT", sft), ("GRPO", grpo)):
+        row(f"{kind} step, ms", 1e3 * a.step_time, 1e3 * b.step_time, "{:.1f}", a.step_time / b.step_time)
+        for name, pair in parts.items():
+            if name.startswith(kind):
+                row(f"{name}, ms", *(1e3 * seconds for seconds in pair), "{:.1f}", pair[0] / pair[1])
+        row(f"{kind} tokens/s", a.tokens_per_s, b.tokens_per_s, "{:.0f}", b.tokens_per_s / a.tokens_per_s)
         peaks = [run.peak_memory / 2**20 for run in (a, b)]
-        row(f"{name} peak memory, MiB", *peaks, "{:.0f}", peaks[0] / peaks[1])
-        row(f"{name} last loss", a.loss[-1], b.loss[-1], "{:.4f}")
+        row(f"{kind} peak memory, MiB", *peaks, "{:.0f}", peaks[0] / peaks[1])
+    row("SFT last loss", *(run.loss[-1] for run in sft), "{:.4f}")
     for when, part in (("first", slice(10)), ("last", slice(-10, None))):
         row(f"GRPO reward, {when} 10 steps", *(mean(run.reward[part]) for run in grpo), "{:.3f}")
     return "\n".join(lines)
 
 
-def differences(sft: list[Run], grpo: list[Run]) -> str:
-    def largest(a: list[float], b: list[float], steps: int, relative: bool = False) -> str:
-        return f"{max(abs(x - y) / (abs(x) if relative else 1) for x, y in zip(a[:steps], b[:steps])):.1e}"
+def differences(sft: list[Run]) -> str:
+    a, b = (run.loss for run in sft)
 
-    (a, b), total = (run.loss for run in sft), len(grpo[0].reward)
-    same = next((i for i, (x, y) in enumerate(zip(*(run.reward for run in grpo))) if x != y), total)
-    norms = largest(*(run.grad_norm for run in grpo), max(same, 1), relative=True)
+    def largest(steps: int) -> str:
+        return f"{max(abs(x - y) for x, y in zip(a[:steps], b[:steps])):.1e}"
+
     return (
-        f"SFT, largest difference of a step's loss: {largest(a, b, 10)} in the first 10 steps,\n"
-        f"{largest(a, b, 50)} in 50, {largest(a, b, len(a))} in all {len(a)}: training amplifies what rounding began.\n"
-        "GRPO: an on-policy loss is the mean advantage whatever the log-probs, so compare the gradient's norm:\n"
-        f"{norms} relative, over {max(same, 1)} of {total} steps (until sampling tells the runs apart, if it does)."
+        f"SFT, largest difference of a step's loss: {largest(10)} in the first 10 steps,\n"
+        f"{largest(50)} in 50, {largest(len(a))} in all {len(a)}: training amplifies what rounding began.\n"
+        "GRPO: the engine draws by random numbers of its own, so its run is another sample: compare the rewards."
     )
 
 
-def plot(path: Path, sft: list[Run], grpo: list[Run], heads: list[tuple[float, float]]) -> None:
+def plot(path: Path, sft: list[Run], grpo: list[Run], parts: dict[str, tuple[float, float]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,15 +141,14 @@ def plot(path: Path, sft: list[Run], grpo: list[Run], heads: list[tuple[float, f
     losses.set(title="SFT: loss", xlabel="step", yscale="log")
     pairs = {
         "SFT step": [run.step_time for run in sft],
-        "SFT head": heads[0],
         "GRPO step": [run.step_time for run in grpo],
-        "GRPO head": heads[1],
+        **parts,
     }
     for i, (name, colour, _) in enumerate(styles):
         at = [x + (i - 0.5) * 0.4 for x in range(len(pairs))]
         drawn = bars.bar(at, [1e3 * pair[i] for pair in pairs.values()], 0.4, color=colour, label=name)
         bars.bar_label(drawn, fmt="%.0f")
-    bars.set_xticks(range(len(pairs)), pairs)
+    bars.set_xticks(range(len(pairs)), [name.replace(" ", "\n") for name in pairs])
     bars.set(title="Time, ms")
     bars.margins(y=0.15)
     for axes in (rewards, losses, bars):
@@ -180,11 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     sft = pair("sft.py", args.sft_steps, out / "model")
     checkpoint = out / "sft-stock"  # for both GRPO runs
     grpo = pair("grpo.py", args.grpo_steps, checkpoint)
-    heads = head_times(checkpoint)
-    print("\n" + table(sft, grpo, heads) + "\n\n" + differences(sft, grpo))
+    parts = part_times(checkpoint)
+    print("\n" + table(sft, grpo, parts) + "\n\n" + differences(sft))
     print(FOOTNOTE)
-    plot(out / "demo.png", sft, grpo, heads)
-    results = {"sft": [r._asdict() for r in sft], "grpo": [r._asdict() for r in grpo], "head_seconds": heads}
+    plot(out / "demo.png", sft, grpo, parts)
+    results = {"sft": [r._asdict() for r in sft], "grpo": [r._asdict() for r in grpo], "part_seconds": parts}
     (out / "demo.json").write_text(json.dumps(results))
     print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}")
     return 0
