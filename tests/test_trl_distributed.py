@@ -1,5 +1,6 @@
 """Two gloo processes: under DDP and FSDP2 our gradients are TRL's, and they are reduced over the processes."""
 
+import itertools
 import os
 import sys
 import traceback
@@ -35,7 +36,7 @@ def check_ddp(rank: int, folder: str, name: str) -> None:
     assert not flashpo.stats()
     ours_trainer = make_trainer(name, flashpo.trl, **options, **SAMPLED_BY_TRL.get(name, {}))
     ours = train(ours_trainer)
-    assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    assert_ran("linear_logprob_partial", "linear_logprob_bwd", "tree_attention_fwd")
     flashpo.trl.verify(ours_trainer, steps=1)  # of the wrapped model
     if rank:  # only the first process logs; gradients count on both
         for step in (*stock, *ours):
@@ -48,8 +49,9 @@ def check_ddp(rank: int, folder: str, name: str) -> None:
             assert torch.equal(*both), f"{parameter} was not reduced"
 
 
-def check_fsdp2(rank: int, folder: str, head_alone: bool) -> None:
-    """`head_alone`: the head is a unit of its own, whose hooks never fire: TRL gets a sharded DTensor from it."""
+def check_fsdp2(rank: int, folder: str, how: tuple[bool, bool]) -> None:
+    """`head_alone`: the head is a unit of its own, whose hooks never fire: TRL gets a sharded DTensor from it.
+    `trees`: the head takes them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -58,10 +60,15 @@ def check_fsdp2(rank: int, folder: str, head_alone: bool) -> None:
     from trl_models import SPECIAL, VOCAB, assert_ran, assert_same
 
     from flashpo.trl.patch import patched, stock
+    from flashpo.trl.sharing import Sharing
+    from flashpo.trl.tree_head import take_trees
     from flashpo.trl.verify import Step
 
+    head_alone, trees = how
     model = AutoModelForCausalLM.from_pretrained(folder)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    if trees:
+        take_trees(model, Sharing(None), temperature=1.0, fp32_head=False, outputs=("log_probs", "entropy"))
     mesh = init_device_mesh("cpu", (2,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -73,12 +80,12 @@ def check_fsdp2(rank: int, folder: str, head_alone: bool) -> None:
     generator = torch.Generator().manual_seed(rank)  # each process its own sequences, one with none to score
     ids = torch.randint(len(SPECIAL), VOCAB, (2, 9), generator=generator)
     labels = ids.masked_fill(torch.rand(2, 9, generator=generator) > 0.6 * rank, -100)
-    weights = torch.randn(2, 2, 8, generator=generator)
+    mask, weights = torch.ones_like(ids), torch.randn(2, 2, 8, generator=generator)
 
     def step(code) -> Step:
         model.zero_grad(set_to_none=True)
         with code():
-            out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+            out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
             loss = (weights[0] * out.log_probs + weights[1] * out.entropy).sum()
             loss.backward()
         return Step(loss.item(), {}, {n: p.grad.full_tensor() for n, p in model.named_parameters()})
@@ -86,7 +93,7 @@ def check_fsdp2(rank: int, folder: str, head_alone: bool) -> None:
     expected = step(stock)
     flashpo.stats(reset=True)
     actual = step(patched)
-    assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    assert_ran("linear_logprob_partial", "linear_logprob_bwd", *(["tree_attention_fwd"] if trees else []))
     assert_same([expected], [actual])
 
 
@@ -150,4 +157,4 @@ def test_dynamic_sampling():
 
 
 def test_fsdp2():
-    in_two_processes((check_fsdp2, False), (check_fsdp2, True))
+    in_two_processes(*((check_fsdp2, how) for how in itertools.product((False, True), repeat=2)))

@@ -114,7 +114,9 @@ def test_a_trained_copy_of_the_head_beside_an_adapter(name):
 
 def test_prompt_tuning():
     """Virtual tokens lengthen the labels."""
-    assert_same_training("DPO", peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.warns(UserWarning, match="puts learned tokens before the prompt"):
+        assert_same_training("DPO", packed=False, peft_config=adapter)
 
 
 @pytest.mark.parametrize("name", ["SFT", "DPO"])
@@ -127,7 +129,7 @@ def test_sft_in_one_row(options):
     assert_same_training("SFT", **options)
 
 
-@pytest.mark.parametrize("name", ["SFT", "GRPO"])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
 def test_torch_compile(name):
     """What Dynamo makes of the patched module; the backend `eager` keeps a compiler out of it."""
     rl = RL if name == "GRPO" else {}
@@ -156,11 +158,14 @@ def test_several_steps_train_the_same_weights():
     assert_same_training("SFT", max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=2)
 
 
-def test_evaluation():
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
+def test_evaluation(name):
+    flashpo.stats(reset=True)
     logs = []
     for package in (trl, flashpo.trl):
-        evaluated = make_trainer("DPO", package, eval_dataset=Dataset.from_list(DATA["DPO"])).evaluate()
+        evaluated = make_trainer(name, package, eval_dataset=Dataset.from_list(DATA[name])).evaluate()
         logs.append({k: v for k, v in evaluated.items() if "runtime" not in k and "per_second" not in k})
+    assert_ran("tree_attention_fwd")
     steps = [Step(log.pop("eval_loss"), log, {"": torch.ones(1)}) for log in logs]
     assert_same(steps[:1], steps[1:])
 

@@ -167,14 +167,16 @@ def assert_same(stock: list[Step], ours: list[Step], dtype: torch.dtype = torch.
 SAMPLED_BY_TRL = {"GRPO": {"rollout": "generate"}, "RLOO": {"rollout": "generate"}}  # for the same samples
 
 
-def assert_same_training(name: str, **options) -> list[Step]:
-    """One `train()` of TRL's own class and one of ours agree, and ours ran our operator; returns TRL's steps."""
+def assert_same_training(name: str, packed: bool = True, **options) -> list[Step]:
+    """One `train()` of TRL's own class and one of ours agree, and ours ran our operator on token trees, unless they are
+    not `packed`; returns TRL's steps."""
     flashpo.stats(reset=True)
     stock_trainer = make_trainer(name, trl, **options)
     stock = train(stock_trainer)
     assert not flashpo.stats(), "TRL's own trainer must stay as it is"
     ours = train(make_trainer(name, flashpo.trl, **options, **SAMPLED_BY_TRL.get(name, {})))
     assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    assert bool(flashpo.stats().get("tree_attention_fwd")) == packed
     assert_same(stock, ours, compute_dtype(stock_trainer, stock_trainer.model))
     return stock
 

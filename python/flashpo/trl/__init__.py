@@ -12,7 +12,7 @@ _MODULES = {  # where the classes are
     **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer"), "trainers"),
     "GRPOTrainer": "grpo",
     "RLOOTrainer": "rloo",
-    **dict.fromkeys(("GRPOConfig", "RLOOConfig"), "config"),
+    **dict.fromkeys(("SFTConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig"), "config"),
     "PPOTrainer": "ppo",
     "PPOConfig": "ppo_config",
 }

@@ -1,4 +1,4 @@
-"""GRPOConfig and RLOOConfig of TRL with what FlashPO adds: any loss, finer groups, dynamic sampling, the engine."""
+"""TRL's configurations with what FlashPO adds: token trees; for GRPO and RLOO any loss, finer groups, the engine."""
 
 from dataclasses import dataclass, field, fields, replace
 
@@ -17,8 +17,26 @@ RLOO_LOSS_OPTIONS = ("epsilon", "epsilon_high")
 
 
 @dataclass
-class EngineOptions:
-    """The fields for generation and for token trees, PPOConfig's too."""
+class SharingOptions:
+    """The field for token trees, of every configuration."""
+
+    share_prefix: str | bool = field(
+        default="auto",
+        metadata={
+            "help": "Score and train each distinct token of a micro-batch once, padding never. auto: where model and "
+            "batch allow it, else padded, with a warning; True: an error where they do not; False: padded."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()  # type: ignore[misc]  # of the TRL class beside it
+        if self.share_prefix not in ("auto", True, False):
+            raise ValueError(f"share_prefix must be 'auto', True or False, got {self.share_prefix!r}")
+
+
+@dataclass
+class EngineOptions(SharingOptions):
+    """With the fields for generation: of those that sample, PPOConfig's too."""
 
     rollout: str = field(
         default="auto",
@@ -30,19 +48,10 @@ class EngineOptions:
     rollout_options: dict | None = field(
         default=None, metadata={"help": "Arguments of flashpo.rollout.RolloutEngine: kv_memory, weights ..."}
     )
-    share_prefix: str | bool = field(
-        default="auto",
-        metadata={
-            "help": "Score and train each distinct token of a micro-batch once, padding never. auto: where model and "
-            "batch allow it, else padded, with a warning; True: an error where they do not; False: padded."
-        },
-    )
 
     def _check_engine(self) -> None:
         if self.rollout not in ("auto", "engine", "generate"):
             raise ValueError(f"rollout must be 'auto', 'engine' or 'generate', got {self.rollout!r}")
-        if self.share_prefix not in ("auto", True, False):
-            raise ValueError(f"share_prefix must be 'auto', True or False, got {self.share_prefix!r}")
 
 
 @dataclass
@@ -150,3 +159,18 @@ class RLOOConfig(PolicyOptions, trl.RLOOConfig):
         if spec.aggregation == "token_mean":
             spec = replace(spec, aggregation="local_token_mean")  # RLOO counts no tokens of a global batch
         return self._with_length(spec)
+
+
+@dataclass
+class SFTConfig(SharingOptions, trl.SFTConfig):
+    """`trl.SFTConfig` and:"""
+
+
+@dataclass
+class DPOConfig(SharingOptions, trl.DPOConfig):
+    """`trl.DPOConfig` and:"""
+
+
+@dataclass
+class KTOConfig(SharingOptions, trl.KTOConfig):
+    """`trl.KTOConfig` and:"""

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,35 +12,22 @@ from transformers import PreTrainedModel
 from flashpo.packing import pack, packable, prepare, split_by_tokens
 from flashpo.packing.attention import install
 from flashpo.packing.support import why_not_packable
+from flashpo.trl.sharing import Sharing
 
 
 class PackedScoring:
-    """What a trainer's `_get_per_token_logps_and_entropies` does where it can run packed.
-
-    `share_prefix` of its arguments: "auto", packed where model and batch can be, else padded after a warning that names
-    the reason; True, an error instead; False, always padded.
-    """
+    """What a trainer's `_get_per_token_logps_and_entropies` does where it can run packed."""
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.mode: Any = getattr(trainer.args, "share_prefix", "auto")
+        self.sharing = Sharing(trainer.args)
         self._reason: str | None = None  # why the models cannot, empty where they can; None: not looked yet
-        self._said: set[str] = set()
         self._values: Tensor | None = None
 
     def takes(self, batch: dict[str, Any]) -> bool:
         """Whether this batch is scored packed; `batch`: TRL's keywords of a scoring."""
-        if self.mode is False:
-            return False
         reason = self.prepare() or next((f"the batch has {name}" for name, x in batch.items() if x is not None), "")
-        if not reason:
-            return True
-        if self.mode is True:
-            raise ValueError(f"share_prefix=True, but {reason}")
-        if reason not in self._said:
-            self._said.add(reason)
-            warnings.warn(f"FlashPO scores padded rows here, prompts are not shared: {reason}.", stacklevel=3)
-        return False
+        return self.sharing.allowed(reason)
 
     def prepare(self, critic: PreTrainedModel | None = None) -> str:
         """Let the trainer's models, and the backbone of a critic, take token trees; or why one of them cannot."""
@@ -50,7 +36,7 @@ class PackedScoring:
             reasons = [packable(model).reason for model in models]
             reasons += [] if critic is None else [why_not_packable(critic)]
             self._reason = next(filter(None, reasons), "")
-            if not self._reason and self.mode is not False:
+            if not self._reason and self.sharing.mode is not False:
                 for model in models:
                     prepare(model)
                 if critic is not None:

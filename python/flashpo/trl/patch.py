@@ -36,6 +36,7 @@ SIGNATURES = {
     "_supports_trl_loss_kernel": "logits index row_mask",
     "_fused_logprob_entropy": "logits index temperature row_mask",
     "maybe_gather_lm_head_ctx": "params",
+    "add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
 }
 READERS = {
     "add_fused_lm_head": ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx"),
@@ -45,6 +46,7 @@ READERS = {
 }
 MISSING = object()  # `_fused_logprob_entropy` where Triton is not installed
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+FIELDS = dict(zip(("log_probs", *OUTPUTS), TokenStats._fields))  # ours by TRL's names
 
 
 class PatchError(RuntimeError):
@@ -210,7 +212,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
                 None,
                 lambda *params: utils.maybe_gather_lm_head_ctx(*params),  # ZeRO-3: backward gathers the head again
             )
-            names = tuple("mean_logit" if name == "mean_logits" else name for name in outputs)
+            names = tuple(FIELDS[name] for name in outputs)
             return select(names, targets.shape, *results)  # TokenStats' fields are in TRL's order
 
     def compact(device: torch.device) -> bool:

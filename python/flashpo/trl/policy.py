@@ -116,7 +116,7 @@ class PolicyTrainer(Accelerated, Base):
         return padded(model, input_ids, attention_mask, logits_to_keep, *wanted, **multimodal)
 
     def _prepare_inputs(self, generation_batch):
-        if self._packed.mode is False:
+        if self._packed.sharing.mode is False:
             return super()._prepare_inputs(generation_batch)
         with groups_stay_together(self._trl_class, self.num_generations or 1):
             return super()._prepare_inputs(generation_batch)

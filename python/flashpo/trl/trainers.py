@@ -3,10 +3,15 @@
 Each is TRL's own class; it scores its tokens with FlashPO, and any other trainer of the process stays as it is.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import transformers
 from trl.trainer import dpo_trainer, kto_trainer, sft_trainer  # not trl's names: `flashpo run` replaces them
 
 from flashpo.trl.patch import patched
+from flashpo.trl.sharing import Sharing
+from flashpo.trl.tree_head import heads_take_trees
 
 
 class Accelerated(transformers.Trainer):
@@ -25,7 +30,17 @@ class Accelerated(transformers.Trainer):
             return super().compute_loss(*args, **kwargs)
 
 
-class AcceleratedReference(Accelerated):
+class Packed(Accelerated):
+    """Its models run on token trees, see `flashpo.trl.tree_head`; `share_prefix` of its arguments says whether."""
+
+    _trl_class: type
+
+    def __init__(self, *args, **kwargs):
+        with heads_take_trees(self, self._trl_class):
+            super().__init__(*args, **kwargs)
+
+
+class PackedWithReference(Packed):
     """For trainers that can score the reference model for a whole dataset at once (`precompute_ref_log_probs`)."""
 
     def compute_ref_log_probs(self, *args, **kwargs):
@@ -33,13 +48,39 @@ class AcceleratedReference(Accelerated):
             return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
 
 
-class SFTTrainer(Accelerated, sft_trainer.SFTTrainer):
-    pass
+class SFTTrainer(Packed, sft_trainer.SFTTrainer):
+    """TRL's SFTTrainer, every distinct token of a batch once; `flashpo.trl.SFTConfig` has the option."""
+
+    _trl_class = sft_trainer.SFTTrainer
 
 
-class DPOTrainer(AcceleratedReference, dpo_trainer.DPOTrainer):
-    pass
+class DPOTrainer(PackedWithReference, dpo_trainer.DPOTrainer):
+    """TRL's DPOTrainer, the prompt of a pair once; `flashpo.trl.DPOConfig` has the option.
+
+    `padding_free=True`, which TRL 1.16 puts off with a warning, asks for what happens here anyway.
+    """
+
+    _trl_class = dpo_trainer.DPOTrainer
+
+    def __init__(self, model, ref_model=None, args=None, *others, **keywords):
+        with _without_padding_free(args):
+            super().__init__(model, ref_model, args, *others, **keywords)
 
 
-class KTOTrainer(AcceleratedReference, kto_trainer.KTOTrainer):
-    pass
+class KTOTrainer(PackedWithReference, kto_trainer.KTOTrainer):
+    """TRL's KTOTrainer, every distinct token of a batch once; `flashpo.trl.KTOConfig` has the option."""
+
+    _trl_class = kto_trainer.KTOTrainer
+
+
+@contextlib.contextmanager
+def _without_padding_free(args) -> Iterator[None]:
+    """TRL warns that it will pad, which is not so where rows run packed."""
+    wanted = getattr(args, "padding_free", False) and Sharing(args).mode is not False
+    if wanted:
+        args.padding_free = False
+    try:
+        yield
+    finally:
+        if wanted:
+            args.padding_free = True

@@ -1,0 +1,29 @@
+"""`share_prefix` of a trainer's arguments: whether it runs on token trees, and what it says where it cannot."""
+
+import warnings
+
+
+class Sharing:
+    """ "auto": packed where model and batch can be, else padded after a warning that names the reason; True: an error
+    instead; False: always padded."""
+
+    def __init__(self, args):
+        self.mode = getattr(args, "share_prefix", "auto")  # TRL's own configurations have no such field
+        noise = getattr(args, "neftune_noise_alpha", None)
+        self._against = "neftune_noise_alpha: its noise depends on the length of a padded row" if noise else ""
+        self._said: set[str] = set()
+
+    def allowed(self, reason: str) -> bool:
+        """Whether to run packed; `reason`: what is against it, empty where nothing is."""
+        reason = reason or self._against
+        if self.mode is not False and reason:
+            self.refuse(reason)
+        return self.mode is not False and not reason
+
+    def refuse(self, reason: str) -> None:
+        """Say why rows are padded, each reason once, or raise."""
+        if self.mode is True:
+            raise ValueError(f"share_prefix=True, but {reason}")
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"FlashPO scores padded rows here, prompts are not shared: {reason}.", stacklevel=3)

@@ -1,0 +1,129 @@
+"""TRL's fused LM head on token trees, for SFT, DPO and KTO: every distinct token of a batch once, padding never.
+
+    model(input_ids, attention_mask, labels, fused_lm_head=True) -> FusedCausalLMOutput
+
+is how these trainers run policy and reference, whatever is wrapped around the model. The innermost forward takes such a
+call over and gives the same output, so that losses, metrics and normalisation stay TRL's own.
+"""
+
+import contextlib
+import functools
+import importlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from flashpo.packing import TokenTree, forward_here, pack, packable
+from flashpo.packing.attention import install
+from flashpo.trl.patch import FIELDS, active
+from flashpo.trl.sharing import Sharing
+
+ROWS = {"input_ids", "labels", "attention_mask"}
+FLATTENED = {"input_ids", "labels", "position_ids"}  # a padding-free batch: its rows one after the other
+BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # which its positions tell
+OPTIONS = {"use_cache", "output_router_logits"}
+
+
+@contextlib.contextmanager
+def heads_take_trees(trainer: Any, trl_class: type) -> Iterator[None]:
+    """Within it, the models to which TRL's module of that class gives a fused head run packed from then on.
+
+    That moment lies behind everything that changes a model, and before all that wraps it or runs it.
+    """
+    module: Any = importlib.import_module(trl_class.__module__)
+    add_fused_lm_head = module.add_fused_lm_head
+    sharing = functools.cache(lambda: Sharing(trainer.args))  # TRL has made its arguments by then
+
+    def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
+        add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
+        with_adapters = trainer.model if any(x is model for x in trainer.model.modules()) else model
+        if sharing().allowed(packable(with_adapters).reason):
+            take_trees(model, sharing(), temperature, cast_lm_head_to_fp32, outputs)
+
+    module.add_fused_lm_head = add
+    try:
+        yield
+    finally:
+        module.add_fused_lm_head = add_fused_lm_head
+
+
+def take_trees(
+    model: PreTrainedModel, sharing: Sharing, temperature: float, fp32_head: bool, outputs: tuple[str, ...]
+) -> None:
+    """Let a model that has a fused head run its calls packed; the options are those of the head."""
+    padded: Any = model.forward.__func__  # type: ignore[attr-defined]  # bound by add_fused_lm_head
+    wanted = tuple(FIELDS[name] for name in outputs)
+    config: Any = model.config.get_text_config()
+    install(model.base_model)
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, fused_lm_head=False, **batch):
+        if not fused_lm_head:
+            return padded(self, *args, **batch)
+        # the call asks for the routers' loss, or the configuration does
+        routers = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
+        tree = _tree_of(sharing, args, batch, prune=not routers) if active() else None
+        if tree is None:
+            return padded(self, *args, fused_lm_head=True, **batch)
+        options = {"temperature": temperature, "outputs": wanted, "fp32_head": fp32_head, "aux_loss": routers}
+        stats, aux_loss = forward_here(self, tree, **options)
+        label_mask = batch["labels"][:, 1:] != -100
+        per_token = {name: x[:, 1:] for name, x in zip(FIELDS, stats) if x is not None}
+        loss = -per_token["log_probs"].sum() / label_mask.sum().clamp(min=1)
+        if aux_loss is not None:
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        return FusedCausalLMOutput(loss=loss, label_mask=label_mask, aux_loss=aux_loss, **per_token)
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+@torch.compiler.disable  # it reads the batch on the host
+def _tree_of(sharing: Sharing, args: tuple, batch: dict[str, Any], prune: bool) -> TokenTree | None:
+    """None: its rows are to be padded."""
+    given = {name: x for name, x in batch.items() if x is not None}  # PEFT adds inputs that are None
+    given |= {f"argument {i}": x for i, x in enumerate(args)}
+    for option in OPTIONS & given.keys():
+        del given[option]
+    try:
+        return _pack(given, prune)
+    except (TypeError, ValueError) as error:
+        sharing.refuse(str(error))
+        return None
+
+
+def _pack(batch: dict[str, Any], prune: bool) -> TokenTree:
+    flattened = "position_ids" in batch and "attention_mask" not in batch
+    needed, redundant = (FLATTENED, BOUNDARIES) if flattened else (ROWS, set())
+    for name in sorted(batch.keys() - needed - redundant):
+        raise ValueError(f"the batch has {name}")
+    for name in sorted(needed - batch.keys()):
+        raise ValueError(f"the batch has no {name}")
+    scored = batch["labels"] != -100
+    scored[:, 0] = False  # nothing predicts it, and the loss does not read it
+    if flattened:
+        return _pack_flattened(batch["input_ids"], scored, batch["position_ids"], prune)
+    return pack(batch["input_ids"], batch["attention_mask"], scored, prune=prune)
+
+
+def _pack_flattened(input_ids: Tensor, scored: Tensor, position_ids: Tensor, prune: bool) -> TokenTree:
+    """`pack` of rows that follow each other in one, all (1, T); results are laid out as they are."""
+    if len(input_ids) != 1 or not input_ids.shape == scored.shape == position_ids.shape:
+        shapes = tuple(tuple(x.shape) for x in (input_ids, scored, position_ids))
+        raise ValueError(f"input_ids, labels and position_ids must be one row, got {shapes}")
+    position = position_ids[0].cpu()
+    begins = position == 0
+    if not begins[0] or not (begins[1:] | (position.diff() == 1)).all():
+        raise ValueError("position_ids must count each row's tokens from 0")
+    place = begins.cumsum(0) - 1, position
+
+    def rows(x: Tensor) -> Tensor:
+        grid = x.new_zeros(int(place[0][-1]) + 1, int(position.max()) + 1)
+        return grid.index_put_(place, x)
+
+    tree = pack(rows(input_ids[0]), rows(torch.ones_like(scored[0])), rows(scored[0]), prune=prune)
+    return tree._replace(flat=tree.flat[place][None], pair=tree.pair[place][None])
