@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flashpo.bench import advantages, decoding, gae, losses, packing, sampling, scoring, tree
+from flashpo.bench import advantages, decoding, gae, growth, losses, packing, sampling, scoring, tree
 from flashpo.bench.timing import Device, Tables
 
 
@@ -34,6 +34,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "rollout": rollout_tables,
     "rollout_long": rollout_long_tables,
     "packing": packing.tables,
+    "growth": growth.tables,
     "sample": sampling.tables,
     "decode_attention": decoding.tables,
     "grpo_step": grpo_step_tables,

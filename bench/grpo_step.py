@@ -1,10 +1,14 @@
 """A whole GRPO step, rollout, scoring and update: the same TRL script under `python` and under `flashpo run`.
 
 Each run is a process of its own; the two take turns, seed by seed. A step's time is the median of all steps but the
-first of each run.
+first of each run. The model's weights are random: one that never stops writes completions of full length, all of them
+different, which leaves the least to share; one that ends them with a constant probability a token shows what stock TRL
+pays for padding and for waiting for the longest. A tiny model makes enough steps to learn: its rewards tell whether both
+learn the same.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -12,18 +16,44 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flashpo.bench.rollout import SHAPES
+from flashpo.bench.rollout import SHAPES, TINY
 from flashpo.bench.timing import Device, Tables
 
 SCRIPT = Path(__file__).with_name("step_script.py")
 VARIANTS = {"stock TRL": [sys.executable], "flashpo run": [sys.executable, "-m", "flashpo.run"]}
-CASES = {"cpu": [(256, 4, 1), (1024, 3, 1)], "cuda": [(512, 8, 3), (2048, 8, 1)]}  # prompt tokens, steps, seeds
+END = 1  # the token that ends a completion
+
+
+class Case(NamedTuple):
+    prompt: int  # tokens
+    steps: int
+    seeds: int
+    mean_length: int | None = None  # of completions, if a limit of 128 tokens did not cut them; None: none ends before
+    tiny: bool = False
+
+    @property
+    def title(self) -> str:
+        model = "tiny model" if self.tiny else "42M model"
+        completions = f"mean length {self.mean_length}" if self.mean_length else "all of 128 tokens"
+        return f"GRPO step, {model}, prompt={self.prompt}, completions {completions}"
+
+
+CASES = {
+    "cpu": [
+        Case(256, 4, 3, mean_length=48),
+        Case(256, 4, 1),
+        Case(1024, 3, 1, mean_length=48),
+        Case(1024, 3, 1),
+        Case(32, 40, 3, tiny=True),
+    ],
+    "cuda": [Case(512, 8, 3), Case(2048, 8, 1), Case(2048, 8, 1, mean_length=48)],
+}
 
 
 class Run(NamedTuple):
@@ -32,18 +62,40 @@ class Run(NamedTuple):
     peak: int  # bytes of the process
 
 
-def save_model(device: Device, folder: str) -> None:
+def save_model(shape: dict[str, Any], mean_length: int | None, folder: str) -> None:
     """Random weights, and a tokenizer to which every id is a word."""
     torch.manual_seed(0)
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     config = Qwen3Config(
-        **SHAPES[device.name], tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0, eos_token_id=1
+        **shape, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0, eos_token_id=END
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    if mean_length is not None:
+        end_completions(model, 1 / mean_length)
+    model.save_pretrained(folder)
     vocabulary = [*special.values(), *(f"w{i}" for i in range(3, config.vocab_size))]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+@torch.no_grad()
+def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
+    """Let END follow any token with about this probability.
+
+    Feature 0 of the residual stream is made the same 1 for all tokens: none but the embedding writes to it. END's row of
+    the head, that of the tied embedding, then reads its logit from there.
+    """
+    embedding = model.model.embed_tokens.weight
+    embedding[:, 0] = 1
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    hidden = model.model(torch.randint(3, len(embedding), (4, 64))).last_hidden_state
+    logits = hidden @ embedding.T
+    above_mean = math.log(probability / (1 - probability)) + (logits.logsumexp(-1) - logits.mean(-1)).mean()
+    embedding[END] = embedding.mean(0)
+    embedding[END, 0] = 1 + above_mean / hidden[..., 0].mean()
 
 
 def run(command: list[str], *args: object) -> Run:
@@ -63,30 +115,33 @@ def run(command: list[str], *args: object) -> Run:
     return Run(found["seconds"], found["rewards"], usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
 
 
-def records(device: Device, model: str, prompt: int, steps: int, seeds: int) -> Iterator[dict]:
+def records(device: Device, case: Case) -> Iterator[dict]:
     runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
-    with tempfile.TemporaryDirectory() as out:
-        for seed in range(seeds):
+    with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as out:
+        save_model(TINY if case.tiny else SHAPES[device.name], case.mean_length, model)
+        rate = 4e-3 if case.tiny else 3e-5
+        for seed in range(case.seeds):
             for name, command in VARIANTS.items():
-                runs[name].append(run(command, model, out, prompt, steps, seed))
+                runs[name].append(run(command, model, out, case.prompt, case.steps, seed, rate))
     seconds = {name: statistics.median(s for r in done for s in r.seconds[1:]) for name, done in runs.items()}
     for name, done in runs.items():
-        last = [statistics.mean(r.rewards[-2:]) for r in done]
-        yield {
+        last = [statistics.mean(r.rewards[-5:]) for r in done]
+        record = {
             "variant": name,
             "ms": seconds[name] * 1e3,
             "times_flashpo": seconds[name] / seconds["flashpo run"],
             "peak_mb": statistics.median(r.peak for r in done) / 2**20,
-            "reward_first": statistics.mean(r.rewards[0] for r in done),
-            "reward_last": statistics.mean(last),
-            "reward_spread": max(last) - min(last),
         }
+        if case.tiny:  # others make too few steps to learn
+            record |= {
+                "reward_first": statistics.mean(r.rewards[0] for r in done),
+                "reward_last": statistics.mean(last),
+                "reward_spread": max(last) - min(last),
+            }
+        yield record
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
-    with tempfile.TemporaryDirectory() as model:
-        save_model(device, model)
-        for prompt, steps, seeds in CASES[device.name][: 1 if quick else None]:
-            steps, seeds = (2, 1) if quick else (steps, seeds)
-            title = f"GRPO step, 2 x 8 completions of 128 tokens, prompt={prompt}, {seeds} seed" + "s" * (seeds > 1)
-            yield title, list(records(device, model, prompt, steps, seeds))
+    for case in CASES[device.name][: 1 if quick else None]:
+        case = case._replace(steps=2, seeds=1) if quick else case
+        yield case.title, list(records(device, case))

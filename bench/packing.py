@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashpo import pack, score
+from flashpo import TokenTree, pack, score
 from flashpo.bench.timing import Device, Tables, compare
 
 TEMPERATURE = 0.9
@@ -73,9 +73,11 @@ class Samples:
         out = model(input_ids=self.input_ids, attention_mask=self.attention_mask, labels=labels, fused_lm_head=True)
         return out.log_probs[:, -self.completion_mask.shape[1] :]
 
+    def tree(self) -> TokenTree:
+        return pack(self.input_ids, self.attention_mask, self.completion_mask)
+
     def packed(self, model) -> Tensor:
-        tree = pack(self.input_ids, self.attention_mask, self.completion_mask)
-        return score(model, tree, temperature=TEMPERATURE).logprob
+        return score(model, self.tree(), temperature=TEMPERATURE).logprob
 
 
 def make_model(device: Device):
@@ -124,7 +126,7 @@ def table(device: Device, workload: Workload, model, with_peers: bool) -> list[d
         for name, way in ways.items()
     }
     seconds = compare(device, variants)
-    tree = pack(samples.input_ids, samples.attention_mask, samples.completion_mask)
+    tree = samples.tree()
     records = []
     for variant in variants:
         name, phase = variant.rsplit(" ", 1)

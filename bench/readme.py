@@ -1,4 +1,4 @@
-"""`python -m flashpo.bench.readme`: writes the tables of README.md from bench/results/*.jsonl, between their markers.
+"""`python -m flashpo.bench.readme`: writes the tables of our pages from bench/results/*.jsonl, between their markers.
 
 A table stands between `<!-- table: TITLE -->` and `<!-- end -->`; TITLE is that of `flashpo bench`, and the newest
 record of it is taken, with the machine and the command that made it. "algorithms" is the table of algorithms.py, with
@@ -14,8 +14,12 @@ from flashpo.bench import algorithms
 from flashpo.bench.run import number
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 HEADS = {
     "ms": "ms",
+    "ms_trl": "TRL, ms",
+    "tokens": "tokens computed",
+    "tokens_padded": "tokens in TRL's rows",
     "us": "µs",
     "times_gemm": "÷ its GEMMs",
     "times_flashpo": "÷ FlashPO",
@@ -85,17 +89,15 @@ def filled(text: str) -> str:
         if title == "algorithms":
             return f"<!-- table: {title} -->\n" + "\n".join(rows_of(algorithms.records(learned()))) + "\n<!-- end -->"
         if title not in tables:
-            raise SystemExit(
-                f"README.md asks for {title!r}, which bench/results does not have; it has {sorted(tables)}"
-            )
+            raise SystemExit(f"a page asks for {title!r}, which bench/results does not have; it has {sorted(tables)}")
         return f"<!-- table: {title} -->\n{markdown(*tables[title])}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
     return 0
 
 

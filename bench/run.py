@@ -12,7 +12,7 @@ import torch
 
 import flashpo
 from flashpo import _op
-from flashpo.bench import cases
+from flashpo.bench import cases, growth
 from flashpo.bench.timing import Device
 
 
@@ -38,9 +38,9 @@ def machine(device: str) -> dict:
 def show(title: str, records: list[dict]) -> None:
     columns = list(dict.fromkeys(key for record in records for key in record if key != "variant"))
     width = max(len(record["variant"]) for record in records)
-    print(f"\n{title}\n{'':{width}}" + "".join(f"  {column}" for column in columns))
+    print(f"\n{title}\n{'':{width}}" + "".join(f"  {column:>6}" for column in columns))
     for record in records:
-        cells = "".join(f"{number(record.get(column)):>{len(column) + 2}}" for column in columns)
+        cells = "".join(f"  {number(record.get(column)):>{max(6, len(column))}}" for column in columns)
         print(f"{record['variant']:{width}}{cells}", flush=True)
 
 
@@ -58,16 +58,22 @@ def plot(tables: dict[str, list[dict]], folder: pathlib.Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for title, records in tables.items():
-        unit = "us" if "us" in records[0] else "ms"
-        figure, axes = plt.subplots(figsize=(8, 0.4 * len(records) + 1.2), layout="constrained")
-        names = [record["variant"] for record in records]
-        colours = ["tab:blue" if name.startswith("FlashPO") else "silver" for name in names]
-        bars = axes.barh(names, [record[unit] for record in records], color=colours)
-        axes.bar_label(bars, fmt="%.3g", padding=3)
-        axes.invert_yaxis()
-        axes.set(title=title, xlabel=unit)
+        lines = title.startswith(growth.TITLE)
+        figure, axes = plt.subplots(figsize=(8, 4 if lines else 0.4 * len(records) + 1.2), layout="constrained")
+        axes.set(title=title)
+        (growth.draw if lines else draw_bars)(axes, records)
         figure.savefig(folder / (title.replace(" ", "_").replace("=", "") + ".png"), dpi=120)
         plt.close(figure)
+
+
+def draw_bars(axes, records: list[dict]) -> None:
+    unit = "us" if "us" in records[0] else "ms"
+    names = [record["variant"] for record in records]
+    colours = ["tab:blue" if name.startswith("FlashPO") else "silver" for name in names]
+    bars = axes.barh(names, [record[unit] for record in records], color=colours)
+    axes.bar_label(bars, fmt="%.3g", padding=3)
+    axes.invert_yaxis()
+    axes.set(xlabel=unit)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """A TRL script as one finds them, without a word of FlashPO: grpo_step.py times it with and without `flashpo run`.
 
-python bench/step_script.py MODEL OUT PROMPT_TOKENS STEPS SEED
+python bench/step_script.py MODEL OUT PROMPT_TOKENS STEPS SEED LEARNING_RATE
 """
 
 import json
@@ -9,10 +9,11 @@ import time
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-model, out, prompt_tokens, steps, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+model, out = sys.argv[1:3]
+prompt_tokens, steps, seed = map(int, sys.argv[3:6])
 PROMPTS, COMPLETIONS, NEW = 2, 8, 128
 
 
@@ -31,13 +32,14 @@ class Clock(TrainerCallback):
 
 
 torch.manual_seed(seed)
-words = torch.randint(3, 32768, (steps * PROMPTS, prompt_tokens)).tolist()
+vocabulary = len(AutoTokenizer.from_pretrained(model))
+words = torch.randint(3, vocabulary, (steps * PROMPTS, prompt_tokens)).tolist()
 data = Dataset.from_list([{"prompt": " ".join(f"w{i}" for i in row)} for row in words])
 config = GRPOConfig(
     out, max_steps=steps, per_device_train_batch_size=PROMPTS * COMPLETIONS, num_generations=COMPLETIONS,
-    max_completion_length=NEW, learning_rate=3e-4, lr_scheduler_type="constant", gradient_checkpointing=False,
-    use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), seed=seed, logging_steps=1,
-    save_strategy="no", report_to="none",
+    max_completion_length=NEW, learning_rate=float(sys.argv[6]), lr_scheduler_type="constant",
+    gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), seed=seed,
+    logging_steps=1, save_strategy="no", report_to="none",
 )  # fmt: skip
 trainer = GRPOTrainer(model, reward_funcs=even_tokens, args=config, train_dataset=data, callbacks=[Clock()])
 trainer.train()

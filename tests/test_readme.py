@@ -1,8 +1,10 @@
-"""What README says: its tables are those of bench/results, and the tests that it names exist."""
+"""What our pages say: their tables are those of bench/results, and the tests that README names exist."""
 
 import ast
 import pathlib
 import re
+
+import pytest
 
 from flashpo.bench import readme
 from flashpo.bench.algorithms import ALGORITHMS
@@ -11,9 +13,12 @@ TESTS = pathlib.Path(__file__).parent
 TEXT = (TESTS.parent / "README.md").read_text()
 
 
-def test_tables_are_those_of_the_results():
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
     """`python -m flashpo.bench.readme` changes nothing."""
-    assert readme.filled(TEXT) == TEXT
+    text = page.read_text()
+    assert "<!-- table: " in text
+    assert readme.filled(text) == text
 
 
 def test_tests_that_are_named_exist():

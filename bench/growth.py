@@ -1,0 +1,56 @@
+"""How the time of a training pass grows with the completions of a prompt and with its length, on token trees and in TRL.
+
+Ours should grow with the distinct tokens, TRL's with all that stand in the padded rows.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from flashpo.bench.packing import Samples, Workload, make_model
+from flashpo.bench.timing import Device, Tables, compare
+
+TITLE = "training pass over"
+COMPLETION = 128  # tokens at most
+OVER_COMPLETIONS = {"cpu": (512, (2, 4, 8, 16, 32)), "cuda": (2048, (2, 4, 8, 16, 32))}  # prompt length, completions
+OVER_PROMPTS = {"cpu": (4, (128, 256, 512, 1024, 2048, 4096)), "cuda": (8, (512, 1024, 2048, 4096, 8192))}
+
+
+def record(device: Device, workload: Workload, model) -> dict:
+    samples = Samples(workload, model.config.vocab_size, device.name)
+
+    def train(log_probs: Callable) -> None:
+        model.zero_grad(set_to_none=True)
+        (log_probs(model) * samples.upstream).sum().backward()
+
+    ways = {"ours": partial(train, samples.packed), "trl": partial(train, samples.padded)}
+    seconds = compare(device, ways, budget=0.0, rounds=3)
+    return {
+        "variant": workload.title,
+        "tokens": len(samples.tree().tokens),
+        "tokens_padded": samples.input_ids.numel(),
+        "ms": seconds["ours"] * 1e3,
+        "ms_trl": seconds["trl"] * 1e3,
+        "times_flashpo": seconds["trl"] / seconds["ours"],
+    }
+
+
+def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    model = make_model(device)
+    prompt, sizes = OVER_COMPLETIONS[device.name]
+    size, prompts = OVER_PROMPTS[device.name]
+    over_sizes = [Workload(f"{n} completions", 1, n, prompt, COMPLETION) for n in sizes]
+    over_prompts = [Workload(f"prompt of {n} tokens", 1, size, n, COMPLETION) for n in prompts]
+    for what, workloads in (
+        (f"completions of a prompt of {prompt} tokens", over_sizes),
+        (f"the prompt's length with {size} completions", over_prompts),
+    ):
+        yield f"{TITLE} {what}", [record(device, w, model) for w in workloads[: 2 if quick else None]]
+
+
+def draw(axes, records: list[dict]) -> None:
+    names = [record["variant"] for record in records]
+    for column, name, colour in (("ms_trl", "TRL, padded", "tab:gray"), ("ms", "FlashPO, token tree", "tab:blue")):
+        axes.plot(names, [record[column] / 1e3 for record in records], "o-", color=colour, label=name)
+    axes.set(ylabel="seconds, forward and backward", ylim=(0, None))
+    axes.tick_params("x", rotation=20)
+    axes.legend()
