@@ -1,4 +1,4 @@
-"""How the time of a training pass grows with the completions of a prompt and with its length, on token trees and in TRL.
+"""How a training pass grows with the completions of a prompt and with its length, on token trees and in TRL.
 
 Ours should grow with the distinct tokens, TRL's with all that stand in the padded rows.
 """

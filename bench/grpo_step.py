@@ -3,8 +3,8 @@
 Each run is a process of its own; the two take turns, seed by seed. A step's time is the median of all steps but the
 first of each run. The model's weights are random: one that never stops writes completions of full length, all of them
 different, which leaves the least to share; one that ends them with a constant probability a token shows what stock TRL
-pays for padding and for waiting for the longest. A tiny model makes enough steps to learn: its rewards tell whether both
-learn the same.
+pays for padding and for waiting for the longest. A tiny model makes enough steps to learn: its rewards tell whether
+both learn the same.
 """
 
 import json
@@ -83,8 +83,8 @@ def save_model(shape: dict[str, Any], mean_length: int | None, folder: str) -> N
 def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
     """Let END follow any token with about this probability.
 
-    Feature 0 of the residual stream is made the same 1 for all tokens: none but the embedding writes to it. END's row of
-    the head, that of the tied embedding, then reads its logit from there.
+    Feature 0 of the residual stream is made the same 1 for all tokens: none but the embedding writes to it. END's row
+    of the head, that of the tied embedding, then reads its logit from there.
     """
     embedding = model.model.embed_tokens.weight
     embedding[:, 0] = 1
