@@ -58,6 +58,19 @@ def test_script_is_accelerated_and_reported(script, tmp_path):
     assert "WARNING: none" not in done.stderr
 
 
+def test_the_command_line_of_trl(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"prompt": "a b ", "completion": "c d"}\n' * 8)
+    config = tmp_path / "sft.yaml"
+    config.write_text(f"model_name_or_path: {model_path()}\ndataset_name: {data}\noutput_dir: {tmp_path / 'out'}\n")
+    settings = ["--use_cpu", "--bf16", "false", "--max_steps", "1", "--report_to", "none", "--save_strategy", "no"]
+    done = run("trl", "sft", "--config", config, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "flashpo: in the place of TRL's classes: SFTTrainer" in done.stderr
+    assert "flashpo: linear_logprob_bwd: " in done.stderr
+
+
 GRPO_SCRIPT = """
 import sys
 from datasets import Dataset

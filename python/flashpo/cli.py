@@ -4,7 +4,7 @@ import sys
 
 USAGE = """usage: flashpo <command> ...
 
-  run script.py [args]    run an unmodified TRL script, accelerated
+  run script.py [args]    run an unmodified TRL script, accelerated; also: run trl grpo [args]
   doctor [--check]        what of FlashPO runs on this machine, and why the rest does not;
                           --check compares every backend with float64
   bench [op] [options]    time the operators against torch, TRL and others (bench --help)

@@ -1,4 +1,4 @@
-"""Runs an unmodified TRL script, accelerated: `python -m flashpo.run script.py [args]`.
+"""Runs an unmodified TRL script, accelerated: `python -m flashpo.run script.py [args]`, or `... trl grpo [args]`.
 
 For several processes: `accelerate launch -m flashpo.run script.py [args]`. At the end, also of a script that failed,
 says what ran on which backend and how often.
@@ -14,7 +14,9 @@ from typing import Any
 from flashpo._op import stats
 
 MODULES = ("trl", "trl.trainer", "trl.trainer.utils")
-USAGE = "usage: flashpo run script.py [args ...]\n       flashpo run -m module [args ...]"
+USAGE = """usage: flashpo run script.py [args ...]
+       flashpo run -m module [args ...]
+       flashpo run trl grpo|sft|dpo ... [args ...]    a script of TRL's command line, in this process"""
 
 
 def accelerate(name: str) -> None:
@@ -49,6 +51,8 @@ class AccelerateOnImport(importlib.abc.MetaPathFinder):
 
 def main(argv: list[str]) -> int:
     """Run `argv[0]` with the arguments after it as if it were `python argv[0] ...`, with TRL patched."""
+    if argv[:1] == ["trl"] and len(argv) > 1 and not os.path.exists("trl"):
+        argv = ["-m", f"trl.scripts.{argv[1]}", *argv[2:]]
     if not argv or argv[0] in ("-h", "--help") or argv == ["-m"]:
         print(USAGE, file=sys.stderr)
         return 2
