@@ -18,6 +18,12 @@ def rollout_long_tables(device: Device, with_peers: bool, quick: bool) -> Tables
     return rollout.tables(device, with_peers, quick, long=True)
 
 
+def decode_step_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    from flashpo.bench import decode_step
+
+    return decode_step.tables(device, with_peers, quick)
+
+
 def grpo_step_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     from flashpo.bench import grpo_step  # needs TRL
 
@@ -37,6 +43,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "growth": growth.tables,
     "sample": sampling.tables,
     "decode_attention": decoding.tables,
+    "decode_step": decode_step_tables,
     "grpo_step": grpo_step_tables,
     "overhead": scoring.overhead_tables,
 }

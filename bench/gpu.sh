@@ -1,9 +1,22 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, on a machine without network: bench/gpu.sh OUT [WHEELS]
-#   OUT      one folder of results: logs, bench.jsonl, plots, and summary.txt with a line for each step
+#   OUT      one folder of results: logs, bench.jsonl, plots, and summary.txt to which each step adds a line
 #   WHEELS   a folder of wheels to install first (trl, liger-kernel, cut-cross-entropy ...: what the machine lacks)
-# Needs python3 with torch, triton, pytest, pybind11 and scikit-build-core (or their wheels), nvcc and CMake.
-# FLASHPO_DRY_RUN=1 walks through the steps on a machine without a GPU: CPU benchmark, no sanitizer.
+# Needs python3 with torch, triton, pytest, pybind11 and scikit-build-core (or their wheels), nvcc and CMake; for the
+# suites of whole models transformers and TRL.
+#   FLASHPO_STEPS="build doctor rollout"   only these, in the order below; a later call finds what was built
+#   FLASHPO_DRY_RUN=1                      on a machine without a GPU: lists every step, runs those that need none
+# The steps come in the order of what they tell, so that a run cut short has told the most. Minutes that they may take
+# on one H100, estimated from their sizes:
+#   build 3, doctor 0.5, tests 4
+#   decode_step 2        step with and without CUDA graph against its bandwidth floor; 0.6B, 1.7B, 4B
+#   rollout 4            against generate and continuous batching; batch 64 with prompts of 512 and 2048, batch 256
+#   packing 2            training pass of a 1.7B model, 8 completions, prompt 2048, up to 512 tokens; DPO; worst case
+#   grpo_step 6          whole step of an unmodified script, 1.7B, 8 completions, prompt 2048, up to 512 tokens
+#   tree_attention 1.5   forward and backward against FlashAttention on equal work
+#   decode_attention, sample 1   against a copy of as many bytes
+#   linear_logprob 1.5, selective_log_softmax 0.5, policy_loss 0.5, gae 0.5, group_advantages 0.5, overhead 0.5
+#   rollout_long 2, growth 4, sanitizer 3
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=$(mkdir -p "${1:?usage: bench/gpu.sh OUT [WHEELS]}" && cd "$1" && pwd)
@@ -11,27 +24,33 @@ WHEELS=${2:-}
 PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
+SUITES="decode_step rollout packing grpo_step tree_attention decode_attention sample linear_logprob
+  selective_log_softmax policy_loss gae group_advantages overhead rollout_long growth"
 
 step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; a failure does not end the script
   local name=$1 start=$SECONDS status
   shift
+  case " ${FLASHPO_STEPS:-$name} " in *" $name "*) ;; *) return 0 ;; esac
   if "$@" >"$OUT/$name.log" 2>&1; then status=ok; else status="FAILED ($?)" failed=1; fi
   echo "$name: $status, $((SECONDS - start)) s" | tee -a "$OUT/summary.txt"
   [ "$status" = ok ]
 }
 
-: >"$OUT/summary.txt"
+on_gpu() { # step, but in a dry run only its command into the summary
+  if [ -z "$DRY" ]; then step "$@"; else echo "${1}: needs a GPU: ${*:2}" | tee -a "$OUT/summary.txt"; fi
+}
+
 [ -z "$WHEELS" ] || step wheels "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
 step build "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reinstall . || exit 1
 step doctor "$PYTHON" -m flashpo doctor --check
 step tests "$PYTHON" -m pytest -q -m gpu tests
-if [ -z "$DRY" ]; then
-  # The CUDA C++ kernels alone: Triton's are checked against fp64 above, and memcheck does not follow their compiler
-  # (an assertion that is meant to fail is an error to it, and it excludes the profiler that counts launches)
-  step sanitizer compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q -m gpu tests/test_gpu_rl.py \
-    tests/test_gpu_rollout.py -k "not stop_the_gpu and not one_launch and not exact_probabilities"
-  step bench "$PYTHON" -m flashpo bench --device cuda --peers --out "$OUT/bench.jsonl" --plot "$OUT/plots"
-else
-  step bench "$PYTHON" -m flashpo bench overhead --device cpu --out "$OUT/bench.jsonl" --plot "$OUT/plots"
-fi
+for suite in $SUITES; do
+  on_gpu "$suite" timeout 600 "$PYTHON" -m flashpo bench "$suite" --device cuda --peers \
+    --out "$OUT/bench.jsonl" --plot "$OUT/plots"
+done
+# The CUDA C++ kernels alone: Triton's are checked against fp64 above, and memcheck does not follow their compiler
+# (an assertion that is meant to fail is an error to it, and it excludes the profiler that counts launches)
+on_gpu sanitizer compute-sanitizer --error-exitcode 1 "$PYTHON" -m pytest -q -m gpu tests/test_gpu_rl.py \
+  tests/test_gpu_rollout.py -k "not stop_the_gpu and not one_launch and not exact_probabilities"
+[ -z "$DRY" ] || step cpu_bench "$PYTHON" -m flashpo bench overhead --device cpu --out "$OUT/bench.jsonl" --plot "$OUT/plots"
 exit $failed

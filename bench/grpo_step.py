@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flashpo.bench.rollout import SHAPES, TINY
+from flashpo.bench.shapes import SHAPES
 from flashpo.bench.timing import Device, Tables
 
 SCRIPT = Path(__file__).with_name("step_script.py")
@@ -34,14 +34,15 @@ class Case(NamedTuple):
     prompt: int  # tokens
     steps: int
     seeds: int
-    mean_length: int | None = None  # of completions, if a limit of 128 tokens did not cut them; None: none ends before
-    tiny: bool = False
+    mean_length: int | None = None  # of completions, if a limit did not cut them; None: none ends before
+    model: str = "42M"  # of SHAPES
+    new: int = 128  # the limit
+    prompts: int = 2  # a step, of 8 completions each
 
     @property
     def title(self) -> str:
-        model = "tiny model" if self.tiny else "42M model"
-        completions = f"mean length {self.mean_length}" if self.mean_length else "all of 128 tokens"
-        return f"GRPO step, {model}, prompt={self.prompt}, completions {completions}"
+        completions = f"mean length {self.mean_length}" if self.mean_length else f"all of {self.new} tokens"
+        return f"GRPO step, {self.model} model, prompt={self.prompt}, completions {completions}"
 
 
 CASES = {
@@ -50,16 +51,19 @@ CASES = {
         Case(256, 4, 1),
         Case(1024, 3, 1, mean_length=48),
         Case(1024, 3, 1),
-        Case(32, 40, 3, tiny=True),
+        Case(32, 40, 3, model="tiny"),
     ],
-    "cuda": [Case(512, 8, 3), Case(2048, 8, 1), Case(2048, 8, 1, mean_length=48)],
+    "cuda": [
+        Case(2048, 4, 1, mean_length=256, model="1.7B", new=512, prompts=1),
+        Case(2048, 4, 1, model="1.7B", new=512, prompts=1),
+    ],
 }
 
 
 class Run(NamedTuple):
     seconds: list[float]
     rewards: list[float]
-    peak: int  # bytes of the process
+    peak: int  # bytes of the process; on a GPU: of its memory
 
 
 def save_model(shape: dict[str, Any], mean_length: int | None, folder: str) -> None:
@@ -100,29 +104,21 @@ def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
 
 def run(command: list[str], *args: object) -> Run:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    process = subprocess.Popen(
-        [*command, SCRIPT, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    errors = process.stderr.read()  # all of it: a full pipe would stop the script
-    lines = process.stdout.read().splitlines()
-    _, status, usage = os.wait4(process.pid, 0)  # the peak memory of this child alone
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{command} failed with status {process.returncode}:\n{errors[-3000:]}")
-    found = json.loads(lines[-1])
-    return Run(found["seconds"], found["rewards"], usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    done = subprocess.run([*command, SCRIPT, *map(str, args)], capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
+    return Run(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def records(device: Device, case: Case) -> Iterator[dict]:
     runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as out:
-        save_model(TINY if case.tiny else SHAPES[device.name], case.mean_length, model)
-        rate = 4e-3 if case.tiny else 3e-5
+        save_model(SHAPES[case.model], case.mean_length, model)
+        learns = case.model == "tiny"  # others make too few steps
+        settings = case.prompts, case.prompt, case.new, case.steps
         for seed in range(case.seeds):
             for name, command in VARIANTS.items():
-                runs[name].append(run(command, model, out, case.prompt, case.steps, seed, rate))
+                runs[name].append(run(command, model, out, *settings, seed, 4e-3 if learns else 3e-5))
     seconds = {name: statistics.median(s for r in done for s in r.seconds[1:]) for name, done in runs.items()}
     for name, done in runs.items():
         last = [statistics.mean(r.rewards[-5:]) for r in done]
@@ -132,7 +128,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
             "times_flashpo": seconds[name] / seconds["flashpo run"],
             "peak_mb": statistics.median(r.peak for r in done) / 2**20,
         }
-        if case.tiny:  # others make too few steps to learn
+        if learns:
             record |= {
                 "reward_first": statistics.mean(r.rewards[0] for r in done),
                 "reward_last": statistics.mean(last),

@@ -4,25 +4,15 @@ the padded pass of TRL on the same samples and the same weights.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashpo import TokenTree, pack, score
+from flashpo.bench.shapes import SHAPES, USUAL
 from flashpo.bench.timing import Device, Tables, compare
 
 TEMPERATURE = 0.9
-MODELS: dict[str, dict[str, Any]] = {  # Qwen3
-    "cpu": dict(
-        vocab_size=32768, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, initializer_range=0.1,
-    ),
-    "cuda": dict(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +74,13 @@ def make_model(device: Device):
     import transformers
     from trl.trainer.utils import add_fused_lm_head
 
-    config = transformers.Qwen3Config(**MODELS[device.name], dtype=torch.bfloat16 if device.cuda else torch.float32)
+    dtype = torch.bfloat16 if device.cuda else torch.float32
+    peaked = {} if device.cuda else {"initializer_range": 0.1}
+    config = transformers.Qwen3Config(**SHAPES[USUAL[device.name]], **peaked, tie_word_embeddings=True, dtype=dtype)
     with torch.device(device.name):
         model = transformers.AutoModelForCausalLM.from_config(config)
+    if device.cuda:  # as TRL does by default; without, its padded pass does not fit
+        model.gradient_checkpointing_enable()
     add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     return model.train()
 

@@ -31,6 +31,8 @@ HEADS = {
     "max_error": "max error",
     "tokens_per_s": "tokens/s",
     "ms_per_step": "ms a step",
+    "share_of_flash": "share of FlashAttention",
+    "times_floor": "÷ the floor",
     "share_of_floor": "share of the floor",
     "cache_mb": "cache, MiB",
     "gemm_gflops": "GEMM, GFLOP/s",

@@ -11,31 +11,9 @@ from typing import NamedTuple
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from flashpo.bench.shapes import SHAPES
 from flashpo.bench.timing import Device, Tables, compare
 from flashpo.rollout import RolloutEngine, SamplingParams
-
-GROUPS = {"cpu": (4, 8), "cuda": (8, 16)}  # prompts, completions of each
-SHAPES = {  # of the model
-    "cpu": {
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "vocab_size": 32768,
-    },
-    "cuda": {  # of a model of 1.7B parameters
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-}
-TINY = SHAPES["cpu"] | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 4096}
 
 
 class Case(NamedTuple):
@@ -43,40 +21,49 @@ class Case(NamedTuple):
     prompt: int
     new: int
     ragged: bool = False  # stop tokens end completions at a third of `new`, on average
-    tiny: bool = False
+    model: str = "42M"  # of SHAPES
+    prompts: int = 4
+    group: int = 8  # completions of each prompt
 
     @property
     def title(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        marks = " ragged" * self.ragged + " tiny" * self.tiny
+        marks = " ragged" * self.ragged + f" {self.model}" * (self.model != "42M")
+        marks += f" batch={self.prompts * self.group}" * (self.prompts != 4)
         return f"rollout {dtype} prompt={self.prompt} new={self.new}{marks}"
+
+
+def _on_gpu(model: str, prompts: int, prompt: int, new: int = 128, ragged: bool = False) -> Case:
+    return Case(torch.bfloat16, prompt, new, ragged, model, prompts, 8)
 
 
 CASES = {
     "cpu": [
         *(Case(dtype, p, n) for dtype in (torch.float32, torch.bfloat16) for p in (256, 1024) for n in (64, 256)),
         Case(torch.float32, 256, 256, ragged=True),
-        Case(torch.float32, 32, 64, tiny=True),
+        Case(torch.float32, 32, 64, model="tiny"),
     ],
     "cuda": [
-        *(Case(torch.bfloat16, p, 256) for p in (512, 2048)),
-        Case(torch.bfloat16, 512, 1024, ragged=True),
+        *(_on_gpu(model, 8, prompt) for model in ("0.6B", "1.7B", "4B") for prompt in (512, 2048)),
+        *(_on_gpu(model, 32, 512) for model in ("0.6B", "1.7B", "4B")),
+        _on_gpu("1.7B", 8, 512, new=1024, ragged=True),
     ],
 }
+LONG = {"cpu": 64, "cuda": 128}  # new tokens beyond which a case is one of the long ones
 
 
 def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
     torch.manual_seed(0)
-    config = Qwen3Config(**(TINY if case.tiny else SHAPES[device.name]), tie_word_embeddings=True)
-    model = Qwen3ForCausalLM(config).to(device.name, case.dtype).eval()
-    count, group = GROUPS[device.name]
-    prompts = torch.randint(config.vocab_size, (count, case.prompt)).tolist()
+    config = Qwen3Config(**SHAPES[case.model], tie_word_embeddings=True)
+    with torch.device(device.name):
+        model = Qwen3ForCausalLM(config).to(case.dtype).eval()
+    prompts = torch.randint(config.vocab_size, (case.prompts, case.prompt)).tolist()
     stops = tuple(range(0, config.vocab_size, case.new // 3)) if case.ragged else ()
     engine = RolloutEngine(model, fallback="error")
-    params = SamplingParams(n=group, max_new_tokens=case.new, stop_token_ids=stops)
+    params = SamplingParams(n=case.group, max_new_tokens=case.new, stop_token_ids=stops)
     check(model, engine.generate(prompts[:1], params), case.dtype)
 
-    repeated = [prompt for prompt in prompts for _ in range(group)]
+    repeated = [prompt for prompt in prompts for _ in range(case.group)]
     ids = torch.tensor(repeated, device=device.name)
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": case.new, "pad_token_id": 0}
     settings |= {"eos_token_id": list(stops)} if stops else {}
@@ -96,22 +83,23 @@ def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
         drawn["continuous batching"] = sum(len(x.generated_tokens) for x in out.values())
 
     variants = {"FlashPO": ours, "generate": generate}
-    if with_peers and not case.ragged and case.new <= 64:  # it takes minutes
+    affordable = case.new <= LONG[device.name] and case.prompt <= 1024 and len(repeated) <= 64  # others take minutes
+    if with_peers and not case.ragged and affordable:
         variants["continuous batching"] = continuous_batching
     gemm = torch.randn(2, 2048, 2048, device=device.name).to(case.dtype)
     source = torch.empty(1 << 28, dtype=torch.uint8, device=device.name)
     target = torch.empty_like(source)
     calibration = {"GEMM": lambda: torch.mm(gemm[0], gemm[1]), "copy": lambda: target.copy_(source)}
     rates = compare(device, calibration, budget=0.5)
-    seconds = compare(device, variants, budget=0.0, rounds=3)
+    seconds = compare(device, variants, budget=0.0, rounds=2 if device.cuda else 3)
     flops, bandwidth = 2 * 2048**3 / rates["GEMM"], 2 * source.numel() / rates["copy"]
 
     stats = engine.generate(prompts, params).stats
     weights = sum(p.numel() for p in model.parameters())
     token_bytes = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * case.dtype.itemsize
-    read = count * case.prompt + stats.mean_rows * case.new / 2  # distinct keys and values of a step
+    read = case.prompts * case.prompt + stats.mean_rows * case.new / 2  # distinct keys and values of a step
     step = max(2 * weights * stats.mean_rows / flops, weights * case.dtype.itemsize / bandwidth)
-    floor = 2 * weights * count * case.prompt / flops + stats.steps * (step + read * token_bytes / bandwidth)
+    floor = 2 * weights * case.prompts * case.prompt / flops + stats.steps * (step + read * token_bytes / bandwidth)
     for name, time in seconds.items():
         rate = drawn[name] / time
         ours_rate = drawn["FlashPO"] / seconds["FlashPO"]
@@ -144,8 +132,9 @@ def check(model, rollouts, dtype: torch.dtype) -> None:
 
 
 def tables(device: Device, with_peers: bool, quick: bool, long: bool = False) -> Tables:
-    """Of the cases with 64 new tokens, or of the `long` ones."""
+    """Of the short cases, or of the `long` ones."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    chosen = [case for case in CASES[device.name] if (case.new > 64) == long]
+    chosen = [case for case in CASES[device.name] if (case.new > LONG[device.name]) == long]
     for case in chosen[: 1 if quick else None]:
         yield case.title, list(records(device, case, with_peers))
+        device.collect()

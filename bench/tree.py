@@ -1,4 +1,8 @@
-"""tree_attention on groups of completions against torch's attention: on padded rows, and under a dense mask."""
+"""tree_attention on groups of completions against torch's attention: on padded rows, and under a dense mask.
+
+"flash, equal work" is the rate to reach: torch's FlashAttention on plain causal rows that have together as many pairs
+of a query and a key as the tree.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flashpo import tree_attention
@@ -30,6 +35,7 @@ SHAPES = {
         Shape(32, 0, 1, 2048, 16, 8, 128),
     ],
 }
+EQUAL = "flash, equal work"
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
@@ -93,6 +99,25 @@ def systems(tree: Groups, with_peers: bool) -> dict:
     return found
 
 
+def equal_work(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> tuple[dict, int]:
+    """Forward and step of plain causal rows as long as the tree is deep, and their pairs."""
+    length = shape.prompt + shape.longest
+    of_row = length * (length + 1) // 2
+    rows = max(round(pairs / of_row), 1)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    inputs = [torch.randn(rows, h, length, shape.dim, device=device).to(dtype).requires_grad_() for h in heads]
+    d_out = torch.randn_like(inputs[0])
+
+    def attention():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+
+    def step():
+        torch.autograd.grad(attention(), inputs, d_out)
+
+    return {f"{EQUAL} forward": torch.no_grad()(attention), f"{EQUAL} step": step}, rows * of_row
+
+
 def records(device: Device, shape: Shape, dtype: torch.dtype, with_peers: bool) -> Iterator[dict]:
     tree = groups(shape, device.name)
     N, heads = len(tree.end), (shape.heads, shape.kv_heads, shape.kv_heads)
@@ -124,24 +149,28 @@ def records(device: Device, shape: Shape, dtype: torch.dtype, with_peers: bool) 
     if errors["FlashPO"] > 2 * errors["SDPA, padded rows"] + 1e-6:
         raise AssertionError(f"tree_attention is off by {errors['FlashPO']}")
 
+    pairs = (tree.position + 1).sum().item()  # of a query and a key that it sees
+    plain, plain_pairs = equal_work(shape, pairs, device.name, dtype)
+    variants |= plain
     size = 1024 if device.name == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
     seconds = compare(device, variants | {"GEMM": lambda: torch.mm(a, b, out=c)})
     gemm = 2 * size**3 / seconds["GEMM"]
-    pairs = (tree.position + 1).sum().item()  # of a query and a key that it sees
     yield {"variant": "GEMM", "ms": seconds["GEMM"] * 1e3, "gflop_per_s": gemm / 1e9}
     for name, f in variants.items():
         system, _, phase = name.rpartition(" ")
-        flops = pairs * shape.heads * shape.dim * (4 if phase == "forward" else 14)
+        own = plain_pairs if system == EQUAL else pairs  # that a tree needs, whatever else is computed
+        flops = own * shape.heads * shape.dim * (4 if phase == "forward" else 14)
         yield {
             "variant": name,
             "ms": seconds[name] * 1e3,
             "times_flashpo": seconds[name] / seconds[f"FlashPO {phase}"],
-            "gflop_per_s": flops / seconds[name] / 1e9,  # that a tree needs
+            "gflop_per_s": flops / seconds[name] / 1e9,
             "share_of_gemm": flops / seconds[name] / gemm,
+            "share_of_flash": own / seconds[name] / (plain_pairs / seconds[f"{EQUAL} {phase}"]),
             "extra_mb": device.peak_bytes(f) / 2**20,
-            "error": errors[system],
+            "error": errors.get(system),
         }
 
 

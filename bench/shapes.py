@@ -1,0 +1,27 @@
+"""Qwen3-like models with random weights, by their size in parameters: nothing is downloaded."""
+
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, vocab_size=4096,
+    ),
+    "42M": dict(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, vocab_size=32768,
+    ),
+    "0.6B": dict(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936,
+    ),
+    "1.7B": dict(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936,
+    ),
+    "4B": dict(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936,
+    ),
+}  # fmt: skip
+USUAL = {"cpu": "42M", "cuda": "1.7B"}  # of a benchmark that does not say otherwise

@@ -1,0 +1,38 @@
+"""What a machine with a GPU is to run."""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+pytest.importorskip("transformers")
+from flashpo.bench import decode_step, grpo_step, packing, rollout, tree
+from flashpo.bench.cases import SUITES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def test_a_dry_run_lists_every_suite(tmp_path):
+    environment = os.environ | {"FLASHPO_DRY_RUN": "1", "FLASHPO_STEPS": "none of those that need no GPU"}
+    subprocess.run(["bash", ROOT / "bench" / "gpu.sh", tmp_path], check=True, env=environment, timeout=60)
+    lines = [line.split(": needs a GPU: ") for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    assert {name for name, _ in lines} == {*SUITES, "sanitizer"}
+    assert all(f"flashpo bench {name} --device cuda" in command for name, command in lines if name != "sanitizer")
+
+
+def test_titles_are_distinct():
+    for suite in (decode_step, grpo_step, rollout):
+        for device, cases in suite.CASES.items():
+            assert len({case.title for case in cases}) == len(cases), (suite.__name__, device)
+
+
+def test_the_goals_for_a_gpu_are_among_the_cases():
+    shapes = {(case.model, case.prompts * case.group, case.prompt) for case in rollout.CASES["cuda"]}
+    steps = {(case.model, case.prompts * case.group, case.prompt) for case in decode_step.CASES["cuda"]}
+    for model in ("0.6B", "1.7B", "4B"):
+        for batch, prompt in ((64, 512), (64, 2048), (256, 512)):
+            assert (model, batch, prompt) in shapes & steps
+    assert any((w.size, w.prompt, w.completion) == (8, 2048, 512) for w in packing.WORKLOADS["cuda"])
+    assert any((c.model, c.prompt, c.new) == ("1.7B", 2048, 512) for c in grpo_step.CASES["cuda"])
+    assert any(shape.prompt == 2048 for shape in tree.SHAPES["cuda"])
