@@ -2,7 +2,18 @@
 
 from collections.abc import Callable
 
-from flashpo.bench import advantages, decoding, gae, growth, losses, packing, sampling, scoring, tree
+from flashpo.bench import (
+    advantages,
+    decoding,
+    gae,
+    growth,
+    losses,
+    packed_linear,
+    packing,
+    sampling,
+    scoring,
+    tree,
+)
 from flashpo.bench.timing import Device, Tables
 
 
@@ -44,6 +55,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "sample": sampling.tables,
     "decode_attention": decoding.tables,
     "decode_step": decode_step_tables,
+    "packed_linear": packed_linear.tables,
     "grpo_step": grpo_step_tables,
     "overhead": scoring.overhead_tables,
 }

@@ -106,6 +106,8 @@ PYBIND11_MODULE(_C, m) {
            ReleaseGil());
   m.def("decode_attention_scratch", CPU_OR_AMX(decode_attention_scratch));
   m.def("decode_attention", CPU_OR_AMX(decode_attention), ReleaseGil());
+  m.def("pack_linear", CPU(pack_linear), ReleaseGil());
+  m.def("packed_linear", CPU_OR_AMX(packed_linear), ReleaseGil());
   m.def("kv_append", &kv_append, ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
   m.def("group_advantages", &group_advantages, ReleaseGil());

@@ -45,6 +45,8 @@ class Plan;
                    const Tensor& q_weight, const Tensor& k_weight, double eps, bool unit_offset,                      \
                    const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot, const Tensor& out, int threads); \
   void gated_activation(const Tensor& gate, const Tensor& up, int activation, const Tensor& out, int threads);        \
+  void pack_linear(const Tensor& weight, const Tensor& packed, int threads);                                          \
+  void packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, const Tensor& out, int threads);      \
   void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,              \
               const Tensor& min_p, const Tensor& seed, const Tensor& offset, const Tensor& token,                     \
               const Tensor& numbers, int threads);                                                                    \
@@ -57,7 +59,7 @@ class Plan;
 FLASHPO_DECLARE_CPU(baseline)
 FLASHPO_DECLARE_CPU(avx2)
 FLASHPO_DECLARE_CPU(avx512)
-FLASHPO_DECLARE_CPU(amx)  // bfloat16 matrix products: decode_attention alone
+FLASHPO_DECLARE_CPU(amx)  // bfloat16 matrix products: decode_attention, packed_linear
 
 namespace flashpo {
 

@@ -6,6 +6,7 @@ from inputs import Case
 
 from flashpo import gae, group_advantages, kv_append, policy_loss, sample, selective_log_softmax, tree_attention
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
+from flashpo.ops.packed_linear import pack_linear, packed_linear
 
 
 def scoring():
@@ -73,6 +74,10 @@ def decoder_layer():
     )
 
 
+def packing():
+    packed_linear(torch.randn(3, 16), pack_linear(torch.randn(50, 16)), torch.randn(50), columns=50)
+
+
 def sampling():
     temperature, top_k = torch.tensor([0.0, 0.7, 1.0]), torch.tensor([0, 5, 3])
     sample(torch.randn(3, 40), temperature=temperature, top_k=top_k, top_p=0.9, min_p=0.01, seed=1, offset=top_k)
@@ -87,6 +92,7 @@ EXAMPLES = [
     generalised_advantages,
     tree,
     decoding,
+    packing,
     sampling,
 ]
 

@@ -57,10 +57,10 @@ def assert_close(out, expected, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 5, 32, 33, 100])
+@pytest.mark.parametrize("rows", [0, 1, 5, 32, 33, 100, 500])
 def test_packed_linear(dtype, bias, rows):
     linear = nn.Linear(192, 321, bias=bias, dtype=dtype)
-    packed = packed_linear(linear.weight.detach(), linear.bias.detach() if bias else None, linear.weight)
+    packed = packed_linear(linear.weight.detach(), linear.bias.detach() if bias else None, linear)
     if packed is None:
         pytest.skip(f"no packed {dtype} on this machine")
     x = torch.randn(rows, 2, 192, dtype=dtype)[:, 1:]  # not dense

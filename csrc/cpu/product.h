@@ -34,9 +34,9 @@ struct Ahead {
   }
 };
 
-template <int R, int V, typename T>
+template <int R, int V, typename T, typename Fetches>
 static inline void product_tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth,
-                                float* c, int64_t c_stride, bool add, Ahead ahead) {
+                                float* c, int64_t c_stride, bool add, Fetches ahead) {
   vf sum[R][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
     ahead.fetch();

@@ -8,23 +8,38 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-class AmxProduct {
+// The tile registers, while it lives: 0 to 3 for sums, 4 and 5 for rows of a, 6 and 7 for 16 pairs of rows of b. 0, 1 and
+// 4 have `upper` rows, 2, 3 and 5 `lower` ones.
+class Tiles {
  public:
-  using Operand = bf16;
-  explicit AmxProduct(float* scratch) : pairs_(reinterpret_cast<bf16*>(scratch)) {
+  Tiles() { use(16, 16); }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+
+  void use(int64_t upper, int64_t lower) {
+    if (upper == upper_ && lower == lower_) return;
+    upper_ = upper;
+    lower_ = lower;
     alignas(64) struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
     for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = 16;
+      config.rows[i] = static_cast<uint8_t>(i >= 6 ? 16 : i < 2 || i == 4 ? upper : lower);
+      config.row_bytes[i] = config.rows[i] > 0 ? 64 : 0;
     }
     _tile_loadconfig(&config);
   }
-  ~AmxProduct() { _tile_release(); }
-  AmxProduct(const AmxProduct&) = delete;
+
+ private:
+  int64_t upper_ = 0, lower_ = 0;
+};
+
+class AmxProduct {
+ public:
+  using Operand = bf16;
+  explicit AmxProduct(float* scratch) : pairs_(reinterpret_cast<bf16*>(scratch)) {}
 
   // c has rows to a multiple of 16 and columns to one of 32; a's columns from `last` to a multiple of 32 are 0.
   void operator()(int64_t rows, int64_t columns, int64_t first, int64_t last, const bf16* a, int64_t a_stride,
@@ -113,6 +128,7 @@ class AmxProduct {
   }
 
   bf16* pairs_;
+  Tiles tiles_;
 };
 
 }  // namespace flashpo::FLASHPO_ISA

@@ -21,6 +21,7 @@ import flashpo
 from flashpo import _op
 from flashpo.ops import decode_layer
 from flashpo.ops._wide import wide, wide_dtype
+from flashpo.ops.packed_linear import pack_linear, packed_linear
 from flashpo.ops.sample import uniform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -183,6 +184,11 @@ PROBES = {
         lambda: [torch.randn(shape, dtype=torch.float64) for shape in ((7, 256), (7, 256), (256,))],
         _layer,
         _plain_layer,
+    ),
+    "pack_linear, packed_linear": Probe(
+        lambda: [torch.randn(shape, dtype=torch.float64) for shape in ((33, 96), (101, 96))],
+        lambda x, weight: (packed_linear(x.detach(), pack_linear(weight), columns=weight.shape[0]),),
+        lambda x, weight: (F.linear(x.detach(), weight.detach()),),
     ),
     "decode_attention": Probe(
         lambda: [torch.randn(n, heads, 64, dtype=torch.float64) for n, heads in ((6, 4), (160, 2), (160, 2))],

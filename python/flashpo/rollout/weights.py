@@ -45,7 +45,8 @@ class WeightView:
             Linear layers find fp32 weights already cast.
         lora: "live": `W x + s B A x`, as in training. "merged": `(W + s B A) x`, summed in fp32. "auto": merged where
             the sum stays in fp32. Not in 16 bit: there an early adapter is less than half a unit in the last place of
-            W and rounds away, so that the base model would answer.
+            W and rounds away, so that the base model would answer. Where weights are packed, the many rows of a
+            prefill go through the live layers.
 
     Raises:
         ValueError: a wrong argument, or (on entry) weights that are sharded or wrapped in a way that we cannot view.
@@ -186,7 +187,7 @@ class WeightView:
         weight, constant = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
         linear = None
         if self.mode == "shadow" or live.numel() >= PACK_NUMEL:
-            linear = packed_linear(weight, constant, like=live)
+            linear = packed_linear(weight, constant, module.forward)
         if linear is None:
             if weight.data_ptr() == live.data_ptr():
                 return None

@@ -1,0 +1,117 @@
+"""x W^T + b for the few rows of a decode step, with W laid out once: each weight is read once and fetched ahead.
+
+Libraries lay W out at every call, or have their kernels wait for memory. Without a gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashpo._op import native, op, why_unavailable
+from flashpo.ops._check import check_device, check_float
+
+ROWS = 192  # up to which the kernel is quicker than a library's product of many rows
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether a kernel of this machine computes with `pack_linear(weight)`: without one, packing is a loss."""
+    if weight.device.type != "cpu" or weight.numel() == 0 or why_unavailable("native", "cpu") is not None:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return native.isa == "amx" and weight.shape[1] % 32 == 0
+    return weight.dtype == torch.float32
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """What `packed_linear` takes for the weight (N, K) of a linear layer: a copy, with zeros up to whole panels.
+
+    Panels of 48 of the N columns of the result: (N / 48, K, 48). bfloat16 in the form of AMX, K a multiple of 32:
+    (N / 32, K / 32, 2, 16, 16, 2), tiles of 16 pairs of k and 16 columns.
+    """
+    check_float("weight", weight)
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must be (N, K) with N, K >= 1, got {tuple(weight.shape)}")
+    if weight.dtype == torch.bfloat16 and weight.shape[1] % 32:
+        raise ValueError(f"weight must have a multiple of 32 columns in bfloat16, got {weight.shape[1]}")
+    return pack_linear_fwd(weight.detach())
+
+
+@op
+def pack_linear_fwd(weight: Tensor) -> Tensor:
+    if weight.dtype == torch.bfloat16:
+        panels = F.pad(weight, (0, 0, 0, -weight.shape[0] % 32)).view(-1, 2, 16, weight.shape[1] // 32, 16, 2)
+        return panels.permute(0, 3, 1, 4, 2, 5).contiguous()
+    return F.pad(weight, (0, 0, 0, -weight.shape[0] % 48)).unflatten(0, (-1, 48)).transpose(1, 2).contiguous()
+
+
+def _empty(weight: Tensor) -> Tensor:
+    columns, depth = weight.shape
+    if weight.dtype == torch.bfloat16:
+        return weight.new_empty((columns + 31) // 32, depth // 32, 2, 16, 16, 2)
+    return weight.new_empty((columns + 47) // 48, depth, 48)
+
+
+pack_linear_fwd.fake(_empty)
+
+
+@pack_linear_fwd.backend("native")  # csrc/cpu/packed_linear.cpp
+def _(weight):
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return NotImplemented
+    packed = _empty(weight)
+    native.pack_linear(weight.contiguous(), packed, torch.get_num_threads())
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, columns: int) -> Tensor:
+    """x W^T + b, summed in float32. A row's result depends on this row alone, bitwise.
+
+    Args:
+        x: (M, K); rows may be strided. packed: `pack_linear(W)`. bias: (N,) or None. columns: N.
+
+    Returns:
+        (M, N) in x's dtype.
+    """
+    check_float("x", x)
+    depth = _depth(packed)
+    if x.dim() != 2 or x.shape[1] != depth:
+        raise ValueError(f"x must be (M, {depth}) as packed has it, got {tuple(x.shape)}")
+    width = packed.numel() // (packed.shape[0] * depth)
+    if not 0 <= packed.shape[0] * width - columns < width:
+        raise ValueError(f"columns must fill the {packed.shape[0]} panels of {width} that packed has, got {columns}")
+    for name, other in (("packed", packed), ("bias", bias)):
+        if other is not None:
+            if other.dtype != x.dtype:
+                raise TypeError(f"{name} must be {x.dtype} as x is, got {other.dtype}")
+            check_device(name, other, "x", x)
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"bias must be ({columns},), got {tuple(bias.shape)}")
+    return packed_linear_fwd(x, packed, bias, columns)
+
+
+def _depth(packed: Tensor) -> int:
+    return packed.shape[1] * (32 if packed.dtype == torch.bfloat16 else 1)
+
+
+@op
+def packed_linear_fwd(x: Tensor, packed: Tensor, bias: Tensor | None, columns: int) -> Tensor:
+    if packed.dtype == torch.bfloat16:
+        packed = packed.permute(0, 1, 3, 5, 2, 4)  # (panels, depth / 32, 16, 2, 2, 16)
+    weight = packed.reshape(packed.shape[0], x.shape[1], -1)
+    return F.linear(x, weight.transpose(1, 2).flatten(0, 1)[:columns], bias)
+
+
+@packed_linear_fwd.fake
+def _(x, packed, bias, columns):
+    return x.new_empty(x.shape[0], columns)
+
+
+@packed_linear_fwd.backend("native")  # csrc/cpu/packed_linear.cpp
+def _(x, packed, bias, columns):
+    if x.device.type != "cpu" or not (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and native.isa == "amx")):
+        return NotImplemented
+    out = x.new_empty(x.shape[0], columns)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    native.packed_linear(x, packed.contiguous(), bias, out, torch.get_num_threads())
+    return out
