@@ -27,6 +27,7 @@ from trl_models import (
 )
 
 import flashpo.trl
+from flashpo.trl import tree_head
 from flashpo.trl.patch import patched, stock
 
 SYSTEM = text(20, 1)
@@ -343,6 +344,12 @@ def test_a_batch_that_cannot_be_packed(change):
         run(model, batch)
     with pytest.raises(ValueError, match=f"share_prefix=True, but .*{REFUSED[change]}"):
         run(strict, batch)
+
+
+def test_a_device_that_is_not_ours(monkeypatch):
+    monkeypatch.setattr(tree_head, "DEVICES", ("cuda",))
+    with pytest.raises(ValueError, match="share_prefix=True, but the batch is on cpu"):
+        run(scorer(mode=True), rows())
 
 
 def test_padding_free_dpo(caplog):

@@ -35,6 +35,7 @@ def test_agrees(name, package):
     names = {line.name for line in report.lines}
     assert {"loss", "entropy", "grad model.embed_tokens.weight", "grad lm_head.weight"} <= names
     assert report.ops["linear_logprob_partial"]
+    assert ("tree_attention_bwd" in report.ops) == (package is flashpo.trl)
     assert "all agree" in str(report)
     assert "grad lm_head.weight" in str(report)
     assert any(line.stock > 0 for line in report.lines if line.name.startswith("grad "))

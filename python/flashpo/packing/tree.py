@@ -50,7 +50,7 @@ class TokenTree(NamedTuple):
     def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Values of the pairs (M, ...) at the places that they score (B, C, ...), `fill` at the others."""
         nothing = values.new_full((1, *values.shape[1:]), fill)
-        return torch.cat([values, nothing])[self.pair]
+        return torch.cat([values, nothing])[self.pair.to(values.device)]
 
 
 def pack(

@@ -20,7 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from flashpo.packing import TokenTree, forward_here, pack, packable
 from flashpo.packing.attention import install
-from flashpo.trl.patch import FIELDS, active
+from flashpo.trl.patch import DEVICES, FIELDS, active
 from flashpo.trl.sharing import Sharing
 
 ROWS = {"input_ids", "labels", "attention_mask"}
@@ -72,7 +72,7 @@ def take_trees(
             return padded(self, *args, fused_lm_head=True, **batch)
         options = {"temperature": temperature, "outputs": wanted, "fp32_head": fp32_head, "aux_loss": routers}
         stats, aux_loss = forward_here(self, tree, **options)
-        label_mask = batch["labels"][:, 1:] != -100
+        label_mask = (batch["labels"][:, 1:] != -100).to(stats.logprob.device)
         per_token = {name: x[:, 1:] for name, x in zip(FIELDS, stats) if x is not None}
         loss = -per_token["log_probs"].sum() / label_mask.sum().clamp(min=1)
         if aux_loss is not None:
@@ -103,6 +103,8 @@ def _pack(batch: dict[str, Any], prune: bool) -> TokenTree:
         raise ValueError(f"the batch has {name}")
     for name in sorted(needed - batch.keys()):
         raise ValueError(f"the batch has no {name}")
+    if (device := batch["input_ids"].device.type) not in DEVICES:
+        raise ValueError(f"the batch is on {device}")
     scored = batch["labels"] != -100
     scored[:, 0] = False  # nothing predicts it, and the loss does not read it
     if flattened:
