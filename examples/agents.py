@@ -1,22 +1,29 @@
 """Two agents that learn from working together: two LoRA adapters, planner and worker, over one frozen base model.
 
 The problem is a sum of three numbers. The planner speaks first and takes one addition off it; the worker reads the
-conversation so far and finishes:
+conversation so far and finishes. A problem gets several plans, and each plan several results:
 
-    3+4+6=      7+6=      13
-    problem     planner   worker
+    3+4+6= --> 7+6= --> 13
+           |        --> 12
+           --> 8+6= --> 14
+                    --> 14
+    problem    planner  worker
 
-The planner's reward is for the right result, for which it needs the worker. The worker's is for doing what the plan
-says, be the plan right or wrong; a plan that is no sum cannot be judged. The base model imitates demonstrations half of
-whose steps are wrong; that being right pays is for the agents to find out.
+The planner's reward is for right results, for which it needs the worker. The worker's is for doing what the plan says,
+be the plan right or wrong; a plan that is no sum cannot be judged. A turn is compared with the others that answer the
+same conversation. The base model imitates demonstrations half of whose steps are wrong; that being right pays is for
+the agents to find out.
 
-python examples/agents.py                  # a minute or two on two CPU cores; fails if an agent learns too little
+What the turns of an agent have in common is computed once, in rollout and training: FlashPO finds it in the tokens.
+
+python examples/agents.py                  # half a minute on two CPU cores; fails if an agent learns too little
 """
 
 import argparse
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from statistics import mean
 
 import arithmetic
 import torch
@@ -25,6 +32,7 @@ from torch import Tensor
 from transformers import set_seed
 
 import flashpo
+from flashpo.rollout import RolloutEngine, SamplingParams
 
 AGENTS = ("planner", "worker")
 LONGEST_TURN = 6  # tokens
@@ -35,24 +43,17 @@ STOP = {"planner": TOKENIZER.convert_tokens_to_ids("="), "worker": TOKENIZER.eos
 
 @dataclass
 class Turn:
-    """Tokens start to stop of a trajectory, and what they earned."""
+    """What an agent said in a conversation, and what it earned by that."""
 
-    agent: str
-    number: int  # of the turn in its conversation
-    start: int
-    stop: int
+    conversation: int  # number of the conversation that it answers
+    before: list[int]  # that conversation
+    tokens: list[int]
+    logprobs: list[float]  # with which these were sampled
     reward: float = 0.0
 
-
-@dataclass
-class Trajectory:
-    problem: int  # number of the problem in its batch: trajectories of one problem are compared
-    answer: int
-    tokens: list[int]
-    turns: list[Turn] = field(default_factory=list)
-
-    def text(self, turn: Turn) -> str:
-        return TOKENIZER.decode(self.tokens[turn.start : turn.stop], skip_special_tokens=True)
+    @property
+    def text(self) -> str:
+        return TOKENIZER.decode(self.tokens, skip_special_tokens=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -60,8 +61,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-start-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--problems", type=int, default=32, help="a step")
-    parser.add_argument("--samples", type=int, default=8, help="trajectories of each problem")
-    parser.add_argument("--updates", type=int, default=2, help="of each agent on the trajectories of a step")
+    parser.add_argument("--plans", type=int, default=4, help="of each problem")
+    parser.add_argument("--results", type=int, default=4, help="of each plan")
+    parser.add_argument("--updates", type=int, default=2, help="of each agent on its turns of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--kl-coef", type=float, default=0.01)
     parser.add_argument("--margin", type=float, default=0.25, help="by which each agent's reward has to rise")
@@ -83,113 +85,69 @@ def warm_start(model, steps: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 1))
     for _ in range(steps):
-        rows = [demonstration(rng) for _ in range(64)]
-        prompts, rest = ([TOKENIZER(text)["input_ids"] for text in column] for column in zip(*rows))
-        tokens, real = padded([p + r + [TOKENIZER.eos_token_id] for p, r in zip(prompts, rest)])
-        said = torch.arange(tokens.shape[1]) >= torch.tensor([len(p) for p in prompts])[:, None]
-        mask = (real & said)[:, 1:]
-        loss = -logprobs(model, tokens, real, mask).sum() / mask.sum()
+        problems, said = zip(*(demonstration(rng) for _ in range(64)))
+        prompts, rest = (TOKENIZER(list(texts))["input_ids"] for texts in (problems, said))
+        tokens, real, mask = padded(prompts, [[*ids, TOKENIZER.eos_token_id] for ids in rest])
+        loss = model(input_ids=tokens, attention_mask=real, labels=tokens.where(mask, -100)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
 
 
-def padded(rows: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
-    """(B, T) tokens, and which of them are real."""
-    side = "left" if left else "right"
-    batch = TOKENIZER.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
-    return batch["input_ids"], batch["attention_mask"].bool()
+def padded(before: list[list[int]], said: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Conversations as (B, T) tokens; which of them are real, and which are those that were said last."""
+    rows = [old + new for old, new in zip(before, said)]
+    batch = TOKENIZER.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    tokens, real = batch["input_ids"], batch["attention_mask"]
+    new = torch.arange(tokens.shape[1]) >= torch.tensor([len(old) for old in before])[:, None]
+    return tokens, real, new & real.bool()
 
 
-def logprobs(model, tokens: Tensor, real: Tensor, mask: Tensor) -> Tensor:
-    """(B, T - 1): the log-probability of each next token, 0 outside of the mask, where nothing is computed."""
-    hidden = model.model(input_ids=tokens, attention_mask=real.long()).last_hidden_state
-    target = tokens[:, 1:].where(mask, -100)
-    return flashpo.linear_logprob(hidden[:, :-1], model.lm_head.weight, target, outputs=()).logprob
+def speak(engine: RolloutEngine, agent: str, conversations: list[list[int]], n: int, seed: int) -> list[Turn]:
+    """n turns of the agent in each conversation."""
+    params = SamplingParams(n=n, max_new_tokens=LONGEST_TURN, stop_token_ids=[STOP[agent]], seed=seed)
+    said = engine.generate(conversations, params, adapters=[agent] * len(conversations))
+    return [Turn(*turn) for turn in zip(said.prompt_index, said.prompt_ids, said.completion_ids, said.logprobs)]
 
 
-@torch.no_grad()
-def speak(model, agent: str, trajectories: list[Trajectory]) -> None:
-    """The agent's turn in every conversation."""
+def rollout(
+    engine: RolloutEngine, problems: int, plans: int, results: int, rng: random.Random
+) -> dict[str, list[Turn]]:
+    """The turns of each agent: `plans` of each problem, `results` of each plan."""
+    terms = [[rng.randint(1, LARGEST) for _ in range(3)] for _ in range(problems)]
+    prompts = TOKENIZER(["+".join(map(str, numbers)) + "=" for numbers in terms])["input_ids"]
+    planned = speak(engine, "planner", prompts, plans, rng.randrange(2**62))
+    worked = speak(engine, "worker", [t.before + t.tokens for t in planned], results, rng.randrange(2**62))
+    for i, plan in enumerate(planned):
+        reward(str(sum(terms[plan.conversation])), plan, worked[i * results : (i + 1) * results])
+    return {"planner": planned, "worker": worked}
+
+
+def reward(answer: str, plan: Turn, results: list[Turn]) -> None:
+    """Of a plan, by the results that it led to, and of these."""
+    plan.reward = mean(float(result.text == answer) for result in results)
+    terms = re.fullmatch(r"(\d+)\+(\d+)=", plan.text)
+    for result in results:
+        result.reward = float(result.text == str(int(terms[1]) + int(terms[2]))) if terms else float("nan")
+
+
+def learn(model, agent: str, optimizer, turns: list[Turn], updates: int, kl_coef: float) -> dict[str, float]:
+    """Some updates of one agent's adapter by its own turns; the metrics of the last."""
+    rewards = torch.tensor([turn.reward for turn in turns])
+    advantage = flashpo.group_advantages(rewards, torch.tensor([turn.conversation for turn in turns])).advantage
+    tokens, real, mask = padded([turn.before for turn in turns], [turn.tokens for turn in turns])
+    tree = flashpo.pack(tokens, real, mask)
+    old = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor([x for turn in turns for x in turn.logprobs]))
     model.set_adapter(agent)
-    tokens, real = padded([t.tokens for t in trajectories], left=True)
-    said = model.generate(
-        input_ids=tokens,
-        attention_mask=real.long(),
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=LONGEST_TURN,
-        eos_token_id=STOP[agent],
-        pad_token_id=TOKENIZER.pad_token_id,
-    )[:, tokens.shape[1] :]
-    for trajectory, row in zip(trajectories, said.tolist()):
-        if STOP[agent] in row:
-            row = row[: row.index(STOP[agent]) + 1]
-        start = len(trajectory.tokens)
-        trajectory.tokens += row
-        trajectory.turns.append(Turn(agent, len(trajectory.turns), start, len(trajectory.tokens)))
-
-
-def reward(trajectory: Trajectory) -> None:
-    planner, worker = trajectory.turns
-    plan = re.fullmatch(r"(\d+)\+(\d+)=", trajectory.text(planner))
-    result = trajectory.text(worker)
-    planner.reward = float(result == str(trajectory.answer))
-    worker.reward = float(result == str(int(plan[1]) + int(plan[2]))) if plan else float("nan")
-
-
-def rollout(model, problems: int, samples: int, rng: random.Random) -> list[Trajectory]:
-    trajectories = []
-    for problem in range(problems):
-        terms = [rng.randint(1, LARGEST) for _ in range(3)]
-        prompt = TOKENIZER("+".join(map(str, terms)) + "=")["input_ids"]
-        trajectories += [Trajectory(problem, sum(terms), list(prompt)) for _ in range(samples)]
-    for agent in AGENTS:
-        speak(model, agent, trajectories)
-    for trajectory in trajectories:
-        reward(trajectory)
-    return trajectories
-
-
-def advantages(trajectories: list[Trajectory], tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B, T - 1) each, of the next tokens: the advantage of the turn that said them, and each agent's mask.
-
-    A turn is compared with the same turn of the same agent in the other conversations about the same problem.
-    """
-    turns = [(row, t.problem, turn) for row, t in enumerate(trajectories) for turn in t.turns]
-    most = max(turn.number for *_, turn in turns) + 1
-    keys = [(problem * len(AGENTS) + AGENTS.index(turn.agent)) * most + turn.number for _, problem, turn in turns]
-    rewards = torch.tensor([turn.reward for *_, turn in turns])
-    of_turn = flashpo.group_advantages(rewards, torch.tensor(keys)).advantage
-    of_token = torch.zeros(tokens.shape)
-    own = {agent: torch.zeros(tokens.shape, dtype=torch.bool) for agent in AGENTS}
-    for (row, _, turn), value in zip(turns, of_turn):
-        of_token[row, turn.start : turn.stop] = value
-        own[turn.agent][row, turn.start : turn.stop] = True
-    return of_token[:, 1:], {agent: mask[:, 1:] for agent, mask in own.items()}
-
-
-def learn(
-    model, agent: str, optimizer, trajectories: list[Trajectory], updates: int, kl_coef: float
-) -> dict[str, float]:
-    """Some updates of one agent's adapter by its own tokens; the metrics of the last."""
-    tokens, real = padded([t.tokens for t in trajectories])
-    advantage, own = advantages(trajectories, tokens)
-    batch = tokens, real, own[agent]
-    model.set_adapter(agent)
-    with torch.no_grad():
-        old = logprobs(model.get_base_model(), *batch)
-        with model.disable_adapter():
-            ref = logprobs(model.get_base_model(), *batch)
+    with torch.no_grad(), model.disable_adapter():
+        ref = flashpo.score(model, tree, outputs=()).logprob
     for _ in range(updates):
-        loss, stats = flashpo.policy_loss(
-            logprobs(model.get_base_model(), *batch), old, advantage, own[agent], ref_logprob=ref, kl_coef=kl_coef
-        )
+        logprob = flashpo.score(model, tree, outputs=()).logprob
+        loss, stats = flashpo.policy_loss(logprob, old, advantage, mask, ref_logprob=ref, kl_coef=kl_coef)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    rewards = torch.tensor([turn.reward for t in trajectories for turn in t.turns if turn.agent == agent])
     clipped = (stats.clip_low + stats.clip_high).item()
     return {"reward": rewards.nanmean().item(), "loss": loss.item(), "kl": stats.kl.item(), "clipped": clipped}
 
@@ -210,16 +168,17 @@ def main(argv: list[str] | None = None) -> int:
     warm_start(base, args.warm_start_steps, args.seed)
     model, parameters = two_agents(base)
     optimizers = {agent: torch.optim.AdamW(parameters[agent], lr=args.learning_rate) for agent in AGENTS}
+    engine = RolloutEngine(model, fallback="error")
 
     rng = random.Random(args.seed + 1)
     rewards: dict[str, list[float]] = {agent: [] for agent in AGENTS}
     print("step  " + "  ".join(f"{agent:^32}" for agent in AGENTS))
     print("      " + "  ".join(f"{name:>8}" for _ in AGENTS for name in ("reward", "loss", "kl", "clipped")))
     for step in range(args.steps):
-        trajectories = rollout(model, args.problems, args.samples, rng)
+        turns = rollout(engine, args.problems, args.plans, args.results, rng)
         numbers = []
         for agent in AGENTS:
-            metrics = learn(model, agent, optimizers[agent], trajectories, args.updates, args.kl_coef)
+            metrics = learn(model, agent, optimizers[agent], turns[agent], args.updates, args.kl_coef)
             rewards[agent].append(metrics["reward"])
             numbers += metrics.values()
         if step % 5 == 0 or step == args.steps - 1:

@@ -129,12 +129,17 @@ def packed(model, batch: Batch, temperature: float, aux_loss: bool = False, **op
     return stats.logprob, stats.entropy, loss
 
 
-def backward(model, batch: Batch, results) -> dict[str, Tensor]:
-    """The gradient of every parameter under random upstream gradients, of the auxiliary loss as well."""
+def loss_of(batch: Batch, results) -> Tensor:
+    """Random weights on log-probs, entropies and the auxiliary loss."""
     logprob, entropy, aux_loss = results
     upstream = batch.upstream.to(logprob.dtype)
     loss = (logprob * upstream[0]).sum() + (entropy * upstream[1]).sum()
-    (loss if aux_loss is None else loss + 3 * aux_loss).backward()
+    return loss if aux_loss is None else loss + 3 * aux_loss
+
+
+def backward(model, batch: Batch, results) -> dict[str, Tensor]:
+    """The gradient of every parameter by `loss_of`."""
+    loss_of(batch, results).backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
     return gradients

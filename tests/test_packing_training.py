@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from packing_models import Batch, alone, backward, batch, make, packed, padded
+from packing_models import Batch, alone, backward, batch, loss_of, make, packed, padded
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_packing_models import TEMPERATURE, assert_same, assert_same_gradients
 from transformers import AttentionMaskInterface, AutoModelForCausalLM
@@ -148,23 +148,43 @@ def test_nothing_to_score():
 
 
 def test_tree_of_three_levels():
-    """Task, plans of two agents, answers to each plan: it costs its distinct tokens and is the sum of its leaves."""
+    """Tasks, turns of two agents on each, answers of different lengths to each turn, of which a tool wrote a part: it
+    costs its distinct tokens, and loss and gradients are the sums of its leaves', run one by one."""
     torch.manual_seed(2)
-    task, *plans = (torch.randint(2, SMALL["vocab_size"], (n,)).tolist() for n in (20, 8, 12))
-    answers = [torch.randint(2, SMALL["vocab_size"], (n,)).tolist() for n in (6, 3, 9, 1, 4)]
-    leaves = [task + plans[i] + answer for i, answer in zip((0, 0, 0, 1, 1), answers)]
-    b = Batch.of(leaves, [len(leaf) - len(task) for leaf in leaves])
-    assert len(b.pack(min_saved=1, prune=False).tokens) == 20 + 8 + 12 + sum(map(len, answers))
-    model = make("llama")
-    ours = backward(model, b, packed(model, b, TEMPERATURE))
-    total: dict[str, torch.Tensor] = {}
+
+    def words(n: int) -> list[int]:
+        return torch.randint(2, SMALL["vocab_size"], (n,)).tolist()
+
+    leaves, scored = [], []
+    for task in (words(20), words(17)):
+        for turn in (words(16), words(19)):
+            for answer in (words(6), words(3), words(9)):
+                leaves.append(task + turn + answer)
+                scored.append(len(turn + answer))
+    b = Batch.of(leaves, scored)
+    # a leaf's tokens up to the one that predicts its last scored token
+    needed = [leaf[: mask.nonzero()[-1] - mask.numel()] for leaf, mask in zip(leaves, b.completion_mask)]
+    distinct = {tuple(leaf[:length]) for leaf in needed for length in range(1, len(leaf) + 1)}
+    model, entered = make("llama"), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, inputs: entered.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    stats = score(model, b.pack(), temperature=TEMPERATURE)
+    ours = stats.logprob, stats.entropy, None
+    assert entered == [len(distinct)]
+    assert len(distinct) < sum(map(len, needed)) / 3
+
+    loss, total = torch.zeros((), dtype=torch.float64), {}
     for i in range(len(leaves)):
         leaf = Batch(
             *(x[i : i + 1] for x in (b.input_ids, b.attention_mask, b.completion_mask)), b.upstream[:, i : i + 1]
         )
-        for name, gradient in backward(model, leaf, alone(model, leaf, TEMPERATURE)).items():
+        results = alone(model, leaf, TEMPERATURE)
+        loss = loss + loss_of(leaf, results).detach()
+        for name, gradient in backward(model, leaf, results).items():
             total[name] = total.get(name, 0) + gradient
-    assert_same_gradients(ours, total)
+    torch.testing.assert_close(loss_of(b, ours), loss, rtol=1e-9, atol=0)
+    assert_same_gradients(backward(model, b, ours), total)
 
 
 REFUSED = {  # family -> (overrides of its tiny configuration, part of the reason)

@@ -86,6 +86,27 @@ def test_equal_prompts_of_different_adapters_share_nothing():
     assert rollouts.completion_ids[:3] != rollouts.completion_ids[3:]
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_turns_of_agents_in_a_session(named):
+    """An agent's turn goes on from what it has said and heard itself, never from what another adapter has cached."""
+    torch.manual_seed(0)
+    model = with_lora(FAMILIES["qwen3"]())
+    engine = RolloutEngine(model, fallback="error", check=False)
+    said, params = prompts(130)[0], SamplingParams(max_new_tokens=20)
+    computed, turns = [], ("default", "other", "default", "other")
+    with engine.session():
+        for agent in turns:
+            if not named:
+                model.set_adapter(agent)
+            rollouts = engine.generate([said], params, adapters=[agent] if named else None)
+            model.set_adapter(agent)
+            assert_logprobs(model, rollouts)
+            computed.append(rollouts.stats.prefill_tokens)
+            said = said + rollouts.completion_ids[0]
+    # whole; whole; the other's turn and the last token of the own one, which had not been fed
+    assert computed == [130, 150, 21, 21]
+
+
 def test_an_fp32_head_on_a_bf16_model():
     """What TRL's cast_lm_head_to_fp32 makes of a model."""
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -155,8 +155,9 @@ class RolloutEngine:
                 runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
                 for adapter, chosen in call.adapters:
                     with self._adapter(adapter):
-                        runner.use(places(self.model, self.view), adapter_states(self.model))
-                        rows = call.queue(scheduler, chosen, adapter)
+                        answering = adapter_states(self.model)
+                        runner.use(places(self.model, self.view), answering)
+                        rows = call.queue(scheduler, chosen, answering)
                         generation = Generation(
                             runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended, self.support.hybrid
                         )
@@ -192,7 +193,8 @@ class RolloutEngine:
         """Within it, prompts and completions stay cached until their blocks are needed.
 
         A prompt that begins with the tokens of an earlier one and its completion costs its new tokens only: the turns
-        of tools and agents. The weights must not change within a session.
+        of tools and agents. What other adapters have computed does not serve. The weights must not change within a
+        session.
         """
         if self.open_session is not None:
             raise RuntimeError("session() of an engine that is in one")
@@ -314,12 +316,12 @@ class _Call:
     steps: int = 0
     row_steps: int = 0
 
-    def queue(self, scheduler: Scheduler, chosen: Sequence[int], adapter: str | None) -> dict[Row, Completion]:
-        """A row for each completion of the chosen prompts."""
+    def queue(self, scheduler: Scheduler, chosen: Sequence[int], answering: Hashable) -> dict[Row, Completion]:
+        """A row for each completion of the chosen prompts; what other adapters have cached serves none of them."""
         completions = {}
         for i in chosen:
             n, limit = len(self.groups[i]), self.groups[i][0].draw.limit
-            rows = scheduler.add(self.prompts[i], prompt_index=i, n=n, max_new_tokens=limit, space=adapter)
+            rows = scheduler.add(self.prompts[i], prompt_index=i, n=n, max_new_tokens=limit, space=answering)
             for row, completion in zip(rows, self.groups[i]):
                 row.tokens = completion.tokens
                 completions[row] = completion
