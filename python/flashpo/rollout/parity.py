@@ -34,7 +34,7 @@ ROUNDINGS = 4.0  # of the largest logit, below which no forward can be told from
 def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
     """`why_wrong`, asked once a process for each class, config, dtype and kind of device."""
     base: Any = CausalLM.of(model).base
-    dtype = base.get_output_embeddings().weight.dtype
+    dtype = _coarsest(base, autocast)
     key = type(model), type(base), base.config.to_json_string(), dtype, base.device.type, autocast
     if key not in _answers:
         _answers[key] = why_wrong(model, roll, autocast)
@@ -91,7 +91,7 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> s
         rows = [_logprobs(model, [sequence]) for sequence in sequences]
         together, largest = _logprobs(model, sequences)
     single = torch.cat([logprobs for logprobs, _ in rows])
-    dtype = autocast or base.get_output_embeddings().weight.dtype
+    dtype = _coarsest(model, autocast)
     # In 16 bits a router may take another expert for a token, and that token's log-prob leaps.
     size, of_all = (_rms, "root mean square") if dtype == torch.float32 else (_median, "median")
     distance, noises = size(rolled - single), [size(together - single)]
@@ -128,6 +128,13 @@ def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, pro
         if (ours.float() - plain.float()).abs().max().item() > 100 * torch.finfo(plain.dtype).eps * scale:
             return f"layer {i} is the first to differ"
     return "every layer agrees in a prefill"
+
+
+def _coarsest(model: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
+    """Of the dtypes that a forward computes in; a quantised layer's is no parameter's."""
+    dtypes = [p.dtype for p in model.parameters()] + [getattr(m, "compute_dtype", None) for m in model.modules()]
+    floating = [x for x in (autocast, *dtypes) if isinstance(x, torch.dtype) and x.is_floating_point]
+    return max(floating, key=lambda x: torch.finfo(x).eps)
 
 
 def _rms(x: Tensor) -> float:
