@@ -96,7 +96,7 @@ class Watch:
         trainer._compute_loss = self.compute_loss
 
     def seen(self, module, args, kwargs):
-        if self.inside and not torch._C._current_graph_task_id() >= 0:  # not again in backward
+        if self.inside:  # not again in backward
             (self.trained if torch.is_grad_enabled() else self.scored).append(kwargs["input_ids"].shape[1])
 
     def compute_loss(self, model, inputs):
