@@ -2,42 +2,84 @@
 
 import types
 
+import peft
 import pytest
 import torch
-from rollout_models import FAMILIES
+from rollout_models import FAMILIES as MODELS
+from test_rollout_models import FAMILIES, HYBRIDS
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from flashpo._causal_lm import CausalLM
+from flashpo.bench.tiny_models import tiny_model
 from flashpo.rollout.cache import KVCache
+from flashpo.rollout.fused import fused_backbone
+from flashpo.rollout.hybrid import States
+from flashpo.rollout.prefill import Piece, prefill
 from flashpo.rollout.runner import Draw, Runner, Sizes, Step, stream
 from flashpo.rollout.seam import rollout_mode
-from flashpo.rollout.support import Layer
+from flashpo.rollout.support import Layer, support
 
 
-def fake_step(family: str) -> Step:
-    net = FAMILIES[family]()
-    config = net.config
-    layers = [Layer(i, config.num_key_value_heads, 16, 16, 20) for i in range(config.num_hidden_layers)]
-    cache = KVCache(layers, 9, torch.float32, torch.device("cpu"))
-    return Step(CausalLM.of(net), cache, Sizes(rows=4, shared=2, blocks=2, stop=3, steps=16))
+def fake_step(model) -> tuple[Step, FakeTensorMode]:
+    """Of the model, whose weights become fake tensors of the mode."""
+    layers = support(model).layers
+    mode = FakeTensorMode()
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            table.update({name: mode.from_tensor(x.detach()) for name, x in table.items() if x is not None})
+    with mode:
+        cache = KVCache(layers, 9, torch.bfloat16, torch.device("cpu"))
+        return Step(CausalLM.of(model), cache, Sizes(rows=4, shared=2, blocks=2, stop=3, steps=16)), mode
+
+
+def tiny(family: str):
+    return tiny_model(family).to(torch.bfloat16)  # what a mixture of experts needs for its grouped products
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_needs_nothing_from_the_host(family):
-    with FakeTensorMode():
-        step = fake_step(family)
-        with rollout_mode(step.parts.base):
-            step()
-            step()
+    step, mode = fake_step(tiny(family))
+    with mode, rollout_mode(step.parts.base):
+        step()
+        step()
 
 
-def test_the_check_above_can_fail():
-    with FakeTensorMode():
-        step = fake_step("qwen3")
-        norm = step.parts.backbone.norm
-        norm.forward = lambda hidden: hidden * hidden.max().item()
-        with rollout_mode(step.parts.base), pytest.raises(DataDependentOutputException):
-            step()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+def test_a_fused_step_needs_nothing_from_the_host(family):
+    step, mode = fake_step(tiny(family))
+    step.fused = fused_backbone(step.parts.backbone, torch.bfloat16)
+    assert step.fused is not None
+    with mode, rollout_mode(step.parts.base):
+        step()
+        step()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_adapters_need_nothing_from_the_host(family):
+    model = peft.get_peft_model(tiny(family), peft.LoraConfig(r=4, target_modules="all-linear"))
+    step, mode = fake_step(model)
+    with mode, rollout_mode(model):
+        step()
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_states_need_nothing_from_the_host(family):
+    step, mode = fake_step(tiny(family))
+    config = step.parts.base.config.get_text_config()
+    with mode, rollout_mode(step.parts.base):
+        states = States(config, [None])
+        prefill(step.parts, step.cache, [Piece([1, 2, 3], [], [64, 65, 66])], states)
+        step.states = States(config, [states.take(0)] * 4)
+        step()
+        step()
+
+
+def test_the_checks_above_can_fail():
+    step, mode = fake_step(tiny("qwen3"))
+    norm = step.parts.backbone.norm
+    norm.forward = lambda hidden: hidden * hidden.max().item()
+    with mode, rollout_mode(step.parts.base), pytest.raises(DataDependentOutputException):
+        step()
 
 
 def test_sizes_are_rounded_so_that_few_graphs_serve():
@@ -48,7 +90,7 @@ def test_sizes_are_rounded_so_that_few_graphs_serve():
 def test_parked_places_write_nothing_and_stand_still():
     """Steps of a bucket larger than its rows, past the end of all of them."""
     torch.manual_seed(0)
-    net = FAMILIES["qwen3"]()
+    net = MODELS["qwen3"]()
     layers = [Layer(i, 2, 16, 16, 0) for i in range(2)]
     cache = KVCache(layers, 6, torch.float32, torch.device("cpu"))
     for tensor in (*cache.keys.values(), *cache.values.values()):

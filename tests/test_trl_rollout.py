@@ -52,7 +52,8 @@ def test_log_probs_are_the_trainers_over_several_steps(calls, model, options):
     trainer.train()
     assert len(calls) == 4
     assert any((p != before[name]).any() for name, p in trainer.model.named_parameters() if name in before)
-    assert len(logged(trainer, "rollout/mismatch/max")) == 4
+    for name in ("mean", "max", "ratio_q01", "ratio_q50", "ratio_q99", "effective_sample_size"):
+        assert len(logged(trainer, f"rollout/mismatch/{name}")) == 4, name
     assert max(logged(trainer, "rollout/mismatch/max")) < 1e-5
     assert all(abs(x - 1) < 1e-5 for x in logged(trainer, "rollout/mismatch/ratio_q99"))
     assert all(0.999 < x <= 1.0001 for x in logged(trainer, "rollout/mismatch/effective_sample_size"))
