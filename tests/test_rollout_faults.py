@@ -39,10 +39,10 @@ def failing(monkeypatch, owner, name, when):
 
 
 def test_prefill_in_smaller_chunks(monkeypatch, whole):
-    calls = failing(monkeypatch, generation, "prefill", lambda i, parts, cache, pieces, states: total(pieces) > 64)
+    calls = failing(monkeypatch, generation, "prefill", lambda i, parts, cache, pieces, *rest: total(pieces) > 64)
     rollouts = RolloutEngine(model("qwen3"), prefill_tokens=1024, fallback="error").generate(prompts(40, 70), PARAMS)
     assert rollouts.completion_ids == whole.completion_ids
-    sizes = [total(pieces) for _, _, pieces, _ in calls]
+    sizes = [total(pieces) for _, _, pieces, *_ in calls]
     assert sizes == [110, 55, 55]
 
 

@@ -1,12 +1,16 @@
-"""The decode step without the modules' Python gives what the modules give, and stands aside where it could not."""
+"""Prefills and steps without the modules' Python give what the modules give, and stand aside where they could not."""
+
+import copy
 
 import pytest
 import torch
-from rollout_models import FAMILIES, model, prompts
+from accuracy import assert_as_accurate
+from rollout_models import FAMILIES, forward_logprobs, model, prompts
 
 from flashpo.rollout import RolloutEngine, SamplingParams
 from flashpo.rollout.fused import FusedBackbone, fused_backbone
 
+TEMPERATURE = 0.8
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -22,7 +26,7 @@ def rollouts(net, monkeypatch=None):
     if monkeypatch is not None:
         monkeypatch.setattr("flashpo.rollout.engine.fused_backbone", lambda *args: None)
     engine = RolloutEngine(net, fallback="error", check=False)
-    return engine.generate(prompts(5, 70, 131), SamplingParams(n=3, max_new_tokens=40, temperature=0.8))
+    return engine.generate(prompts(5, 70, 131), SamplingParams(n=3, max_new_tokens=40, temperature=TEMPERATURE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -31,17 +35,21 @@ def test_the_same_as_the_modules(family, dtype, calls, monkeypatch):
     net = model(family).to(dtype)
     try:
         ours = rollouts(net)
-        assert len(calls) == ours.stats.steps > 0
+        assert len(calls) == 1 + ours.stats.steps > 1, "one prefill and the steps"
         theirs = rollouts(net, monkeypatch)
     finally:
         net.float()
-    assert len(calls) == ours.stats.steps
+    assert len(calls) == 1 + ours.stats.steps
     if dtype == torch.float32:
         assert ours.completion_ids == theirs.completion_ids
+        net = copy.deepcopy(net).double()
+        sequences = zip(ours.prompt_ids, ours.completion_ids)
+        exact = torch.stack([forward_logprobs(net, *sequence, TEMPERATURE) for sequence in sequences])
+        assert_as_accurate(torch.tensor(ours.logprobs), exact, torch.tensor(theirs.logprobs))
+        return
     for a, b, x, y in zip(ours.logprobs, theirs.logprobs, ours.completion_ids, theirs.completion_ids):
         alike = next((i for i, (u, v) in enumerate(zip(x, y)) if u != v), len(x))
-        atol = 1e-5 if dtype == torch.float32 else 0.1
-        torch.testing.assert_close(torch.tensor(a[:alike]), torch.tensor(b[:alike]), rtol=0, atol=atol)
+        torch.testing.assert_close(torch.tensor(a[:alike]), torch.tensor(b[:alike]), rtol=0, atol=0.1)
 
 
 def test_other_shapes_hooks_and_wider_norms_are_left_to_the_modules():

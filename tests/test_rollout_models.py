@@ -13,6 +13,8 @@ from transformers import AttentionInterface
 from flashpo._causal_lm import CausalLM
 from flashpo.bench.tiny_models import tiny_config, tiny_model
 from flashpo.rollout import RolloutEngine, SamplingParams, engine, parity, seam, support
+from flashpo.rollout.prefill import Packed
+from flashpo.rollout.runner import Step
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "phi3", "phimoe", "olmo2", "gpt_oss",
@@ -145,13 +147,13 @@ def test_the_check_finds(family, what, change, dtype, monkeypatch):
     assert parity.why_wrong(model, roll) is None
     original = seam._attention
 
-    def attention(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **keywords):
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if what == "scale":
-            scaling *= change
+    def attention(module, query, key, value, mask, softcap=None, s_aux=None, **keywords):
         softcap = None if what == "softcap" else softcap
         s_aux = None if what == "sinks" else s_aux
-        return original(module, query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **keywords)
+        return original(module, query, key, value, mask, softcap=softcap, s_aux=s_aux, **keywords)
+
+    def scaled(attend):
+        return lambda self, layer, query, scale, *rest: attend(self, layer, query, scale * change, *rest)
 
     def shifted(model):
         answer = support(model)
@@ -160,6 +162,9 @@ def test_the_check_finds(family, what, change, dtype, monkeypatch):
 
     if what == "window":
         monkeypatch.setattr(engine, "support", shifted)
+    elif what == "scale":
+        for attention in (Packed, Step):  # with and without the modules' Python
+            monkeypatch.setattr(attention, "attend_cached", scaled(attention.attend_cached))
     else:
         monkeypatch.setitem(AttentionInterface._global_mapping, seam.ATTENTION, attention)
     reason = parity.why_wrong(model, roll)

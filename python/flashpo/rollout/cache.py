@@ -54,6 +54,8 @@ class KVCache:
             blocks = torch.tensor(run.blocks[: -(-run.length // BLOCK)], device=self.device)
             keys.append(self.keys[layer][blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, : run.length])
             values.append(self.values[layer][blocks].transpose(0, 1).flatten(1, 2)[:, : run.length])
+        if len(runs) == 1:
+            return keys[0][None], values[0][None]
         return torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
 
 

@@ -1,4 +1,4 @@
-"""A decode step of Llama-shaped models without their modules' Python: five operators a layer beside the projections.
+"""The backbone of Llama-shaped models without its modules' Python: five operators a layer beside the projections.
 
 transformers runs some fifty operators a layer. The projections are called as the model's own modules, so adapters and
 swapped forwards on them count; norms, rotation, cache and activation run in our operators, with the same roundings.
@@ -19,7 +19,7 @@ PIECES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 
 
 class Cached(Protocol):
-    """A decode step: what it feeds, where that goes in the cache, and its attention over the cache."""
+    """A decode step or a prefill: its tokens, where they go in the cache, and their attention over the cache."""
 
     token: Tensor  # (N,)
     position: Tensor  # (N,)

@@ -164,7 +164,8 @@ class Generation:
         for chunk in self._chunks(segments):
             segment = chunk[0][0]
             states = None if self.states is None else self.states.behind(segment, ends)
-            hidden = prefill(parts, self.runner.cache, [piece for _, piece, _ in chunk], states)
+            pieces = [piece for _, piece, _ in chunk]
+            hidden = prefill(parts, self.runner.cache, pieces, states, self.runner.fused)
             if states is not None:
                 ends[segment] = states.take(0)
             wanted = [i for i, (_, _, last) in enumerate(chunk) if last]
@@ -183,13 +184,12 @@ class Generation:
         room = self.prefill_tokens
         for segment in segments:
             tokens, begin = segment.tokens, 0
-            before = [Run(node.blocks, len(node.tokens)) for node in segment.ancestors]
+            above = [Run(node.blocks, len(node.tokens)) for node in segment.ancestors]
             while begin < len(tokens):
                 end = min(begin + room, len(tokens))
-                past = [*before, Run(segment.blocks, begin)] if begin else before
-                slots = Run(segment.blocks, len(tokens)).slots(begin, end)
+                piece = Piece(tokens[begin:end], [*above, Run(segment.blocks, end)])
                 wanted = end == len(tokens) and (not isinstance(segment, Node) or segment.ends)
-                chunk.append((segment, Piece(tokens[begin:end], past, slots), wanted))
+                chunk.append((segment, piece, wanted))
                 room -= end - begin
                 begin = end
                 if room == 0 or self.states is not None:  # a hybrid's layers know no boundaries of pieces

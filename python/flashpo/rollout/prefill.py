@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.rollout.cache import KVCache, Run
+from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import States
 from flashpo.rollout.seam import in_charge
 
@@ -18,60 +19,82 @@ TILE = 512  # queries whose scores against all of their keys exist at a time, wh
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens of one prompt: `past` is everything before them, in the cache already; they go to `slots`."""
+    """Consecutive tokens of one prompt, the last of `runs`: where they go and where all that is before them is."""
 
     tokens: Sequence[int]
-    past: Sequence[Run]
-    slots: Sequence[int]
+    runs: Sequence[Run]
+
+    @property
+    def positions(self) -> range:
+        end = sum(run.length for run in self.runs)
+        return range(end - len(self.tokens), end)
+
+    @property
+    def slots(self) -> list[int]:
+        last = self.runs[-1]
+        return last.slots(last.length - len(self.tokens), last.length)
 
 
-def prefill(parts: CausalLM, cache: KVCache, pieces: Sequence[Piece], states: States | None = None) -> Tensor:
+def prefill(
+    parts: CausalLM,
+    cache: KVCache,
+    pieces: Sequence[Piece],
+    states: States | None = None,
+    fused: FusedBackbone | None = None,
+) -> Tensor:
     """Caches the tokens of all pieces; the hidden state (pieces, H) of each one's last token.
 
     A piece may stand behind another one of the same call, if that comes before it. The layers of a hybrid model know
     no boundaries of pieces: it takes one at a time, with the states behind the piece's past.
     """
-    device = cache.device
-    tokens = torch.tensor([t for piece in pieces for t in piece.tokens], device=device)
-    positions = [range(n, n + len(p.tokens)) for p in pieces for n in (sum(run.length for run in p.past),)]
-    attention = Packed(cache, pieces)
-    with in_charge(attention):
-        hidden = parts.backbone(
-            input_ids=tokens[None],
-            position_ids=torch.tensor(list(itertools.chain(*positions)), device=device)[None],
-            past_key_values=states,
-            use_cache=states is not None,
-        ).last_hidden_state[0]
-    if attention.visited != set(cache.layers):
-        raise Unsupported(f"prefill attended in layers {sorted(attention.visited)}, expected {sorted(cache.layers)}")
-    return hidden[torch.tensor(attention.ends, device=device) - 1]
+    packed = Packed(cache, pieces)
+    if fused is not None and states is None:
+        hidden = fused(packed)
+    else:
+        with in_charge(packed):
+            hidden = parts.backbone(
+                input_ids=packed.token[None],
+                position_ids=packed.position[None],
+                past_key_values=states,
+                use_cache=states is not None,
+            ).last_hidden_state[0]
+    if packed.visited != set(cache.layers):
+        raise Unsupported(f"prefill attended in layers {sorted(packed.visited)}, expected {sorted(cache.layers)}")
+    return hidden[torch.tensor(packed.ends, device=cache.device) - 1]
 
 
 class Packed:
-    """The attention of a packed forward: each piece attends to its past and causally to itself."""
+    """A packed forward: each piece attends to its past and causally to itself."""
 
     def __init__(self, cache: KVCache, pieces: Sequence[Piece]):
+        def joined(values) -> Tensor:
+            return torch.tensor(list(itertools.chain.from_iterable(values)), device=cache.device)
+
         self.cache, self.pieces, self.visited = cache, pieces, set[int]()
         self.ends = list(itertools.accumulate(len(piece.tokens) for piece in pieces))
-        self.slot = torch.tensor([s for piece in pieces for s in piece.slots], device=cache.device)
+        self.token = joined(piece.tokens for piece in pieces)
+        self.position = joined(piece.positions for piece in pieces)
+        self.slot = joined(piece.slots for piece in pieces)
 
     def attend(self, layer, query, key, value, scale, softcap, sinks):
         if query.shape[2] != key.shape[2] or key.shape[2] != self.ends[-1]:
             raise Unsupported(f"layer {layer} sees {query.shape[2]} queries, {key.shape[2]} keys of {self.ends[-1]}")
+        q, k, v = (x[0].transpose(0, 1).to(self.cache.dtype) for x in (query, key, value))
+        self.cache.append(layer, k, v, self.slot)
+        return self.attend_cached(layer, q, scale, softcap, sinks)[None].to(query.dtype)
+
+    def attend_cached(
+        self, layer: int, query: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+    ) -> Tensor:
+        """query (T, Hq, D), the tokens' own keys and values being in the cache -> (T, Hq, Dv)."""
         self.visited.add(layer)
         window = self.cache.layers[layer].window
-        dtype = query.dtype
-        query, key, value = (x.to(self.cache.dtype) for x in (query, key, value))
-        self.cache.append(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), self.slot)
-        out = []
+        query, out = query.transpose(0, 1)[None], []
         for piece, end in zip(self.pieces, self.ends):
-            here = slice(end - len(piece.tokens), end)
-            q, k, v = query[:, :, here], key[:, :, here], value[:, :, here]
-            if piece.past:
-                past_k, past_v = self.cache.read(layer, piece.past)
-                k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-            out.append(causal_attention(q, k, v, scale, window, softcap, sinks))
-        return torch.cat(out, 2).transpose(1, 2).contiguous().to(dtype)
+            q = query[:, :, end - len(piece.tokens) : end]
+            k, v = self.cache.read(layer, piece.runs)
+            out.append(causal_attention(q, k, v, scale, window, softcap, sinks)[0].transpose(0, 1))
+        return torch.cat(out)
 
 
 def causal_attention(
