@@ -39,6 +39,8 @@ class CausalLM(NamedTuple):
         if not isinstance(base, PreTrainedModel):
             raise Unsupported(f"{type(base).__name__} is no model of transformers")
         backbone, head = base.base_model, base.get_output_embeddings()
+        if backbone is base:  # a text model that is also a part of another has that one's name for it
+            backbone = getattr(base, "model", base)
         if backbone is base or head is None:
             raise Unsupported(f"{type(base).__name__} has no language model head")
         config = base.config.get_text_config()

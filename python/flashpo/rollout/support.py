@@ -95,7 +95,7 @@ def _refusals(model: nn.Module) -> Iterator[str]:
         yield f"{type(base.base_model).__name__} takes no position_ids: where a token stands is its own affair"
     types, _ = get_layer_types_and_kwargs(config)
     if other := sorted(set(types) - {*CACHED, *STATEFUL, "dummy"}):
-        yield f"layers of type {', '.join(other)} keep more than keys and values"
+        yield f"layers of type {', '.join(other)} are no attention to all earlier keys and values or a window of them"
 
 
 def longest(config: PreTrainedConfig) -> int | None:
