@@ -1,13 +1,17 @@
-"""Seeds, NaN-filled allocations and the `gpu` marker, for every test."""
+"""Threads, seeds, NaN-filled allocations and the `gpu` marker, for every test."""
 
 import os
 import zlib
 
-import pytest
-import torch
-
+# OpenMP reads these when torch loads it. Two threads, so that kernels meet others; threads that wait do not spin:
+# where there are more of them than cores, of other workers or processes, a spinning one keeps the next from its work.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
 
 
 def pytest_configure(config):
