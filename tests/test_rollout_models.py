@@ -139,12 +139,8 @@ CONTROLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "what", "change"), CONTROLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_check_finds(family, what, change, dtype, monkeypatch):
-    """In a bf16 model, too: its small twin is in fp32."""
-    model = tiny_model(family).to(dtype)
-    assert parity.why_wrong(model, roll) is None
+def spoil(monkeypatch, what, change):
+    """Attention with another window or scale, without sinks or without soft cap."""
     original = seam._attention
 
     def attention(module, query, key, value, mask, softcap=None, s_aux=None, **keywords):
@@ -167,9 +163,36 @@ def test_the_check_finds(family, what, change, dtype, monkeypatch):
             monkeypatch.setattr(attention, "attend_cached", scaled(attention.attend_cached))
     else:
         monkeypatch.setitem(AttentionInterface._global_mapping, seam.ATTENTION, attention)
+
+
+@pytest.mark.parametrize(("family", "what", "change"), CONTROLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_finds(family, what, change, dtype, monkeypatch):
+    """In a bf16 model, too: its small twin is in fp32."""
+    model = tiny_model(family).to(dtype)
+    assert parity.why_wrong(model, roll) is None
+    spoil(monkeypatch, what, change)
     reason = parity.why_wrong(model, roll)
     assert reason.startswith("a small ")
     assert "is the first to differ" in reason
+
+
+@pytest.mark.parametrize(("family", "what", "change"), [c for c in CONTROLS if c[1] in ("window", "sinks")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_check_finds_it_in_16_bits(family, what, change, dtype, monkeypatch):
+    """In the model itself, where no twin can be made."""
+    model = tiny_model(family).to(dtype)
+    monkeypatch.setattr(parity, "_twin", lambda base: None)
+    spoil(monkeypatch, what, change)
+    assert "is the first to differ" in parity.why_wrong(model, roll)
+
+
+@pytest.mark.parametrize("family", FAMILIES + HYBRIDS)
+def test_rounding_in_16_bits_is_no_mistake(family, monkeypatch):
+    """With experts that are chosen otherwise for some tokens, too."""
+    monkeypatch.setattr(parity, "_twin", lambda base: None)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert parity.why_wrong(tiny_model(family).to(dtype), roll) is None
 
 
 def test_the_model_itself_is_checked(monkeypatch):
