@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from flashpo._causal_lm import CausalLM
 from flashpo.bench.tiny_models import tiny_model
-from flashpo.rollout.cache import KVCache
+from flashpo.rollout.cache import KVCache, Run
 from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.hybrid import States
 from flashpo.rollout.prefill import Piece, prefill
@@ -68,7 +68,7 @@ def test_states_need_nothing_from_the_host(family):
     config = step.parts.base.config.get_text_config()
     with mode, rollout_mode(step.parts.base):
         states = States(config, [None])
-        prefill(step.parts, step.cache, [Piece([1, 2, 3], [], [64, 65, 66])], states)
+        prefill(step.parts, step.cache, [Piece([1, 2, 3], [Run([1], 3)])], states)
         step.states = States(config, [states.take(0)] * 4)
         step()
         step()
