@@ -195,3 +195,12 @@ def test_no_prompts():
     rollouts = engine().generate([], SamplingParams())
     assert len(rollouts) == 0
     assert rollouts.stats.steps == 0
+
+
+def test_progress(capsys):
+    engine().generate(prompts(5, 9), SamplingParams(n=3, max_new_tokens=4), progress=True)
+    shown = capsys.readouterr().err
+    assert "rollout: 100%" in shown
+    assert "6/6" in shown
+    engine().generate(prompts(5), SamplingParams(max_new_tokens=4))
+    assert not capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rollout_models import FAMILIES, forward_logprobs, prompts
+from rollout_models import FAMILIES, forward_logprobs, greedy, prompts
 from torch import nn
 
 from flashpo.rollout import RolloutEngine, SamplingParams
@@ -52,6 +52,18 @@ def test_logprobs_follow_the_weights(family, lora):
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("lora", ["live", "merged"])
+def test_greedy_under_an_adapter_is_generate(lora):
+    torch.manual_seed(0)
+    model = with_lora(FAMILIES["qwen3"]()).eval()
+    asked = prompts(3, 64, 90)
+    params = SamplingParams(temperature=0.0, max_new_tokens=40)
+    chosen = RolloutEngine(model, lora=lora, fallback="error").generate(asked, params).completion_ids
+    assert chosen == [greedy(model, prompt, 40) for prompt in asked]
+    with model.disable_adapter():
+        assert chosen != [greedy(model, prompt, 40) for prompt in asked], "the adapter changes nothing"
 
 
 def test_several_adapters_answer_in_one_call():

@@ -118,6 +118,42 @@ def check_dynamic_sampling(rank: int, folder: str, _) -> None:
     assert batch["num_items_in_batch"] == tokens
 
 
+def check_rollout(rank: int, folder: str, lora: bool) -> None:
+    """Each rank generates its own rows, which here cut a group in two, by a seed of its own."""
+    from peft import LoraConfig
+    from trl_models import make_trainer, train
+
+    from flashpo.rollout import RolloutEngine
+
+    asked, generate = [], RolloutEngine.generate
+
+    def watched(self, prompts, params, **kwargs):
+        asked.append((params[0].seed, [p.n for p in params]))
+        return generate(self, prompts, params, **kwargs)
+
+    RolloutEngine.generate = watched
+    trainer = make_trainer(
+        "GRPO", flashpo.trl, model=folder, ddp_backend="gloo", ddp_find_unused_parameters=False, max_steps=2,
+        per_device_train_batch_size=3, num_generations=2, learning_rate=1e-2, rollout="engine",
+        rollout_options={"check": False}, **({"peft_config": LoraConfig(target_modules="all-linear")} if lora else {}),
+    )  # fmt: skip
+    steps = train(trainer)
+    RolloutEngine.generate = generate
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    assert [sorted(group) for _, group in asked] == [[1, 2]] * 2
+    everybodys: list = [None, None]
+    dist.all_gather_object(everybodys, [seed for seed, _ in asked])
+    assert len({*everybodys[0], *everybodys[1]}) == 4
+    for log in trainer.state.log_history[:2] if rank == 0 else ():
+        assert log["rollout/mismatch/max"] < 1e-5
+        assert log["rollout/mismatch/effective_sample_size"] == pytest.approx(1)
+    for step in steps:
+        for parameter, gradient in step.gradients.items():
+            both = [torch.empty_like(gradient) for _ in range(2)]
+            dist.all_gather(both, gradient)
+            assert torch.equal(*both), f"{parameter} was not reduced"
+
+
 def work(rank: int, port: int, folder: str, checks: list, errors) -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path.insert(0, here)
@@ -158,3 +194,7 @@ def test_dynamic_sampling():
 
 def test_fsdp2():
     in_two_processes(*((check_fsdp2, how) for how in itertools.product((False, True), repeat=2)))
+
+
+def test_rollouts():
+    in_two_processes((check_rollout, False), (check_rollout, True))
