@@ -35,6 +35,12 @@ def decode_step_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     return decode_step.tables(device, with_peers, quick)
 
 
+def mismatch_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    from flashpo.bench import mismatch
+
+    return mismatch.tables(device, with_peers, quick)
+
+
 def grpo_step_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     from flashpo.bench import grpo_step  # needs TRL
 
@@ -50,6 +56,7 @@ SUITES: dict[str, Callable[[Device, bool, bool], Tables]] = {  # of device, with
     "policy_loss": losses.policy_loss_tables,
     "rollout": rollout_tables,
     "rollout_long": rollout_long_tables,
+    "mismatch": mismatch_tables,
     "packing": packing.tables,
     "growth": growth.tables,
     "sample": sampling.tables,

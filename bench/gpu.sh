@@ -16,6 +16,7 @@
 #   tree_attention 1.5   forward and backward against FlashAttention on equal work
 #   decode_attention, sample 1   against a copy of as many bytes
 #   linear_logprob 1.5, selective_log_softmax 0.5, policy_loss 0.5, gae 0.5, group_advantages 0.5, overhead 0.5
+#   mismatch 0.5         log-probs of rollout and trainer, beside the trainer's own batching noise
 #   rollout_long 2, growth 4, sanitizer 3
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +26,7 @@ PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
 SUITES="decode_step rollout packing grpo_step tree_attention decode_attention sample linear_logprob
-  selective_log_softmax policy_loss gae group_advantages overhead rollout_long growth"
+  selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long growth"
 
 step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; a failure does not end the script
   local name=$1 start=$SECONDS status

@@ -44,6 +44,7 @@ this table, or a model with code of its own, is refused rather than sampled from
 Refused for any family: prompt-learning adapters of PEFT, weights on several devices, tensor parallelism, FSDP1, ZeRO-3
 weights that have not been gathered. Sequences must not be longer than the positions that the model has, nor, with
 dynamic or longrope scaling, than the length from which rotary frequencies depend on the longest row of a batch.
+Layers of quantised bases (bitsandbytes, torchao and others) compute as they do in training, also below LoRA.
 
 **Packed training.** A model that cannot run on token trees trains on padded rows, as in TRL, after one warning that
 names the reason (`share_prefix=True` raises instead). Refused for any family: dropout in attention, an adapter on the

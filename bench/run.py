@@ -67,7 +67,7 @@ def plot(tables: dict[str, list[dict]], folder: pathlib.Path) -> None:
 
 
 def draw_bars(axes, records: list[dict]) -> None:
-    unit = "us" if "us" in records[0] else "ms"
+    unit = next(name for name in ("us", "ms", "standard_deviation") if name in records[0])
     names = [record["variant"] for record in records]
     colours = ["tab:blue" if name.startswith("FlashPO") else "silver" for name in names]
     bars = axes.barh(names, [record[unit] for record in records], color=colours)
