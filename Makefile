@@ -11,6 +11,8 @@ export HF_HUB_OFFLINE = 1
 RUN = $(VENV)/bin/python
 SITE = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt pyproject.toml constraints.txt
+# A worker for each core; a file's tests share what they have built, in one of them.
+PYTEST = $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 SANITIZED = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
 	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py \
@@ -26,10 +28,9 @@ zoo: $(VENV)/ready
 
 # The interpreter and the compiler of Triton exclude each other in one process.
 test: $(VENV)/ready
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/test_triton.py tests/test_triton_policy.py tests/test_triton_tree.py
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -k triton tests/test_decode_attention.py tests/test_kv_append.py \
-	tests/test_packed_linear.py
-	$(RUN) -m pytest -q --durations=15 tests
+	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/test_triton.py tests/test_triton_policy.py tests/test_triton_tree.py \
+	tests/test_decode_attention.py tests/test_kv_append.py tests/test_packed_linear.py
+	$(PYTEST) --durations=15 tests
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -284,11 +284,10 @@ def check_fsdp2(rank: int, policy_dtype: torch.dtype | None) -> None:
         assert (logits(model) - expected).abs().max() > 0.01, "the weights must move"
 
 
-def work(rank: int, port: int) -> None:
+def work(rank: int, store: str) -> None:
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     for policy_dtype in (None, torch.bfloat16):
         check_fsdp2(rank, policy_dtype)
     dist.barrier()
@@ -296,7 +295,5 @@ def work(rank: int, port: int) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-def test_fsdp2():
-    from trl.trainer.utils import _find_free_port
-
-    mp.spawn(work, (_find_free_port(),), nprocs=2)
+def test_fsdp2(tmp_path):
+    mp.spawn(work, (f"{tmp_path}/store",), nprocs=2)

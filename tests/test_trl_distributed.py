@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+import tempfile
 import traceback
 
 import pytest
@@ -154,13 +155,12 @@ def check_rollout(rank: int, folder: str, lora: bool) -> None:
             assert torch.equal(*both), f"{parameter} was not reduced"
 
 
-def work(rank: int, port: int, folder: str, checks: list, errors) -> None:
+def work(rank: int, store: str, folder: str, checks: list, errors) -> None:
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path.insert(0, here)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     for check, argument in checks:
         try:
             flashpo.stats(reset=True)
@@ -173,15 +173,15 @@ def work(rank: int, port: int, folder: str, checks: list, errors) -> None:
 
 
 def in_two_processes(*checks) -> None:
-    from trl.trainer.utils import _find_free_port
     from trl_models import model_path
 
     context = mp.get_context("spawn")
     errors = context.SimpleQueue()
-    try:
-        mp.spawn(work, (_find_free_port(), model_path("qwen3"), checks, errors), nprocs=2)
-    except mp.ProcessExitedException:
-        pytest.fail(errors.get() if not errors.empty() else "a process ended without an error")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(work, (f"{folder}/store", model_path("qwen3"), checks, errors), nprocs=2)
+        except mp.ProcessExitedException:
+            pytest.fail(errors.get() if not errors.empty() else "a process ended without an error")
 
 
 def test_ddp():

@@ -181,7 +181,7 @@ def test_same_as_trl(name):
         dict(entropy_coef=0.01),
         dict(share_prefix=False),
         dict(model="qwen3_moe", router_aux_loss_coef=0.1),
-        dict(reward_funcs=reward),
+        pytest.param(dict(reward_funcs=reward), id="no equal rewards"),
     ],
     ids=str,
 )
