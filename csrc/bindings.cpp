@@ -12,6 +12,7 @@
 #include <unistd.h>
 #endif
 
+#include "decode_layer.h"
 #include "decode_plan.h"
 #include "ops.h"
 #include "tensor_caster.h"
@@ -108,6 +109,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_attention", CPU_OR_AMX(decode_attention), ReleaseGil());
   m.def("pack_linear", CPU(pack_linear), ReleaseGil());
   m.def("packed_linear", CPU_OR_AMX(packed_linear), ReleaseGil());
+  const LayerKernels layer{CPU(add_rms_norm), CPU_OR_AMX(packed_linear), CPU(rope_append), CPU_OR_AMX(decode_attention),
+                           CPU(gated_activation)};
+  m.def(
+      "decode_layer",
+      [layer](const Tensor& x, const Tensor& residual, std::vector<Tensor> norms, std::vector<double> eps,
+              std::vector<Tensor> linears, std::vector<Tensor> biases, const Tensor& cos, const Tensor& sin,
+              const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot, const decode::Plan& plan, double scale,
+              int activation, const Tensor& out, const Tensor& total, const Tensor& work, const Tensor& lse,
+              const Tensor& scratch, int threads) {
+        const LayerWeights weights{std::move(norms), std::move(linears), std::move(biases), std::move(eps)};
+        decode_layer(layer, x, residual, weights, cos, sin, k_cache, v_cache, slot, plan, scale, activation, out, total,
+                     work, lse, scratch, threads);
+      },
+      ReleaseGil());
   m.def("kv_append", &kv_append, ReleaseGil());
   m.def("merge_partials", &merge_partials, ReleaseGil());
   m.def("group_advantages", &group_advantages, ReleaseGil());

@@ -6,6 +6,7 @@ from inputs import Case
 
 from flashpo import gae, group_advantages, kv_append, policy_loss, sample, selective_log_softmax, tree_attention
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
+from flashpo.ops.decode_step import decode_layer_
 from flashpo.ops.packed_linear import pack_linear, packed_linear
 
 
@@ -78,6 +79,15 @@ def packing():
     packed_linear(torch.randn(3, 16), pack_linear(torch.randn(50, 16)), torch.randn(50), columns=50)
 
 
+def decoder_layer_at_once():
+    x, table = torch.randn(2, 4), torch.arange(2, dtype=torch.int32)
+    weights = [pack_linear(torch.randn(4, 4)) for _ in range(7)]
+    options = [x[0], x[0], None, None], [1e-5] * 3, weights, [None] * 7, "silu", x, x
+    caches = torch.randn(3, 1, 4, 64), torch.randn(3, 1, 64, 4)
+    tables = torch.stack((table, table + 1), 1), table, table * 0 + 1, table[:, None] + 1, table
+    decode_layer_(x, x, *options, *caches, table.long() * 64 + 64, *tables, 0.5, 0)
+
+
 def sampling():
     temperature, top_k = torch.tensor([0.0, 0.7, 1.0]), torch.tensor([0, 5, 3])
     sample(torch.randn(3, 40), temperature=temperature, top_k=top_k, top_p=0.9, min_p=0.01, seed=1, offset=top_k)
@@ -93,6 +103,7 @@ EXAMPLES = [
     tree,
     decoding,
     packing,
+    decoder_layer_at_once,
     sampling,
 ]
 

@@ -7,6 +7,8 @@ import torch
 from accuracy import assert_as_accurate
 from rollout_models import FAMILIES, forward_logprobs, model, prompts
 
+import flashpo
+from flashpo.ops.packed_linear import packs
 from flashpo.rollout import RolloutEngine, SamplingParams
 from flashpo.rollout.fused import FusedBackbone, fused_backbone
 
@@ -22,21 +24,26 @@ def calls(monkeypatch):
     return seen
 
 
-def rollouts(net, monkeypatch=None):
+def rollouts(net, weights, monkeypatch=None):
     if monkeypatch is not None:
         monkeypatch.setattr("flashpo.rollout.engine.fused_backbone", lambda *args: None)
-    engine = RolloutEngine(net, fallback="error", check=False)
+    engine = RolloutEngine(net, weights=weights, fallback="error", check=False)
     return engine.generate(prompts(5, 70, 131), SamplingParams(n=3, max_new_tokens=40, temperature=TEMPERATURE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", [f for f in FUSED if f in FAMILIES])
-def test_the_same_as_the_modules(family, dtype, calls, monkeypatch):
+@pytest.mark.parametrize("weights", ["alias", "shadow"])
+def test_the_same_as_the_modules(weights, family, dtype, calls, monkeypatch):
     net = model(family).to(dtype)
     try:
-        ours = rollouts(net)
+        flashpo.stats(reset=True)
+        ours = rollouts(net, weights)
+        whole = sum(flashpo.stats().get("decode_layer_", {}).values())
+        layers = ours.stats.steps * net.config.num_hidden_layers
+        assert whole == (layers if weights == "shadow" and packs(net.lm_head.weight) and family != "qwen3_moe" else 0)
         assert len(calls) == 1 + ours.stats.steps > 1, "one prefill and the steps"
-        theirs = rollouts(net, monkeypatch)
+        theirs = rollouts(net, weights, monkeypatch)
     finally:
         net.float()
     assert len(calls) == 1 + ours.stats.steps

@@ -111,6 +111,8 @@ void rope_row(const T* q, const T* k, const T* v, const Rope<T>& rope, const T* 
               int64_t q_heads, int64_t kv_heads, int64_t slot, T* out, T* k_cache, T* v_cache) {
   alignas(64) float head[MAX_FEATURES + W];
   const int64_t n = rope.features, block = slot / 64, offset = slot % 64;
+  if (slot >= 0)  // a key is a column: a line of the cache for each of its features, which arrive behind the queries
+    for (int64_t j = 0; j < kv_heads * n; ++j) __builtin_prefetch(k_cache + (block * kv_heads * n + j) * 64 + offset, 1);
   for (int64_t h = 0; h < q_heads; ++h) {
     rope(q + h * n, q_weight, head);
     each_vector(n, [&](int64_t j, int count) { store_some(out + h * n + j, load(head + j), count); });

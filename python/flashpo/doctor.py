@@ -19,7 +19,7 @@ from torch import Tensor
 
 import flashpo
 from flashpo import _op
-from flashpo.ops import decode_layer
+from flashpo.ops import decode_layer, decode_step
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.packed_linear import pack_linear, packed_linear
 from flashpo.ops.sample import uniform
@@ -139,6 +139,25 @@ def _plain_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, .
     return total, turned[:, :2], k_cache, v_cache, F.silu(normed[:, :128]) * normed[:, 128:]
 
 
+def _layer_at_once(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """One head without rotation; each row has one token, so that its attention is that token's value."""
+    n, h = x.shape
+    x, caches = x.detach(), (x.new_zeros(1 + n, 1, h, 64), x.new_zeros(1 + n, 1, 64, h))
+    linears = [pack_linear(weight) for weight in w.detach().split(h)]
+    i = torch.arange(n, dtype=torch.int32, device=x.device)
+    tables = torch.stack((i, i + 1), 1), i, i * 0 + 1, i[:, None] + 1, i
+    norms, turn = [torch.ones_like(x[0])] * 2 + [None] * 2, (torch.ones_like(x), torch.zeros_like(x))
+    options = norms, [1e-6] * 3, linears, [None] * 7, "silu", *turn, *caches, (i + 1).long() * 64, *tables
+    return decode_step.decode_layer_(x, None, *options, h**-0.5, 0)
+
+
+def _plain_layer_at_once(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    x, (_, _, v, o, gate, up, down) = x.detach(), w.detach().split(x.shape[1])
+    total = x + F.linear(F.linear(F.rms_norm(x, x.shape[1:], None, 1e-6), v), o)
+    y = F.rms_norm(total, x.shape[1:], None, 1e-6)
+    return F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down), total
+
+
 def _sample(logits: Tensor, seed: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
     z = wide(logits.detach()) / 0.8
     full = z.log_softmax(-1)
@@ -189,6 +208,11 @@ PROBES = {
         lambda: [torch.randn(shape, dtype=torch.float64) for shape in ((33, 96), (101, 96))],
         lambda x, weight: (packed_linear(x.detach(), pack_linear(weight), columns=weight.shape[0]),),
         lambda x, weight: (F.linear(x.detach(), weight.detach()),),
+    ),
+    "decode_layer": Probe(
+        lambda: [torch.randn(7, 64, dtype=torch.float64), torch.randn(448, 64, dtype=torch.float64) / 8],
+        _layer_at_once,
+        _plain_layer_at_once,
     ),
     "decode_attention": Probe(
         lambda: [torch.randn(n, heads, 64, dtype=torch.float64) for n, heads in ((6, 4), (160, 2), (160, 2))],

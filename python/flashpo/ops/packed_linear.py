@@ -17,9 +17,11 @@ def packs(weight: Tensor) -> bool:
     """Whether a kernel of this machine computes with `pack_linear(weight)`: without one, packing is a loss."""
     if weight.device.type != "cpu" or weight.numel() == 0 or why_unavailable("native", "cpu") is not None:
         return False
-    if weight.dtype == torch.bfloat16:
-        return native.isa == "amx" and weight.shape[1] % 32 == 0
-    return weight.dtype == torch.float32
+    return packs_dtype(weight.dtype) and (weight.dtype == torch.float32 or weight.shape[1] % 32 == 0)
+
+
+def packs_dtype(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and native.isa == "amx")
 
 
 def pack_linear(weight: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, colu
         (M, N) in x's dtype.
     """
     check_float("x", x)
-    depth = _depth(packed)
+    depth = depth_of(packed)
     if x.dim() != 2 or x.shape[1] != depth:
         raise ValueError(f"x must be (M, {depth}) as packed has it, got {tuple(x.shape)}")
     width = packed.numel() // (packed.shape[0] * depth)
@@ -89,7 +91,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, colu
     return packed_linear_fwd(x, packed, bias, columns)
 
 
-def _depth(packed: Tensor) -> int:
+def depth_of(packed: Tensor) -> int:
     return packed.shape[1] * (32 if packed.dtype == torch.bfloat16 else 1)
 
 
@@ -108,7 +110,7 @@ def _(x, packed, bias, columns):
 
 @packed_linear_fwd.backend("native")  # csrc/cpu/packed_linear.cpp
 def _(x, packed, bias, columns):
-    if x.device.type != "cpu" or not (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and native.isa == "amx")):
+    if x.device.type != "cpu" or not packs_dtype(x.dtype):
         return NotImplemented
     out = x.new_empty(x.shape[0], columns)
     x = x if x.stride(1) == 1 else x.contiguous()

@@ -152,9 +152,9 @@ class RolloutEngine:
             return
         try:
             with rollout_mode(self.model), self.view:
-                runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
                 for adapter, chosen in call.adapters:
                     with self._adapter(adapter):
+                        runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
                         answering = adapter_states(self.model)
                         runner.use(places(self.model, self.view), answering)
                         rows = call.queue(scheduler, chosen, answering)

@@ -2,6 +2,7 @@
 
 transformers runs some fifty operators a layer. The projections are called as the model's own modules, so adapters and
 swapped forwards on them count; norms, rotation, cache and activation run in our operators, with the same roundings.
+Where all projections of a layer are packed, a decode step runs the layer as one operator.
 """
 
 from typing import Any, Protocol
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from flashpo.ops.decode_layer import ACTIVATIONS, add_rms_norm_fwd, gated_activation_fwd, rope_append_
+from flashpo.ops.decode_step import decode_layer_
+from flashpo.ops.packed_linear import ROWS
+from flashpo.rollout.packed_linear import PackedLinear
 
 # Decoder layers that are: h += attention(norm(h)); h += mlp(norm(h)), with rotation by halves.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
@@ -26,6 +30,9 @@ class Cached(Protocol):
     slot: Tensor  # (N,)
     cache: Any
 
+    @property
+    def tables(self) -> tuple[Tensor, ...] | None: ...  # of decode_attention, in a decode step
+
     def attend_cached(self, layer: int, query: Tensor, scale: float) -> Tensor: ...
 
 
@@ -35,8 +42,6 @@ class FusedBackbone:
     def __init__(self, backbone: Any):
         self.backbone = backbone
         self.layers = [_Layer(layer) for layer in backbone.layers]
-        self.norms = [(x.input_layernorm, x.post_attention_layernorm) for x in backbone.layers]
-        self.eps = [(_eps(a), _eps(b)) for a, b in self.norms]
 
     def __call__(self, step: Cached) -> Tensor:
         backbone: Any = self.backbone
@@ -44,28 +49,53 @@ class FusedBackbone:
         position = step.position[:, None].long()
         turn = tuple(x[:, 0] for x in backbone.rotary_emb(embedded[:, None], position_ids=position))
         x, residual = embedded, None
-        for layer, (before, between), (eps_before, eps_between) in zip(self.layers, self.norms, self.eps):
-            x, residual = add_rms_norm_fwd(x, residual, before.weight, eps_before, False)
-            x = layer.attention(x, turn, step)
-            x, residual = add_rms_norm_fwd(x, residual, between.weight, eps_between, False)
-            x = layer.mlp(x)
+        for layer in self.layers:
+            x, residual = layer(x, residual, turn, step)
         return add_rms_norm_fwd(x, residual, backbone.norm.weight, _eps(backbone.norm), False)[0]
 
 
 class _Layer:
     def __init__(self, layer: Any):
         self.attn, self.module = layer.self_attn, layer.mlp
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
         self.head_norms = (self.attn.q_norm, self.attn.k_norm) if hasattr(self.attn, "q_norm") else ()
-        self.eps = _eps(self.attn.q_norm) if self.head_norms else 0.0
+        self.eps = [*(_eps(norm) for norm in self.norms), _eps(self.attn.q_norm) if self.head_norms else 0.0]
         name = ACTIVATION_OF.get(type(getattr(self.module, "act_fn", None)).__name__)
         self.activation = name if type(self.module).__name__ in MLPS and name in ACTIVATIONS else None
+        self.linears = self._packed()
+
+    def _packed(self) -> list[PackedLinear] | None:
+        """q, k, v, o, gate, up and down, if nothing else than a packed product happens in them."""
+        if self.activation is None:
+            return None
+        modules = [getattr(self.attn, f"{name}_proj") for name in "qkvo"]
+        modules += [getattr(self.module, f"{name}_proj") for name in ("gate", "up", "down")]
+        linears = [m.__dict__.get("forward") for m in modules if not m._forward_hooks and not m._forward_pre_hooks]
+        packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
+        return packed if len(packed) == len(modules) else None
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, turn: tuple[Tensor, ...], step: Cached
+    ) -> tuple[Tensor, Tensor]:
+        before, between = self.norms
+        if self.linears is not None and step.tables is not None and x.shape[0] <= ROWS:
+            index = self.attn.layer_idx
+            norms = [norm.weight for norm in (before, between, *self.head_norms)] + [None] * (2 - len(self.head_norms))
+            weights = [linear.packed for linear in self.linears], [linear.bias for linear in self.linears]
+            places = step.cache.keys[index], step.cache.values[index], step.slot, *step.tables
+            window = step.cache.layers[index].window
+            options = norms, self.eps, *weights, self.activation
+            return decode_layer_(x, residual, *options, *turn, *places, self.attn.scaling, window)
+        x, residual = add_rms_norm_fwd(x, residual, before.weight, self.eps[0], False)
+        x, residual = add_rms_norm_fwd(self.attention(x, turn, step), residual, between.weight, self.eps[1], False)
+        return self.mlp(x), residual
 
     def attention(self, x: Tensor, turn: tuple[Tensor, ...], step: Cached) -> Tensor:
         attn, index = self.attn, self.attn.layer_idx
         weights = [norm.weight for norm in self.head_norms] or (None, None)
         caches = step.cache.keys[index], step.cache.values[index]
         projected = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
-        q = rope_append_(*projected, *turn, *weights, self.eps, False, *caches, step.slot)
+        q = rope_append_(*projected, *turn, *weights, self.eps[2], False, *caches, step.slot)
         return attn.o_proj(step.attend_cached(index, q, attn.scaling).flatten(1))
 
     def mlp(self, x: Tensor) -> Tensor:

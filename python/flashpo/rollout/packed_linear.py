@@ -13,28 +13,28 @@ from flashpo.ops.packed_linear import ROWS, pack_linear, packed_linear_fwd, pack
 Linear = Callable[[Tensor], Tensor]
 
 
+class PackedLinear:
+    """`x -> x W^T + b` from a packed copy of W; for the many rows of a prefill by `plain`. Not differentiable."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, plain: Linear):
+        self.packed, self.bias, self.plain = pack_linear(weight), bias, plain
+        self.columns, self.depth = weight.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() > ROWS * self.depth:
+            return self.plain(x)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.depth)
+        return packed_linear_fwd(rows, self.packed, self.bias, self.columns).view(*x.shape[:-1], self.columns)
+
+
 def packed_linear(weight: Tensor, bias: Tensor | None, plain: Linear) -> Linear | None:
-    """`x -> x W^T + b` from a packed copy of `weight` (N, K), or None where there is no kernel for one.
-
-    plain: the same for many rows (a prefill). Not differentiable.
-    """
+    """A PackedLinear, or what a library of torch has like it; None where there is no kernel for one."""
     if packs(weight):
-        packed, (columns, depth) = pack_linear(weight), weight.shape
-
-        def few(x: Tensor) -> Tensor:
-            if x.dim() == 2:
-                return packed_linear_fwd(x, packed, bias, columns)
-            return packed_linear_fwd(x.reshape(-1, depth), packed, bias, columns).view(*x.shape[:-1], columns)
-
-    elif weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() > 0:
-        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return None
-        linear = torch.ops.mkldnn._linear_pointwise.default
-        packed, depth = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS), weight.shape[1]
-
-        def few(x: Tensor) -> Tensor:
-            return linear(x, packed, bias, "none", [], "")
-
-    else:
+        return PackedLinear(weight, bias, plain)
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() == 0:
         return None
-    return lambda x: few(x) if x.numel() <= ROWS * depth else plain(x)
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    linear, limit = torch.ops.mkldnn._linear_pointwise.default, ROWS * weight.shape[1]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    return lambda x: linear(x, packed, bias, "none", [], "") if x.numel() <= limit else plain(x)

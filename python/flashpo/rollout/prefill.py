@@ -66,6 +66,8 @@ def prefill(
 class Packed:
     """A packed forward: each piece attends to its past and causally to itself."""
 
+    tables = None
+
     def __init__(self, cache: KVCache, pieces: Sequence[Piece]):
         def joined(values) -> Tensor:
             return torch.tensor(list(itertools.chain.from_iterable(values)), device=cache.device)

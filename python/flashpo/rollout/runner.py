@@ -111,6 +111,7 @@ class Step:
         self.live = zeros(rows, dtype=torch.bool)
         self.token = zeros(rows, dtype=torch.int64)
         self.position = zeros(rows, dtype=torch.int32)
+        self.tables = self.readers, self.start, self.length, self.blocks, self.position
         self.limit = zeros(rows, dtype=torch.int32)
         self.stop = zeros(rows, sizes.stop, dtype=torch.int64)
         self.settings = {name: zeros(rows, dtype=dtype) for name, dtype in SETTINGS.items()}
@@ -162,9 +163,10 @@ class Step:
     ) -> Tensor:
         """query (N, Hq, D), its own tokens being in the cache -> (N, Hq, Dv)."""
         caches = self.cache.keys[layer], self.cache.values[layer]
-        tables = self.readers, self.start, self.length, self.blocks, self.position
         window = self.cache.layers[layer].window
-        return decode_attention(query, *caches, *tables, scale=scale, window=window, softcap=softcap, sinks=sinks)[0]
+        return decode_attention(query, *caches, *self.tables, scale=scale, window=window, softcap=softcap, sinks=sinks)[
+            0
+        ]
 
     def _hidden(self) -> Tensor:
         if self.fused is not None:

@@ -31,7 +31,7 @@ from flashpo.rollout.packed_linear import packed_linear
 
 Linear = Callable[[Tensor], Tensor]
 MODES, LORA = ("auto", "alias", "shadow"), ("auto", "live", "merged")
-PACK_NUMEL = 1 << 17  # packing a smaller weight costs more than the 10 us a step that it saves over a short rollout
+PACK_NUMEL = 1 << 13  # packing a smaller weight costs more than it saves over a short rollout
 
 
 class WeightView:
