@@ -46,7 +46,7 @@ step build "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reins
 step doctor "$PYTHON" -m flashpo doctor --check
 step tests "$PYTHON" -m pytest -q -m gpu tests
 for suite in $SUITES; do
-  on_gpu "$suite" timeout 600 "$PYTHON" -m flashpo bench "$suite" --device cuda --peers \
+  on_gpu "$suite" timeout -s INT 600 "$PYTHON" -m flashpo bench "$suite" --device cuda --peers \
     --out "$OUT/bench.jsonl" --plot "$OUT/plots"
 done
 # The CUDA C++ kernels alone: Triton's are checked against fp64 above, and memcheck does not follow their compiler

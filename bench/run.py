@@ -91,19 +91,25 @@ def main(argv: list[str] | None = None) -> int:
     document = {**machine(args.device), "command": "flashpo bench " + " ".join(sys.argv[1:] if argv is None else argv)}
     document["tables"] = tables = {}
     print(f"{document['machine']}, {document['threads']} threads, {document['isa']}, torch {document['torch']}")
-    for title, records in cases.run(Device(args.device), args.op, args.peers, args.quick):
-        tables[title] = records
-        show(title, records)
-    document["backends"] = flashpo.stats()
+    try:
+        for title, records in cases.run(Device(args.device), args.op, args.peers, args.quick):
+            tables[title] = records
+            show(title, records)
+    finally:  # also of what came before a failure or the end of one's patience
+        document["backends"] = flashpo.stats()
+        write(document, args.out)
     if args.plot:
         plot(tables, args.plot)
-    text = json.dumps(document)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(text + "\n")
-    print(text)
     return 0
+
+
+def write(document: dict, file: pathlib.Path | None) -> None:
+    text = json.dumps(document)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lines:
+            lines.write(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

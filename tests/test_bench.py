@@ -1,5 +1,6 @@
 """What a machine with a GPU is to run."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -7,7 +8,7 @@ import subprocess
 import pytest
 
 pytest.importorskip("transformers")
-from flashpo.bench import decode_step, grpo_step, packing, rollout, tree
+from flashpo.bench import decode_step, grpo_step, packing, rollout, run, tree
 from flashpo.bench.cases import SUITES
 
 ON_CPUS = {"packed_linear"}  # alone
@@ -20,6 +21,19 @@ def test_a_dry_run_lists_every_suite(tmp_path):
     lines = [line.split(": needs a GPU: ") for line in (tmp_path / "summary.txt").read_text().splitlines()]
     assert {name for name, _ in lines} == {*SUITES, "sanitizer"} - ON_CPUS
     assert all(f"flashpo bench {name} --device cuda" in command for name, command in lines if name != "sanitizer")
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
+    def tables(*_):
+        yield "the first", [{"variant": "FlashPO", "ms": 1.5}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.cases, "run", tables)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--device", "cpu", "--out", str(tmp_path / "bench.jsonl")])
+    (line,) = (tmp_path / "bench.jsonl").read_text().splitlines()
+    assert json.loads(line)["tables"] == {"the first": [{"variant": "FlashPO", "ms": 1.5}]}
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_titles_are_distinct():

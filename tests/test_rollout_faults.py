@@ -196,6 +196,24 @@ def test_weights_that_change_in_the_middle(monkeypatch):
         RolloutEngine(net, fallback="error").generate(prompts(40), PARAMS)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_session_goes_on_after_an_exception(monkeypatch, whole, error):
+    engine = RolloutEngine(model("qwen3"), fallback="error", check=False)
+    turn = [p + c + [7] for p, c in zip(whole.prompt_ids, whole.completion_ids)]
+    fresh = engine.generate(turn, PARAMS)
+    with engine.session():
+        engine.generate(prompts(40, 70), PARAMS)
+        with monkeypatch.context() as patch:
+            patch.setattr(Step, "__call__", lambda self: (_ for _ in ()).throw(error("in the middle")))
+            with pytest.raises(error, match="in the middle"):
+                engine.generate(turn, PARAMS)
+        again = engine.generate(turn, PARAMS)
+        assert again.stats.prefill_tokens == fresh.stats.prefill_tokens, "nothing half-computed counts as cached"
+        last = engine.generate([p + c + [9] for p, c in zip(again.prompt_ids, again.completion_ids)], PARAMS)
+        assert last.stats.prefill_tokens_saved > last.stats.prefill_tokens
+    assert again.completion_ids == fresh.completion_ids
+
+
 def test_a_step_that_cannot_be_captured_runs_as_it_is(caplog, whole):
     """The GPU's bookkeeping on a CPU: capture fails, buckets are larger than their rows, the host looks seldom."""
     engine = RolloutEngine(model("qwen3"), fallback="error")
