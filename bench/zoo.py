@@ -143,11 +143,11 @@ def trl_config(name: str) -> type:
     return getattr(importlib.import_module("trl"), f"{name}Config")
 
 
-def learn(name: str, model: Path, out: Path, steps: int, seed: int) -> tuple[dict, Curve]:
+def learn(name: str, model: Path, out: Path, steps: int, seed: int, measurements: int = 12) -> tuple[dict, Curve]:
     with tqdm(total=steps, desc=name, unit="step") as bar:
         made = trainer(name, model, out, steps, seed)
         sums = arithmetic()
-        curve = Curve(sums.problems(HELD_OUT, seed + 10**6), sums.tokenizer(), max(1, steps // 12), bar)
+        curve = Curve(sums.problems(HELD_OUT, seed + 10**6), sums.tokenizer(), -(-steps // measurements), bar)
         made.add_callback(curve)
         made.add_callback(Budget(steps * TOKENS))
         made.remove_callback(transformers.PrinterCallback)
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     base = arithmetic().save(args.out / "model", seed=args.seed)
-    begin, _ = learn("start", base, args.out / "start", args.start_steps, args.seed)
+    begin, _ = learn("start", base, args.out / "start", args.start_steps, args.seed, measurements=1)
     records, curves = [], {}
     for name in args.names:
         record, curves[name] = learn(name, args.out / "start", args.out / name, args.steps, args.seed)
