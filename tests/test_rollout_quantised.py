@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import trl_models
 from rollout_models import SIZES, forward_logprobs, prompts
 from torch import nn
 from torch.utils._pytree import tree_map
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import flashpo.trl
 from flashpo.rollout import RolloutEngine, SamplingParams
 from flashpo.rollout.weights import WeightView
 
@@ -147,3 +149,21 @@ def test_libraries(layer, atol, lora):
     model = quantised_model(bitsandbytes(layer) if isinstance(layer, str) else layer, head=False)
     model = with_lora(model) if lora else model
     assert_logprobs(model, RolloutEngine(model, fallback="error").generate(prompts(5, 70), PARAMS), atol)
+
+
+@pytest.mark.parametrize("layer", [Bytes, subclass])
+def test_adapters_on_a_quantised_base_are_trained_on_its_rollouts(layer, monkeypatch):
+    """QLoRA through the trainer, over several steps."""
+    model = quantised_model(layer, head=False)
+    monkeypatch.setattr(trl_models.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    options = dict(max_steps=3, learning_rate=1e-2, rollout="engine", peft_config=adapters)
+    trainer = trl_models.make_trainer("GRPO", flashpo.trl, **options)
+    before = trl_models.weights(trainer.model)
+    trainer.train()
+    moved = {name for name, x in trl_models.weights(trainer.model).items() if not torch.equal(x, before[name])}
+    assert moved
+    assert all("lora" in name for name in moved)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 3
+    assert max(row["rollout/mismatch/max"] for row in rows) < 1e-5
