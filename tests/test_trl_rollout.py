@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from trl_models import DATA, make_trainer
@@ -244,6 +245,8 @@ def test_mismatch_by_hand():
     found = mismatch(trained.float(), sampled.float(), mask)
     torch.testing.assert_close(found[:-1], torch.stack(expected).float())
     assert found[-1] == live.sum()
+    behind = mismatch(trained.float() - 9, trained.float(), mask)  # sums of ratios far below 1
+    assert behind[MISMATCH.index("effective_sample_size")] == pytest.approx(1.0)
     nothing = mismatch(trained.float(), sampled.float(), torch.zeros_like(mask))
     rows = torch.stack([found, found * 2, nothing])
     metrics = mismatch_metrics(rows)
@@ -260,3 +263,22 @@ def test_evaluation_uses_it(calls):
     metrics = trainer.evaluate()
     assert calls
     assert metrics["eval_rollout/mismatch/max"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_trl_generates_with_the_models_own_attention(name, monkeypatch):
+    """transformers' continuous batching refuses attentions that it does not know by name."""
+    seen = []
+    stock = getattr(trl, f"{name}Trainer")
+    generate = stock._generate_single_turn
+
+    def watched(self, *turn):
+        seen.append(self.model.config._attn_implementation)
+        return generate(self, *turn)
+
+    monkeypatch.setattr(stock, "_generate_single_turn", watched)
+    trainer = make_trainer(name, flashpo.trl, rollout="generate", max_steps=3)
+    own = trainer.model.config._attn_implementation
+    trainer.train()
+    assert seen == [own] * 3
+    assert trainer.model.config._attn_implementation == f"tree:{own}"

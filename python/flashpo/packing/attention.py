@@ -7,8 +7,9 @@ unknown keywords on the way to their attention have no reason to drop it; and an
 Any other mask, or none, goes to the implementation that the model had before.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ def install(backbone: nn.Module) -> None:
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and not config._attn_implementation.startswith(PREFIX):
             config._attn_implementation_internal = _register(config._attn_implementation)
+
+
+@contextlib.contextmanager
+def uninstalled(model: nn.Module) -> Iterator[None]:
+    """Within it the model goes by the name of the attention that it had before, for code that knows some by name."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    ours = [c for c in configs.values() if str(getattr(c, "_attn_implementation", "")).startswith(PREFIX)]
+    before = [c._attn_implementation for c in ours]
+    try:
+        for config, name in zip(ours, before):
+            config._attn_implementation_internal = name.removeprefix(PREFIX)
+        yield
+    finally:
+        for config, name in zip(ours, before):
+            config._attn_implementation_internal = name
 
 
 def _register(original: str) -> str:

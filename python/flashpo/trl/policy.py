@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
+from flashpo.packing.attention import uninstalled
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
@@ -186,7 +187,8 @@ class PolicyTrainer(Accelerated, Base):
         raise NotImplementedError
 
     def _generate(self, prompts):
-        with self._rollouts.session():  # for the turns of a conversation with tools
+        # a session for the turns of a conversation with tools; continuous batching knows attentions by name
+        with self._rollouts.session(), uninstalled(self.model):
             result = super()._generate(prompts)
         if self._rollouts.generated and self._takes_old_logprobs():
             self._rollouts.keep_as_old(self._sampled_logprobs(result))

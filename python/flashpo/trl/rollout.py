@@ -196,7 +196,7 @@ def mismatch(trained: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
     tokens = live.sum()
     w = log_ratio.exp() * live
     quantiles = masked_quantile(log_ratio, live, (0.01, 0.5, 0.99)).exp().nan_to_num(nan=1.0)
-    size = w.sum() ** 2 / (tokens * (w * w).sum()).clamp(min=1.0)
+    size = w.sum() ** 2 / (tokens * (w * w).sum()).clamp(min=torch.finfo(w.dtype).tiny)
     error = log_ratio.abs()
     return torch.stack([error.sum() / tokens.clamp(min=1), error.max(), *quantiles, size, tokens.float()])
 
