@@ -373,6 +373,25 @@ def test_configurations(name):
         config("out", use_cpu=True, bf16=False, share_prefix="yes")
 
 
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO", "PPO"])
+def test_configurations_from_a_command_line(name):
+    """As TRL's scripts read theirs."""
+    config = getattr(flashpo.trl, f"{name}Config")
+
+    def parsed(*options: str):
+        line = ["--output_dir", "out", "--use_cpu", "--bf16", "false", *options]
+        return trl.TrlParser((config,)).parse_args_and_config(line)[0]
+
+    assert parsed().share_prefix == "auto"
+    assert parsed("--share_prefix", "false").share_prefix is False
+    assert parsed("--share_prefix", "True").share_prefix is True
+    if name in ("GRPO", "RLOO", "PPO"):
+        args = parsed("--rollout", "engine", "--rollout_options", '{"kv_memory": 1000}')
+        assert (args.rollout, args.rollout_options) == ("engine", {"kv_memory": 1000})
+        with pytest.raises(TypeError, match="rollout_options must be a dict"):
+            parsed("--rollout_options", "kv_memory")
+
+
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
 def test_configurations_of_trl_will_do(name, tmp_path):
     settings = dict(use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no")

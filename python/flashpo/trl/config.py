@@ -20,7 +20,7 @@ RLOO_LOSS_OPTIONS = ("epsilon", "epsilon_high")
 class SharingOptions:
     """The field for token trees, of every configuration."""
 
-    share_prefix: str | bool = field(
+    share_prefix: str = field(  # or a bool; TRL's parser of the command line reads a union with one as a flag
         default="auto",
         metadata={
             "help": "Score and train each distinct token of a micro-batch once, padding never. auto: where model and "
@@ -30,6 +30,8 @@ class SharingOptions:
 
     def __post_init__(self):
         super().__post_init__()  # type: ignore[misc]  # of the TRL class beside it
+        named = {"true": True, "false": False}
+        self.share_prefix = named.get(str(self.share_prefix).lower(), self.share_prefix)  # type: ignore[assignment]
         if self.share_prefix not in ("auto", True, False):
             raise ValueError(f"share_prefix must be 'auto', True or False, got {self.share_prefix!r}")
 
@@ -45,13 +47,16 @@ class EngineOptions(SharingOptions):
             "where it cannot; generate: TRL."
         },
     )
-    rollout_options: dict | None = field(
-        default=None, metadata={"help": "Arguments of flashpo.rollout.RolloutEngine: kv_memory, weights ..."}
+    rollout_options: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of flashpo.rollout.RolloutEngine, a dict or JSON: kv_memory ..."}
     )
 
-    def _check_engine(self) -> None:
+    def __post_init__(self):
+        super().__post_init__()
         if self.rollout not in ("auto", "engine", "generate"):
             raise ValueError(f"rollout must be 'auto', 'engine' or 'generate', got {self.rollout!r}")
+        if not isinstance(self.rollout_options, dict | None):
+            raise TypeError(f"rollout_options must be a dict or JSON of one, got {self.rollout_options!r}")
 
 
 @dataclass
@@ -97,7 +102,6 @@ class PolicyOptions(EngineOptions):
     )
 
     def _check_options(self, loss_options: tuple[str, ...]) -> None:
-        self._check_engine()
         if self.old_logprobs not in ("trainer", "rollout"):
             raise ValueError(f"old_logprobs must be 'trainer' or 'rollout', got {self.old_logprobs!r}")
         if self.old_logprobs == "rollout" and self.rollout == "generate":
@@ -126,6 +130,8 @@ class PolicyOptions(EngineOptions):
 class GRPOConfig(PolicyOptions, trl.GRPOConfig):
     """`trl.GRPOConfig` and:"""
 
+    _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
+
     def __post_init__(self):
         super().__post_init__()
         self._check_options(GRPO_LOSS_OPTIONS)
@@ -145,6 +151,8 @@ class GRPOConfig(PolicyOptions, trl.GRPOConfig):
 @dataclass
 class RLOOConfig(PolicyOptions, trl.RLOOConfig):
     """`trl.RLOOConfig` and:"""
+
+    _VALID_DICT_FIELDS = [*trl.RLOOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
 
     def __post_init__(self):
         super().__post_init__()

@@ -48,6 +48,8 @@ class PPOConfig(EngineOptions, trl.GRPOConfig):
             to the loss.
     """
 
+    _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
+
     num_generations: int | None = field(default=1, metadata={"help": "Number of completions of each prompt."})
     num_iterations: int = field(default=4, metadata={"help": "Epochs over each batch of generations."})
     beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty; 0: no reference model."})
@@ -60,7 +62,6 @@ class PPOConfig(EngineOptions, trl.GRPOConfig):
     kl_in: str = field(default="reward", metadata={"help": "Where the KL penalty goes.", "choices": ["reward", "loss"]})
 
     def __post_init__(self):
-        self._check_engine()
         defaults = {f.name: f.default for f in fields(trl.GRPOConfig)}
         for name, reason in REFUSED.items():
             value: Any = getattr(self, name)
