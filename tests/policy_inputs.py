@@ -40,6 +40,8 @@ def random_spec(rng: random.Random) -> LossSpec:
             extra["importance_min"] = extra["importance_max"] = None
         if extra["aggregation"] != "fixed_length":
             extra["max_length"] = None
+        if not extra["kl"].startswith("k3"):
+            extra["kl_log_clamp"] = None
         own = dict(
             ratio=rng.choice(CHOICES["ratio"]),
             surrogate=rng.choice(CHOICES["surrogate"]),
@@ -52,6 +54,8 @@ def random_spec(rng: random.Random) -> LossSpec:
             sapo_temperatures=(1.0, 1.3),
             vespo_gamma=((2.0, 3.0), (3.0, 2.5)),
         )
+        if own["surrogate"] in ("sapo", "vespo", "reinforce"):
+            own["clip_low"] = own["clip_high"] = None
         try:
             if rng.random() < 0.3:
                 name = rng.choice(sorted(LOSSES))

@@ -286,6 +286,16 @@ CONTRADICTIONS = [
     (dict(top_entropy=0.0), "top_entropy must be in"),
     (dict(max_length=5), "max_length does nothing"),
     (dict(empty_sequences="surrogate"), "for aggregation='sequence_mean'"),
+    (dict(surrogate="sapo", clip_high=0.3), "clip_high does nothing for sapo"),
+    (dict(kl_coef=0.1, kl="k1", kl_log_clamp=20.0), "kl_log_clamp does nothing for kl='k1'"),
+    (dict(kl_coef=0.1, kl_clamp=0.0), "kl_clamp must be positive"),
+    (dict(log_ratio_min=1.0, log_ratio_max=-1.0), "log_ratio_min must not be above log_ratio_max"),
+    (dict(importance="token_mask", importance_min=3.0, importance_max=1.0), "importance_min must not be above"),
+    (dict(clip_high=math.inf), "clip_high must be finite, got inf"),
+    (dict(entropy_coef=math.nan), "entropy_coef must be finite, got nan"),
+    (dict(sapo_temperatures=(1.0,)), r"sapo_temperatures must be a tuple like \(1.0, 1.05\)"),
+    (dict(vespo_gamma=(2.0, 3.0)), "vespo_gamma must be a tuple like"),
+    (dict(aggregation="fixed_length", max_length=2.5), "max_length must be a positive integer"),
 ]
 
 
@@ -303,6 +313,16 @@ def _wrong(**changes):
 WRONG = [
     (dict(loss="dpo"), ValueError, "loss must be one of"),
     (dict(loss=3), TypeError, "loss must be a name"),
+    (dict(loss=["dapo"]), TypeError, "loss must not be a list"),
+    (dict(clip_high="0.3"), TypeError, "clip_high must be a number of Python, got str"),
+    (dict(clip_high=[0.3]), TypeError, "clip_high must not be a list"),
+    (dict(mask=None), TypeError, "mask must be a torch.Tensor, got NoneType"),
+    (dict(old_logprob=[0.0]), TypeError, "old_logprob must be a torch.Tensor, got list"),
+    (dict(advantage=[1.0] * 5), TypeError, "advantage must be a torch.Tensor, got list"),
+    (dict(num_items=-4), ValueError, "num_items must not be negative"),
+    (dict(num_items="4"), TypeError, "num_items must be a number, got str"),
+    (dict(num_items=torch.ones(2)), ValueError, "num_items must be a number or a scalar tensor"),
+    (dict(scale=float("nan")), ValueError, "scale must be finite"),
     (dict(epsilon=0.1), TypeError, "no option epsilon"),
     (dict(loss="dr_grpo"), ValueError, "needs max_length"),
     (dict(kl_coef=0.1), ValueError, "ref_logprob is needed"),
@@ -324,6 +344,16 @@ WRONG = [
 def test_bad_arguments_raise(changes, error, message):
     with pytest.raises(error, match=message):
         policy_loss(**_wrong(**changes))
+
+
+def test_only_logprob_and_entropy_are_differentiated():
+    made = tensors_for(LOSSES["dapo"], batch(dtype=torch.float32))
+    constants = {name: made[name].clone().requires_grad_() for name in ("old_logprob", "advantage")}
+    assert not policy_loss(**made | constants).loss.requires_grad
+    logprob = made["logprob"].clone().requires_grad_()
+    policy_loss(**made | constants | {"logprob": logprob}).loss.backward()
+    assert logprob.grad.abs().sum() > 0
+    assert all(x.grad is None for x in constants.values())
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

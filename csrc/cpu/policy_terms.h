@@ -79,7 +79,6 @@ struct Spec {
     choice(empty_sequences);
     number(entropy_coef);
     choice(entropy_mean);
-    if (kl != Kl::k3 && kl != Kl::k3_plus) kl_log_clamp = inf;
   }
 
   bool of_tokens() const { return ratio == Ratio::token; }

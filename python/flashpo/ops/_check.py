@@ -1,14 +1,20 @@
 """Argument checks shared by the ops: each error names the argument, what was wanted and what came."""
 
+import math
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_float(name: str, x: Tensor) -> None:
+def check_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_float(name: str, x: Tensor) -> None:
+    check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
 
@@ -16,8 +22,7 @@ def check_float(name: str, x: Tensor) -> None:
 def check_index(name: str, x: Tensor, index_name: str, index: Tensor) -> None:
     """`x` (..., K) with K >= 1, and `index` (...) int64 beside it."""
     check_float(name, x)
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{index_name} must be a torch.Tensor, got {type(index).__name__}")
+    check_tensor(index_name, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{index_name} must be int64, got {index.dtype}")
     if x.dim() < 1 or index.shape != x.shape[:-1]:
@@ -49,10 +54,17 @@ def check_that(fine: Tensor, message: str) -> None:
         raise ValueError(message)
 
 
+def check_finite(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # torch.compile has no math.isfinite
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 def check_positive(name: str, value: float) -> None:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -70,8 +82,7 @@ def check_share(name: str, value: float) -> None:
 
 def check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> Tensor:
     """The mask as bool; it is bool or holds 0 and 1, and has the shape of `other`."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    check_tensor(name, mask)
     if mask.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(mask.shape)}")
     check_device(name, mask, other_name, other)
@@ -86,8 +97,7 @@ def check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> Tenso
 
 def check_cu_seqlens(cu_seqlens: Tensor, flat: Tensor) -> None:
     """(S + 1,) int64 that begins with 0, never falls and ends with the length of the flat tensors."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int64:
         raise TypeError(f"cu_seqlens must be int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:

@@ -18,6 +18,8 @@ averages over tokens, and subtracts an entropy bonus. Sources are named beside e
 
 import ast
 import functools
+import math
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -48,7 +50,8 @@ CHOICES = {  # field -> its values, in the order in which the kernels number the
 class LossSpec:
     """A policy loss. `LOSSES["dapo"]` is one; `dataclasses.replace(spec, clip_high=0.3)` makes another.
 
-    Raises ValueError where options contradict each other or would do nothing.
+    Raises ValueError or TypeError where an option is no finite number, where options contradict each other, and where
+    one would do nothing.
     """
 
     # Level of w: one token's; the sequence's, exp(mean d) (GSPO); its value with the gradient of one token each
@@ -72,7 +75,7 @@ class LossSpec:
     kl_coef: float = 0.0
     kl: KL = "k3"
     kl_ratio_correction: bool = False  # times w, with its gradient: unbiased off-policy (DeepSeek-V3.2)
-    kl_log_clamp: float | None = None  # |log ref - log pi| is clamped before, |KL| after the estimate (verl)
+    kl_log_clamp: float | None = None  # k3: |log ref - log pi| is clamped before, |KL| after the estimate (verl)
     kl_clamp: float | None = None
 
     # Weight against the mismatch of sampler and trainer: r = pi_old / pi_rollout of a token or a sequence (product),
@@ -98,6 +101,10 @@ class LossSpec:
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in CHOICES and not (value is None and type(None) in get_args(field.type)):
+                _check_numbers(field.name, value, like=field.default)
 
         def need(fine: bool, message: str) -> None:
             if not fine:
@@ -125,6 +132,16 @@ class LossSpec:
         need(
             all(t > 0 for t in self.sapo_temperatures), f"sapo_temperatures must be positive: {self.sapo_temperatures}"
         )
+        if self.surrogate in ("sapo", "vespo", "reinforce"):
+            for name, default in (("clip_low", LossSpec.clip_low), ("clip_high", LossSpec.clip_high)):
+                need(getattr(self, name) in (None, default), f"{name} does nothing for {self.surrogate}")
+        for name in ("kl_log_clamp", "kl_clamp"):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"{name} must be positive, got {value}")
+        need(self.kl_log_clamp is None or self.kl.startswith("k3"), f"kl_log_clamp does nothing for kl={self.kl!r}")
+        for name in ("log_ratio", "importance"):
+            low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            need(low is None or high is None or low <= high, f"{name}_min must not be above {name}_max: {low}, {high}")
         need(self.kl_coef != 0 or not self.kl_ratio_correction, "kl_ratio_correction does nothing while kl_coef is 0")
         need(
             self.surrogate != "vespo" or self.importance in ("none", "token_truncate", "token_mask"),
@@ -138,7 +155,10 @@ class LossSpec:
             self.max_length is None or self.aggregation == "fixed_length",
             f"max_length does nothing for aggregation={self.aggregation!r}",
         )
-        need(self.max_length is None or self.max_length > 0, f"max_length must be positive, got {self.max_length}")
+        need(
+            self.max_length is None or (isinstance(self.max_length, int) and self.max_length > 0),
+            f"max_length must be a positive integer, got {self.max_length}",
+        )
         need(
             self.empty_sequences != "surrogate" or self.aggregation == "sequence_mean",
             "empty_sequences='surrogate' is for aggregation='sequence_mean'",
@@ -164,6 +184,19 @@ class LossSpec:
         """Whether a sequence whose advantage is 0 at every token trains nothing: each surrogate is proportional to A,
         a KL and an entropy bonus are not."""
         return self.kl_coef == 0 and self.entropy_coef == 0
+
+
+def _check_numbers(name: str, value: object, like: object) -> None:
+    """A finite number of Python, which `key` can write; where `like` is a tuple, one of as many."""
+    if isinstance(like, tuple):
+        if not isinstance(value, tuple) or len(value) != len(like):
+            raise ValueError(f"{name} must be a tuple like {like}, got {value!r}")
+        for each, other in zip(value, like):
+            _check_numbers(name, each, other)
+    elif type(value) not in (bool, int, float):
+        raise TypeError(f"{name} must be a number of Python, got {type(value).__name__}")
+    elif not math.isfinite(value):  # type: ignore[arg-type]  # a number
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 FIELDS = tuple(field.name for field in fields(LossSpec))
@@ -194,7 +227,7 @@ LOSSES: dict[str, LossSpec] = {
     "rloo": replace(_grpo, ratio="sequence_sum", empty_sequences="surrogate"),  # arXiv 2402.14740, as in TRL
     "reinforce": LossSpec(surrogate="reinforce"),
     # verl 0.9.1: dual clip always on, clamped logarithms, empty sequences left out. It clamps the KL for k3 alone: with
-    # another estimator set kl_clamp=None
+    # another estimator set kl_log_clamp and kl_clamp to None
     "verl_ppo": replace(_verl, dual_clip=3.0),
     "verl_gspo": replace(
         _verl, ratio="sequence_token", log_ratio_min=None, log_ratio_max=10.0, aggregation="sequence_mean"
@@ -211,6 +244,9 @@ LOSSES: dict[str, LossSpec] = {
 @torch.compiler.assume_constant_result  # and a function of its own: Dynamo looks through a cache
 def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> LossSpec:
     """The spec of a name in LOSSES, or a spec, with some of its fields replaced."""
+    for name, value in (("loss", loss), *overrides):
+        if not isinstance(value, Hashable):
+            raise TypeError(f"{name} must not be a {type(value).__name__}")
     return _resolve(loss, overrides)
 
 

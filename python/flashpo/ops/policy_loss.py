@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops import _policy_loss_reference
-from flashpo.ops._check import check_cu_seqlens, check_device, check_float
+from flashpo.ops._check import check_cu_seqlens, check_device, check_finite, check_float, check_tensor
 from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve
 from flashpo.ops.masked_quantile import entropy_threshold
 from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
@@ -50,7 +50,8 @@ def policy_loss(
     spec's aggregation; H: mean entropy.
 
     Args:
-        logprob: (B, T), or flat (N,) with `cu_seqlens`; fp32 (fp64: reference only), of the policy.
+        logprob: (B, T), or flat (N,) with `cu_seqlens`; fp32 (fp64: reference only), of the policy. Besides entropy the
+            only argument that is differentiated.
         old_logprob: the same shape, of the policy that acted; None: the policy itself, every ratio is 1.
         advantage: (B,) or (B, T); flat: one a sequence, (S,), or one a token, (N,).
         mask: bool or integers, not 0 at the live tokens; what other tensors hold elsewhere is never looked at. That it
@@ -58,12 +59,13 @@ def policy_loss(
         loss: a name in `LOSSES` or a LossSpec; `overrides` replace fields of it: `clip_high=0.3`.
         cu_seqlens: (S + 1,) int64, where each sequence of flat tensors begins, and N.
         ref_logprob: of the reference policy; needed where kl_coef is not 0.
-        rollout_logprob: of the sampler, NaN where unknown; needed for `importance`, used by `off_policy_threshold`.
+        rollout_logprob: of the sampler, NaN where unknown; needed for `importance`, used by `off_policy_threshold`, and
+            read for nothing else.
         importance_ratio: (B, T), (B,) or (B, 1): finished weights, in place of `importance` and `rollout_logprob`.
         entropy: of the policy; needed for entropy_coef (differentiable) and top_entropy, else a statistic.
         entropy_group: process group over whose ranks the share `top_entropy` is taken.
         num_items: denominator of the aggregation instead of this call's own count: live tokens of the global batch for
-            token_mean, sequences for the others. A number or a scalar tensor.
+            token_mean, sequences for the others. A number of at least 0 or a scalar tensor.
         scale: factor of the whole, such as 1 / gradient accumulation steps.
 
     Returns:
@@ -77,12 +79,14 @@ def policy_loss(
     spec = resolve(loss, tuple(overrides.items()))
     given = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
     _check(spec, logprob, {**given, "entropy": entropy}, advantage, mask, importance_ratio, cu_seqlens, num_items)
+    check_finite("scale", scale)
     shape = logprob.shape
     if cu_seqlens is None:
         cu_seqlens = _padded_starts(shape[0], shape[1], logprob)
     logprob = logprob.reshape(-1)
-    old, ref, rollout, entropy = (
-        None if x is None else x.reshape(-1) for x in (old_logprob, ref_logprob, rollout_logprob, entropy)
+    entropy = None if entropy is None else entropy.reshape(-1)
+    old, ref, rollout = (
+        None if x is None else x.detach().reshape(-1) for x in (old_logprob, ref_logprob, rollout_logprob)
     )
     mask = mask.reshape(-1)
     advantage = _per_token_or_sequence(advantage, shape)
@@ -123,7 +127,7 @@ def _kept_starts(sequences: int, length: int, device: torch.device) -> Tensor:
 def _per_token_or_sequence(x: Tensor, shape: torch.Size) -> Tensor:
     """(N,) where x has a value for each token, (S, 1) where it has one for each sequence."""
     per_token = x.shape == shape
-    return x.reshape(-1) if per_token else x.reshape(-1, 1)
+    return x.detach().reshape(-1) if per_token else x.detach().reshape(-1, 1)
 
 
 def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens, num_items) -> None:
@@ -136,8 +140,9 @@ def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens,
         check_cu_seqlens(cu_seqlens, logprob)
     sequences = logprob.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     for name, x in {**others, "mask": mask}.items():
-        if x is None:
+        if x is None and name != "mask":
             continue
+        check_tensor(name, x)
         if x.shape != logprob.shape:
             raise ValueError(f"{name} must have logprob's shape {tuple(logprob.shape)}, got {tuple(x.shape)}")
         if name != "mask" and x.dtype != logprob.dtype:
@@ -146,8 +151,9 @@ def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens,
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be bool or integers 0 and 1, got {mask.dtype}")
     for name, x in {"advantage": advantage, "importance_ratio": importance_ratio}.items():
-        if x is None:
+        if x is None and name != "advantage":
             continue
+        check_tensor(name, x)
         if x.shape not in (logprob.shape, (sequences,), (sequences, 1)):
             raise ValueError(
                 f"{name} must have one value for each of the {sequences} sequences or for each token, "
@@ -169,6 +175,13 @@ def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens,
         raise ValueError(f"importance_ratio and importance={spec.importance!r} exclude each other")
     if others["ref_logprob"] is not None and spec.kl_coef == 0:
         raise ValueError("ref_logprob is given, but kl_coef is 0")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be a number or a scalar tensor, got {tuple(num_items.shape)}")
+    elif num_items is not None:
+        check_finite("num_items", num_items)
+        if num_items < 0:
+            raise ValueError(f"num_items must not be negative, got {num_items}")
     if num_items is not None and spec.aggregation in ("local_token_mean", "token_sum"):
         raise ValueError(f"num_items does nothing for aggregation={spec.aggregation!r}")
     if spec.aggregation == "fixed_length" and spec.max_length is None:
