@@ -51,7 +51,7 @@ class AccelerateOnImport(importlib.abc.MetaPathFinder):
 
 def main(argv: list[str]) -> int:
     """Run `argv[0]` with the arguments after it as if it were `python argv[0] ...`, with TRL patched."""
-    if argv[:1] == ["trl"] and len(argv) > 1 and not os.path.exists("trl"):
+    if argv[:1] == ["trl"] and len(argv) > 1 and not os.path.isfile("trl"):
         argv = ["-m", f"trl.scripts.{argv[1]}", *argv[2:]]
     if not argv or argv[0] in ("-h", "--help") or argv == ["-m"]:
         print(USAGE, file=sys.stderr)
