@@ -6,6 +6,7 @@ from inputs import backends
 
 import flashpo
 from flashpo import linear_logprob, selective_log_softmax
+from flashpo.packing import split_by_tokens
 
 H, V = 8, 20
 hidden, weight, target = torch.randn(3, H), torch.randn(V, H), torch.tensor([0, 5, 19])
@@ -39,6 +40,7 @@ logits = torch.randn(3, V)
         ("logit_scale must be positive and finite, got inf", {"logit_scale": float("inf")}),
         ("outputs: unknown name 'entropies'", {"outputs": ("entropies",)}),
         ("outputs must be a tuple", {"outputs": "entropy"}),
+        ("outputs must be a tuple", {"outputs": None}),
     ],
 )
 def test_linear_logprob(message, change):
@@ -63,6 +65,42 @@ def test_selective_log_softmax(message, change):
         selective_log_softmax(**({"logits": logits, "index": target} | change))
 
 
+ones, rows, lengths = torch.ones(2, 3), torch.zeros(2, 3), torch.tensor([1, 2])
+ids, decoded = torch.ones(2, 3, dtype=torch.int64), torch.zeros(1, 1, 8)
+caches, table = (torch.zeros(2, 1, 8, 64), torch.zeros(2, 1, 64, 8)), torch.zeros(1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("x must be a torch.Tensor, got list", lambda: flashpo.masked_quantile([1.0], ones, 0.5)),
+        ("mask must be a torch.Tensor", lambda: flashpo.masked_quantile(rows, None, 0.5)),
+        ("quantiles must be a number, got str", lambda: flashpo.masked_quantile(rows, ones, "0.5")),
+        ("quantiles is empty", lambda: flashpo.masked_quantile(rows, ones, ())),
+        ("old_logprob must have the shape", lambda: flashpo.ratio_quantiles(rows, rows[:, :1], ones)),
+        ("old_logprob must be a torch.Tensor", lambda: flashpo.ratio_quantiles(rows, None, ones)),
+        ("lengths must be a torch.Tensor", lambda: flashpo.overlong_penalty([1, 2], 10, 3)),
+        ("max_length must be a number", lambda: flashpo.overlong_penalty(lengths, "10", 3)),
+        ("factor must be positive", lambda: flashpo.overlong_penalty(lengths, 10, 3, factor=-1.0)),
+        ("floor must not be positive", lambda: flashpo.overlong_penalty(lengths, 10, 3, floor=1.0)),
+        ("rejected must be a torch.Tensor", lambda: flashpo.preference_loss(rows[0], None)),
+        ("loss must be a name or a sequence", lambda: flashpo.preference_loss(rows[0], rows[0], loss=3)),
+        ("loss_weights must be a sequence", lambda: flashpo.preference_loss(rows[0], rows[0], loss_weights=1.0)),
+        ("ld_alpha must be a number", lambda: flashpo.sequence_logprobs(rows, ones, ld_alpha="1")),
+        ("reward_weights must be 1 numbers", lambda: flashpo.group_advantages(rows[0], ids[0], reward_weights=1.0)),
+        ("min_saved must be an integer", lambda: flashpo.pack(ids, ones, ones[:, 1:], min_saved=-1)),
+        ("max_tokens must be an integer", lambda: split_by_tokens(ids, ones, ones[:, 1:], None)),
+        ("k must be a torch.Tensor", lambda: flashpo.kv_append([1.0], decoded, *caches, ids[0, :1])),
+        ("slot must be a torch.Tensor", lambda: flashpo.kv_append(decoded, decoded, *caches, [64])),
+        ("q must be a torch.Tensor", lambda: flashpo.decode_attention([1.0], *caches, *[table] * 5, scale=1.0)),
+        (r"rows must be \(2,\)", lambda: flashpo.decode_attention(decoded, *caches, *[table[0]] * 5, scale=1.0)),
+    ],
+)
+def test_other_operators(message, call):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("bad", [V, -1, -101, 2**40])
 def test_a_target_outside_the_vocabulary(backend, bad):
@@ -76,7 +114,7 @@ def test_a_target_outside_the_vocabulary(backend, bad):
 
 
 def test_forbidden_tokens_have_finite_neighbours():
-    """users.md P10, TRL#7221: -inf logits, the target's among them."""
+    """TRL#7221: -inf logits, the target's among them."""
     x = torch.randn(4, 50, requires_grad=True)
     masked = x.masked_fill(torch.rand(4, 50) < 0.5, -torch.inf)
     masked = masked.index_fill(1, torch.tensor([7]), 0.5)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_device, check_positive, check_that
+from flashpo.ops._check import check_device, check_positive, check_tensor, check_that
 from flashpo.ops._wide import wide_dtype
 from flashpo.ops.kv_append import BLOCK, check_caches
 
@@ -61,6 +61,8 @@ def decode_attention(
         the tables, the rows that read such an entry are NaN instead).
     """
     check_caches(k_cache, v_cache)
+    for name, x in (("q", q), ("rows", rows), ("blocks", blocks)):
+        check_tensor(name, x)
     check_positive("scale", scale)
     if not isinstance(window, int) or window < 0:
         raise ValueError(f"window must be an int >= 0, got {window!r}")
@@ -74,20 +76,22 @@ def decode_attention(
     if q.dtype != k_cache.dtype:
         raise TypeError(f"q must be {k_cache.dtype} as k_cache is, got {q.dtype}")
     check_device("q", q, "k_cache", k_cache)
-    batch, segments = q.shape[0], rows.shape[0]
+    segments = rows.shape[:1]
     for name, table, shape in (
-        ("rows", rows, (segments, 2)),
-        ("start", start, (segments,)),
-        ("length", length, (segments,)),
-        ("blocks", blocks, (segments, blocks.shape[-1])),
-        ("position", position, (batch,)),
+        ("rows", rows, (*segments, 2)),
+        ("start", start, segments),
+        ("length", length, segments),
+        ("blocks", blocks, (*segments, *blocks.shape[-1:])),
+        ("position", position, q.shape[:1]),
     ):
+        check_tensor(name, table)
         if table.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, got {table.dtype}")
         if table.shape != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(table.shape)}")
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(table.shape)}")
         check_device(name, table, "q", q)
     if sinks is not None:
+        check_tensor("sinks", sinks)
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must be of a float dtype, got {sinks.dtype}")
         if sinks.shape != q.shape[1:2]:

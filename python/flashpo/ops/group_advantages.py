@@ -127,6 +127,8 @@ def _check(rewards, group, lengths, reward_weights) -> tuple[Tensor, list[float]
         if reward_weights.device.type != "cpu":
             raise ValueError(f"reward_weights must be on the host, got a tensor on {reward_weights.device}")
         reward_weights = reward_weights.tolist()
+    if not isinstance(reward_weights, (tuple, list)):
+        raise TypeError(f"reward_weights must be {functions} numbers, got {type(reward_weights).__name__}")
     weights = [float(w) for w in reward_weights]
     if len(weights) != functions or not all(map(math.isfinite, weights)):
         raise ValueError(f"reward_weights must be {functions} finite numbers, one for each function, got {weights}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_float, check_positive
+from flashpo.ops._check import check_device, check_float, check_positive, check_tensor
 from flashpo.ops._wide import wide_dtype
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
@@ -76,8 +76,7 @@ def _estimate(kl: Tensor, logprob: Tensor) -> Tensor:
 def _check_sequences(logprob: Tensor, ref_logprob: Tensor, desirable: Tensor) -> None:
     check_float("logprob", logprob)
     check_float("ref_logprob", ref_logprob)
-    if not isinstance(desirable, Tensor):
-        raise TypeError(f"desirable must be a torch.Tensor, got {type(desirable).__name__}")
+    check_tensor("desirable", desirable)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
     if logprob.dim() != 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_device, check_float, check_that
+from flashpo.ops._check import check_device, check_float, check_tensor, check_that
 
 BLOCK = 64  # tokens
 
@@ -48,11 +48,13 @@ def kv_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tens
         slot is beyond the cache (on CUDA: an asynchronous device assertion).
     """
     check_caches(k_cache, v_cache)
+    check_tensor("slot", slot)
     if slot.dtype != torch.int64:
         raise TypeError(f"slot must be int64, got {slot.dtype}")
     if slot.dim() != 1:
         raise ValueError(f"slot must be (N,), got {tuple(slot.shape)}")
     for name, x, cache_name, cache, features in (("k", k, "k_cache", k_cache, 2), ("v", v, "v_cache", v_cache, 3)):
+        check_tensor(name, x)
         if x.dtype != cache.dtype:
             raise TypeError(f"{name} must be {cache.dtype} as {cache_name} is, got {x.dtype}")
         wanted = (slot.shape[0], cache.shape[1], cache.shape[features])

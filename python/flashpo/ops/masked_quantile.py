@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashpo.ops._check import check_device, check_float, check_share, check_tensor
+
 HALF = 1 << 16
 
 
@@ -17,13 +19,22 @@ def masked_quantile(
     and never waits for the device.
 
     Args:
-        x: any shape, float, without NaN where live. mask: the same shape, bool or 0/1. quantiles: in [0, 1].
+        x: any shape, float, without NaN where live. mask: the same shape, not 0 at what is live. quantiles: in [0, 1],
+            at least one.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
+    check_float("x", x)
+    check_tensor("mask", mask)
     if x.shape != mask.shape:
         raise ValueError(f"mask must have the shape of x {tuple(x.shape)}, got {tuple(mask.shape)}")
-    wanted = (quantiles,) if isinstance(quantiles, (int, float)) else tuple(quantiles)
-    if not all(0 <= q <= 1 for q in wanted):
-        raise ValueError(f"quantiles must be in [0, 1], got {quantiles}")
+    check_device("mask", mask, "x", x)
+    wanted = tuple(quantiles) if isinstance(quantiles, (tuple, list)) else (quantiles,)
+    if not wanted:
+        raise ValueError("quantiles is empty")
+    for q in wanted:
+        check_share("quantiles", q)
     live = (mask != 0).flatten().to(torch.int64)
     bits = (x.detach().flatten().float() + 0.0).view(torch.int32).to(torch.int64)  # + 0: no -0
     keys = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) + (1 << 31)  # 0 ... 2^32 - 1, in the floats' order
@@ -74,6 +85,12 @@ def ratio_quantiles(
 ) -> Tensor:
     """Quantiles (Q,) of the tokens' ratios exp(logprob - old_logprob), of a policy to the old one or to the sampler.
 
-    Exact; `policy_loss` counts for `PolicyStats.ratio_quantile` in passing.
+    Exact, interpolated between log-ratios; `policy_loss` counts for `PolicyStats.ratio_quantile` in passing. All three
+    tensors have one shape, the rest is as in `masked_quantile`.
     """
+    for name, x in (("logprob", logprob), ("old_logprob", old_logprob)):
+        check_float(name, x)
+        check_device(name, x, "logprob", logprob)
+        if x.shape != logprob.shape:
+            raise ValueError(f"{name} must have the shape of logprob {tuple(logprob.shape)}, got {tuple(x.shape)}")
     return masked_quantile(logprob - old_logprob, mask, quantiles, group=group).exp()

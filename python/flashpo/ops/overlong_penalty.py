@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flashpo.ops._check import check_finite, check_positive, check_tensor
+
 
 def overlong_penalty(
     lengths: Tensor, max_length: int, buffer: int, *, factor: float = 1.0, floor: float | None = -1.0
@@ -14,12 +16,24 @@ def overlong_penalty(
 
     Args:
         lengths: any shape, completions' tokens.
+        factor: a positive number.
         floor: -1 as in the paper and TRL: what lies beyond max_length is not punished further. None: it is (verl).
 
     Returns:
         float32, the shape of lengths.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
+    check_tensor("lengths", lengths)
+    check_positive("factor", factor)
+    for name, value in (("max_length", max_length), ("buffer", buffer)):
+        check_finite(name, value)
     if not 0 < buffer <= max_length:
         raise ValueError(f"buffer must be in (0, max_length = {max_length}], got {buffer}")
+    if floor is not None:
+        check_finite("floor", floor)
+        if floor > 0:
+            raise ValueError(f"floor must not be positive, got {floor}")
     penalty = ((max_length - buffer - lengths.to(torch.float32)) / buffer).clamp(max=0)
     return factor * (penalty if floor is None else penalty.clamp(min=floor))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_float, check_positive
+from flashpo.ops._check import check_device, check_finite, check_float, check_positive, check_tensor
 from flashpo.ops._preference_terms import (
     F_DIVERGENCES,
     OF_MEANS,
@@ -83,11 +83,11 @@ def preference_loss(
     check_positive("beta", beta)
     check_positive("discopop_tau", discopop_tau)
     for name, value in (("label_smoothing", label_smoothing), ("f_alpha", f_alpha), ("gamma", gamma)):
-        _check_finite(name, value)
+        check_finite(name, value)
     _check_options(names, label_smoothing, f_divergence, f_alpha, gamma, discopop_tau)
     _check_tensors(
-        chosen=chosen,
-        rejected=rejected,
+        chosen,
+        rejected,
         ref_chosen=ref_chosen,
         ref_rejected=ref_rejected,
         chosen_length=chosen_length,
@@ -126,6 +126,8 @@ def preference_loss(
 
 
 def _names(loss: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(loss, (str, tuple, list)):
+        raise TypeError(f"loss must be a name or a sequence of names, got {type(loss).__name__}")
     names = (loss,) if isinstance(loss, str) else tuple(loss)
     if not names:
         raise ValueError("loss names no loss")
@@ -140,18 +142,13 @@ def _names(loss: str | Sequence[str]) -> tuple[str, ...]:
 def _weights(loss_weights: Sequence[float] | None, names: tuple[str, ...]) -> Sequence[float]:
     if loss_weights is None:
         return (1.0,) * len(names)
+    if not isinstance(loss_weights, (tuple, list)):
+        raise TypeError(f"loss_weights must be a sequence of numbers, got {type(loss_weights).__name__}")
     if len(loss_weights) != len(names):
         raise ValueError(f"loss_weights has {len(loss_weights)} numbers for {len(names)} losses")
     for weight in loss_weights:
-        _check_finite("loss_weights", weight)
+        check_finite("loss_weights", weight)
     return loss_weights
-
-
-def _check_finite(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -float("inf") < value < float("inf"):
-        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _check_options(names, label_smoothing, f_divergence, f_alpha, gamma, discopop_tau) -> None:
@@ -176,15 +173,13 @@ def _check_options(names, label_smoothing, f_divergence, f_alpha, gamma, discopo
             raise ValueError(f"{option} is read by {sorted(readers)} only, got {names}")
 
 
-def _check_tensors(chosen: Tensor, **others: Tensor | None) -> None:
+def _check_tensors(chosen: Tensor, rejected: Tensor, **optional: Tensor | None) -> None:
     check_float("chosen", chosen)
     if chosen.dim() != 1:
         raise ValueError(f"chosen must have shape (B,), got {tuple(chosen.shape)}")
-    for name, x in others.items():
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    given = {name: x for name, x in optional.items() if x is not None}
+    for name, x in {"rejected": rejected, **given}.items():
+        check_tensor(name, x)
         if not name.endswith("_length"):
             check_float(name, x)
         if x.shape != chosen.shape:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_float, check_that
+from flashpo.ops._check import check_device, check_float, check_share, check_tensor, check_that
 from flashpo.ops._wide import wide
 
 
@@ -58,8 +58,7 @@ def sequence_logprobs(
     length = rows.sum(mask.long())
     weighted = logprob
     if ld_alpha is not None:
-        if not 0 <= ld_alpha <= 1:
-            raise ValueError(f"ld_alpha must be in [0, 1], got {ld_alpha}")
+        check_share("ld_alpha", ld_alpha)
         if rows.count % 2:
             raise ValueError(f"ld_alpha needs pairs, chosen first and rejected second: got {rows.count} sequences")
         shared = length.view(2, -1).amin(0).repeat(2)
@@ -94,8 +93,7 @@ class Segments:
     """Sequences one after the other in (N,). Sums are taken in fp64: the order in which a GPU adds does not show."""
 
     def __init__(self, flat: Tensor, cu_seqlens: Tensor):
-        if not isinstance(cu_seqlens, Tensor):
-            raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+        check_tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
         if flat.dim() != 1:
@@ -123,8 +121,7 @@ class Segments:
 
 
 def _check_like_logprob(name: str, x: Tensor, logprob: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.shape != logprob.shape:
         raise ValueError(f"{name} must have the shape of logprob, {tuple(logprob.shape)}, got {tuple(x.shape)}")
     check_device(name, x, "logprob", logprob)

@@ -59,8 +59,8 @@ class TokenStats(NamedTuple):
 
 def check_outputs(outputs: tuple[str, ...]) -> bool:
     """Whether `outputs` asks for any side output; raises on an unknown name."""
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a tuple of names, got the string {outputs!r}")
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(f"outputs must be a tuple of names, got {outputs!r}")
     unknown = [name for name in outputs if name not in TokenStats._fields]
     if unknown:
         raise ValueError(f"outputs: unknown name {unknown[0]!r}; known are {TokenStats._fields}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashpo._op import op
 from flashpo.ops import _masked_attention as masked
 from flashpo.ops import _tree_attention_cpu as cpu
-from flashpo.ops._check import check_device, check_float, check_positive, check_that
+from flashpo.ops._check import check_device, check_float, check_positive, check_tensor, check_that
 from flashpo.ops._wide import wide_dtype
 
 
@@ -84,8 +84,7 @@ def _check(q, k, v, end, position, window, softcap, sinks) -> None:
             f"head dimensions of q and k must agree, and none be 0: {q.shape[2]}, {k.shape[2]}, {v.shape[2]}"
         )
     for name, x in (("end", end), ("position", position)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        check_tensor(name, x)
         if x.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, got {x.dtype}")
         if x.shape != q.shape[:1]:

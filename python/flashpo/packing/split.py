@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from flashpo.packing.tree import MIN_SAVED, Rows, branches, shared_with_previous
+from flashpo.packing.tree import MIN_SAVED, Rows, branches, check_count, shared_with_previous
 
 
 def split_by_tokens(
@@ -30,6 +30,8 @@ def split_by_tokens(
     Raises:
         TypeError, ValueError: as in `pack`, and where a single row has more than `max_tokens` tokens.
     """
+    check_count("max_tokens", max_tokens)
+    check_count("min_saved", min_saved)
     rows = Rows.of(input_ids, attention_mask, completion_mask, prune)
     sorted_ids, of_row = rows.distinct()
     length, shared = (sorted_ids >= 0).sum(1).tolist(), shared_with_previous(sorted_ids)

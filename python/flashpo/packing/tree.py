@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashpo.ops._check import check_device
+from flashpo.ops._check import check_device, check_tensor
 
 MIN_SAVED = 16
 
@@ -81,6 +81,7 @@ def pack(
     Raises:
         TypeError, ValueError: the message names the argument.
     """
+    check_count("min_saved", min_saved)
     rows = Rows.of(input_ids, attention_mask, completion_mask, prune)
     sorted_ids, of_row = rows.distinct()
     length = (sorted_ids >= 0).sum(1)
@@ -161,11 +162,15 @@ class Rows(NamedTuple):
         return spread.index_put_((row, depth + self.first[row, 0]), index[row, depth])
 
 
+def check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+
 def _on_host(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T) int64, bool and bool, after one copy."""
     for name, x in (("input_ids", input_ids), ("attention_mask", attention_mask), ("completion_mask", completion_mask)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        check_tensor(name, x)
         if x.dim() != 2:
             raise ValueError(f"{name} must be (rows, tokens), got {tuple(x.shape)}")
         check_device(name, x, "input_ids", input_ids)
