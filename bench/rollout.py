@@ -131,10 +131,18 @@ def check(model, rollouts, dtype: torch.dtype) -> None:
             raise AssertionError(f"log-probs of the rollout are off by {error} nats")
 
 
-def tables(device: Device, with_peers: bool, quick: bool, long: bool = False) -> Tables:
-    """Of the short cases, or of the `long` ones."""
+def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    short = [case for case in CASES[device.name] if case.new <= LONG[device.name]]
+    return tables_of(short, device, with_peers, quick)
+
+
+def long_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+    long = [case for case in CASES[device.name] if case.new > LONG[device.name]]
+    return tables_of(long, device, with_peers, quick)
+
+
+def tables_of(cases: list[Case], device: Device, with_peers: bool, quick: bool) -> Tables:
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    chosen = [case for case in CASES[device.name] if (case.new > LONG[device.name]) == long]
-    for case in chosen[: 1 if quick else None]:
+    for case in cases[: 1 if quick else None]:
         yield case.title, list(records(device, case, with_peers))
         device.collect()

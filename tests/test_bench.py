@@ -1,5 +1,6 @@
 """What a machine with a GPU is to run."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -21,6 +22,12 @@ def test_a_dry_run_lists_every_suite(tmp_path):
     lines = [line.split(": needs a GPU: ") for line in (tmp_path / "summary.txt").read_text().splitlines()]
     assert {name for name, _ in lines} == {*SUITES, "sanitizer"} - ON_CPUS
     assert all(f"flashpo bench {name} --device cuda" in command for name, command in lines if name != "sanitizer")
+
+
+def test_every_suite_is_there():
+    for place in SUITES.values():
+        module, function = place.split(".")
+        assert callable(getattr(importlib.import_module(f"flashpo.bench.{module}"), function))
 
 
 def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
