@@ -24,7 +24,8 @@ struct LayerWeights {
   std::vector<double> eps;  // BEFORE, BETWEEN, and one for QUERY and KEY
 };
 
-// x, residual (None in the first layer), out, total: (rows, hidden). work: numbers of x's dtype, decode_layer_work many.
+// x, residual (None in the first layer), out, total: (rows, hidden). work: of x's dtype, a row's 3 hidden states, queries
+// and keys twice, gate and up.
 void decode_layer(const LayerKernels& kernels, const Tensor& x, const Tensor& residual, const LayerWeights& weights,
                   const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
                   const Tensor& slot, const decode::Plan& plan, double scale, int activation, const Tensor& out,
