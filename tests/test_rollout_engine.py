@@ -136,6 +136,29 @@ def test_bad_requests(prompt, params, message):
         engine().generate([[1], prompt], SamplingParams(**params))
 
 
+@pytest.mark.parametrize(
+    ("asked", "params", "message"),
+    [
+        ([1, 2], SamplingParams(), "prompts must be lists of token ids"),
+        ("abc", SamplingParams(), "prompts must be lists of token ids"),
+        ([[1.0, 2.0]], SamplingParams(), "prompts must be lists of token ids"),
+        (3, SamplingParams(), "prompts must be a sequence, not int"),
+        ([[1]], None, "params must be a sequence, not NoneType"),
+        ([[1]], [{"n": 2}], "params must be SamplingParams, not dict"),
+    ],
+)
+def test_what_is_no_request(asked, params, message):
+    with pytest.raises(TypeError, match=message):
+        engine().generate(asked, params)
+
+
+def test_prompts_may_be_tensors():
+    asked = torch.tensor(prompts(5)).repeat(3, 1)
+    out = engine().generate(asked, SamplingParams(max_new_tokens=4))
+    assert out.prompt_ids == asked.tolist()
+    assert out.stats.prefill_tokens_saved == 2 * 5
+
+
 def test_params_must_match_the_prompts():
     with pytest.raises(ValueError, match="params must be one SamplingParams or one for each of 2 prompts"):
         engine().generate(prompts(3, 3), [SamplingParams()])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import operator
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -111,11 +112,15 @@ class RolloutEngine:
             progress: show a progress bar.
 
         Raises:
+            TypeError: prompts or params are none.
             ValueError: a prompt is empty, holds ids outside the vocabulary or leaves no place for its new tokens.
             Unsupported, MemoryError: with fallback="error". A prompt that with its max_new_tokens does not fit into the
                 cache is told in bytes.
         """
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        prompts = _token_ids(prompts)
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else _sequence("params", params)
+        if wrong := next((p for p in params if not isinstance(p, SamplingParams)), None):
+            raise TypeError(f"params must be SamplingParams, not {type(wrong).__name__}")
         self._check(prompts, params, adapters)
         groups = [[Completion.of(p, i, index) for index in range(p.n)] for i, p in enumerate(params)]
         with _progress(sum(p.n for p in params), progress) as ended:
@@ -352,6 +357,21 @@ class _Call:
             finish_reasons=[c.reason for c in completions],
             stats=stats,
         )
+
+
+def _sequence(name: str, value: Any) -> list:
+    if not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence, not {type(value).__name__}")
+    return list(value)
+
+
+def _token_ids(prompts: Any) -> list[list[int]]:
+    """As plain numbers, whatever they come in: the cache compares them."""
+    rows = _sequence("prompts", prompts)
+    try:
+        return [[operator.index(token) for token in _sequence("prompts", row)] for row in rows]
+    except TypeError:
+        raise TypeError("prompts must be lists of token ids, one for each prompt") from None
 
 
 def _by_adapter(adapters: Sequence[str] | None, prompts: int) -> list[tuple[str | None, list[int]]]:
