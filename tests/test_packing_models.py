@@ -63,3 +63,8 @@ def test_auxiliary_loss():
     assert_same_gradients(backward(model, b, ours), backward(model, b, expected))
     with pytest.raises(ValueError, match="prune"):
         forward(model, b.pack(), aux_loss=True)
+
+
+def test_what_is_no_tree():
+    with pytest.raises(TypeError, match="tree must be a TokenTree, as pack makes them, got Tensor"):
+        forward(make("qwen3"), torch.ones(2, 3))

@@ -116,6 +116,11 @@ def test_a_dropped_temperature_is_found(monkeypatch):
         verify(make_trainer("GRPO", **OPTIONS["GRPO"]))
 
 
+def test_no_steps_verify_nothing():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        verify(make_trainer("SFT"), steps=0)
+
+
 def test_a_patch_that_does_nothing_is_found(monkeypatch):
     monkeypatch.setattr(sys.modules["flashpo.trl.patch"], "DEVICES", ())
     with pytest.raises(VerificationError, match="none of FlashPO's operators ran"):

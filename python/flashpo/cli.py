@@ -7,7 +7,7 @@ USAGE = """usage: flashpo <command> ...
   run script.py [args]    run an unmodified TRL script, accelerated; also: run trl grpo [args]
   doctor [--check]        what of FlashPO runs on this machine, and why the rest does not;
                           --check compares every backend with float64
-  bench [op] [options]    time the operators against torch, TRL and others (bench --help)
+  bench [suite] [options] time the operators against torch, TRL and others (bench --help)
   --version               print the version"""
 
 

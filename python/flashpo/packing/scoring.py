@@ -44,7 +44,7 @@ def score(
         fp32_head: run the head in fp32 whatever the model's dtype, also under autocast.
 
     Raises:
-        Unsupported: with the reason that `packable` gives.
+        Unsupported: with the reason that `packable` gives. TypeError, ValueError: the message names the argument.
     """
     return forward(model, tree, temperature=temperature, outputs=outputs, fp32_head=fp32_head).stats
 
@@ -53,6 +53,8 @@ def forward(model: nn.Module, tree: TokenTree, *, aux_loss: bool = False, **opti
     """`score` with the load-balancing loss of a mixture of experts: that of the padded batch, each token counting as
     often as rows hold it. It takes a tree that is not pruned.
     """
+    if not isinstance(tree, TokenTree):
+        raise TypeError(f"tree must be a TokenTree, as pack makes them, got {type(tree).__name__}")
     prepare(model)
     return model(flashpo_tree=tree, aux_loss=aux_loss, **options)
 

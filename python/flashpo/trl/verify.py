@@ -93,8 +93,11 @@ def verify(trainer, steps: int = 2) -> Report:
     Raises:
         VerificationError: a loss, gradient or metric differs by more than rounding in the compute dtype, see
             `tolerance_for`, or none of FlashPO's operators ran.
+        ValueError: steps is not at least 1.
         NotImplementedError: under DeepSpeed, whose gradients are not in `.grad`.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if trainer.is_deepspeed_enabled:
         raise NotImplementedError("verify cannot read gradients under DeepSpeed; run it once without")
     model = trainer.model_wrapped
