@@ -42,6 +42,7 @@ HEADS = {
     "gemm_gflops": "GEMM, GFLOP/s",
     "copy_gb_per_s": "copy, GB/s",
     "peak_mb": "peak MiB",
+    "off_by_nats": "off by, nats",
     "reward_first": "first reward",
     "reward_last": "last reward",
     "reward_spread": "its spread over seeds",
