@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from flashpo._causal_lm import CausalLM
-from flashpo.bench.shapes import SHAPES
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.shapes import random_model
+from flashpo.bench.timing import Device, Tables, compare, dtype_name
 from flashpo.rollout import SamplingParams
 from flashpo.rollout.cache import BLOCK, KVCache
 from flashpo.rollout.fused import fused_backbone
@@ -34,7 +33,7 @@ class Case(NamedTuple):
 
     @property
     def title(self) -> str:
-        name = f"{self.model} {str(self.dtype).removeprefix('torch.')}"
+        name = f"{self.model} {dtype_name(self.dtype)}"
         return f"decode step {name} batch={self.prompts * self.group} prompt={self.prompt} own={self.own}"
 
 
@@ -65,9 +64,7 @@ def loaded(runner: Runner, case: Case, vocabulary: int) -> tuple[Step, Callable]
 
 @torch.no_grad()
 def records(device: Device, case: Case) -> Iterator[dict]:
-    config = Qwen3Config(**SHAPES[case.model], tie_word_embeddings=True)
-    with torch.device(device.name):
-        model = Qwen3ForCausalLM(config).to(case.dtype).eval()
+    model = random_model(case.model, case.dtype, device.name)
     parts, layers = CausalLM.of(model), support(model).layers
     blocks = 1 + case.prompts * (blocks_for(case.prompt) + case.group * blocks_for(2 * case.own))
     cache = KVCache(layers, blocks, case.dtype, torch.device(device.name))
@@ -76,7 +73,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
     runner = Runner(parts, cache)
     with rollout_mode(model), WeightView(model):
         runner.fused = fused_backbone(parts.backbone, case.dtype)
-        step, advance = loaded(runner, case, config.vocab_size)
+        step, advance = loaded(runner, case, model.config.vocab_size)
         still = [x.clone() for x in (step.own_length, step.position)]
 
         def standing(move: Callable) -> None:

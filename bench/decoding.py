@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from flashpo import decode_attention
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Device, Tables, compare, dtype_name
 
 # groups, rows of a group, query heads, key heads, features, tokens of a prompt, of a row; layers, so that no cache
 # of the processor holds what a step reads
@@ -90,5 +90,5 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
         for dtype in DTYPES[device.name]:
             groups, rows, query_heads, heads, features, prompt, own, layers = shape
             title = f"decode_attention {groups}x{rows} rows, {query_heads}/{heads} heads of {features}, "
-            title += f"{prompt} shared and {own} own tokens, {layers} layers, {str(dtype).removeprefix('torch.')}"
+            title += f"{prompt} shared and {own} own tokens, {layers} layers, {dtype_name(dtype)}"
             yield title, records(device, shape, dtype)

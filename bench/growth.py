@@ -3,7 +3,6 @@
 Ours should grow with the distinct tokens, TRL's with all that stand in the padded rows.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from flashpo.bench.packing import Samples, Workload, make_model
@@ -17,12 +16,7 @@ OVER_PROMPTS = {"cpu": (4, (128, 256, 512, 1024, 2048, 4096)), "cuda": (8, (512,
 
 def record(device: Device, workload: Workload, model) -> dict:
     samples = Samples(workload, model.config.vocab_size, device.name)
-
-    def train(log_probs: Callable) -> None:
-        model.zero_grad(set_to_none=True)
-        (log_probs(model) * samples.upstream).sum().backward()
-
-    ways = {"ours": partial(train, samples.packed), "trl": partial(train, samples.padded)}
+    ways = {"ours": partial(samples.train, samples.packed, model), "trl": partial(samples.train, samples.padded, model)}
     seconds = compare(device, ways, budget=0.0, rounds=3)
     return {
         "variant": workload.title,

@@ -9,7 +9,6 @@ both learn the same.
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from flashpo.bench.demo import environment
 from flashpo.bench.shapes import SHAPES
 from flashpo.bench.timing import Device, Tables
 
@@ -103,8 +103,7 @@ def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
 
 
 def run(command: list[str], *args: object) -> Run:
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    done = subprocess.run([*command, SCRIPT, *map(str, args)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, SCRIPT, *map(str, args)], capture_output=True, text=True, env=environment())
     if done.returncode != 0:
         raise RuntimeError(f"{command} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
     return Run(**json.loads(done.stdout.splitlines()[-1]))

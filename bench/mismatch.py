@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from flashpo.bench.shapes import SHAPES, USUAL
-from flashpo.bench.timing import Device, Tables
+from flashpo.bench.shapes import USUAL, random_model
+from flashpo.bench.timing import Device, Tables, dtype_name
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams
 
 PROMPTS, COMPLETIONS, PROMPT, NEW = 12, 8, 64, 32
@@ -43,10 +42,8 @@ def record(name: str, a: Tensor, b: Tensor) -> dict:
 
 def records(device: Device, dtype: torch.dtype, shape: str) -> Sequence[dict]:
     torch.manual_seed(0)
-    config = Qwen3Config(**SHAPES[shape], tie_word_embeddings=True, initializer_range=PEAKED)
-    with torch.device(device.name):
-        model = Qwen3ForCausalLM(config).eval().to(dtype)
-    prompts = torch.randint(config.vocab_size, (PROMPTS, PROMPT)).tolist()
+    model = random_model(shape, dtype, device.name, initializer_range=PEAKED)
+    prompts = torch.randint(model.config.vocab_size, (PROMPTS, PROMPT)).tolist()
     rollouts = RolloutEngine(model, fallback="error").generate(
         prompts, SamplingParams(n=COMPLETIONS, max_new_tokens=NEW)
     )
@@ -54,13 +51,13 @@ def records(device: Device, dtype: torch.dtype, shape: str) -> Sequence[dict]:
     sampled = torch.tensor(rollouts.logprobs, dtype=torch.float64)
     pairs = {"rollout and trainer, rows one by one": (sampled, one), "trainer, one by one and 8 together": (eight, one)}
     wider = torch.float64 if dtype == torch.float32 else torch.float32
-    pairs[f"trainer, as it is and in {str(wider).removeprefix('torch.')}"] = one, trained(model.to(wider), rollouts, 1)
+    pairs[f"trainer, as it is and in {dtype_name(wider)}"] = one, trained(model.to(wider), rollouts, 1)
     return [record(name, *pair) for name, pair in pairs.items()]
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     shape = "tiny" if quick else USUAL[device.name]
     for dtype in (torch.float32, torch.bfloat16):
-        title = f"mismatch of log-probs, {shape} {str(dtype).removeprefix('torch.')}"
+        title = f"mismatch of log-probs, {shape} {dtype_name(dtype)}"
         yield title, records(device, dtype, shape)
         device.collect()

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Device, Tables, compare, dtype_name
 from flashpo.ops.packed_linear import pack_linear, packed_linear, packs
 
 COLUMNS, DEPTH, LAYERS = 1536, 512, 48  # 151 MB of float32
@@ -46,5 +46,5 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
         if not packs(torch.empty(COLUMNS, DEPTH, dtype=dtype)):
             continue
         for rows in ROWS[2:3] if quick else ROWS:
-            title = f"packed_linear {LAYERS} x ({COLUMNS}, {DEPTH}), {rows} rows, {str(dtype).removeprefix('torch.')}"
+            title = f"packed_linear {LAYERS} x ({COLUMNS}, {DEPTH}), {rows} rows, {dtype_name(dtype)}"
             yield title, records(device, dtype, rows)

@@ -4,6 +4,7 @@ the padded pass of TRL on the same samples and the same weights.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,6 +70,11 @@ class Samples:
     def packed(self, model) -> Tensor:
         return score(model, self.tree(), temperature=TEMPERATURE).logprob
 
+    def train(self, log_probs: Callable, model) -> None:
+        """Forward and backward by `packed`, `padded` or another function of the model like them."""
+        model.zero_grad(set_to_none=True)
+        (log_probs(model) * self.upstream).sum().backward()
+
 
 def make_model(device: Device):
     import transformers
@@ -99,11 +105,7 @@ def table(device: Device, workload: Workload, model, with_peers: bool) -> list[d
         ways["TRL, padded"] = samples.padded
 
     def train(way: Callable) -> Callable:
-        def run() -> None:
-            model.zero_grad(set_to_none=True)
-            (way(model) * samples.upstream).sum().backward()
-
-        return run
+        return partial(samples.train, way, model)
 
     def evaluate(way: Callable) -> Callable:
         return torch.no_grad()(lambda: way(model))

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from flashpo.bench.shapes import SHAPES
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.shapes import random_model
+from flashpo.bench.timing import Device, Tables, compare, dtype_name
 from flashpo.rollout import RolloutEngine, SamplingParams
 
 
@@ -27,10 +27,9 @@ class Case(NamedTuple):
 
     @property
     def title(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
         marks = " ragged" * self.ragged + f" {self.model}" * (self.model != "42M")
         marks += f" batch={self.prompts * self.group}" * (self.prompts != 4)
-        return f"rollout {dtype} prompt={self.prompt} new={self.new}{marks}"
+        return f"rollout {dtype_name(self.dtype)} prompt={self.prompt} new={self.new}{marks}"
 
 
 def _on_gpu(model: str, prompts: int, prompt: int, new: int = 128, ragged: bool = False) -> Case:
@@ -54,9 +53,8 @@ LONG = {"cpu": 64, "cuda": 128}  # new tokens beyond which a case is one of the 
 
 def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
     torch.manual_seed(0)
-    config = Qwen3Config(**SHAPES[case.model], tie_word_embeddings=True)
-    with torch.device(device.name):
-        model = Qwen3ForCausalLM(config).to(case.dtype).eval()
+    model = random_model(case.model, case.dtype, device.name)
+    config = model.config
     prompts = torch.randint(config.vocab_size, (case.prompts, case.prompt)).tolist()
     stops = tuple(range(0, config.vocab_size, case.new // 3)) if case.ragged else ()
     engine = RolloutEngine(model, fallback="error")

@@ -12,7 +12,7 @@ import torch
 
 import flashpo
 from flashpo import _op
-from flashpo.bench import cases, growth
+from flashpo.bench import cases
 from flashpo.bench.timing import Device
 
 
@@ -55,6 +55,8 @@ def plot(tables: dict[str, list[dict]], folder: pathlib.Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from flashpo.bench import growth
 
     folder.mkdir(parents=True, exist_ok=True)
     for title, records in tables.items():

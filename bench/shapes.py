@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
         hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
@@ -25,3 +27,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 USUAL = {"cpu": "42M", "cuda": "1.7B"}  # of a benchmark that does not say otherwise
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str, **options: Any) -> Any:
+    """For inference; options: of the configuration, beside those of the shape."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.device(device):
+        model = Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape], tie_word_embeddings=True, **options))
+    return model.to(dtype).eval()

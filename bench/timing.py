@@ -12,6 +12,10 @@ Function = Callable[[], object]
 Tables = Iterator[tuple[str, list[dict]]]  # of (title, records)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Device:
     """The CPU, or one CUDA device whose L2 is emptied before each call."""
 

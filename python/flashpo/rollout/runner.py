@@ -164,9 +164,10 @@ class Step:
         """query (N, Hq, D), its own tokens being in the cache -> (N, Hq, Dv)."""
         caches = self.cache.keys[layer], self.cache.values[layer]
         window = self.cache.layers[layer].window
-        return decode_attention(query, *caches, *self.tables, scale=scale, window=window, softcap=softcap, sinks=sinks)[
-            0
-        ]
+        out, _ = decode_attention(
+            query, *caches, *self.tables, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
+        return out
 
     def _hidden(self) -> Tensor:
         if self.fused is not None:

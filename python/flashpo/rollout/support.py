@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from flashpo._causal_lm import CausalLM
+from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.rollout import seam, sharded
 from flashpo.rollout.hybrid import STATEFUL, WITH_ATTENTION, is_hybrid
 
@@ -52,7 +52,7 @@ def support(model: nn.Module) -> Support:
     config = CausalLM.of(model).base.config.get_text_config()
     try:
         calls = seam.probe(model)
-    except seam.Unsupported as error:
+    except Unsupported as error:
         return Support(False, str(error))
     except Exception as error:  # of any kind: it is the model's own code
         return Support(False, f"{type(error).__name__} in a forward of two tokens: {error}")
@@ -79,7 +79,7 @@ def _refusals(model: nn.Module) -> Iterator[str]:
         yield f"PEFT's {adapter.peft_type.value} acts outside of the model's layers"
     try:
         base = CausalLM.of(model).base
-    except seam.Unsupported as error:
+    except Unsupported as error:
         yield str(error)
         return
     config = base.config.get_text_config()
