@@ -1,9 +1,10 @@
 """tree_attention on CPUs, by torch's own flash attention on pieces of a tree's mask.
 
-A token's first child follows it, so that a path of first children is one chain, causal in itself: a leaf each. Where a
-node has further children, all tokens of these see the whole chain down to that node: a dense rectangle. What a query
-gets of its pieces is merged by their log-sum-exp; given the merged result, flash attention's backward of each piece
-gives that piece's share of the gradients.
+A token's first child follows it, so that a path of first children is one chain, causal in itself: a leaf each. Chains
+of similar length go through one call as rows padded at their ends, which causal attention never sees. Where a node has
+further children, all tokens of these see the whole chain down to that node: a dense rectangle. What a query gets of its
+pieces is merged by their log-sum-exp; given the merged result, flash attention's backward of each piece gives that
+piece's share of the gradients.
 
 Where a window cuts these pieces, and where they are tiny, the pieces are tiles of queries with the keys that any of
 them may see, under a mask. A softcap, which flash attention does not know, takes such tiles through plain torch.
@@ -19,7 +20,8 @@ from torch import Tensor
 from flashpo.ops import _masked_attention as masked
 
 TILE = 128  # queries
-SHORT = 8  # tokens a chain or rectangle, on average, below which calls cost more than masked tiles compute in vain
+SHORT = 8  # tokens a call, on average, below which calls cost more than masked tiles compute in vain
+COPIED = 12_000  # numbers a chain of queries, up to which a call of its own costs more than to copy and pad it
 
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # not a public operator
 _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -50,10 +52,25 @@ def rectangles(end: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int,
     return chains, dense
 
 
+class Chains(NamedTuple):
+    """Rows of one call, padded at its end by repetitions of its last token."""
+
+    tokens: Tensor  # (rows, length): flat indices
+    live: Tensor  # which of rows * length are no padding
+
+    @classmethod
+    def of(cls, ranges: list[tuple[int, int]]) -> "Chains":
+        begin, stop = torch.tensor(ranges).T[..., None]
+        tokens = begin + torch.arange(int((stop - begin).max()))
+        return cls(tokens.clamp(max=stop - 1), (tokens < stop).flatten().nonzero()[:, 0])
+
+
+Place = slice | Tensor | Chains  # of queries or keys: a range, flat indices, or rows of them
+
+
 class Piece(NamedTuple):
-    begin: int  # of the queries
-    stop: int
-    keys: slice | Tensor
+    queries: Place
+    keys: Place
     causal: bool = False
     mask: Tensor | None = None  # (queries, keys), bool
     merge: bool = False  # into what earlier pieces gave the same queries
@@ -72,16 +89,32 @@ def tiles(end: Tensor, position: Tensor, window: int) -> Iterator[tuple[int, int
         yield begin, stop, keys, masked.visible(queries, keys, end, position, window)
 
 
-def pieces(end: Tensor, position: Tensor, window: int) -> list[Piece]:
-    """Of the whole mask; each query's first one does not merge."""
+def pieces(end: Tensor, position: Tensor, window: int, features: int) -> list[Piece]:
+    """Of the whole mask; each query's first one does not merge. A query has so many features."""
     if len(end) == 0:
         return []
     chains, dense = rectangles(end)
+    calls = alike(chains, COPIED // features)
     cuts = window and bool(position.max() - position.min() >= window)
-    if cuts or (len(chains) + len(dense)) * SHORT > len(end):
-        return [Piece(a, b, keys, mask=seen) for a, b, keys, seen in tiles(end, position, window)]
-    causal = [Piece(a, b, slice(a, b), causal=True) for a, b in chains]
-    return causal + [Piece(a, b, slice(c, d), merge=True) for a, b, c, d in dense]
+    if cuts or (len(calls) + len(dense)) * SHORT > len(end):
+        return [Piece(slice(a, b), keys, mask=seen) for a, b, keys, seen in tiles(end, position, window)]
+    places: list[Place] = [slice(*call[0]) if len(call) == 1 else Chains.of(call) for call in calls]
+    causal = [Piece(place, place, causal=True) for place in places]
+    return causal + [Piece(slice(a, b), slice(c, d), merge=True) for a, b, c, d in dense]
+
+
+def alike(chains: list[tuple[int, int]], most: int) -> list[list[tuple[int, int]]]:
+    """The chains by length; those of up to `most` tokens together where a quarter of the longest, or 8 tokens, pad."""
+    calls: list[list[tuple[int, int]]] = []
+    shortest = 0  # that joins the last call
+    for begin, stop in sorted(chains, key=lambda chain: chain[0] - chain[1]):
+        length = stop - begin
+        if calls and shortest <= length <= most:
+            calls[-1].append((begin, stop))
+        else:
+            shortest = min(length - length // 4, length - 8)
+            calls.append([(begin, stop)])
+    return calls
 
 
 def forward(
@@ -95,7 +128,7 @@ def forward(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    heads, kv_heads, v_dim, dtype = q.shape[1], k.shape[1], v.shape[2], q.dtype
+    heads, kv_heads, dim, v_dim, dtype = q.shape[1], k.shape[1], q.shape[2], v.shape[2], q.dtype
     out = q.new_empty((len(q), heads, v_dim), dtype=torch.float32)
     lse = q.new_empty((len(q), heads), dtype=torch.float32)
     if softcap:
@@ -105,23 +138,23 @@ def forward(
     if sinks is not None:  # a result rounded to 16 bits before they take their share would be rounded twice
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = _padded(q, k, v)
-    q, out_of, lse_of = (_of_queries(x, kv_heads) for x in (q, out, lse[..., None]))
-    for a, b, keys, causal, mask, merge in pieces(end, position, window):
+    q, k, v, out_of, lse_of = (_by_head(x, kv_heads) for x in (q, k, v, out, lse[..., None]))
+    for queries, keys, causal, mask, merge in pieces(end, position, window, heads * dim):
         part, part_lse = _flash(
-            q[:, :, a:b],
-            _of_keys(k[keys], heads),
-            _of_keys(v[keys], heads),
+            _take(q, queries),
+            _take(k, keys).expand(-1, heads // kv_heads, -1, -1),
+            _take(v, keys).expand(-1, heads // kv_heads, -1, -1),
             is_causal=causal,
             attn_mask=_additive(mask, q.dtype),
             scale=scale,
         )
-        part, part_lse, before = part[..., :v_dim], part_lse[..., None], lse_of[:, :, a:b]
+        part, part_lse = part[..., :v_dim], part_lse[..., None]
         if merge:
-            out_of[:, :, a:b].lerp_(part.float(), (part_lse - before).sigmoid())
+            before = _take(lse_of, queries)
+            part = _take(out_of, queries).lerp(part.float(), (part_lse - before).sigmoid())
             part_lse = torch.logaddexp(before, part_lse)
-        else:
-            out_of[:, :, a:b] = part
-        before.copy_(part_lse)
+        _put(out_of, queries, part)
+        _put(lse_of, queries, part_lse)
     if sinks is not None:
         out *= (lse - sinks).sigmoid()[..., None]
         lse = torch.logaddexp(lse, sinks.float())
@@ -157,23 +190,25 @@ def backward(
             dv[near] += part_dv
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_sinks
     q, k, v, out, d_out = _padded(q, k, v, out, d_out)
-    q, out, d_out, lse, dq_of = (_of_queries(x, kv_heads) for x in (q, out, d_out, lse[..., None], dq))
-    for a, b, keys, causal, mask, _ in pieces(end, position, window):
+    q, k, v, out, d_out, lse = (_by_head(x, kv_heads) for x in (q, k, v, out, d_out, lse[..., None]))
+    dq_of, dk_of, dv_of = (_by_head(x, kv_heads) for x in (dq, dk, dv))
+    for queries, keys, causal, mask, _ in pieces(end, position, window, heads * dim):
         part_dq, part_dk, part_dv = _flash_backward(
-            d_out[:, :, a:b],
-            q[:, :, a:b],
-            _of_keys(k[keys], heads),
-            _of_keys(v[keys], heads),
-            out[:, :, a:b],
-            lse[:, :, a:b, 0],
+            _take(d_out, queries),
+            _take(q, queries),
+            _take(k, keys).expand(-1, heads // kv_heads, -1, -1),
+            _take(v, keys).expand(-1, heads // kv_heads, -1, -1),
+            _take(out, queries),
+            _take(lse, queries, padding=torch.inf)[..., 0],  # whose probabilities are 0
             0.0,
             causal,
             attn_mask=_additive(mask, q.dtype),
             scale=scale,
         )
-        dq_of[:, :, a:b] += part_dq[..., :dim]
-        dk[keys] += part_dk.sum(1).transpose(0, 1)[..., :dim]
-        dv[keys] += part_dv.sum(1).transpose(0, 1)[..., :v_dim]
+        give = _put if causal else _add  # chains come first and hold every token once
+        give(dq_of, queries, part_dq[..., :dim])
+        give(dk_of, keys, part_dk.sum(1, keepdim=True)[..., :dim])
+        give(dv_of, keys, part_dv.sum(1, keepdim=True)[..., :v_dim])
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), d_sinks
 
 
@@ -181,14 +216,41 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
-def _of_queries(x: Tensor, kv_heads: int) -> Tensor:
-    """(N, Hq, D) as (Hkv, Hq / Hkv, N, D): heads of one key are the heads of one batch."""
-    return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+def _by_head(x: Tensor, kv_heads: int) -> Tensor:
+    """(N, Hq, D) or (N, Hkv, D) as (Hkv, N, R, D): heads of one key are the heads of one row of a batch."""
+    return x.unflatten(1, (kv_heads, -1)).transpose(0, 1)
 
 
-def _of_keys(x: Tensor, heads: int) -> Tensor:
-    """(N, Hkv, D) as (Hkv, Hq / Hkv, N, D), the repetition by a stride of 0."""
-    return x.transpose(0, 1)[:, None].expand(-1, heads // x.shape[1], -1, -1)
+def _take(x: Tensor, place: Place, padding: float | None = None) -> Tensor:
+    """Of x (Hkv, N, R, D) the tokens there as (Hkv * rows, R, length, D); `padding` in the place of repetitions."""
+    if isinstance(place, slice):
+        return x[:, place].transpose(1, 2)
+    if isinstance(place, Tensor):
+        return x.index_select(1, place).transpose(1, 2)
+    taken = x.index_select(1, place.tokens.flatten())
+    if padding is not None:
+        taken = torch.full_like(taken, padding).index_copy_(1, place.live, taken[:, place.live])
+    return taken.view(-1, place.tokens.shape[1], *x.shape[2:]).transpose(1, 2)
+
+
+def _put(x: Tensor, place: Place, part: Tensor) -> None:
+    """The opposite of `_take`."""
+    where, part = _live(x, place, part)
+    x[:, where] = part.to(x.dtype)
+
+
+def _add(x: Tensor, place: Place, part: Tensor) -> None:
+    where, part = _live(x, place, part)
+    x[:, where] += part
+
+
+def _live(x: Tensor, place: Place, part: Tensor) -> tuple[slice | Tensor, Tensor]:
+    """Where in x (Hkv, N, R, D), and the part (Hkv * rows, R, length, D) without padding as x lies."""
+    part = part.transpose(1, 2)
+    if not isinstance(place, Chains):
+        return place, part
+    part = part.reshape(len(x), place.tokens.numel(), *part.shape[2:])
+    return place.tokens.flatten()[place.live], part[:, place.live]
 
 
 def _padded(*tensors: Tensor) -> list[Tensor]:
