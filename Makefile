@@ -57,7 +57,7 @@ sanitize: $(VENV)/ready
 		$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider -m native $(SANITIZED)
 
 bench: $(VENV)/ready
-	$(RUN) -m flashpo.cli bench
+	$(RUN) -m flashpo bench
 
 clean:
 	rm -rf $(VENV) $(VENV)-sanitize build dist out

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "cpu/parallel.h"
+
 namespace flashpo {
 namespace {
 
@@ -55,20 +57,22 @@ void decode_layer(const LayerKernels& kernels, const Tensor& x, const Tensor& re
     kernels.packed_linear(from, weights.linears[name], weights.biases[name], to, threads);
   };
 
-  kernels.add_rms_norm(x, residual, weights.norms[W::BEFORE], weights.eps[0], false, normed, middle, threads);
-  linear(W::Q, normed, q);
-  linear(W::K, normed, k);
-  linear(W::V, normed, v);
-  kernels.rope_append(q, k, v, cos, sin, weights.norms[W::QUERY], weights.norms[W::KEY], weights.eps[2], false, k_cache,
-                      v_cache, slot, turned, threads);
-  kernels.decode_attention(plan, turned, k_cache, v_cache, static_cast<float>(scale), 0, Tensor(), attended, lse,
-                           scratch);
-  linear(W::O, q, mixed);
-  kernels.add_rms_norm(mixed, middle, weights.norms[W::BETWEEN], weights.eps[1], false, normed, total, threads);
-  linear(W::GATE, normed, gate);
-  linear(W::UP, normed, up);
-  kernels.gated_activation(gate, up, activation, gate, threads);
-  linear(W::DOWN, gate, out);
+  together(threads, [&] {
+    kernels.add_rms_norm(x, residual, weights.norms[W::BEFORE], weights.eps[0], false, normed, middle, threads);
+    linear(W::Q, normed, q);
+    linear(W::K, normed, k);
+    linear(W::V, normed, v);
+    kernels.rope_append(q, k, v, cos, sin, weights.norms[W::QUERY], weights.norms[W::KEY], weights.eps[2], false,
+                        k_cache, v_cache, slot, turned, threads);
+    kernels.decode_attention(plan, turned, k_cache, v_cache, static_cast<float>(scale), 0, Tensor(), attended, lse,
+                             scratch);
+    linear(W::O, q, mixed);
+    kernels.add_rms_norm(mixed, middle, weights.norms[W::BETWEEN], weights.eps[1], false, normed, total, threads);
+    linear(W::GATE, normed, gate);
+    linear(W::UP, normed, up);
+    kernels.gated_activation(gate, up, activation, gate, threads);
+    linear(W::DOWN, gate, out);
+  });
 }
 
 }  // namespace flashpo

@@ -1,5 +1,7 @@
 """A decoder layer as one operator: the native one against the reference in float64."""
 
+import os
+
 import pytest
 import torch
 from accuracy import assert_as_accurate
@@ -67,3 +69,30 @@ def test_shapes_are_checked():
     arguments[5] = arguments[5][:5]
     with flashpo.backend("native"), pytest.raises(ValueError, match="7 linears and biases"):
         decode_layer_(*arguments, 0)
+
+
+def run(arguments) -> list[bytes]:
+    with flashpo.backend("native"):
+        results = *decode_layer_(*arguments, 0), *arguments[9:11]
+    return [x.numpy().tobytes() for x in results]
+
+
+def fresh():
+    return layer(torch.float32, norms=True, bias=False, first=False)
+
+
+def test_the_number_of_threads_does_not_change_a_bit(monkeypatch):
+    results = []
+    for threads in (1, 2, 3, 7) * 10:
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(run(fresh()))
+    assert all(result == results[0] for result in results)
+
+
+def test_in_a_forked_child():
+    """It has none of its parent's threads: operators of torch would wait for them."""
+    here, there = run(fresh()), fresh()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if run(there) == here else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -17,6 +18,12 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<bool> in_forked_child{false};
+
+void relax() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
 
 GompParallel find_gomp() {
   pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
@@ -28,29 +35,119 @@ struct Work {
   int parts;
   Body body;
   void* context;
-  std::atomic<int> next{0};
+
+  void run(int part) const noexcept { body(context, n * part / parts, n * (part + 1) / parts); }
+};
+
+// f(context) on this thread and, where they can be had, on `threads` - 1 others at the same time.
+void on_threads(int threads, void (*f)(void*), void* context) {
+  static const GompParallel gomp = find_gomp();
+  if (gomp != nullptr && !in_forked_child) return gomp(f, context, threads, 0);
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(f, context);
+  f(context);
+  for (auto& thread : others) thread.join();
+}
+
+// Looks at a condition that another thread is about to make true; gives its core away where that takes long.
+template <typename F>
+void wait_until(F&& done) {
+  for (int looks = 0; !done(); ++looks) {
+    if (looks < 2000)
+      relax();
+    else
+      std::this_thread::yield();
+  }
+}
+
+// The threads of a `together`. One leads: it hands out work, takes part in it and waits for its end. The others look
+// for parts to do. A part is taken by moving `turn_` on, in which the number of the work, of its parts and of those
+// taken stand together: who succeeds has a part of that very work, which does not end before this part has.
+class Team {
+ public:
+  Team(int threads, void (*f)(void*), void* context) : threads_(threads), f_(f), context_(context) {}
 
   void run() {
-    for (int part; (part = next.fetch_add(1)) < parts;) body(context, n * part / parts, n * (part + 1) / parts);
+    leads = this;
+    on_threads(threads_, [](void* team) { static_cast<Team*>(team)->join(); }, this);
+    leads = nullptr;
+    if (error_) std::rethrow_exception(error_);
   }
+
+  void share(const Work& work) {
+    work_.store(&work, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    turn_.store(Turn{++works_, static_cast<uint16_t>(work.parts), 0}, std::memory_order_release);
+    leads = nullptr;  // a parallel_for within the work is not for this team
+    while (take_part()) {
+    }
+    wait_until([&] { return done_.load(std::memory_order_acquire) == work.parts; });
+    leads = this;
+  }
+
+  static thread_local Team* leads;  // the team that this thread leads
+
+ private:
+  void join() {
+    if (leads != this)
+      return wait_until([&] { return !take_part() && over_.load(std::memory_order_acquire); });
+    try {
+      f_(context_);
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+    over_.store(true, std::memory_order_release);
+  }
+
+  bool take_part() {
+    Turn turn = turn_.load(std::memory_order_acquire), next = turn;
+    if (next.taken++ == turn.parts || !turn_.compare_exchange_strong(turn, next)) return false;
+    work_.load(std::memory_order_relaxed)->run(next.taken - 1);
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+
+  struct Turn {
+    uint32_t work;
+    uint16_t parts, taken;
+  };
+  const int threads_;
+  void (*const f_)(void*);
+  void* const context_;
+  std::atomic<const Work*> work_{nullptr};
+  std::atomic<int> done_{0};
+  std::atomic<Turn> turn_{Turn{0, 0, 0}};
+  uint32_t works_ = 0;
+  std::atomic<bool> over_{false};
+  std::exception_ptr error_;
 };
+
+thread_local Team* Team::leads = nullptr;
 
 }  // namespace
 
 void parallel_for(int64_t n, int threads, Body body, void* context) {
   if (n <= 0) return;
-  const int parts = static_cast<int>(std::min<int64_t>(n, std::max(threads, 1)));
-  if (parts == 1) return body(context, 0, n);
-  Work work{n, parts, body, context};
-  static const GompParallel gomp = find_gomp();
-  if (gomp != nullptr && !in_forked_child) {
-    gomp([](void* w) { static_cast<Work*>(w)->run(); }, &work, parts, 0);
-    return;
-  }
-  std::vector<std::thread> others;
-  for (int i = 1; i < parts; ++i) others.emplace_back([&work] { work.run(); });
-  work.run();
-  for (auto& thread : others) thread.join();
+  constexpr int64_t MOST = 1 << 15;  // parts, which Team counts in 16 bits
+  const Work work{n, static_cast<int>(std::min({n, std::max<int64_t>(threads, 1), MOST})), body, context};
+  if (work.parts == 1) return work.run(0);
+  if (Team::leads != nullptr) return Team::leads->share(work);
+  struct Shared {
+    const Work& work;
+    std::atomic<int> next{0};
+  } shared{work};
+  on_threads(
+      work.parts,
+      [](void* context) {
+        auto& s = *static_cast<Shared*>(context);
+        for (int part; (part = s.next.fetch_add(1)) < s.work.parts;) s.work.run(part);
+      },
+      &shared);
+}
+
+void together(int threads, void (*f)(void*), void* context) {
+  if (threads <= 1 || Team::leads != nullptr) return f(context);
+  Team(threads, f, context).run();
 }
 
 }  // namespace flashpo

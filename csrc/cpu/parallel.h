@@ -1,4 +1,5 @@
 // parallel_for(n, threads, body): body(begin, end) over [0, n), cut into `threads` contiguous parts.
+// together(threads, f): f() on this thread, with the others at hand: each parallel_for in it finds them awake.
 #pragma once
 #include <cstdint>
 
@@ -6,11 +7,17 @@ namespace flashpo {
 
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t n, int threads, Body body, void* context);
+void together(int threads, void (*f)(void* context), void* context);
 
 template <typename F>
 static inline void parallel_for(int64_t n, int threads, F&& f) {
   parallel_for(
       n, threads, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
+}
+
+template <typename F>
+static inline void together(int threads, F&& f) {
+  together(threads, [](void* context) { (*static_cast<F*>(context))(); }, &f);
 }
 
 }  // namespace flashpo
