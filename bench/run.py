@@ -1,12 +1,15 @@
 """`flashpo bench`: tables for people first, then one JSON document on the last line of output."""
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import platform
+import signal
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -94,15 +97,28 @@ def main(argv: list[str] | None = None) -> int:
     document["tables"] = tables = {}
     print(f"{document['machine']}, {document['threads']} threads, {document['isa']}, torch {document['torch']}")
     try:
-        for title, records in cases.run(Device(args.device), args.op, args.peers, args.quick):
-            tables[title] = records
-            show(title, records)
+        with stoppable():
+            for title, records in cases.run(Device(args.device), args.op, args.peers, args.quick):
+                tables[title] = records
+                show(title, records)
     finally:  # also of what came before a failure or the end of one's patience
         document["backends"] = flashpo.stats()
         write(document, args.out)
     if args.plot:
         plot(tables, args.plot)
     return 0
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it SIGTERM raises, and so does SIGINT, which a job in the background would ignore."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda number, _: sys.exit(128 + number)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write(document: dict, file: pathlib.Path | None) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 
 import pytest
@@ -30,13 +31,14 @@ def test_every_suite_is_there():
         assert callable(getattr(importlib.import_module(f"flashpo.bench.{module}"), function))
 
 
-def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("end", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_what_was_measured_before_the_end_is_kept(end, raised, tmp_path, monkeypatch, capsys):
     def tables(*_):
         yield "the first", [{"variant": "FlashPO", "ms": 1.5}]
-        raise KeyboardInterrupt
+        signal.raise_signal(end)
 
     monkeypatch.setattr(run.cases, "run", tables)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         run.main(["--device", "cpu", "--out", str(tmp_path / "bench.jsonl")])
     (line,) = (tmp_path / "bench.jsonl").read_text().splitlines()
     assert json.loads(line)["tables"] == {"the first": [{"variant": "FlashPO", "ms": 1.5}]}

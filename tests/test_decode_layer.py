@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from inputs import DTYPES
+from inputs import DTYPES, sanitized
 from torch.nn import functional as F
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -12,13 +12,11 @@ import flashpo
 from flashpo import kv_append
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 
-pytestmark = pytest.mark.native
-backends = pytest.mark.parametrize("backend", ["native", "torch"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SIZES = [(1, 1), (3, 16), (5, 97), (33, 1030)]
 
 
-@backends
+@sanitized
 @dtypes
 @pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize(("rows", "features"), SIZES)
@@ -40,7 +38,7 @@ def turns(rows, features, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@backends
+@sanitized
 @dtypes
 @pytest.mark.parametrize("norm", [None, "llama", "gemma"])
 @pytest.mark.parametrize(("heads", "kv_heads", "features", "turned"), [(4, 2, 64, 64), (3, 1, 24, 10), (2, 2, 80, 80)])
@@ -84,7 +82,7 @@ def test_rope(backend, dtype, heads, kv_heads, features, turned, norm, poisoned)
     assert torch.equal(caches[0] == 7, expected[0] == 7)
 
 
-@backends
+@sanitized
 @dtypes
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize(("rows", "features"), SIZES)
@@ -98,6 +96,7 @@ def test_gated(backend, dtype, rows, features, activation, poisoned):
     assert_as_accurate(out, function(gate.double()) * up.double(), function(gate) * up)
 
 
+@pytest.mark.native
 def test_errors():
     x, weight = torch.randn(2, 8), torch.randn(8)
     with pytest.raises(ValueError, match="residual must be"):

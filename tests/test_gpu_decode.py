@@ -1,4 +1,5 @@
-"""`decode_attention` and `kv_append` in Triton on a GPU: accuracy, batch invariance, graphs, no host sync."""
+"""`decode_attention`, `kv_append` and the pieces of a decoder layer in Triton on a GPU: accuracy, batch invariance,
+graphs, no host sync."""
 
 import dataclasses
 import os
@@ -11,6 +12,7 @@ from inputs import DTYPES
 
 import flashpo
 from flashpo import decode_attention, kv_append
+from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,3 +107,40 @@ def test_bad_tables_give_nan():
         assert out[:2].isnan().all()
         assert lse[:2].isnan().all()
         assert torch.equal(out[2:], expected[0][2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "features", "turned"), [(16, 8, 128, 128), (3, 1, 80, 32)])
+def test_pieces_of_a_layer(dtype, unit_offset, heads, kv_heads, features, turned):
+    """Against the reference on the CPU, in the same dtype and in float64."""
+    rows, hidden = 9, heads * features
+    qkv, x, residual = torch.randn(rows, (heads + 2 * kv_heads) * features), *torch.randn(2, rows, hidden)
+    weight, of_head, gate = torch.randn(hidden), torch.randn(features), 4 * torch.randn(rows, 2 * 1500)
+    angles = torch.rand(rows, turned // 2).mul(100).repeat(1, 2)
+    slot = torch.tensor([3, 70, -1, 64, 0, 191, 100, 130, 5])
+
+    def pieces(device, wide):
+        def here(x):
+            return x.to(dtype).to(device, wide)
+
+        caches = [
+            torch.zeros(3, kv_heads, *tile, dtype=wide, device=device) for tile in ((features, 64), (64, features))
+        ]
+        parts = here(qkv).split([heads * features, kv_heads * features, kv_heads * features], 1)
+        norm = {"eps": 1e-6, "unit_offset": unit_offset}
+        weights = {"q_weight": here(of_head), "k_weight": here(of_head)}
+        turn = here(angles.cos()), here(angles.sin())
+        results = [
+            *add_rms_norm(here(x), here(residual), here(weight), **norm),
+            rope_append(*parts, *turn, *caches, slot.to(device), **weights, **norm),
+            *caches,
+            *(gated_activation(*here(gate).chunk(2, 1), activation=name) for name in ("silu", "gelu_tanh")),
+        ]
+        return [x.cpu() for x in results]
+
+    ours = pieces("cuda", dtype)
+    with flashpo.backend("torch"):
+        exact, plain = pieces("cpu", torch.float64), pieces("cpu", dtype)
+    for results in zip(ours, exact, plain):
+        assert_as_accurate(*results)

@@ -127,13 +127,15 @@ def test_beside_the_fused_head_of_trl():
     torch.testing.assert_close(ours, out.log_probs.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_another_attention_refuses_a_tree():
-    """A tree is never taken for a mask that allows everything."""
+def test_another_attention():
+    """One that is set afterwards takes trees, too; without ours a tree is never taken for a mask that allows all."""
     model, b = make("llama"), batch()
-    packed(model, b, TEMPERATURE)
-    model.set_attn_implementation("sdpa")
+    tree = pack(b.input_ids, b.attention_mask, b.completion_mask)
     with pytest.raises(RuntimeError, match="mask"):
-        packed(model, b, TEMPERATURE)
+        model.model(**tree.inputs())
+    for name in ("sdpa", "eager"):  # whose softmax is fp32
+        model.set_attn_implementation(name)
+        assert_same(model, b, alone, tolerance=3e-7)
 
 
 def test_nothing_to_score():

@@ -18,6 +18,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from flashpo.kernels import (
     decode_attention,
+    decode_layer,
     kv_append,
     linear_logprob,
     policy_loss,
@@ -61,19 +62,21 @@ INTEGERS = {
 }
 OPERANDS = (
     "logits", "d_logits", "hidden", "weight", "bias", "q", "k", "v", "k_cache", "v_cache", "d_out", "dq", "dk", "dv",
+    "x", "residual", "total", "cos", "sin", "q_weight", "k_weight", "gate", "up",
 )  # fmt: skip
 FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
     "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
     "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse", "delta",
 )  # fmt: skip
-SCALES = ("scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
+SCALES = ("eps", "scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
 
 
 def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers=None, debug=False, **constants):
     """As a launch with aligned tensors of `dtype` and long rows would; arguments named in `absent` are None."""
     types, aligned = {}, {}
-    in_dtype = (linear_logprob.d_logits_kernel, decode_attention.merge_kernel, tree_attention.forward_kernel)
+    in_dtype = (linear_logprob.d_logits_kernel, decode_attention.merge_kernel, tree_attention.forward_kernel,
+                decode_layer.norm_kernel, decode_layer.rope_kernel, decode_layer.gated_kernel)  # fmt: skip
     out = dtype if kernel in in_dtype else "fp32"
     for i, name in enumerate(kernel.arg_names):
         if name in constants or name in absent:
@@ -90,7 +93,7 @@ def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers
             types[name] = "*" + (dtype if name in OPERANDS else out if name == "out" else "fp32")
         else:
             types[name] = "i32"
-        if types[name][0] == "*" or name in ("H", "V") or "stride" in name:
+        if types[name] != "constexpr" and (types[name][0] == "*" or name in ("H", "V") or "stride" in name):
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages, "debug": debug, "sanitize_overflow": False}
@@ -176,6 +179,27 @@ def test_decode_kernels(name, dtype, rep, features, value_features, full):
     compiled = compile(kv_append.append_kernel, target, dtype, num_warps=1, debug=True, **shape, **append)
     if target.backend == "cuda":
         assert "__assertfail" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
+def test_decode_layer_kernels(name, dtype, full):
+    target, limit, _ = TARGETS[name]
+    for kernel, absent, options in (
+        (decode_layer.norm_kernel, ("residual",), {"H": 2560, "BLOCK_H": 4096, "UNIT_OFFSET": full, "num_warps": 16}),
+        (
+            decode_layer.rope_kernel,
+            ("q_weight", "k_weight"),
+            {"q_heads": 8, "heads": 2, "D": 128, "R": 64 if full else 128, "BLOCK_D": 128, "UNIT_OFFSET": full}
+            | {"num_warps": 1, "debug": True},
+        ),
+        (decode_layer.gated_kernel, (), {"columns": 9728, "BLOCK": decode_layer.COLUMNS, "GELU": full}),
+    ):
+        compiled = compile(kernel, target, dtype, () if full else absent, **options)
+        assert compiled.metadata.shared <= limit
+        if target.backend == "cuda":
+            assert ("__assertfail" in compiled.asm["ptx"]) == (kernel is decode_layer.rope_kernel)
 
 
 POLICY = {  # spec -> arguments that it goes without
@@ -291,8 +315,13 @@ def test_one_compilation_for_all_decode_steps(variants):
         for window, softcap in ((1, 1.0), (16 * M, 2.5)):
             decode_attention.forward(torch.zeros(B, 4, 64), k_cache, v_cache, *tables, 1.0 / B, window, softcap, None)
         kv_append.append(torch.zeros(B, 2, 64), torch.zeros(B, 2, 64), k_cache, v_cache, torch.zeros(B).long())
+        x, q, kv, turn, head = (torch.zeros(B, n) for n in (256, 256, 128, 64, 64))
+        decode_layer.add_rms_norm(x, x, x[0], 1.0 / B, False, x, x)
+        places = k_cache, v_cache, torch.zeros(B).long(), q.view(B, 4, 64)
+        decode_layer.rope_append(q, kv, kv, turn, turn, head[0], head[0], 1.0 / B, False, *places)
+        decode_layer.gated_activation(x, x, False, x)
     assert {name: len(keys) for name, keys in variants.items()} == dict.fromkeys(variants, 1)
-    assert len(variants) == 3
+    assert len(variants) == 6
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -390,6 +390,8 @@ def test_configurations_from_a_command_line(name):
         assert (args.rollout, args.rollout_options) == ("engine", {"kv_memory": 1000})
         with pytest.raises(TypeError, match="rollout_options must be a dict"):
             parsed("--rollout_options", "kv_memory")
+        with pytest.raises(ValueError, match="rollout_options: kv_bytes: RolloutEngine takes tokenizer, kv_memory"):
+            parsed("--rollout_options", '{"kv_bytes": 1000}')
 
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])

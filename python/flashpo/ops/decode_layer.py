@@ -13,7 +13,7 @@ from flashpo.ops._wide import wide
 from flashpo.ops.kv_append import BLOCK, check_caches
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_rms_norm(
@@ -60,13 +60,25 @@ def _(x, residual, weight, eps, unit_offset):
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@add_rms_norm_fwd.backend("native")
+@add_rms_norm_fwd.backend("native")  # csrc/cpu/decode_layer.cpp
 def _(x, residual, weight, eps, unit_offset):
-    if x.device.type != "cpu" or x.dtype not in NATIVE_DTYPES:
+    if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES:
         return NotImplemented
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    x, residual, weight = (None if t is None else t.contiguous() for t in (x, residual, weight))
     out, total = torch.empty_like(x), torch.empty_like(x)
-    native.add_rms_norm(x, residual, weight.contiguous(), eps, unit_offset, out, total, torch.get_num_threads())
+    native.add_rms_norm(x, residual, weight, eps, unit_offset, out, total, torch.get_num_threads())
+    return out, total
+
+
+@add_rms_norm_fwd.backend("triton")  # kernels/decode_layer.py
+def _(x, residual, weight, eps, unit_offset):
+    from flashpo.kernels import decode_layer as kernels
+
+    if x.dtype not in KERNEL_DTYPES or x.shape[1] > kernels.LONGEST:
+        return NotImplemented
+    x, residual, weight = (None if t is None else t.contiguous() for t in (x, residual, weight))
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    kernels.add_rms_norm(x, residual, weight, eps, unit_offset, out, total)
     return out, total
 
 
@@ -165,16 +177,32 @@ def _(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache,
     return q.new_empty(q.shape[0], q.shape[1] // k_cache.shape[2], k_cache.shape[2])
 
 
-@rope_append_.backend("native")
-def _(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache, slot):
-    if q.device.type != "cpu" or q.dtype not in NATIVE_DTYPES:
+@rope_append_.backend("native")  # csrc/cpu/decode_layer.cpp
+def _(q, *rest):
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
         return NotImplemented
-    out = q.new_empty(q.shape[0], q.shape[1] // k_cache.shape[2], k_cache.shape[2])
+    arguments, out = _laid_out(q, *rest)
+    native.rope_append(*arguments, out, torch.get_num_threads())
+    return out
+
+
+@rope_append_.backend("triton")  # kernels/decode_layer.py
+def _(q, *rest):
+    if q.dtype not in KERNEL_DTYPES:
+        return NotImplemented
+    from flashpo.kernels import decode_layer as kernels
+
+    arguments, out = _laid_out(q, *rest)
+    kernels.rope_append(*arguments, out)
+    return out
+
+
+def _laid_out(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache, slot):
+    """The arguments as both kernels read them, and where their result goes."""
     rows = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k, v))
     dense = (x if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight))
-    threads = torch.get_num_threads()
-    native.rope_append(*rows, *dense, eps, unit_offset, k_cache, v_cache, slot.contiguous(), out, threads)
-    return out
+    out = q.new_empty(q.shape[0], q.shape[1] // k_cache.shape[2], k_cache.shape[2])
+    return (*rows, *dense, eps, unit_offset, k_cache, v_cache, slot.contiguous()), out
 
 
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
@@ -206,11 +234,23 @@ def _(gate, up, activation):
     return gate.new_empty(gate.shape)
 
 
-@gated_activation_fwd.backend("native")
+@gated_activation_fwd.backend("native")  # csrc/cpu/decode_layer.cpp
 def _(gate, up, activation):
-    if gate.device.type != "cpu" or gate.dtype not in NATIVE_DTYPES:
+    if gate.device.type != "cpu" or gate.dtype not in KERNEL_DTYPES:
         return NotImplemented
     out = gate.new_empty(gate.shape)
     rows = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
     native.gated_activation(*rows, ACTIVATIONS.index(activation), out, torch.get_num_threads())
+    return out
+
+
+@gated_activation_fwd.backend("triton")  # kernels/decode_layer.py
+def _(gate, up, activation):
+    if gate.dtype not in KERNEL_DTYPES:
+        return NotImplemented
+    from flashpo.kernels import decode_layer as kernels
+
+    out = gate.new_empty(gate.shape)
+    rows = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
+    kernels.gated_activation(*rows, activation == "gelu_tanh", out)
     return out

@@ -32,6 +32,11 @@ def install(backbone: nn.Module) -> None:
             config._attn_implementation_internal = _register(config._attn_implementation)
 
 
+def installed(backbone: Any) -> bool:
+    """False before `install`, and after one has given the model another attention by transformers' own methods."""
+    return backbone.config._attn_implementation.startswith(PREFIX)
+
+
 @contextlib.contextmanager
 def uninstalled(model: nn.Module) -> Iterator[None]:
     """Within it the model goes by the name of the attention that it had before, for code that knows some by name."""

@@ -92,9 +92,13 @@ def forward_here(
     aux_loss: bool = False,
 ) -> TreeScores:
     """For code that already is inside of the wrapped model's forward; `model` is prepared."""
+    from flashpo.packing.attention import install, installed
+
     if aux_loss and tree.pruned:
         raise ValueError("aux_loss: the tree lacks tokens that count in it, pack with prune=False")
     lm = CausalLM.of(model)
+    if not installed(lm.backbone):
+        install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
     states = lm.backbone(**tree.inputs(), use_cache=False, **router)
     # FSDP2 keeps the head as a DTensor

@@ -1,10 +1,12 @@
 """TRL's configurations with what FlashPO adds: token trees; for GRPO and RLOO any loss, finer groups, the engine."""
 
+import inspect
 from dataclasses import dataclass, field, fields, replace
 
 import trl
 
 from flashpo.ops.loss_spec import LossSpec, resolve
+from flashpo.rollout import RolloutEngine
 
 # TRL's options that a spec says in their stead
 GRPO_LOSS_OPTIONS = (
@@ -57,6 +59,9 @@ class EngineOptions(SharingOptions):
             raise ValueError(f"rollout must be 'auto', 'engine' or 'generate', got {self.rollout!r}")
         if not isinstance(self.rollout_options, dict | None):
             raise TypeError(f"rollout_options must be a dict or JSON of one, got {self.rollout_options!r}")
+        known = [name for name in inspect.signature(RolloutEngine).parameters if name != "model"]
+        if unknown := set(self.rollout_options or ()).difference(known):
+            raise ValueError(f"rollout_options: {', '.join(sorted(unknown))}: RolloutEngine takes {', '.join(known)}")
 
 
 @dataclass
