@@ -61,7 +61,8 @@ def test_compile(fullgraph):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt_oss"])
 def test_noise_of_the_dtype(kind, dtype):
-    """Against the same weights in fp64, we err no more than the padded batch does."""
+    """Against the same weights in fp64, we err no more than the padded batch does. Gradients as a whole: how far a
+    single number of them is off hangs on which way a few roundings in the forward pass fall."""
     model, b = make(kind, dtype), batch()
     exact_model = make(kind)
     exact_model.load_state_dict(model.state_dict())
@@ -70,7 +71,8 @@ def test_noise_of_the_dtype(kind, dtype):
     for i in range(2):
         assert_as_accurate(ours[i], exact[i], stock[i])
     gradients = [backward(m, b, x) for m, x in ((model, ours), (exact_model, exact), (model, stock))]
-    assert_as_accurate(*(torch.cat([x.flatten() for x in g.values()]) for g in gradients))
+    ours, exact, stock = (torch.cat([x.flatten() for x in g.values()]).double() for g in gradients)
+    assert (ours - exact).norm() <= 2 * (stock - exact).norm() + 1e-6 * exact.norm()
 
 
 def test_autocast():
