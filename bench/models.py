@@ -42,13 +42,15 @@ transformers' `generate` with the same sampler (`fallback="error"` raises instea
 rollout of every class and config, on the model itself and on a small fp32 twin of it, so that a family that is not in
 this table, or a model with code of its own, is refused rather than sampled from wrongly.
 Refused for any family: prompt-learning adapters of PEFT, weights on several devices, tensor parallelism, FSDP1, ZeRO-3
-weights that have not been gathered. Sequences must not be longer than the positions that the model has, nor, with
-dynamic or longrope scaling, than the length from which rotary frequencies depend on the longest row of a batch.
+weights that have not been gathered, weights that are offloaded. Sequences must not be longer than the positions that
+the model has, nor, with dynamic or longrope scaling, than the length from which rotary frequencies depend on the
+longest row of a batch.
 Layers of quantised bases (bitsandbytes, torchao and others) compute as they do in training, also below LoRA.
 
 **Packed training.** A model that cannot run on token trees trains on padded rows, as in TRL, after one warning that
-names the reason (`share_prefix=True` raises instead). Refused for any family: dropout in attention, an adapter on the
-language model head, prompt-learning adapters of PEFT, a head that ZeRO-3 shards, `neftune_noise_alpha`. SFT, DPO and
+names the reason (`share_prefix=True` raises instead). Refused for any family: dropout in attention, prompt-learning
+adapters of PEFT, a head that ZeRO-3 shards, `neftune_noise_alpha`; an adapter on the language model head raises, as it
+does in TRL. SFT, DPO and
 KTO ask of every batch, too: refused are images and any other input beside token ids, mask and labels, a mask with gaps
 or of more than two dimensions, position ids that do not count each row of a padding-free batch from 0, a label on
 padding or on the first token of a row that is padded on the left.

@@ -39,6 +39,7 @@ HEADS = {
     "times_floor": "÷ the floor",
     "share_of_floor": "share of the floor",
     "cache_mb": "cache, MiB",
+    "gflops": "GFLOP/s",
     "gemm_gflops": "GEMM, GFLOP/s",
     "copy_gb_per_s": "copy, GB/s",
     "peak_mb": "peak MiB",

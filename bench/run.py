@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import time
@@ -67,7 +68,7 @@ def plot(tables: dict[str, list[dict]], folder: pathlib.Path) -> None:
         figure, axes = plt.subplots(figsize=(8, 4 if lines else 0.4 * len(records) + 1.2), layout="constrained")
         axes.set(title=title)
         (growth.draw if lines else draw_bars)(axes, records)
-        figure.savefig(folder / (title.replace(" ", "_").replace("=", "") + ".png"), dpi=120)
+        figure.savefig(folder / (re.sub(r"\W+", "_", title) + ".png"), dpi=120)
         plt.close(figure)
 
 
@@ -84,8 +85,8 @@ def draw_bars(axes, records: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flashpo bench", description=__doc__)
     parser.add_argument("op", nargs="?", choices=tuple(cases.SUITES), help="one suite; default: all")
-    parser.add_argument("--peers", action="store_true", help="torch, TRL, Liger, CCE too: what is installed")
-    parser.add_argument("--quick", action="store_true", help="the smallest shape of each op")
+    parser.add_argument("--peers", action="store_true", help="TRL, Liger, CCE ... too, where a suite knows them")
+    parser.add_argument("--quick", action="store_true", help="the smallest shape only, of suites with several")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     plots = {"nargs": "?", "type": pathlib.Path, "const": pathlib.Path("out/bench"), "metavar": "FOLDER"}
     parser.add_argument("--plot", help="write a PNG of each table (default: into out/bench)", **plots)

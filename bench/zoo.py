@@ -38,6 +38,8 @@ HELD_OUT = 512
 
 
 def arithmetic():
+    if not (ROOT / "examples").is_dir():
+        raise SystemExit(f"the zoo runs in FlashPO's repository, on its examples; there is no {ROOT / 'examples'}")
     sys.path.insert(0, str(ROOT / "examples"))
     return importlib.import_module("arithmetic")
 

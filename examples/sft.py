@@ -2,6 +2,9 @@
 
 python examples/sft.py --model Qwen/Qwen3-0.6B --dataset my.jsonl        # or any local path, or a dataset of the hub
 flashpo run examples/sft.py --model Qwen/Qwen3-0.6B --dataset my.jsonl   # the same, faster
+
+Without a model at hand, for grpo.py and ppo.py to begin with:
+python examples/arithmetic.py out/arithmetic && python examples/sft.py --model out/arithmetic/model
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""`decode_attention`, `kv_append` and the pieces of a decoder layer in Triton on a GPU: accuracy, batch invariance,
-graphs, no host sync."""
+"""`decode_attention` and `kv_append` in Triton on a GPU: accuracy, batch invariance, graphs, no host sync; and the
+pieces of a decoder layer: accuracy."""
 
 import dataclasses
 import os

@@ -407,6 +407,8 @@ def test_it_learns():
         ("use_adaptive_entropy", True),
         ("sync_ref_model", True),
         ("use_vllm", True),
+        ("sapo_temperature_pos", 2.0),
+        ("vespo_k_neg", 4.0),
         ("kl_in", "both"),
         ("gamma", 1.5),
         ("lam", -0.1),

@@ -36,7 +36,7 @@ struct Work {
   Body body;
   void* context;
 
-  void run(int part) const noexcept { body(context, n * part / parts, n * (part + 1) / parts); }
+  void run(int part) const { body(context, n * part / parts, n * (part + 1) / parts); }
 };
 
 // f(context) on this thread and, where they can be had, on `threads` - 1 others at the same time.
@@ -89,8 +89,11 @@ class Team {
 
  private:
   void join() {
-    if (leads != this)
-      return wait_until([&] { return !take_part() && over_.load(std::memory_order_acquire); });
+    if (leads != this) {
+      for (bool took = true; took;)
+        wait_until([&] { return (took = take_part()) || over_.load(std::memory_order_acquire); });
+      return;
+    }
     try {
       f_(context_);
     } catch (...) {
@@ -99,10 +102,15 @@ class Team {
     over_.store(true, std::memory_order_release);
   }
 
-  bool take_part() {
-    Turn turn = turn_.load(std::memory_order_acquire), next = turn;
-    if (next.taken++ == turn.parts || !turn_.compare_exchange_strong(turn, next)) return false;
-    work_.load(std::memory_order_relaxed)->run(next.taken - 1);
+  // False where none is left. Nothing may be thrown: the others count on every part.
+  bool take_part() noexcept {
+    Turn turn = turn_.load(std::memory_order_acquire), next;
+    do {
+      if (turn.taken == turn.parts) return false;
+      next = turn;
+      ++next.taken;
+    } while (!turn_.compare_exchange_weak(turn, next));
+    work_.load(std::memory_order_relaxed)->run(turn.taken);
     done_.fetch_add(1, std::memory_order_release);
     return true;
   }
@@ -111,6 +119,7 @@ class Team {
     uint32_t work;
     uint16_t parts, taken;
   };
+  static_assert(std::atomic<Turn>::is_always_lock_free);
   const int threads_;
   void (*const f_)(void*);
   void* const context_;

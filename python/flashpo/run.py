@@ -53,7 +53,10 @@ def main(argv: list[str]) -> int:
     """Run `argv[0]` with the arguments after it as if it were `python argv[0] ...`, with TRL patched."""
     if argv[:1] == ["trl"] and len(argv) > 1 and not os.path.isfile("trl"):
         argv = ["-m", f"trl.scripts.{argv[1]}", *argv[2:]]
-    if not argv or argv[0] in ("-h", "--help") or argv == ["-m"]:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    if not argv or argv == ["-m"]:
         print(USAGE, file=sys.stderr)
         return 2
     module = argv[0] == "-m"

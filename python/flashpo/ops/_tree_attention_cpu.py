@@ -104,16 +104,17 @@ def pieces(end: Tensor, position: Tensor, window: int, features: int) -> list[Pi
 
 
 def alike(chains: list[tuple[int, int]], most: int) -> list[list[tuple[int, int]]]:
-    """The chains by length; those of up to `most` tokens together where a quarter of the longest, or 8 tokens, pad."""
+    """The chains by length, those of up to `most` tokens together as long as none is padded by more than a quarter of
+    the longest, or 8 tokens."""
     calls: list[list[tuple[int, int]]] = []
     shortest = 0  # that joins the last call
     for begin, stop in sorted(chains, key=lambda chain: chain[0] - chain[1]):
         length = stop - begin
-        if calls and shortest <= length <= most:
+        if calls and length >= shortest:
             calls[-1].append((begin, stop))
         else:
-            shortest = min(length - length // 4, length - 8)
             calls.append([(begin, stop)])
+            shortest = min(length - length // 4, length - 8) if length <= most else length + 1
     return calls
 
 

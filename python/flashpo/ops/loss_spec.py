@@ -51,7 +51,8 @@ class LossSpec:
     """A policy loss. `LOSSES["dapo"]` is one; `dataclasses.replace(spec, clip_high=0.3)` makes another.
 
     Raises ValueError or TypeError where an option is no finite number, where options contradict each other, and where
-    one would do nothing.
+    one would do nothing; but numbers of another surrogate, and how to do a KL or an entropy bonus whose coefficient is
+    0, may stand.
     """
 
     # Level of w: one token's; the sequence's, exp(mean d) (GSPO); its value with the gradient of one token each

@@ -5,7 +5,7 @@ from typing import Any
 
 import trl
 
-from flashpo.trl.config import EngineOptions
+from flashpo.trl.config import GRPO_LOSS_OPTIONS, EngineOptions
 
 # GRPO's own mathematics: (option, why PPO has no use for it)
 REFUSED = {
@@ -19,6 +19,7 @@ REFUSED = {
     "sync_ref_model": "the reference model has no critic to be synchronised with",
     "use_vllm": "vLLM would be sent the critic's weights",
 }
+REFUSED |= {name: REFUSED["loss_type"] for name in GRPO_LOSS_OPTIONS if name.startswith(("sapo", "vespo"))}
 
 
 class _Single(int):
@@ -45,7 +46,7 @@ class PPOConfig(EngineOptions, trl.GRPOConfig):
         vf_coef: coefficient of the value loss.
         cliprange_value: how far a value may move from its old value, see `flashpo.value_loss`; None: no clipping.
         kl_in: "reward": each token is paid -beta (log pi_old - log pi_ref). "loss": beta KL, k3 of each token, is added
-            to the loss.
+            to the loss, times the ratio where `use_bias_correction_kl`.
     """
 
     _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
