@@ -61,8 +61,8 @@ def test_compile(fullgraph):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt_oss"])
 def test_noise_of_the_dtype(kind, dtype):
-    """Against the same weights in fp64, we err no more than the padded batch does. Each gradient as a whole: how far a
-    single number of it is off hangs on which way a few roundings in the forward pass fall."""
+    """Against the same weights in fp64, we err no more than the padded batch does. Gradients as a whole, and that which
+    is off most for its size: how far a single number is off hangs on which way a few roundings in the forward fall."""
     model, b = make(kind, dtype), batch()
     exact_model = make(kind)
     exact_model.load_state_dict(model.state_dict())
@@ -71,10 +71,12 @@ def test_noise_of_the_dtype(kind, dtype):
     for i in range(2):
         assert_as_accurate(ours[i], exact[i], stock[i])
     gradients = [backward(m, b, x) for m, x in ((model, ours), (exact_model, exact), (model, stock))]
-    whole = torch.stack([x.double().norm() for x in gradients[1].values()]).norm()
-    for name, exact in gradients[1].items():
-        error, allowed = ((x[name].double() - exact).norm() for x in (gradients[0], gradients[2]))
-        assert error <= 2 * allowed + 1e-6 * whole, f"{name}: {error:.1e}, padded {allowed:.1e}"
+    ours, exact, stock = (list(g.values()) for g in gradients)
+    sizes = torch.stack([x.norm() for x in exact])
+    error, allowed = (torch.stack([(a - b).norm() for a, b in zip(x, exact)]) for x in (ours, stock))
+    assert error.norm() <= 2 * allowed.norm() + 1e-6 * sizes.norm()
+    live = sizes > 1e-6 * sizes.norm()
+    assert (error / sizes)[live].max() <= 2 * (allowed / sizes)[live].max() + 1e-6
 
 
 def test_autocast():
