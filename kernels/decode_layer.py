@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashpo.kernels.kv_append import BLOCK
+from flashpo.kernels.kv_append import BLOCK, place
 
 LONGEST = 16384  # features of a row, which a program holds at once
 COLUMNS = 1024  # of a gated activation, a program
@@ -113,10 +113,8 @@ def rope_kernel(
         tl.store(out + (n * q_heads + head) * D + d, query, mask=inside)
     else:
         head -= q_heads
-        slot = tl.load(slots + n)
-        tl.device_assert(slot < limit, "slot holds values beyond the cache")
-        live = (slot >= 0) & (slot < limit) & inside
-        tile, offset = (slot // BLOCK * heads + head) * BLOCK, slot % BLOCK
+        tile, offset, live = place(slots, n, limit, head, heads)
+        live &= inside
         key = turned(k + n * stride_k + head * D, k_weight, cos, sin, eps, D, R, UNIT_OFFSET, BLOCK_D)
         tl.store(k_cache + tile * D + d * BLOCK + offset, key, mask=live)
         value = tl.load(v + n * stride_v + head * D + d, mask=inside)

@@ -8,6 +8,14 @@ from torch import Tensor
 BLOCK: tl.constexpr = tl.constexpr(64)  # tokens of a block of the cache
 
 
+@triton.jit
+def place(slots, n, limit, head, heads: tl.constexpr):
+    """Where a head of token n goes: the first of its tile's tokens, its own within that tile, and whether it goes."""
+    slot = tl.load(slots + n)
+    tl.device_assert(slot < limit, "slot holds values beyond the cache")
+    return (slot // BLOCK * heads + head) * BLOCK, slot % BLOCK, (slot >= 0) & (slot < limit)
+
+
 @triton.jit(do_not_specialize=["limit"], do_not_specialize_on_alignment=["slots"])
 def append_kernel(
     k,  # (N, heads, D)
@@ -27,10 +35,7 @@ def append_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     n, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    slot = tl.load(slots + n)
-    tl.device_assert(slot < limit, "slot holds values beyond the cache")
-    live = (slot >= 0) & (slot < limit)
-    tile, offset = (slot // BLOCK * heads + head) * BLOCK, slot % BLOCK
+    tile, offset, live = place(slots, n, limit, head, heads)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     key = tl.load(k + n * stride_k + head * stride_k_head + d, mask=d < D)
     tl.store(k_cache + tile * D + d * BLOCK + offset, key, mask=live & (d < D))
