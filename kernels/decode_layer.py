@@ -40,7 +40,7 @@ def norm_kernel(
     residual,  # (N, H) or None
     weight,  # (H,)
     out,  # (N, H)
-    total,  # (N, H)
+    residual_out,  # (N, H)
     eps,
     H: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
@@ -53,7 +53,7 @@ def norm_kernel(
     y = load_wide(x + row + h, inside)
     if residual is not None:
         y = rounded(y + load_wide(residual + row + h, inside), dtype)
-    tl.store(total + row + h, y, mask=inside)
+    tl.store(residual_out + row + h, y, mask=inside)
     inverse = tl.rsqrt(tl.sum(y * y, 0) / H + eps)
     tl.store(out + row + h, scaled(y, inverse, load_wide(weight + h, inside), dtype, UNIT_OFFSET), mask=inside)
 

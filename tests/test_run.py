@@ -23,7 +23,9 @@ def main():
     rows = [{"prompt": "a b ", "completion": f"{w} d e"} for w in "abcdefgh"]
     settings = dict(use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no")
     config = SFTConfig(output_dir=sys.argv[2], **settings)
-    SFTTrainer(sys.argv[1], args=config, train_dataset=Dataset.from_list(rows)).train()
+    trainer = SFTTrainer(sys.argv[1], args=config, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    trainer.accelerator.end_training()  # a process that leaves its group at exit may be aborted by gloo's threads
     print("trainers from", SFTTrainer.__module__, DPOTrainer.__module__, stock.__module__)
     open(os.path.join(sys.argv[2], "done by " + os.environ.get("RANK", "0")), "w").close()
     print("module", __name__, "argv", sys.argv[0].endswith("script.py"), len(sys.argv))

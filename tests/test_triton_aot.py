@@ -62,7 +62,7 @@ INTEGERS = {
 }
 OPERANDS = (
     "logits", "d_logits", "hidden", "weight", "bias", "q", "k", "v", "k_cache", "v_cache", "d_out", "dq", "dk", "dv",
-    "x", "residual", "total", "cos", "sin", "q_weight", "k_weight", "gate", "up",
+    "x", "residual", "residual_out", "cos", "sin", "q_weight", "k_weight", "gate", "up",
 )  # fmt: skip
 FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
