@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what kernels take
+FLOATS = (*KERNEL_DTYPES, torch.float64)  # the references, too
 
 
 def check_tensor(name: str, x: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashpo.ops import _masked_attention as masked
+from flashpo.ops._check import KERNEL_DTYPES
 
 TILE = 128  # queries
 SHORT = 8  # tokens a call, on average, below which calls cost more than masked tiles compute in vain
@@ -28,7 +29,7 @@ _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attent
 
 
 def takes(q: Tensor) -> bool:
-    here = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    here = q.device.type == "cpu" and q.dtype in KERNEL_DTYPES
     return here and _flash is not None and _flash_backward is not None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_device, check_positive, check_tensor, check_that
+from flashpo.ops._check import KERNEL_DTYPES, check_device, check_positive, check_tensor, check_that
 from flashpo.ops._wide import wide_dtype
 from flashpo.ops.kv_append import BLOCK, check_caches
 
@@ -160,12 +160,9 @@ def _(q, k_cache, v_cache, *rest):
     return q.new_empty((*q.shape[:2], v_cache.shape[3])), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 @decode_attention_fwd.backend("native")  # csrc/decode_plan.cpp, csrc/cpu/decode_attention.cpp
 def _(q, k_cache, v_cache, rows, start, length, blocks, position, scale, window, softcap, sinks):
-    if q.device.type != "cpu" or q.dtype not in _KERNEL_DTYPES:
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
         return NotImplemented
     tables = [x.contiguous() for x in (rows, start, length, blocks, position)]
     cache_blocks, heads = k_cache.shape[:2]
@@ -180,7 +177,7 @@ def _(q, k_cache, v_cache, rows, start, length, blocks, position, scale, window,
 
 @decode_attention_fwd.backend("triton")  # kernels/decode_attention.py
 def _(q, *rest):
-    if q.dtype not in _KERNEL_DTYPES:
+    if q.dtype not in KERNEL_DTYPES:
         return NotImplemented
     from flashpo.kernels.decode_attention import forward
 

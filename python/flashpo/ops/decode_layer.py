@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_choice, check_device, check_float, check_that
+from flashpo.ops._check import KERNEL_DTYPES, check_choice, check_device, check_float, check_that
 from flashpo.ops._wide import wide
 from flashpo.ops.kv_append import BLOCK, check_caches
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_rms_norm(

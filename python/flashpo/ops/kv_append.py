@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_device, check_float, check_tensor, check_that
+from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_tensor, check_that
 
 BLOCK = 64  # tokens
 
@@ -87,12 +87,9 @@ def _(*args):
     return None
 
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 @kv_append_.backend("native")  # csrc/cpu/kv_append.cpp
 def _(k, v, k_cache, v_cache, slot):
-    if k.device.type != "cpu" or k.dtype not in _KERNEL_DTYPES:
+    if k.device.type != "cpu" or k.dtype not in KERNEL_DTYPES:
         return NotImplemented
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     native.kv_append(k, v, k_cache, v_cache, slot.contiguous(), torch.get_num_threads())
@@ -100,7 +97,7 @@ def _(k, v, k_cache, v_cache, slot):
 
 @kv_append_.backend("triton")  # kernels/kv_append.py
 def _(k, *rest):
-    if k.dtype not in _KERNEL_DTYPES:
+    if k.dtype not in KERNEL_DTYPES:
         return NotImplemented
     from flashpo.kernels.kv_append import append
 

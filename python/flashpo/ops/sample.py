@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_device, check_float, check_share, check_that
+from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_share, check_that
 from flashpo.ops._wide import wide_dtype
 
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -191,12 +191,9 @@ def uniform(seed: Tensor, offset: Tensor) -> Tensor:
     return ((c[0] << 21) | (c[1] >> 11)).double() * 2.0**-53
 
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 @sample_rows.backend("native")  # csrc/sample.h, csrc/cpu/sample.cpp, csrc/cuda/sample.cu
 def _(logits, *parameters):
-    if logits.dtype not in _KERNEL_DTYPES:
+    if logits.dtype not in KERNEL_DTYPES:
         return NotImplemented
     rows = logits.shape[0]
     token, numbers = logits.new_empty(rows, dtype=torch.int64), logits.new_empty((3, rows), dtype=torch.float32)

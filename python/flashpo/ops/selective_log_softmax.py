@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_index, check_positive, check_range
+from flashpo.ops._check import KERNEL_DTYPES, check_index, check_positive, check_range
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.token_stats import (
     ENTROPY,
@@ -140,12 +140,9 @@ def _(*args):
     return None
 
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 @selective_log_softmax_fwd.backend("native")  # csrc/cpu/selective_log_softmax.cpp
 def _(logits, index, temperature, ignore_index, side):
-    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
+    if logits.device.type != "cpu" or logits.dtype not in KERNEL_DTYPES:
         return NotImplemented
     rows = logits.new_empty((result_rows(side), len(index)), dtype=torch.float32)
     if logits.stride(-1) != 1:
@@ -172,7 +169,7 @@ def _native_bwd(out, logits, index, temperature, ignore_index, rows, d_logprob, 
 
 @selective_log_softmax_bwd.backend("native")
 def _(logits, *rest):
-    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES:
+    if logits.device.type != "cpu" or logits.dtype not in KERNEL_DTYPES:
         return NotImplemented
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _native_bwd(out, logits, *rest)
@@ -181,14 +178,14 @@ def _(logits, *rest):
 
 @selective_log_softmax_bwd_.backend("native")
 def _(logits, *rest):
-    if logits.device.type != "cpu" or logits.dtype not in _KERNEL_DTYPES or logits.stride(-1) != 1:
+    if logits.device.type != "cpu" or logits.dtype not in KERNEL_DTYPES or logits.stride(-1) != 1:
         return NotImplemented
     _native_bwd(logits, logits, *rest)
 
 
 @selective_log_softmax_fwd.backend("triton")  # kernels/selective_log_softmax.py
 def _(logits, *rest):
-    if logits.dtype not in _KERNEL_DTYPES:
+    if logits.dtype not in KERNEL_DTYPES:
         return NotImplemented
     from flashpo.kernels.selective_log_softmax import forward
 
@@ -197,7 +194,7 @@ def _(logits, *rest):
 
 @selective_log_softmax_bwd.backend("triton")
 def _(logits, *rest):
-    if logits.dtype not in _KERNEL_DTYPES:
+    if logits.dtype not in KERNEL_DTYPES:
         return NotImplemented
     from flashpo.kernels.selective_log_softmax import backward
 
@@ -206,7 +203,7 @@ def _(logits, *rest):
 
 @selective_log_softmax_bwd_.backend("triton")
 def _(logits, *rest):
-    if logits.dtype not in _KERNEL_DTYPES or logits.stride(-1) != 1:
+    if logits.dtype not in KERNEL_DTYPES or logits.stride(-1) != 1:
         return NotImplemented
     from flashpo.kernels.selective_log_softmax import backward
 

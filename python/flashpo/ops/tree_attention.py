@@ -19,7 +19,7 @@ from torch import Tensor
 from flashpo._op import op
 from flashpo.ops import _masked_attention as masked
 from flashpo.ops import _tree_attention_cpu as cpu
-from flashpo.ops._check import check_device, check_float, check_positive, check_tensor, check_that
+from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_positive, check_tensor, check_that
 from flashpo.ops._wide import wide_dtype
 
 
@@ -173,7 +173,7 @@ def _(*args):
 
 
 def _for_triton(q: Tensor, v: Tensor) -> bool:
-    return q.dtype in (torch.float32, torch.bfloat16, torch.float16) and max(q.shape[2], v.shape[2]) <= 256
+    return q.dtype in KERNEL_DTYPES and max(q.shape[2], v.shape[2]) <= 256
 
 
 @tree_attention_fwd.backend("triton")  # kernels/tree_attention.py
