@@ -1,7 +1,7 @@
 // x W^T + b for the rows of a decode step, W being laid out in panels: PANEL columns of the result, one after the other.
 //
 // A step reads every weight once and computes little with it. While the rows go over a block of a panel, the next block
-// comes into the cache: software fetches, as the hardware's own stop at every page.
+// comes into the cache: software fetches of every line, as the hardware's own stop at every page.
 #include <algorithm>
 
 #include "../ops.h"
@@ -57,10 +57,17 @@ class Panels {
       const float* block = weights + k * WIDTH;
       for (int64_t i = 0, pass = 0; i < rows; i += ROWS, ++pass) {
         const char* next = reinterpret_cast<const char*>(block + depth * WIDTH);
-        const Lines ahead{next + depth * LINE_STEP * pass / passes, LINE_STEP / passes};
-        const float* x = p_.x + (row + i) * p_.x_stride + k;
-        for (int64_t j = 0; j < WIDTH; j += VECTORS * W)
-          tile<ROWS>(rows - i, x, p_.x_stride, block + j, depth, sums_ + i * WIDTH + j, k > 0, ahead);
+        const auto go = [&](auto ahead) {
+          const float* x = p_.x + (row + i) * p_.x_stride + k;
+          for (int64_t j = 0; j < WIDTH; j += VECTORS * W)
+            tile<ROWS>(rows - i, x, p_.x_stride, block + j, depth, sums_ + i * WIDTH + j, k > 0, ahead);
+        };
+        if (passes == 1)
+          go(Lines<3>{next, 192});
+        else if (passes > 2)
+          go(Lines<1>{next + depth * 192 * pass / passes, 192 / passes});
+        else
+          pass == 0 ? go(Lines<1>{next, 64}) : go(Lines<2>{next + depth * 64, 128});
       }
     }
     write(p_, sums_, WIDTH, row, rows, panel * WIDTH, WIDTH);
@@ -69,20 +76,21 @@ class Panels {
  private:
   static constexpr int VECTORS = 3, ROWS = W == 16 ? 8 : 4;  // registers: 24 of 32 hold sums, 12 of 16
   static constexpr int64_t DEPTH = 128;                      // 24 KB of a panel: half of the first cache
-  static constexpr int64_t LINE_STEP = WIDTH * sizeof(float);
 
+  // N of a block's 3 lines for each step of its depth: what one pass of rows fetches.
+  template <int N>
   struct Lines {
     const char* p;
-    int64_t step;
+    int64_t step;  // bytes
     void fetch() {
-      __builtin_prefetch(p, 0, 2);
+      for (int i = 0; i < N; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
       p += step;
     }
   };
 
-  template <int R>
+  template <int R, typename Ahead>
   static void tile(int64_t rows, const float* x, int64_t x_stride, const float* b, int64_t depth, float* c, bool add,
-                   const Lines& ahead) {
+                   Ahead ahead) {
     if (rows >= R)
       product_tile<R, VECTORS>(x, x_stride, b, WIDTH, depth, c, WIDTH, add, ahead);
     else if constexpr (R > 1)
