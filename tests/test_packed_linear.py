@@ -49,6 +49,9 @@ def test_layout(dtype, columns, depth, poisoned):
         expected = pack_linear(weight)
     with flashpo.backend("native"):
         assert torch.equal(pack_linear(weight), expected)
+        out = torch.empty_like(expected)
+        assert pack_linear(weight, out=out) is out
+        assert torch.equal(out, expected)
 
 
 def test_odd_depths():
@@ -76,6 +79,9 @@ def test_errors():
         pack_linear(weight[0])
     with pytest.raises(ValueError, match="weight must have a multiple of 32"):
         pack_linear(weight[:, :31].bfloat16())
+    for out in (torch.empty(2, 32, 47), torch.empty(2, 32, 48).double(), torch.empty(2, 48, 32).mT):
+        with pytest.raises(ValueError, match="out must be a dense"):
+            pack_linear(weight, out=out)
     with pytest.raises(ValueError, match="x must be"):
         packed_linear(x[:, :31], packed, columns=50)
     with pytest.raises(ValueError, match="columns must fill"):

@@ -21,14 +21,13 @@ from flashpo.rollout.support import Layer, support
 
 
 def fake_step(model) -> tuple[Step, FakeTensorMode]:
-    """Of the model, whose weights become fake tensors of the mode."""
-    layers = support(model).layers
+    """Of the model, whose weights become fake tensors of the mode, as the cache does."""
+    cache = KVCache(support(model).layers, 9, torch.bfloat16, torch.device("cpu"))
     mode = FakeTensorMode()
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            table.update({name: mode.from_tensor(x.detach()) for name, x in table.items() if x is not None})
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    for table in (*tables, cache.keys, cache.values):
+        table.update({name: mode.from_tensor(x.detach()) for name, x in table.items() if x is not None})
     with mode:
-        cache = KVCache(layers, 9, torch.bfloat16, torch.device("cpu"))
         return Step(CausalLM.of(model), cache, Sizes(rows=4, shared=2, blocks=2, stop=3, steps=16)), mode
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl_models import CONFIGS, VOCAB
 
 from flashpo.rollout.adapters import lora_linear, vanilla_lora
+from flashpo.rollout.huge_pages import HugePages
 from flashpo.rollout.packed_linear import packed_linear
 from flashpo.rollout.weights import PACK_NUMEL, WeightView
 
@@ -60,7 +61,7 @@ def assert_close(out, expected, dtype=torch.float32):
 @pytest.mark.parametrize("rows", [0, 1, 5, 32, 33, 100, 500])
 def test_packed_linear(dtype, bias, rows):
     linear = nn.Linear(192, 321, bias=bias, dtype=dtype)
-    packed = packed_linear(linear.weight.detach(), linear.bias.detach() if bias else None, linear)
+    packed = packed_linear(linear.weight.detach(), linear.bias.detach() if bias else None, linear, HugePages())
     if packed is None:
         pytest.skip(f"no packed {dtype} on this machine")
     x = torch.randn(rows, 2, 192, dtype=dtype)[:, 1:]  # not dense

@@ -24,45 +24,56 @@ def packs_dtype(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and native.isa == "amx")
 
 
-def pack_linear(weight: Tensor) -> Tensor:
+def pack_linear(weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     """What `packed_linear` takes for the weight (N, K) of a linear layer: a copy, with zeros up to whole panels.
 
     Panels of 48 of the N columns of the result: (N / 48, K, 48). bfloat16 in the form of AMX, K a multiple of 32:
-    (N / 32, K / 32, 2, 16, 16, 2), tiles of 16 pairs of k and 16 columns.
+    (N / 32, K / 32, 2, 16, 16, 2), tiles of 16 pairs of k and 16 columns. out: where to put it, of `packed_shape`.
     """
+    shape = packed_shape(weight)
+    if out is None:
+        out = weight.new_empty(shape)
+    elif out.shape != shape or out.dtype != weight.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be a dense {weight.dtype} {shape}, got {out.dtype} {tuple(out.shape)}")
+    check_device("out", out, "weight", weight)
+    pack_linear_(weight.detach(), out)
+    return out
+
+
+def packed_shape(weight: Tensor) -> tuple[int, ...]:
     check_float("weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight must be (N, K) with N, K >= 1, got {tuple(weight.shape)}")
-    if weight.dtype == torch.bfloat16 and weight.shape[1] % 32:
-        raise ValueError(f"weight must have a multiple of 32 columns in bfloat16, got {weight.shape[1]}")
-    return pack_linear_fwd(weight.detach())
-
-
-@op
-def pack_linear_fwd(weight: Tensor) -> Tensor:
-    if weight.dtype == torch.bfloat16:
-        panels = F.pad(weight, (0, 0, 0, -weight.shape[0] % 32)).view(-1, 2, 16, weight.shape[1] // 32, 16, 2)
-        return panels.permute(0, 3, 1, 4, 2, 5).contiguous()
-    return F.pad(weight, (0, 0, 0, -weight.shape[0] % 48)).unflatten(0, (-1, 48)).transpose(1, 2).contiguous()
-
-
-def _empty(weight: Tensor) -> Tensor:
     columns, depth = weight.shape
+    if weight.dtype != torch.bfloat16:
+        return (columns + 47) // 48, depth, 48
+    if depth % 32:
+        raise ValueError(f"weight must have a multiple of 32 columns in bfloat16, got {depth}")
+    return (columns + 31) // 32, depth // 32, 2, 16, 16, 2
+
+
+@op(mutates=("out",))
+def pack_linear_(weight: Tensor, out: Tensor) -> None:
+    width = 32 if weight.dtype == torch.bfloat16 else 48
+    weight = F.pad(weight, (0, 0, 0, -weight.shape[0] % width))
     if weight.dtype == torch.bfloat16:
-        return weight.new_empty((columns + 31) // 32, depth // 32, 2, 16, 16, 2)
-    return weight.new_empty((columns + 47) // 48, depth, 48)
+        panels = weight.view(-1, 2, 16, weight.shape[1] // 32, 16, 2).permute(0, 3, 1, 4, 2, 5)
+    else:
+        panels = weight.unflatten(0, (-1, 48)).transpose(1, 2)
+    out.copy_(panels)
 
 
-pack_linear_fwd.fake(_empty)
+@pack_linear_.fake
+def _(weight, out):
+    return None
 
 
-@pack_linear_fwd.backend("native")  # csrc/cpu/packed_linear.cpp
-def _(weight):
+@pack_linear_.backend("native")  # csrc/cpu/packed_linear.cpp
+def _(weight, out):
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return NotImplemented
-    packed = _empty(weight)
-    native.pack_linear(weight.contiguous(), packed, torch.get_num_threads())
-    return packed
+    native.pack_linear(weight.contiguous(), out, torch.get_num_threads())
+    return None
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, columns: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashpo.ops import kv_append
+from flashpo.rollout.huge_pages import HugePages
 from flashpo.rollout.support import Layer
 
 BLOCK = 64  # tokens
@@ -37,10 +38,10 @@ class KVCache:
     def __init__(self, layers: Sequence[Layer], blocks: int, dtype: torch.dtype, device: torch.device):
         self.blocks, self.dtype, self.device = blocks, dtype, device
         self.layers = {layer.index: layer for layer in layers}
-        self.keys, self.values = {}, {}
+        self.keys, self.values, memory = {}, {}, HugePages()
         for x in layers:
-            self.keys[x.index] = torch.empty((blocks, x.kv_heads, x.head_dim, BLOCK), dtype=dtype, device=device)
-            self.values[x.index] = torch.empty((blocks, x.kv_heads, BLOCK, x.value_dim), dtype=dtype, device=device)
+            self.keys[x.index] = memory.empty((blocks, x.kv_heads, x.head_dim, BLOCK), dtype, device)
+            self.values[x.index] = memory.empty((blocks, x.kv_heads, BLOCK, x.value_dim), dtype, device)
         self.bytes = blocks * block_bytes(layers, dtype)
 
     def append(self, layer: int, key: Tensor, value: Tensor, slot: Tensor) -> None:

@@ -27,6 +27,7 @@ from flashpo.rollout.adapters import (
     lora_linear,
     vanilla_lora,
 )
+from flashpo.rollout.huge_pages import HugePages
 from flashpo.rollout.packed_linear import packed_linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -64,6 +65,7 @@ class WeightView:
         self._inside: contextlib.ExitStack | None = None
         self._forwards: dict[nn.Module, Linear] = {}
         self._sharded: list[Tensor] = []
+        self._memory = HugePages()  # of what is packed
 
     def __enter__(self) -> "WeightView":
         if self._inside is not None:
@@ -85,6 +87,7 @@ class WeightView:
         inside, self._inside = self._inside, None
         assert inside is not None
         inside.__exit__(*error)
+        self._memory = HugePages()
         if all(buffer.device.type == "cpu" for buffer in self.buffers.values()):
             self.buffers.clear()  # no graph reads them
 
@@ -187,7 +190,7 @@ class WeightView:
         weight, constant = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
         linear = None
         if self.mode == "shadow" or live.numel() >= PACK_NUMEL:
-            linear = packed_linear(weight, constant, module.forward)
+            linear = packed_linear(weight, constant, module.forward, self._memory)
         if linear is None:
             if weight.data_ptr() == live.data_ptr():
                 return None
