@@ -112,15 +112,16 @@ PYBIND11_MODULE(_C, m) {
   const LayerKernels layer{CPU(add_rms_norm), CPU_OR_AMX(packed_linear), CPU(rope_append), CPU_OR_AMX(decode_attention),
                            CPU(gated_activation)};
   m.def(
-      "decode_layer",
+      "decode_layers",
       [layer](const Tensor& x, const Tensor& residual, std::vector<Tensor> norms, std::vector<double> eps,
               std::vector<Tensor> linears, std::vector<Tensor> biases, const Tensor& cos, const Tensor& sin,
-              const Tensor& k_cache, const Tensor& v_cache, const Tensor& slot, const decode::Plan& plan, double scale,
-              int activation, const Tensor& out, const Tensor& total, const Tensor& work, const Tensor& lse,
-              const Tensor& scratch, int threads) {
-        const LayerWeights weights{std::move(norms), std::move(linears), std::move(biases), std::move(eps)};
-        decode_layer(layer, x, residual, weights, cos, sin, k_cache, v_cache, slot, plan, scale, activation, out, total,
-                     work, lse, scratch, threads);
+              std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, const Tensor& slot,
+              std::vector<const decode::Plan*> plans, double scale, int activation, const Tensor& out,
+              const Tensor& total, const Tensor& work, const Tensor& lse, const Tensor& scratch, int threads) {
+        const LayerStack stack{std::move(norms),    std::move(linears), std::move(biases), std::move(k_caches),
+                               std::move(v_caches), std::move(eps),     std::move(plans)};
+        decode_layers(layer, stack, x, residual, cos, sin, slot, scale, activation, out, total, work, lse, scratch,
+                      threads);
       },
       ReleaseGil());
   m.def("kv_append", &kv_append, ReleaseGil());

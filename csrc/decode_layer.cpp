@@ -30,21 +30,21 @@ class Part : public Tensor {
   int64_t shape_[3], strides_[3];
 };
 
-}  // namespace
-
-void decode_layer(const LayerKernels& kernels, const Tensor& x, const Tensor& residual, const LayerWeights& weights,
-                  const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
-                  const Tensor& slot, const decode::Plan& plan, double scale, int activation, const Tensor& out,
-                  const Tensor& total, const Tensor& work, const Tensor& lse, const Tensor& scratch, int threads) {
-  using W = LayerWeights;
-  expect(weights.norms.size() == W::NORMS && weights.linears.size() == W::LINEARS &&
-             weights.biases.size() == W::LINEARS && weights.eps.size() == 3,
-         "decode_layer: a layer has 4 norms, 3 eps, 7 linears and biases");
-  expect(x.dim() == 2 && k_cache.dim() == 4, "decode_layer: x must be (rows, hidden), k_cache have 4 dimensions");
+// Layer `i` of the stack. total may be residual, and out x: they are read before the others are written.
+void decode_layer(const LayerKernels& kernels, const LayerStack& stack, size_t i, const Tensor& x,
+                  const Tensor& residual, const Tensor& cos, const Tensor& sin, const Tensor& slot, double scale,
+                  int activation, const Tensor& out, const Tensor& total, const Tensor& work, const Tensor& lse,
+                  const Tensor& scratch, int threads) {
+  using S = LayerStack;
+  const Tensor *norms = &stack.norms[i * S::NORMS], *linears = &stack.linears[i * S::LINEARS];
+  const Tensor *biases = &stack.biases[i * S::LINEARS], &k_cache = stack.k_caches[i], &v_cache = stack.v_caches[i];
+  const double* eps = &stack.eps[i * S::EPS];
+  const decode::Plan& plan = *stack.plans[i];
+  const Tensor& down = linears[S::DOWN];
+  expect(k_cache.dim() == 4, "decode_layers: k_caches must have 4 dimensions");
+  expect(down.dim() == 3 || down.dim() == 6, "decode_layers: linears must be packed");
   const int64_t rows = x.size(0), hidden = x.size(1), heads = k_cache.size(1), features = k_cache.size(2);
   const int64_t query_heads = plan.heads * plan.rep, queries = query_heads * features, keys = heads * features;
-  const Tensor& down = weights.linears[W::DOWN];
-  expect(down.dim() == 3 || down.dim() == 6, "decode_layer: linears must be packed");
   const int64_t inner = down.size(1) * (down.dim() == 6 ? 32 : 1);
   expect_dense("work", work, x.dtype(), {rows * (3 * hidden + 2 * queries + 2 * keys + 2 * inner)});
 
@@ -53,25 +53,43 @@ void decode_layer(const LayerKernels& kernels, const Tensor& x, const Tensor& re
   const Part q(work, used, {rows, queries}), k(work, used, {rows, keys}), v(work, used, {rows, keys});
   const Part turned(work, used, {rows, query_heads, features}), attended(q, {rows, query_heads, features});
   const Part gate(work, used, {rows, inner}), up(work, used, {rows, inner});
-  const auto linear = [&](W::Linear name, const Tensor& from, const Tensor& to) {
-    kernels.packed_linear(from, weights.linears[name], weights.biases[name], to, threads);
+  const auto linear = [&](S::Linear name, const Tensor& from, const Tensor& to) {
+    kernels.packed_linear(from, linears[name], biases[name], to, threads);
   };
 
+  kernels.add_rms_norm(x, residual, norms[S::BEFORE], eps[0], false, normed, middle, threads);
+  linear(S::Q, normed, q);
+  linear(S::K, normed, k);
+  linear(S::V, normed, v);
+  kernels.rope_append(q, k, v, cos, sin, norms[S::QUERY], norms[S::KEY], eps[2], false, k_cache, v_cache, slot, turned,
+                      threads);
+  kernels.decode_attention(plan, turned, k_cache, v_cache, static_cast<float>(scale), 0, Tensor(), attended, lse,
+                           scratch);
+  linear(S::O, q, mixed);
+  kernels.add_rms_norm(mixed, middle, norms[S::BETWEEN], eps[1], false, normed, total, threads);
+  linear(S::GATE, normed, gate);
+  linear(S::UP, normed, up);
+  kernels.gated_activation(gate, up, activation, gate, threads);
+  linear(S::DOWN, gate, out);
+}
+
+}  // namespace
+
+void decode_layers(const LayerKernels& kernels, const LayerStack& stack, const Tensor& x, const Tensor& residual,
+                   const Tensor& cos, const Tensor& sin, const Tensor& slot, double scale, int activation,
+                   const Tensor& out, const Tensor& total, const Tensor& work, const Tensor& lse,
+                   const Tensor& scratch, int threads) {
+  using S = LayerStack;
+  const size_t layers = stack.k_caches.size();
+  expect(stack.norms.size() == S::NORMS * layers && stack.linears.size() == S::LINEARS * layers &&
+             stack.biases.size() == S::LINEARS * layers && stack.eps.size() == S::EPS * layers &&
+             stack.v_caches.size() == layers && stack.plans.size() == layers,
+         "decode_layers: a layer has 4 norms, 3 eps, 7 linears and biases, 2 caches and a plan");
+  expect(layers > 0 && x.dim() == 2, "decode_layers: there must be a layer, and x must be (rows, hidden)");
   together(threads, [&] {
-    kernels.add_rms_norm(x, residual, weights.norms[W::BEFORE], weights.eps[0], false, normed, middle, threads);
-    linear(W::Q, normed, q);
-    linear(W::K, normed, k);
-    linear(W::V, normed, v);
-    kernels.rope_append(q, k, v, cos, sin, weights.norms[W::QUERY], weights.norms[W::KEY], weights.eps[2], false,
-                        k_cache, v_cache, slot, turned, threads);
-    kernels.decode_attention(plan, turned, k_cache, v_cache, static_cast<float>(scale), 0, Tensor(), attended, lse,
-                             scratch);
-    linear(W::O, q, mixed);
-    kernels.add_rms_norm(mixed, middle, weights.norms[W::BETWEEN], weights.eps[1], false, normed, total, threads);
-    linear(W::GATE, normed, gate);
-    linear(W::UP, normed, up);
-    kernels.gated_activation(gate, up, activation, gate, threads);
-    linear(W::DOWN, gate, out);
+    for (size_t i = 0; i < layers; ++i)
+      decode_layer(kernels, stack, i, i ? out : x, i ? total : residual, cos, sin, slot, scale, activation, out, total,
+                   work, lse, scratch, threads);
   });
 }
 

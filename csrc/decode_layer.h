@@ -1,5 +1,5 @@
-// A decoder layer for the rows of a decode step in one call. The weights that stream by leave no Python in the caches:
-// between kernels an operator's twenty lines of it take tens of microseconds.
+// Decoder layers, one behind the other, for the rows of a decode step in one call. The weights that stream by leave no
+// Python in the caches: between kernels an operator's twenty lines of it take tens of microseconds.
 #pragma once
 #include <vector>
 
@@ -17,18 +17,21 @@ struct LayerKernels {
   decltype(&baseline::gated_activation) gated_activation;
 };
 
-struct LayerWeights {
+// What belongs to each layer, layer by layer.
+struct LayerStack {
   enum Norm { BEFORE, BETWEEN, QUERY, KEY, NORMS };  // the last two may be None
   enum Linear { Q, K, V, O, GATE, UP, DOWN, LINEARS };
-  std::vector<Tensor> norms, linears, biases;
-  std::vector<double> eps;  // BEFORE, BETWEEN, and one for QUERY and KEY
+  static constexpr size_t EPS = 3;  // of BEFORE, of BETWEEN, of QUERY and KEY
+  std::vector<Tensor> norms, linears, biases, k_caches, v_caches;
+  std::vector<double> eps;
+  std::vector<const decode::Plan*> plans;
 };
 
-// x, residual (None in the first layer), out, total: (rows, hidden). work: of x's dtype, a row's 3 hidden states, queries
-// and keys twice, gate and up.
-void decode_layer(const LayerKernels& kernels, const Tensor& x, const Tensor& residual, const LayerWeights& weights,
-                  const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
-                  const Tensor& slot, const decode::Plan& plan, double scale, int activation, const Tensor& out,
-                  const Tensor& total, const Tensor& work, const Tensor& lse, const Tensor& scratch, int threads);
+// x, residual (None before the first layer of a model), out, total: (rows, hidden). work: of x's dtype, a row's 3 hidden
+// states, queries and keys twice, gate and up. lse, scratch: as decode_attention takes them, for every plan.
+void decode_layers(const LayerKernels& kernels, const LayerStack& stack, const Tensor& x, const Tensor& residual,
+                   const Tensor& cos, const Tensor& sin, const Tensor& slot, double scale, int activation,
+                   const Tensor& out, const Tensor& total, const Tensor& work, const Tensor& lse,
+                   const Tensor& scratch, int threads);
 
 }  // namespace flashpo

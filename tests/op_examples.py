@@ -6,7 +6,7 @@ from inputs import Case
 
 from flashpo import gae, group_advantages, kv_append, policy_loss, sample, selective_log_softmax, tree_attention
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
-from flashpo.ops.decode_step import decode_layer_
+from flashpo.ops.decode_step import decode_layers_
 from flashpo.ops.packed_linear import pack_linear, packed_linear
 
 
@@ -79,13 +79,13 @@ def packing():
     packed_linear(torch.randn(3, 16), pack_linear(torch.randn(50, 16)), torch.randn(50), columns=50)
 
 
-def decoder_layer_at_once():
+def decoder_layers_at_once():
     x, table = torch.randn(2, 4), torch.arange(2, dtype=torch.int32)
-    weights = [pack_linear(torch.randn(4, 4)) for _ in range(7)]
-    options = [x[0], x[0], None, None], [1e-5] * 3, weights, [None] * 7, "silu", x, x
-    caches = torch.randn(3, 1, 4, 64), torch.randn(3, 1, 64, 4)
+    weights = [pack_linear(torch.randn(4, 4)) for _ in range(14)]
+    options = [x[0], x[0], None, None] * 2, [1e-5] * 6, weights, [None] * 14, "silu", x, x
+    caches = [torch.randn(3, 1, 4, 64) for _ in range(2)], [torch.randn(3, 1, 64, 4) for _ in range(2)]
     tables = torch.stack((table, table + 1), 1), table, table * 0 + 1, table[:, None] + 1, table
-    decode_layer_(x, x, *options, *caches, table.long() * 64 + 64, *tables, 0.5, 0)
+    decode_layers_(x, x, *options, *caches, table.long() * 64 + 64, *tables, 0.5, [0, 1])
 
 
 def sampling():
@@ -103,7 +103,7 @@ EXAMPLES = [
     tree,
     decoding,
     packing,
-    decoder_layer_at_once,
+    decoder_layers_at_once,
     sampling,
 ]
 

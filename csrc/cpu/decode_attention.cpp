@@ -306,7 +306,9 @@ void decode_attention(const Plan& plan, const Tensor& q, const Tensor& k_cache, 
   expect_dense("sinks", sinks, DType::f32, {query_heads}, true);
   expect_dense("out", out, dtype, {plan.batch, query_heads, sizes.value_features});
   expect_dense("lse", lse, DType::f32, {plan.batch, query_heads});
-  expect_dense("scratch", scratch, DType::f32, {decode_attention_scratch(plan, k_cache, v_cache)});
+  expect(scratch.dim() == 1 && scratch.size(0) >= decode_attention_scratch(plan, k_cache, v_cache),
+         "scratch must hold decode_attention_scratch's numbers");
+  expect_dense("scratch", scratch, DType::f32, {scratch.size(0)});
   const Options options{scale, softcap, sinks.data<float>()};
   float* const own = scratch.data<float>();
 #ifdef __AMX_BF16__

@@ -204,8 +204,8 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
          "slot holds values beyond the cache");
   for_dtype(q, [&](auto element) {
     using T = decltype(element);
-    const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;
-    parallel_for(rows, numbers < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
+    const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;  // a key's each in a line of its own: that costs more
+    parallel_for(rows, numbers < SMALL / 4 ? 1 : threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Rope<T> rope{cos.data<const T>() + i * turned, sin.data<const T>() + i * turned, turned, n,
                            static_cast<float>(eps), unit_offset};

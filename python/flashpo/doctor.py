@@ -139,19 +139,19 @@ def _plain_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, .
     return total, turned[:, :2], k_cache, v_cache, F.silu(normed[:, :128]) * normed[:, 128:]
 
 
-def _layer_at_once(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+def _layers_at_once(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     """One head without rotation; each row has one token, so that its attention is that token's value."""
     n, h = x.shape
-    x, caches = x.detach(), (x.new_zeros(1 + n, 1, h, 64), x.new_zeros(1 + n, 1, 64, h))
+    x, caches = x.detach(), ([x.new_zeros(1 + n, 1, h, 64)], [x.new_zeros(1 + n, 1, 64, h)])
     linears = [pack_linear(weight) for weight in w.detach().split(h)]
     i = torch.arange(n, dtype=torch.int32, device=x.device)
     tables = torch.stack((i, i + 1), 1), i, i * 0 + 1, i[:, None] + 1, i
     norms, turn = [torch.ones_like(x[0])] * 2 + [None] * 2, (torch.ones_like(x), torch.zeros_like(x))
     options = norms, [1e-6] * 3, linears, [None] * 7, "silu", *turn, *caches, (i + 1).long() * 64, *tables
-    return decode_step.decode_layer_(x, None, *options, h**-0.5, 0)
+    return decode_step.decode_layers_(x, None, *options, h**-0.5, [0])
 
 
-def _plain_layer_at_once(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+def _plain_layers_at_once(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     x, (_, _, v, o, gate, up, down) = x.detach(), w.detach().split(x.shape[1])
     total = x + F.linear(F.linear(F.rms_norm(x, x.shape[1:], None, 1e-6), v), o)
     y = F.rms_norm(total, x.shape[1:], None, 1e-6)
@@ -209,10 +209,10 @@ PROBES = {
         lambda x, weight: (packed_linear(x.detach(), pack_linear(weight), columns=weight.shape[0]),),
         lambda x, weight: (F.linear(x.detach(), weight.detach()),),
     ),
-    "decode_layer": Probe(
+    "decode_layers": Probe(
         lambda: [torch.randn(7, 64, dtype=torch.float64), torch.randn(448, 64, dtype=torch.float64) / 8],
-        _layer_at_once,
-        _plain_layer_at_once,
+        _layers_at_once,
+        _plain_layers_at_once,
     ),
     "decode_attention": Probe(
         lambda: [torch.randn(n, heads, 64, dtype=torch.float64) for n, heads in ((6, 4), (160, 2), (160, 2))],

@@ -2,16 +2,18 @@
 
 transformers runs some fifty operators a layer. The projections are called as the model's own modules, so adapters and
 swapped forwards on them count; norms, rotation, cache and activation run in our operators, with the same roundings.
-Where all projections of a layer are packed, a decode step runs the layer as one operator.
+Layers with packed projections that stand behind each other are one operator in a decode step.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flashpo.ops.decode_layer import ACTIVATIONS, add_rms_norm_fwd, gated_activation_fwd, rope_append_
-from flashpo.ops.decode_step import decode_layer_
+from flashpo.ops.decode_step import decode_layers_
 from flashpo.ops.packed_linear import ROWS
 from flashpo.rollout.packed_linear import PackedLinear
 
@@ -41,7 +43,9 @@ class FusedBackbone:
 
     def __init__(self, backbone: Any):
         self.backbone = backbone
-        self.layers = [_Layer(layer) for layer in backbone.layers]
+        layers = [_Layer(layer) for layer in backbone.layers]
+        stacks = itertools.groupby(layers, lambda layer: (layer.linears is not None, layer.activation, layer.scale))
+        self.parts = [_Stack(list(stack)) if packed else _Modules(list(stack)) for (packed, *_), stack in stacks]
 
     def __call__(self, step: Cached) -> Tensor:
         backbone: Any = self.backbone
@@ -49,16 +53,17 @@ class FusedBackbone:
         position = step.position[:, None].long()
         turn = tuple(x[:, 0] for x in backbone.rotary_emb(embedded[:, None], position_ids=position))
         x, residual = embedded, None
-        for layer in self.layers:
-            x, residual = layer(x, residual, turn, step)
+        for part in self.parts:
+            x, residual = part(x, residual, turn, step)
         return add_rms_norm_fwd(x, residual, backbone.norm.weight, _eps(backbone.norm), False)[0]
 
 
 class _Layer:
     def __init__(self, layer: Any):
         self.attn, self.module = layer.self_attn, layer.mlp
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.head_norms = (self.attn.q_norm, self.attn.k_norm) if hasattr(self.attn, "q_norm") else ()
+        self.index, self.scale = self.attn.layer_idx, self.attn.scaling
+        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        self.head_norms = [self.attn.q_norm, self.attn.k_norm] if hasattr(self.attn, "q_norm") else []
         self.eps = [*(_eps(norm) for norm in self.norms), _eps(self.attn.q_norm) if self.head_norms else 0.0]
         name = ACTIVATION_OF.get(type(getattr(self.module, "act_fn", None)).__name__)
         self.activation = name if type(self.module).__name__ in MLPS and name in ACTIVATIONS else None
@@ -78,31 +83,55 @@ class _Layer:
         self, x: Tensor, residual: Tensor | None, turn: tuple[Tensor, ...], step: Cached
     ) -> tuple[Tensor, Tensor]:
         before, between = self.norms
-        if self.linears is not None and step.tables is not None and x.shape[0] <= ROWS:
-            index = self.attn.layer_idx
-            norms = [norm.weight for norm in (before, between, *self.head_norms)] + [None] * (2 - len(self.head_norms))
-            weights = [linear.packed for linear in self.linears], [linear.bias for linear in self.linears]
-            places = step.cache.keys[index], step.cache.values[index], step.slot, *step.tables
-            window = step.cache.layers[index].window
-            options = norms, self.eps, *weights, self.activation
-            return decode_layer_(x, residual, *options, *turn, *places, self.attn.scaling, window)
         x, residual = add_rms_norm_fwd(x, residual, before.weight, self.eps[0], False)
         x, residual = add_rms_norm_fwd(self.attention(x, turn, step), residual, between.weight, self.eps[1], False)
         return self.mlp(x), residual
 
     def attention(self, x: Tensor, turn: tuple[Tensor, ...], step: Cached) -> Tensor:
-        attn, index = self.attn, self.attn.layer_idx
+        attn = self.attn
         weights = [norm.weight for norm in self.head_norms] or (None, None)
-        caches = step.cache.keys[index], step.cache.values[index]
+        caches = step.cache.keys[self.index], step.cache.values[self.index]
         projected = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
         q = rope_append_(*projected, *turn, *weights, self.eps[2], False, *caches, step.slot)
-        return attn.o_proj(step.attend_cached(index, q, attn.scaling).flatten(1))
+        return attn.o_proj(step.attend_cached(self.index, q, self.scale).flatten(1))
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.activation is None:  # a mixture of experts
             return self.module(x[:, None])[:, 0]
         mlp = self.module
         return mlp.down_proj(gated_activation_fwd(mlp.gate_proj(x), mlp.up_proj(x), self.activation))
+
+
+class _Modules:
+    """Layers one by one, their projections as the model's modules."""
+
+    def __init__(self, layers: Sequence[_Layer]):
+        self.layers = layers
+
+    def __call__(self, x: Tensor, residual: Tensor | None, turn: tuple[Tensor, ...], step: Cached) -> Any:
+        for layer in self.layers:
+            x, residual = layer(x, residual, turn, step)
+        return x, residual
+
+
+class _Stack(_Modules):
+    """Layers with packed projections, alike but for their windows."""
+
+    def __init__(self, layers: Sequence[_Layer]):
+        super().__init__(layers)
+        norms = [norm and norm.weight for layer in layers for norm in layer.norms + (layer.head_norms or [None] * 2)]
+        eps = [eps for layer in layers for eps in layer.eps]
+        linears = [linear for layer in layers for linear in layer.linears or ()]
+        self.weights = norms, eps, [linear.packed for linear in linears], [linear.bias for linear in linears]
+
+    def __call__(self, x: Tensor, residual: Tensor | None, turn: tuple[Tensor, ...], step: Cached) -> Any:
+        if step.tables is None or x.shape[0] > ROWS:
+            return super().__call__(x, residual, turn, step)
+        cache, indices = step.cache, [layer.index for layer in self.layers]
+        caches = [cache.keys[i] for i in indices], [cache.values[i] for i in indices]
+        windows = [cache.layers[i].window for i in indices]
+        options = *self.weights, self.layers[0].activation, *turn, *caches, step.slot, *step.tables
+        return decode_layers_(x, residual, *options, self.layers[0].scale, windows)
 
 
 def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | None:
