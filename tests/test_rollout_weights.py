@@ -19,6 +19,7 @@ from accuracy import assert_as_accurate
 from transformers import AutoModelForCausalLM
 from trl_models import CONFIGS, VOCAB
 
+from flashpo.ops.packed_linear import packs
 from flashpo.rollout.adapters import lora_linear, vanilla_lora
 from flashpo.rollout.huge_pages import HugePages
 from flashpo.rollout.packed_linear import packed_linear
@@ -61,7 +62,7 @@ def assert_close(out, expected, dtype=torch.float32):
 @pytest.mark.parametrize("rows", [0, 1, 5, 32, 33, 100, 500])
 def test_packed_linear(dtype, bias, rows):
     linear = nn.Linear(192, 321, bias=bias, dtype=dtype)
-    packed = packed_linear(linear.weight.detach(), linear.bias.detach() if bias else None, linear, HugePages())
+    packed = packed_linear(linear.weight.detach(), linear.bias.detach() if bias else None, linear, HugePages().empty)
     if packed is None:
         pytest.skip(f"no packed {dtype} on this machine")
     x = torch.randn(rows, 2, 192, dtype=dtype)[:, 1:]  # not dense
@@ -232,6 +233,23 @@ def test_adapters_that_are_more_than_lora(options):
     with pytest.raises(ValueError, match="no merged form"), WeightView(model, lora="merged"):
         pass
     assert not swapped(model)
+
+
+def test_packed_weights_keep_their_place():
+    """The pages stay at hand from one rollout to the next; the weights in them are the live ones."""
+    linear = nn.Linear(192, 96)
+    if not packs(linear.weight):
+        pytest.skip("no kernel for packed weights")
+    view, x, places = WeightView(linear, "shadow"), torch.randn(3, 192), []
+    for _ in range(2):
+        with torch.no_grad():
+            linear.weight.mul_(2)
+        with view:
+            places.append(linear.forward.packed.data_ptr())
+            torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias))
+    assert places[0] == places[1]
+    view.release()
+    assert not view._packed
 
 
 def test_refusals():

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from flashpo.ops.packed_linear import ROWS, pack_linear, packed_linear_fwd, packed_shape, packs
-from flashpo.rollout.huge_pages import HugePages
 
 Linear = Callable[[Tensor], Tensor]
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]  # of a shape
 
 
 class PackedLinear:
     """`x -> x W^T + b` from a packed copy of W; for the many rows of a prefill by `plain`. Not differentiable."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, plain: Linear, memory: HugePages):
-        out = memory.empty(packed_shape(weight), weight.dtype, weight.device)
+    def __init__(self, weight: Tensor, bias: Tensor | None, plain: Linear, empty: Empty):
+        out = empty(packed_shape(weight), weight.dtype, weight.device)
         self.packed, self.bias, self.plain = pack_linear(weight, out=out), bias, plain
         self.columns, self.depth = weight.shape
 
@@ -29,10 +29,10 @@ class PackedLinear:
         return packed_linear_fwd(rows, self.packed, self.bias, self.columns).view(*x.shape[:-1], self.columns)
 
 
-def packed_linear(weight: Tensor, bias: Tensor | None, plain: Linear, memory: HugePages) -> Linear | None:
+def packed_linear(weight: Tensor, bias: Tensor | None, plain: Linear, empty: Empty) -> Linear | None:
     """A PackedLinear, or what a library of torch has like it; None where there is no kernel for one."""
     if packs(weight):
-        return PackedLinear(weight, bias, plain, memory)
+        return PackedLinear(weight, bias, plain, empty)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() == 0:
         return None
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -5,8 +5,8 @@
 
 A shadow is a buffer of ours beside a parameter: packed for the CPU's GEMM library, cast to the autocast dtype, with
 LoRA merged in, or gathered from FSDP2's shards. It is made anew on every entry, whatever `fingerprint` says: an
-optimizer that writes through `param.data` leaves no trace in `_version`. On CUDA it stays in its place, so that graphs
-stay valid.
+optimizer that writes through `param.data` leaves no trace in `_version`. What is packed keeps its memory, as fresh pages
+can cost more than packing does, and on CUDA everything does, so that graphs stay valid; `release` frees it.
 """
 
 import contextlib
@@ -65,6 +65,7 @@ class WeightView:
         self._inside: contextlib.ExitStack | None = None
         self._forwards: dict[nn.Module, Linear] = {}
         self._sharded: list[Tensor] = []
+        self._packed: dict[nn.Module, Tensor] = {}
         self._memory = HugePages()  # of what is packed
 
     def __enter__(self) -> "WeightView":
@@ -87,7 +88,6 @@ class WeightView:
         inside, self._inside = self._inside, None
         assert inside is not None
         inside.__exit__(*error)
-        self._memory = HugePages()
         if all(buffer.device.type == "cpu" for buffer in self.buffers.values()):
             self.buffers.clear()  # no graph reads them
 
@@ -96,6 +96,7 @@ class WeightView:
         if self._inside is not None:
             raise RuntimeError("release() of an open WeightView")
         self.buffers.clear()
+        self._packed, self._memory = {}, HugePages()
 
     @contextlib.contextmanager
     def adapter(self, name: str) -> Iterator[None]:
@@ -190,7 +191,7 @@ class WeightView:
         weight, constant = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
         linear = None
         if self.mode == "shadow" or live.numel() >= PACK_NUMEL:
-            linear = packed_linear(weight, constant, module.forward, self._memory)
+            linear = packed_linear(weight, constant, module.forward, functools.partial(self._place, module))
         if linear is None:
             if weight.data_ptr() == live.data_ptr():
                 return None
@@ -198,6 +199,13 @@ class WeightView:
             constant = None if constant is None else self._buffer(module, "shadow.bias", constant, dtype)
             linear = functools.partial(F.linear, weight=weight, bias=constant)
         return linear if dtype == live.dtype else _where_autocast(linear, module.forward, live.device.type, dtype)
+
+    def _place(self, module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Where the module's packed weight goes: as the last rollout's, whose pages are at hand."""
+        place = self._packed.get(module)
+        if place is None or place.shape != shape or place.dtype != dtype:
+            place = self._packed[module] = self._memory.empty(shape, dtype, device)
+        return place
 
     def _buffer(self, module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy of `value` that keeps its place from one rollout to the next."""
