@@ -16,7 +16,7 @@ PYTEST = $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 SANITIZED = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
 	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py \
-	tests/test_packed_linear.py tests/test_decode_step.py
+	tests/test_packed_linear.py tests/test_decode_step.py tests/test_tree_attention.py
 
 .PHONY: demo zoo test lint sanitize bench clean
 

@@ -101,6 +101,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_append", CPU(rope_append), ReleaseGil());
   m.def("gated_activation", CPU(gated_activation), ReleaseGil());
   m.def("sample", CPU(sample), ReleaseGil());
+  m.def("tree_attention_fwd", CPU(tree_attention_fwd), ReleaseGil());
+  m.def("tree_attention_bwd", CPU(tree_attention_bwd), ReleaseGil());
   py::class_<decode::Plan>(m, "DecodePlan")
       .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                     int64_t, int64_t, int>(),

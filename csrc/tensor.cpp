@@ -23,6 +23,10 @@ void expect(bool fine, const char* message) {
   if (!fine) throw std::invalid_argument(message);
 }
 
+void refuse_dtype(const char* name) {
+  throw std::invalid_argument(std::string(name) + " must be float32, bfloat16 or float16");
+}
+
 void expect_dense(const char* name, const Tensor& x, DType dtype, std::initializer_list<int64_t> shape,
                   bool optional, DLDeviceType device) {
   if (!x.defined()) {

@@ -32,4 +32,6 @@ void expect(bool fine, const char* message);
 void expect_dense(const char* name, const Tensor& x, DType dtype, std::initializer_list<int64_t> shape,
                   bool optional = false, DLDeviceType device = kDLCPU);
 
+[[noreturn]] void refuse_dtype(const char* name);
+
 }  // namespace flashpo

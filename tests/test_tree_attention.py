@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from inputs import DTYPES, backends
+from inputs import DTYPES, backends, sanitized
 from tree_inputs import LARGE, OPTIONS, TREES, Attention, Tree, check, group, ours, run
 
 import flashpo
-from flashpo.ops import _tree_attention_cpu
 
-every_backend = pytest.mark.parametrize("backend", backends())
+every_backend = sanitized
 in_tiles = pytest.mark.parametrize("backend", [b for b in backends() if b != "torch"])
 every_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
 every_option = pytest.mark.parametrize("attention", OPTIONS.values(), ids=OPTIONS.keys())
@@ -138,7 +137,7 @@ def test_layouts(backend):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_trees(seed):
-    """In float64, and every rectangle, tile and chain of the path for CPUs."""
+    """In float64: single tokens, paths that end within a tile of the path for CPUs, and paths longer than one."""
     torch.manual_seed(seed)
     tree = Tree.random(roots=3, depth=4, children=4, tokens=(3, 12, 40)[seed % 3])
     check(Attention(window=(0, 9)[seed % 2], sinks=seed % 4 == 3, heads=8), tree, "native", torch.float32)
@@ -187,15 +186,20 @@ def test_compiles_into_one_graph(backend, graphs, counting):
     assert len(graphs) == 1
 
 
-def test_without_torchs_private_operators(monkeypatch):
-    """Another torch may not have them: then the reference runs, and says so."""
-    monkeypatch.setattr(_tree_attention_cpu, "_flash", None)
-    flashpo.stats(reset=True)
-    tree = TREES["levels"]
-    ours(Attention(), tree, *Attention().make(len(tree), torch.float32))
-    assert flashpo.stats() == {"tree_attention_fwd": {"torch": 1}}
-    with flashpo.backend("native"), pytest.raises(NotImplementedError):
-        ours(Attention(), tree, *Attention().make(len(tree), torch.float32))
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_threads(name, monkeypatch):
+    """Forward gives the same bits with any number of them; backward adds up the keys' gradients in other orders."""
+    attention = OPTIONS[name]
+    inputs = attention.make(len(LARGE), torch.float32)
+    upstream = torch.randn(len(LARGE), attention.heads, attention.v_dim or attention.dim)
+    results = []
+    for threads in (1, 2, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with flashpo.backend("native"):
+            results.append(run(lambda *x: ours(attention, LARGE, *x), inputs, upstream))
+    for out, *grads in results[1:]:
+        assert torch.equal(out, results[0][0])
+        torch.testing.assert_close(grads, results[0][1:], rtol=1e-4, atol=1e-4)
 
 
 q, k, end = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.full((5,), 5, dtype=torch.int32)

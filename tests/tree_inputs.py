@@ -129,6 +129,7 @@ OPTIONS = {
     "everything": Attention(heads=32, kv_heads=4, window=7, softcap=2.0, sinks=True, scale=0.5, v_dim=24),
     "one head": Attention(heads=1, kv_heads=1, dim=64),
     "one kv head": Attention(heads=8, kv_heads=1),
+    "six heads a key": Attention(heads=6, kv_heads=1),
     "equal heads": Attention(heads=3, kv_heads=3, dim=7, v_dim=5),
     "D 80": Attention(dim=80),
     "D 128": Attention(heads=4, kv_heads=1, dim=128),

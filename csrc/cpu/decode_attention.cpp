@@ -2,14 +2,15 @@
 //
 // The queries of all rows that read a chunk are the rows of two small products: with 64 keys at a time, of which a
 // vector is contiguous, and of their weights with 64 values. A chunk's softmax needs no rescaling; what it adds up to
-// is merged into the running results (o, m, l) of its rows: o = sum p v, l = sum p, p = 2^((x - m) unit), m the largest
-// x. Here x is q . k, or with a softcap the logit itself: differences of x are exact where those of x unit are not.
+// is merged into the running results of its rows.
 #include <algorithm>
 #include <atomic>
 #include <memory>
 
 #include "../decode_plan.h"
 #include "../ops.h"
+#include "attention.h"
+#include "for_dtype.h"
 #include "parallel.h"
 #include "product.h"
 #ifdef __AMX_BF16__
@@ -41,12 +42,8 @@ struct Sizes {
   int64_t of_thread() const { return queries() * (padded_features() + 2 * CHUNK + 2 * result()) + tile(); }
 };
 
-struct Options {
-  float scale, softcap;  // 0: none
-  const float* sinks;    // (heads rep) or null
-
-  float logit_of(float x) const { return softcap != 0 ? x : x * scale; }
-  float unit() const { return softcap != 0 ? LOG2E : scale * LOG2E; }
+struct Options : Scores {
+  const float* sinks;  // (heads rep) or null
 };
 
 template <typename T>
@@ -56,13 +53,6 @@ struct Arrays {
   T* out;
   float* lse;
 };
-
-// One number of all lanes, by halves.
-template <typename F>
-float reduce(vf x, F&& f) {
-  for (int half = W / 2; half > 0; half /= 2) x = f(x, __builtin_shuffle(x, iota() ^ half));
-  return x[0];
-}
 
 // Products s with the keys of a chunk -> weights 2^((x - m) unit); s and the weights may be the same memory. Keys
 // outside of [visible, last) weigh 0: from `first`, before any row's, to the end of the last 32. Returns m and the sum.
@@ -76,7 +66,7 @@ void softmax(float* s, int64_t first, int64_t last, int64_t visible, const Optio
   for (int64_t j = begin; j < end; j += W) {
     vf x = load(s + j);
     if constexpr (CAPPED) {
-      x = x > splat(-INFINITY) ? tanh(x * (options.scale / options.softcap)) * options.softcap : x;
+      x = x > splat(-INFINITY) ? options.value<true>(x) : x;
       store(s + j, x);
     }
     top = max(x, top);
@@ -231,20 +221,9 @@ class Worker {
       for (int64_t i = 0; i < sizes_.rep; ++i, row += sizes_.result()) {
         const int64_t query_head = head * sizes_.rep + i, at = b * sizes_.heads * sizes_.rep + query_head;
         const float sink = options_.sinks ? options_.sinks[query_head] : -INFINITY;
-        float factor = 0;
-        if (row[padded + 1] == 0) {  // no keys; a NaN goes on
-          arrays_.lse[at] = sink;
-        } else {
-          const float m = options_.logit_of(row[padded]), top = sink > m ? sink : m;
-          const float kept = exp2(splat((m - top) * LOG2E))[0];
-          const float sum = row[padded + 1] * kept + exp2(splat((sink - top) * LOG2E))[0];
-          arrays_.lse[at] = top + std::log(sum);
-          factor = kept / sum;
-        }
-        T* out = arrays_.out + at * values;
-        int64_t j = 0;
-        for (; j + W <= values; j += W) store(out + j, load(row + j) * factor);
-        if (j < values) store_part(out + j, load(row + j) * factor, static_cast<int>(values - j));
+        const SoftmaxEnd end = softmax_end(options_, row[padded], row[padded + 1], sink);
+        arrays_.lse[at] = end.lse;
+        write_row(row, end.factor, values, arrays_.out + at * values);
       }
     }
   }
@@ -309,18 +288,15 @@ void decode_attention(const Plan& plan, const Tensor& q, const Tensor& k_cache, 
   expect(scratch.dim() == 1 && scratch.size(0) >= decode_attention_scratch(plan, k_cache, v_cache),
          "scratch must hold decode_attention_scratch's numbers");
   expect_dense("scratch", scratch, DType::f32, {scratch.size(0)});
-  const Options options{scale, softcap, sinks.data<float>()};
+  const Options options{{scale, softcap}, sinks.data<float>()};
   float* const own = scratch.data<float>();
 #ifdef __AMX_BF16__
   if (dtype == DType::bf16) return run<bf16, AmxProduct>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
   avx512::decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch);
 #else
-  switch (dtype) {
-    case DType::f32: return run<float>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
-    case DType::bf16: return run<bf16>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
-    case DType::f16: return run<f16>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
-    default: expect(false, "q must be float32, bfloat16 or float16");
-  }
+  for_dtype("q", q, [&](auto element) {
+    run<decltype(element)>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
+  });
 #endif
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "../ops.h"
-#include "isa.h"
+#include "for_dtype.h"
 #include "parallel.h"
 
 namespace flashpo::FLASHPO_ISA {
@@ -140,16 +140,6 @@ void gated_row(const T* gate, const T* up, int64_t n, int activation, T* out) {
   });
 }
 
-template <typename F>
-void for_dtype(const Tensor& x, F&& run) {
-  switch (x.dtype()) {
-    case DType::f32: return run(float{});
-    case DType::bf16: return run(bf16{});
-    case DType::f16: return run(f16{});
-    default: expect(false, "decode_layer: float32, bfloat16 or float16");
-  }
-}
-
 void expect_rows(const char* name, const Tensor& x, DType dtype, int64_t rows, int64_t columns) {
   expect(x.dim() == 2 && x.dtype() == dtype && x.size(0) == rows && x.size(1) == columns &&
              (x.stride(1) == 1 || columns == 1), name);
@@ -169,7 +159,7 @@ void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
   expect_dense("weight", weight, x.dtype(), {n});
   expect_dense("out", out, x.dtype(), {rows, n});
   expect_dense("total", total, x.dtype(), {rows, n});
-  for_dtype(x, [&](auto element) {
+  for_dtype("x", x, [&](auto element) {
     using T = decltype(element);
     const T* from = residual.data<const T>();
     parallel_for(rows, rows * n < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
@@ -202,7 +192,7 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   const int64_t* slots = slot.data<const int64_t>();
   expect(std::all_of(slots, slots + rows, [&](int64_t s) { return s < blocks * 64; }),
          "slot holds values beyond the cache");
-  for_dtype(q, [&](auto element) {
+  for_dtype("q", q, [&](auto element) {
     using T = decltype(element);
     const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;  // a key's each in a line of its own: that costs more
     parallel_for(rows, numbers < SMALL / 4 ? 1 : threads, [&](int64_t begin, int64_t end) {
@@ -222,7 +212,7 @@ void gated_activation(const Tensor& gate, const Tensor& up, int activation, cons
   expect_rows("gate", gate, gate.dtype(), rows, n);
   expect_rows("up", up, gate.dtype(), rows, n);
   expect_dense("out", out, gate.dtype(), {rows, n});
-  for_dtype(gate, [&](auto element) {
+  for_dtype("gate", gate, [&](auto element) {
     using T = decltype(element);
     parallel_for(rows, rows * n < SMALL / 2 ? 1 : threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)

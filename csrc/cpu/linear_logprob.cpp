@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../ops.h"
+#include "for_dtype.h"
 #include "online.h"
 #include "parallel.h"
 
@@ -216,12 +217,7 @@ void linear_logprob_fold(const Tensor& tile, const Tensor& target, int64_t start
     const auto with_cap = [&](auto cap) { side ? fold(cap, std::true_type{}) : fold(cap, std::false_type{}); };
     capped ? with_cap(std::true_type{}) : with_cap(std::false_type{});
   };
-  switch (tile.dtype()) {
-    case DType::f32: return run(float{});
-    case DType::bf16: return run(bf16{});
-    case DType::f16: return run(f16{});
-    default: expect(false, "tile must be float32, bfloat16 or float16");
-  }
+  for_dtype("tile", tile, run);
 }
 
 void linear_logprob_finish(const Tensor& state, const Tensor& bias, const Tensor& inv_temperature,
@@ -274,12 +270,7 @@ void linear_logprob_grad(const Tensor& tile, const Tensor& target, int64_t start
     };
     capped ? grad(std::true_type{}) : grad(std::false_type{});
   };
-  switch (tile.dtype()) {
-    case DType::f32: return run(float{});
-    case DType::bf16: return run(bf16{});
-    case DType::f16: return run(f16{});
-    default: expect(false, "tile must be float32, bfloat16 or float16");
-  }
+  for_dtype("tile", tile, run);
 }
 
 }  // namespace flashpo::FLASHPO_ISA

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../ops.h"
+#include "for_dtype.h"
 #include "online.h"
 #include "parallel.h"
 
@@ -142,12 +143,9 @@ void selective_log_softmax_fwd(const Tensor& logits, const Tensor& index, float 
   const int64_t n = index.size(0);
   expect_dense("out", out, DType::f32, {out.size(0) == RESULTS ? RESULTS : 4, n});
   const float unit = LOG2E / temperature;
-  switch (logits.dtype()) {
-    case DType::f32: return forward<float>(logits, index.data<int64_t>(), unit, ignore_index, out, threads);
-    case DType::bf16: return forward<bf16>(logits, index.data<int64_t>(), unit, ignore_index, out, threads);
-    case DType::f16: return forward<f16>(logits, index.data<int64_t>(), unit, ignore_index, out, threads);
-    default: expect(false, "logits must be float32, bfloat16 or float16");
-  }
+  for_dtype("logits", logits, [&](auto element) {
+    forward<decltype(element)>(logits, index.data<int64_t>(), unit, ignore_index, out, threads);
+  });
 }
 
 void selective_log_softmax_bwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,
@@ -161,16 +159,10 @@ void selective_log_softmax_bwd(const Tensor& logits, const Tensor& index, float 
   expect(out.dim() == 3 && out.dtype() == logits.dtype() && out.stride(2) == 1 && out.size(0) == logits.size(0) &&
              out.size(1) == logits.size(1) && out.size(2) == logits.size(2),
          "out must look like logits");
-  const auto run = [&](auto kernel) {
-    kernel(logits, index.data<int64_t>(), 1 / temperature, ignore_index, rows, d_logprob.data<float>(),
-           d_entropy.data<float>(), out, threads);
-  };
-  switch (logits.dtype()) {
-    case DType::f32: return run(backward<float>);
-    case DType::bf16: return run(backward<bf16>);
-    case DType::f16: return run(backward<f16>);
-    default: expect(false, "logits must be float32, bfloat16 or float16");
-  }
+  for_dtype("logits", logits, [&](auto element) {
+    backward<decltype(element)>(logits, index.data<int64_t>(), 1 / temperature, ignore_index, rows,
+                                d_logprob.data<float>(), d_entropy.data<float>(), out, threads);
+  });
 }
 
 }  // namespace flashpo::FLASHPO_ISA

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashpo._op import op
+from flashpo._op import native, op
 from flashpo.ops import _masked_attention as masked
-from flashpo.ops import _tree_attention_cpu as cpu
 from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_positive, check_tensor, check_that
 from flashpo.ops._wide import wide_dtype
 
@@ -162,14 +161,34 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     return *grads, lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
-@tree_attention_fwd.backend("native")
-def _(*args):
-    return cpu.forward(*args) if cpu.takes(args[0]) else NotImplemented
+@tree_attention_fwd.backend("native")  # csrc/cpu/tree_attention.cpp
+def _(q, k, v, sinks, end, position, scale, window, softcap):
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
+        return NotImplemented
+    out = q.new_empty((*q.shape[:2], v.shape[2]))
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    sinks = None if sinks is None else sinks.float()
+    tree, options = _laid_out(end, position), (scale, window, softcap)
+    native.tree_attention_fwd(*_laid_out(q, k, v), sinks, *tree, *options, out, lse, torch.get_num_threads())
+    return out, lse
 
 
-@tree_attention_bwd.backend("native")
-def _(*args):
-    return cpu.backward(*args) if cpu.takes(args[0]) else NotImplemented
+@tree_attention_bwd.backend("native")  # csrc/cpu/tree_attention.cpp
+def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
+        return NotImplemented
+    delta = (out.float() * d_out).sum(-1)
+    grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+    inputs, options = _laid_out(q, k, v, end, position), (scale, window, softcap)
+    results = lse, delta, d_out.contiguous()
+    native.tree_attention_bwd(*inputs, *options, *results, *grads, torch.get_num_threads())
+    dq, dk, dv = (x.to(q.dtype) for x in grads)
+    return dq, dk, dv, masked.sink_gradient(sinks, lse, delta)
+
+
+def _laid_out(*tensors: Tensor) -> list[Tensor]:
+    """With the last dimension dense."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _for_triton(q: Tensor, v: Tensor) -> bool:

@@ -5,8 +5,8 @@
 
 A shadow is a buffer of ours beside a parameter: packed for the CPU's GEMM library, cast to the autocast dtype, with
 LoRA merged in, or gathered from FSDP2's shards. It is made anew on every entry, whatever `fingerprint` says: an
-optimizer that writes through `param.data` leaves no trace in `_version`. What is packed keeps its memory, as fresh pages
-can cost more than packing does, and on CUDA everything does, so that graphs stay valid; `release` frees it.
+optimizer that writes through `param.data` leaves no trace in `_version`. What is packed keeps its memory, as fresh
+pages can cost more than packing does, and on CUDA everything does, so that graphs stay valid; `release` frees it.
 """
 
 import contextlib
