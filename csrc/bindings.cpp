@@ -103,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample", CPU(sample), ReleaseGil());
   m.def("tree_attention_fwd", CPU(tree_attention_fwd), ReleaseGil());
   m.def("tree_attention_bwd", CPU(tree_attention_bwd), ReleaseGil());
+  m.def("tree_attention_scratch", CPU(tree_attention_scratch), ReleaseGil());
   py::class_<decode::Plan>(m, "DecodePlan")
       .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                     int64_t, int64_t, int>(),

@@ -50,13 +50,15 @@ class Plan;
   void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,              \
               const Tensor& min_p, const Tensor& seed, const Tensor& offset, const Tensor& token,                     \
               const Tensor& numbers, int threads);                                                                    \
-  void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks, const Tensor& end,    \
+  void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks, const Tensor& end,  \
                           const Tensor& position, double scale, int64_t window, double softcap, const Tensor& out,    \
-                          const Tensor& lse, int threads);                                                            \
+                          const Tensor& lse, const Tensor& scratch, int threads);                                     \
   void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,                       \
                           const Tensor& position, double scale, int64_t window, double softcap, const Tensor& lse,    \
                           const Tensor& delta, const Tensor& d_out, const Tensor& dq, const Tensor& dk,               \
-                          const Tensor& dv, int threads);                                                             \
+                          const Tensor& dv, const Tensor& scratch, int threads);                                      \
+  int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,                \
+                                 const Tensor& position, bool backward, int threads);                                 \
   int64_t decode_attention_scratch(const decode::Plan& plan, const Tensor& k_cache, const Tensor& v_cache);           \
   void decode_attention(const decode::Plan& plan, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,      \
                         float scale, float softcap, const Tensor& sinks, const Tensor& out, const Tensor& lse,        \

@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from flashpo.rollout import huge_pages
-from flashpo.rollout.huge_pages import CHUNK, HugePages
+from flashpo import _huge_pages as huge_pages
+from flashpo._huge_pages import CHUNK, HugePages
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's pages")
@@ -63,6 +63,16 @@ def test_a_chunk_goes_with_its_last_tensor():
 def test_without_memory():
     with pytest.raises(MemoryError, match="bytes of memory"):
         HugePages().empty((1 << 60,), torch.uint8, CPU)
+
+
+def test_why_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
+    monkeypatch.setattr(huge_pages, "SETTING", tmp_path / "enabled")
+    assert huge_pages.why_none() == "not in this kernel"
+    for text, reason in (("always [madvise] never", None), ("[always] madvise never", None),
+                         ("always madvise [never]", f"{tmp_path}/enabled says never")):  # fmt: skip
+        huge_pages.SETTING.write_text(text)
+        assert huge_pages.why_none() == reason
 
 
 def test_elsewhere_it_is_torch(monkeypatch):

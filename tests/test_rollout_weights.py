@@ -19,9 +19,9 @@ from accuracy import assert_as_accurate
 from transformers import AutoModelForCausalLM
 from trl_models import CONFIGS, VOCAB
 
+from flashpo._huge_pages import HugePages
 from flashpo.ops.packed_linear import packs
 from flashpo.rollout.adapters import lora_linear, vanilla_lora
-from flashpo.rollout.huge_pages import HugePages
 from flashpo.rollout.packed_linear import packed_linear
 from flashpo.rollout.weights import PACK_NUMEL, WeightView
 

@@ -9,6 +9,8 @@
 
 namespace flashpo::FLASHPO_ISA {
 
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 struct Scores {
   float scale, softcap;  // 0: none
 

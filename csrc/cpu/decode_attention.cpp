@@ -27,8 +27,6 @@ using decode::Part;
 using decode::Plan;
 using decode::Unit;
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 struct Sizes {
   int64_t heads, rep, features, value_features;
 

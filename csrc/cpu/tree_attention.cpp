@@ -6,229 +6,39 @@
 // see the keys. Forward keeps a running softmax; backward goes through the queries and adds up the keys' gradients,
 // transposed, in sums of its own for each of a few ranges of queries, which are added in a fixed order at the end.
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include <vector>
 
 #include "../ops.h"
-#include "../tree_tiles.h"
-#include "attention.h"
 #include "for_dtype.h"
-#include "parallel.h"
-#include "product.h"
+#include "tree_worker.h"
 
 namespace flashpo::FLASHPO_ISA {
 namespace {
 
-using tree::TILE;
-using tree::Tile;
-using tree::Tiles;
-
-constexpr int64_t MOST_HEADS = 4;  // of queries, in one product
-constexpr int64_t MOST_RANGES = 4;
-constexpr int64_t CHAIN = 64;  // products that are summed one behind the other: the error grows with them
-constexpr int LANES = 16;  // to which rows in memory are padded
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-class Floats {
- public:
-  explicit Floats(int64_t count) : p_(static_cast<float*>(std::aligned_alloc(64, round_up(count * 4 + 4, 64)))) {
-    if (p_ == nullptr) throw std::bad_alloc();
-  }
-  operator float*() const { return p_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> p_;
-};
-
-struct Shape {
-  int64_t tokens, heads, rep, features, values;
-
-  int64_t group() const { return std::min(rep, MOST_HEADS); }  // query heads of one product
-  int64_t groups() const { return (rep + group() - 1) / group(); }
-  int64_t wide() const { return round_up(features, LANES); }
-  int64_t wide_values() const { return round_up(values, LANES); }
-  int64_t rows() const { return round_up(TILE * group(), LANES); }
-};
-
-template <typename T>
-struct Array {
-  const T* p;
-  int64_t token, head;  // strides
-  explicit Array(const Tensor& x) : p(x.data<const T>()), token(x.stride(0)), head(x.stride(1)) {}
-  const T* at(int64_t i, int64_t h) const { return p + i * token + h * head; }
-};
-
-// Whole vectors of fp32, filled up with zeros.
-template <typename T>
-void load_row(const T* from, int64_t count, int64_t padded, float* to) {
-  int64_t j = 0;
-  for (; j + W <= count; j += W) store(to + j, load(from + j));
-  if (j < count) {
-    store(to + j, load_part(from + j, static_cast<int>(count - j), 0.0f));
-    j += W;
-  }
-  std::fill(to + std::min(j, padded), to + padded, 0.0f);
-}
-
-// to (columns, rows) = from (rows, columns) transposed; both multiples of LANES.
-void turn(const float* from, int64_t rows, int64_t columns, float* to) {
-  for (int64_t i = 0; i < rows; i += W) {
-    for (int64_t j = 0; j < columns; j += W) {
-      vu block[W];
-      for (int64_t r = 0; r < W; ++r) std::memcpy(&block[r], from + (i + r) * columns + j, sizeof(vu));
-      transpose(block);
-      for (int64_t r = 0; r < W; ++r) std::memcpy(to + (j + r) * rows + i, &block[r], sizeof(vu));
-    }
-  }
-}
-
-void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
-             int64_t b_stride, float* c, int64_t c_stride, bool add) {
-  for (int64_t k = 0; k < depth; k += CHAIN, add = true)
-    VectorProduct<float>(nullptr)(rows, columns, k, std::min(k + CHAIN, depth), a, a_stride, b, b_stride, c, c_stride,
-                                  add, Ahead{});
-}
-
-// The keys and values of all heads, tile by tile: (heads, tiles, TILE, wide), or turned (heads, tiles, wide, TILE).
-struct Keys {
-  const Shape& shape;
-  const Tiles& tiles;
-  Floats keys, turned, values, turned_values;
-
-  // T{}: an element of k and v.
-  template <typename T>
-  Keys(T, const Shape& shape, const Tiles& tiles, const Tensor& k, const Tensor& v, bool backward, int threads)
-      : shape(shape),
-        tiles(tiles),
-        keys(backward ? size(shape.wide()) : 0),
-        turned(size(shape.wide())),
-        values(backward ? 0 : size(shape.wide_values())),
-        turned_values(backward ? size(shape.wide_values()) : 0) {
-    const Array<T> k_of(k), v_of(v);
-    const int64_t count = tiles.count(), width = shape.wide(), values_width = shape.wide_values();
-    parallel_for(shape.heads * count, threads, [&](int64_t begin, int64_t stop) {
-      const Floats rows(TILE * std::max(width, values_width));
-      for (int64_t i = begin; i < stop; ++i) {
-        const int64_t head = i / count, t = i % count;
-        float* to = backward ? keys + place(head, t, width) : rows;
-        load(k_of, tiles.tiles[t], head, shape.features, width, to);
-        turn(to, TILE, width, turned + place(head, t, width));
-        to = backward ? rows : values + place(head, t, values_width);
-        load(v_of, tiles.tiles[t], head, shape.values, values_width, to);
-        if (backward) turn(to, TILE, values_width, turned_values + place(head, t, values_width));
-      }
-    });
-  }
-
-  int64_t place(int64_t head, int64_t t, int64_t width) const { return (head * tiles.count() + t) * TILE * width; }
-
-  // Whether query i sees the keys of W lanes, from `lane` on.
-  vi seen(int64_t i, int32_t its_position, int64_t t, int lane) const {
-    const int32_t here = static_cast<int32_t>(i);
-    const int64_t at = t * TILE + lane;
-    const vi index = iota() + static_cast<int32_t>(tiles.tiles[t].begin + lane);
-    vi yes = (load_int(tiles.ends.data() + at) > here) & (index <= here);
-    if (tiles.window > 0) yes &= its_position - load_int(tiles.positions.data() + at) < tiles.window32();
-    return yes;
-  }
-
- private:
-  int64_t size(int64_t width) const { return shape.heads * tiles.count() * TILE * width; }
-
-  template <typename T>
-  static void load(const Array<T>& from, const Tile& tile, int64_t head, int64_t count, int64_t width, float* to) {
-    for (int64_t i = 0; i < TILE; ++i, to += width) {
-      if (tile.begin + i < tile.stop)
-        load_row(from.at(tile.begin + i, head), count, width, to);
-      else
-        std::fill(to, to + width, 0.0f);
-    }
-  }
-};
-
-// What forward and backward do alike: go over the tiles of keys that some queries of a tile see.
-class Worker {
- public:
-  Worker(const Shape& shape, const Keys& keys, const Scores& scores)
-      : shape_(shape),
-        keys_(keys),
-        scores_(scores),
-        queries_(shape.rows() * shape.wide()),
-        products_(shape.rows() * TILE) {}
-
- protected:
-  // The query heads of a group, of one key's head.
-  void begin(int64_t head, int64_t group, int64_t t) {
-    head_ = head;
-    first_head_ = head * shape_.rep + group * shape_.group();
-    count_ = std::min(shape_.group(), shape_.rep - group * shape_.group());
-    index_ = t;
-    tile_ = keys_.tiles.tiles[t];
-  }
-  template <typename T>
-  void load_queries(const Array<T>& from, int64_t count, int64_t width, float* to) const {
-    for (int64_t i = tile_.begin; i < tile_.stop; ++i)
-      for (int64_t h = 0; h < count_; ++h, to += width) load_row(from.at(i, first_head_ + h), count, width, to);
-  }
-  // f(tile of keys, first row, number of rows, whether they see all of it); a row is one head of one token.
-  template <typename F>
-  void for_keys(F&& f) const {
-    for (int64_t t = 0; t <= index_; ++t) {
-      const Tile& k = keys_.tiles.tiles[t];
-      if (!keys_.tiles.some_seen(tile_, k)) continue;
-      const int64_t first = std::max(tile_.begin, k.begin), stop = std::min<int64_t>(tile_.stop, k.last_end);
-      f(t, (first - tile_.begin) * count_, (stop - first) * count_, keys_.tiles.all_seen(tile_, k));
-    }
-  }
-  void multiply_keys(int64_t t, int64_t row, int64_t rows) const {
-    product(rows, TILE, shape_.features, queries_ + row * shape_.wide(), shape_.wide(),
-            keys_.turned + keys_.place(head_, t, shape_.wide()), TILE, products_ + row * TILE, TILE, false);
-  }
-  vi seen(int64_t row, int64_t t, int lane) const {
-    const int64_t i = row / count_;
-    return keys_.seen(tile_.begin + i, keys_.tiles.positions[index_ * TILE + i], t, lane);
-  }
-  int64_t rows() const { return (tile_.stop - tile_.begin) * count_; }
-  int64_t token_of(int64_t row) const { return tile_.begin + row / count_; }
-  int64_t head_of(int64_t row) const { return first_head_ + row % count_; }
-
-  const Shape& shape_;
-  const Keys& keys_;
-  const Scores& scores_;
-  Floats queries_, products_;
-  int64_t head_ = 0, first_head_ = 0, count_ = 0, index_ = 0;
-  Tile tile_{};
-};
-
+constexpr int64_t MOST_RANGES = 4;  // of queries, each with sums of its own
 constexpr int VECTORS = TILE / W;
 
 template <typename T, bool CAPPED>
-class Forward : Worker {
+class Forward : TreeWorker {
  public:
-  Forward(const Shape& shape, const Keys& keys, const Scores& scores, const Tensor& q, const float* sinks,
-          const Tensor& out, const Tensor& lse)
-      : Worker(shape, keys, scores),
+  Forward(Arena& arena, const Shape& shape, const Keys& keys, const Scores& scores, const Tensor& q,
+          const Tensor& sinks, const Tensor& out, const Tensor& lse)
+      : TreeWorker(arena, shape, keys, scores),
         q_(q),
-        sinks_(sinks),
+        sinks_(sinks.data<const float>()),
         out_(out.data<T>()),
         lse_(lse.data<float>()),
-        results_(shape.rows() * shape.wide_values()),
-        top_(shape.rows()),
-        sums_(shape.rows() * W) {}
+        results_(arena.take(shape.rows() * shape.wide_values())),
+        top_(arena.take(shape.rows())),
+        sums_(arena.take(shape.rows() * W)) {}
 
   void operator()(int64_t head, int64_t group, int64_t t) {
     begin(head, group, t);
     load_queries(q_, shape_.features, shape_.wide(), queries_);
     const int64_t width = shape_.wide_values();
-    std::fill(results_ + 0, results_ + rows() * width, 0.0f);
-    std::fill(top_ + 0, top_ + rows(), LOWEST);
-    std::fill(sums_ + 0, sums_ + rows() * W, 0.0f);
+    std::fill(results_, results_ + rows() * width, 0.0f);
+    std::fill(top_, top_ + rows(), LOWEST);
+    std::fill(sums_, sums_ + rows() * W, 0.0f);
     for_keys([&](int64_t keys, int64_t first, int64_t count, bool all) {
       multiply_keys(keys, first, count);
       for (int64_t row = first; row < first + count; ++row) all ? fold<true>(row, keys) : fold<false>(row, keys);
@@ -276,27 +86,27 @@ class Forward : Worker {
   const float* sinks_;
   T* out_;
   float* lse_;
-  Floats results_, top_, sums_;
+  float *results_, *top_, *sums_;
 };
 
 template <typename T, bool CAPPED>
-class Backward : Worker {
+class Backward : TreeWorker {
  public:
-  Backward(const Shape& shape, const Keys& keys, const Scores& scores, const Tensor& q, const Tensor& d_out,
-           const Tensor& lse, const Tensor& delta, const Tensor& dq)
-      : Worker(shape, keys, scores),
+  Backward(Arena& arena, const Shape& shape, const Keys& keys, const Scores& scores, const Tensor& q,
+           const Tensor& d_out, const Tensor& lse, const Tensor& delta, const Tensor& dq)
+      : TreeWorker(arena, shape, keys, scores),
         q_(q),
         d_out_(d_out),
         lse_(lse.data<const float>()),
         delta_(delta.data<const float>()),
         dq_(dq.data<float>()),
-        turned_queries_(shape.rows() * shape.wide()),
-        upstream_(shape.rows() * shape.wide_values()),
-        turned_upstream_(shape.rows() * shape.wide_values()),
-        slopes_(shape.rows() * TILE),
-        results_(shape.rows() * shape.wide()),
-        tops_(shape.rows()),
-        factors_(shape.rows()) {}
+        turned_queries_(arena.take(shape.rows() * shape.wide())),
+        upstream_(arena.take(shape.rows() * shape.wide_values())),
+        turned_upstream_(arena.take(shape.rows() * shape.wide_values())),
+        slopes_(arena.take(shape.rows() * TILE)),
+        results_(arena.take(shape.rows() * shape.wide())),
+        tops_(arena.take(shape.rows())),
+        factors_(arena.take(shape.rows())) {}
 
   // Adds to dk (tiles, wide, TILE) and dv (tiles, wide values, TILE).
   void operator()(int64_t head, int64_t group, int64_t t, float* dk, float* dv) {
@@ -306,7 +116,7 @@ class Backward : Worker {
     load_queries(d_out_, shape_.values, values, upstream_);
     turn(queries_, padded, width, turned_queries_);
     turn(upstream_, padded, values, turned_upstream_);
-    std::fill(results_ + 0, results_ + rows() * width, 0.0f);
+    std::fill(results_, results_ + rows() * width, 0.0f);
     for (int64_t row = 0; row < rows(); ++row) {  // exp(score - lse) would lose what a difference of two x has
       const double lse = lse_[place(row)], scale = scores_.score_of(1.0f);
       tops_[row] = static_cast<float>(lse / scale);
@@ -316,7 +126,7 @@ class Backward : Worker {
       float *const p = products_ + first * TILE, *const ds = slopes_ + first * TILE;
       multiply_keys(keys, first, count);
       product(count, TILE, shape_.values, upstream_ + first * values, values,
-              keys_.turned_values + keys_.place(head_, keys, values), TILE, ds, TILE, false);
+              keys_.values + keys_.place(head_, keys, values), TILE, ds, TILE, false);
       for (int64_t row = first; row < first + count; ++row) all ? slopes<true>(row, keys) : slopes<false>(row, keys);
       product(shape_.values, TILE, count, turned_upstream_ + first, padded, p, TILE, dv + keys * values * TILE, TILE,
               true);
@@ -351,40 +161,56 @@ class Backward : Worker {
   const Array<T> q_, d_out_;
   const float *lse_, *delta_;
   float* dq_;
-  Floats turned_queries_, upstream_, turned_upstream_, slopes_, results_, tops_, factors_;
+  float *turned_queries_, *upstream_, *turned_upstream_, *slopes_, *results_, *tops_, *factors_;
 };
 
-// f(worker, i) for all i < n, each worker a thread's own: whichever is free takes the next.
-template <typename MakeWorker, typename F>
-void take_turns(int64_t n, int threads, MakeWorker&& make, F&& f) {
-  std::atomic<int64_t> next{0};
-  const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), n));
-  parallel_for(workers, workers, [&](int64_t begin, int64_t stop) {
-    for (int64_t w = begin; w < stop; ++w) {
-      auto worker = make();
-      for (int64_t i; (i = next.fetch_add(1)) < n;) f(worker, i);
-    }
-  });
-}
+// What each range of queries gives the keys, of every unit: a group of query heads of one key.
+struct Sums {
+  const Shape& shape;
+  const Tiles& tiles;
+  const int64_t units;
+  const std::vector<int64_t> bounds;  // of the ranges, in tiles
+  float *keys, *values, *rows;        // (units, ranges, tiles, wide, TILE); two tiles of each thread
 
-// Sums (heads, ranges, tiles, wide, TILE) -> out (tokens, heads, features).
-void add_up(const Shape& shape, const Tiles& tiles, const float* sums, int64_t ranges, int64_t features, float* out,
-            int threads) {
-  const int64_t wide = round_up(features, LANES), size = wide * TILE, count = tiles.count();
-  parallel_for(shape.heads * count, threads, [&](int64_t begin, int64_t stop) {
-    const Floats sum(size), rows(size);
-    for (int64_t i = begin; i < stop; ++i) {
+  Sums(Arena& arena, const Shape& shape, const Tiles& tiles, int threads)
+      : shape(shape),
+        tiles(tiles),
+        units(shape.heads * shape.groups()),
+        bounds(tiles.ranges(std::clamp<int64_t>((2 * threads + units - 1) / units, 1, MOST_RANGES))),
+        keys(arena.take(units * ranges() * size(shape.wide()))),
+        values(arena.take(units * ranges() * size(shape.wide_values()))),
+        rows(arena.take(2 * threads * TILE * std::max(shape.wide(), shape.wide_values()))) {}
+
+  int64_t ranges() const { return static_cast<int64_t>(bounds.size()) - 1; }
+  int64_t size(int64_t wide) const { return tiles.count() * wide * TILE; }
+
+  // Of all units and ranges of a head, in their order -> out (tokens, heads, features).
+  void add_up(const float* sums, int64_t features, float* out, int threads) const {
+    const int64_t wide = round_up(features, LANES), count = tiles.count(), parts = shape.groups() * ranges();
+    take_turns(shape.heads * count, threads, [&](int64_t i, int64_t thread) {
       const int64_t head = i / count, t = i % count;
-      const float* from = sums + (head * ranges * count + t) * size;
-      std::copy(from, from + size, sum + 0);
-      for (int64_t r = 1; r < ranges; ++r)
-        for (int64_t j = 0; j < size; j += W) store(sum + j, load(sum + j) + load(from + r * count * size + j));
-      turn(sum, wide, TILE, rows);
+      float *const sum = rows + 2 * thread * TILE * wide, *const turned = sum + TILE * wide;
+      const float* from = sums + head * parts * size(wide) + t * wide * TILE;
+      std::copy(from, from + wide * TILE, sum);
+      for (int64_t part = 1; part < parts; ++part) {
+        from += size(wide);
+        for (int64_t j = 0; j < wide * TILE; j += W) store(sum + j, load(sum + j) + load(from + j));
+      }
+      turn(sum, wide, TILE, turned);
       const Tile& tile = tiles.tiles[t];
       for (int64_t token = tile.begin; token < tile.stop; ++token)
-        write_row(rows + (token - tile.begin) * wide, 1.0f, features, out + (token * shape.heads + head) * features);
-    }
-  });
+        write_row(turned + (token - tile.begin) * wide, 1.0f, features, out + (token * shape.heads + head) * features);
+    });
+  }
+};
+
+// A worker for each thread.
+template <typename Worker, typename... Arguments>
+std::vector<Worker> crew(Arena& arena, int threads, const Arguments&... arguments) {
+  std::vector<Worker> workers;
+  workers.reserve(threads);
+  for (int i = 0; i < threads; ++i) workers.emplace_back(arena, arguments...);
+  return workers;
 }
 
 Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end) {
@@ -403,7 +229,7 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 
 void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks, const Tensor& end,
                         const Tensor& position, double scale, int64_t window, double softcap, const Tensor& out,
-                        const Tensor& lse, int threads) {
+                        const Tensor& lse, const Tensor& scratch, int threads) {
   const Shape shape = shape_of(q, k, v, end);
   const int64_t query_heads = shape.heads * shape.rep;
   expect_dense("sinks", sinks, DType::f32, {query_heads}, true);
@@ -411,16 +237,17 @@ void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
   expect_dense("lse", lse, DType::f32, {shape.tokens, query_heads});
   const Tiles tiles(end, position, window);
   const Scores scores{static_cast<float>(scale), static_cast<float>(softcap)};
+  Arena arena(scratch.data<float>());
+  const Keys keys(arena, shape, tiles, false, threads);
   for_dtype("q", q, [&](auto element) {
     using T = decltype(element);
-    const Keys keys(element, shape, tiles, k, v, false, threads);
     const auto run = [&](auto capped) {
-      const auto make = [&] {
-        return Forward<T, capped.value>(shape, keys, scores, q, sinks.data<const float>(), out, lse);
-      };
+      auto workers = crew<Forward<T, capped.value>>(arena, threads, shape, keys, scores, q, sinks, out, lse);
+      expect_dense("scratch", scratch, DType::f32, {arena.used()});
+      keys.load(Array<T>(k), Array<T>(v), threads);
       const int64_t units = shape.heads * shape.groups(), count = tiles.count();
-      take_turns(units * count, threads, make, [&](auto& forward, int64_t i) {  // the last see most
-        forward(i % units / shape.groups(), i % shape.groups(), count - 1 - i / units);
+      take_turns(units * count, threads, [&](int64_t i, int64_t thread) {  // the last see most
+        workers[thread](i % units / shape.groups(), i % shape.groups(), count - 1 - i / units);
       });
     };
     softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
@@ -430,7 +257,8 @@ void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
 // dq, dk, dv: fp32. delta: (tokens, query heads), d_out . out.
 void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end, const Tensor& position,
                         double scale, int64_t window, double softcap, const Tensor& lse, const Tensor& delta,
-                        const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv, int threads) {
+                        const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                        const Tensor& scratch, int threads) {
   const Shape shape = shape_of(q, k, v, end);
   const int64_t query_heads = shape.heads * shape.rep;
   expect_dense("lse", lse, DType::f32, {shape.tokens, query_heads});
@@ -441,31 +269,46 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
   expect_dense("dv", dv, DType::f32, {shape.tokens, shape.heads, shape.values});
   const Tiles tiles(end, position, window);
   const Scores scores{static_cast<float>(scale), static_cast<float>(softcap)};
-  const int64_t groups = shape.groups(), units = shape.heads * groups, count = tiles.count();
-  const auto bounds = tiles.ranges(std::clamp<int64_t>((2 * threads + units - 1) / units, 1, MOST_RANGES));
-  const int64_t pieces = bounds.size() - 1;
-  const int64_t k_size = count * shape.wide() * TILE, v_size = count * shape.wide_values() * TILE;
-  const Floats k_sums(units * pieces * k_size), v_sums(units * pieces * v_size);
+  Arena arena(scratch.data<float>());
+  const Keys keys(arena, shape, tiles, true, threads);
+  const Sums sums(arena, shape, tiles, threads);
   for_dtype("q", q, [&](auto element) {
     using T = decltype(element);
-    const Keys keys(element, shape, tiles, k, v, true, threads);
     const auto run = [&](auto capped) {
-      const auto make = [&] {
-        return Backward<T, capped.value>(shape, keys, scores, q, d_out, lse, delta, dq);
-      };
-      take_turns(units * pieces, threads, make, [&](auto& backward, int64_t i) {
-        float *const k_sum = k_sums + i * k_size, *const v_sum = v_sums + i * v_size;
+      auto workers = crew<Backward<T, capped.value>>(arena, threads, shape, keys, scores, q, d_out, lse, delta, dq);
+      expect_dense("scratch", scratch, DType::f32, {arena.used()});
+      keys.load(Array<T>(k), Array<T>(v), threads);
+      const int64_t k_size = sums.size(shape.wide()), v_size = sums.size(shape.wide_values());
+      take_turns(sums.units * sums.ranges(), threads, [&](int64_t i, int64_t thread) {
+        float *const k_sum = sums.keys + i * k_size, *const v_sum = sums.values + i * v_size;
         std::fill(k_sum, k_sum + k_size, 0.0f);
         std::fill(v_sum, v_sum + v_size, 0.0f);
-        const int64_t unit = i / pieces, piece = i % pieces;
-        for (int64_t t = bounds[piece]; t < bounds[piece + 1]; ++t)
-          backward(unit / groups, unit % groups, t, k_sum, v_sum);
+        const int64_t unit = i / sums.ranges(), range = i % sums.ranges();
+        for (int64_t t = sums.bounds[range]; t < sums.bounds[range + 1]; ++t)
+          workers[thread](unit / shape.groups(), unit % shape.groups(), t, k_sum, v_sum);
       });
     };
     softcap != 0 ? run(std::true_type{}) : run(std::false_type{});
   });
-  add_up(shape, tiles, k_sums, groups * pieces, shape.features, dk.data<float>(), threads);
-  add_up(shape, tiles, v_sums, groups * pieces, shape.values, dv.data<float>(), threads);
+  sums.add_up(sums.keys, shape.features, dk.data<float>(), threads);
+  sums.add_up(sums.values, shape.values, dv.data<float>(), threads);
+}
+
+int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,
+                               const Tensor& position, bool backward, int threads) {
+  const Shape shape = shape_of(q, k, v, end);
+  const Tiles tiles(end, position, 0);
+  const Scores scores{};
+  const Tensor none;
+  Arena arena;
+  const Keys keys(arena, shape, tiles, backward, threads);
+  if (backward) {
+    const Sums sums(arena, shape, tiles, threads);
+    crew<Backward<float, false>>(arena, threads, shape, keys, scores, q, q, none, none, none);
+  } else {
+    crew<Forward<float, false>>(arena, threads, shape, keys, scores, q, none, none, none);
+  }
+  return arena.used();
 }
 
 }  // namespace flashpo::FLASHPO_ISA

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashpo
-from flashpo import _op
+from flashpo import _huge_pages, _op
 from flashpo.ops import decode_layer, decode_step
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.packed_linear import pack_linear, packed_linear
@@ -336,6 +336,7 @@ def machine() -> list[tuple[str, str]]:
         ("transformers", version("transformers")),
         ("native", "not built" if native is None else f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
+        ("large pages", _huge_pages.why_none() or "on request"),
     ]
     built = torch.version.cuda or torch.version.hip
     if built is None or not torch.cuda.is_available():

@@ -165,11 +165,12 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
 def _(q, k, v, sinks, end, position, scale, window, softcap):
     if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
         return NotImplemented
+    inputs, tree, threads = _laid_out(q, k, v), _laid_out(end, position), torch.get_num_threads()
     out = q.new_empty((*q.shape[:2], v.shape[2]))
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    scratch = lse.new_empty(native.tree_attention_scratch(*inputs, *tree, False, threads))
     sinks = None if sinks is None else sinks.float()
-    tree, options = _laid_out(end, position), (scale, window, softcap)
-    native.tree_attention_fwd(*_laid_out(q, k, v), sinks, *tree, *options, out, lse, torch.get_num_threads())
+    native.tree_attention_fwd(*inputs, sinks, *tree, scale, window, softcap, out, lse, scratch, threads)
     return out, lse
 
 
@@ -177,11 +178,12 @@ def _(q, k, v, sinks, end, position, scale, window, softcap):
 def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
         return NotImplemented
+    inputs, threads = _laid_out(q, k, v, end, position), torch.get_num_threads()
     delta = (out.float() * d_out).sum(-1)
-    grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
-    inputs, options = _laid_out(q, k, v, end, position), (scale, window, softcap)
     results = lse, delta, d_out.contiguous()
-    native.tree_attention_bwd(*inputs, *options, *results, *grads, torch.get_num_threads())
+    grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+    scratch = lse.new_empty(native.tree_attention_scratch(*inputs, True, threads))
+    native.tree_attention_bwd(*inputs, scale, window, softcap, *results, *grads, scratch, threads)
     dq, dk, dv = (x.to(q.dtype) for x in grads)
     return dq, dk, dv, masked.sink_gradient(sinks, lse, delta)
 

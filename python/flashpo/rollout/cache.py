@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashpo._huge_pages import HugePages
 from flashpo.ops import kv_append
-from flashpo.rollout.huge_pages import HugePages
 from flashpo.rollout.support import Layer
 
 BLOCK = 64  # tokens

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashpo._huge_pages import HugePages
 from flashpo.rollout import sharded
 from flashpo.rollout.adapters import (
     active_adapter,
@@ -27,7 +28,6 @@ from flashpo.rollout.adapters import (
     lora_linear,
     vanilla_lora,
 )
-from flashpo.rollout.huge_pages import HugePages
 from flashpo.rollout.packed_linear import packed_linear
 
 Linear = Callable[[Tensor], Tensor]

@@ -7,6 +7,7 @@ comes at two thirds of the speed. Linux gives large ones on request; torch's all
 import contextlib
 import math
 import mmap
+import pathlib
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 PAGE = 2 << 20
 CHUNK = 32 * PAGE  # of addresses: what nobody writes to takes no memory
 LINE = 64
+SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class HugePages:
@@ -43,3 +45,12 @@ class HugePages:
             self._chunk.madvise(mmap.MADV_HUGEPAGE)
         self._begin = -torch.frombuffer(self._chunk, dtype=torch.uint8).data_ptr() % PAGE
         self._end = self._begin + size
+
+
+def why_none() -> str | None:
+    """Why the system gives no large pages on request, None where it does."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return "not on this system"
+    if not SETTING.exists():
+        return "not in this kernel"
+    return f"{SETTING} says never" if "[never]" in SETTING.read_text() else None
