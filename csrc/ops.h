@@ -58,7 +58,7 @@ class Plan;
                           const Tensor& delta, const Tensor& d_out, const Tensor& dq, const Tensor& dk,               \
                           const Tensor& dv, const Tensor& scratch, int threads);                                      \
   int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,                \
-                                 const Tensor& position, bool backward, int threads);                                 \
+                                 const Tensor& position, int64_t window, bool backward, int threads);                 \
   int64_t decode_attention_scratch(const decode::Plan& plan, const Tensor& k_cache, const Tensor& v_cache);           \
   void decode_attention(const decode::Plan& plan, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,      \
                         float scale, float softcap, const Tensor& sinks, const Tensor& out, const Tensor& lse,        \

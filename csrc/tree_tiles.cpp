@@ -37,6 +37,8 @@ Tiles::Tiles(const Tensor& end, const Tensor& position, int64_t window) : window
   }
 }
 
+Tiles::~Tiles() = default;
+
 std::vector<int64_t> Tiles::ranges(int64_t count) const {
   std::vector<double> work;
   double total = 0;

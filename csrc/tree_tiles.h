@@ -27,6 +27,7 @@ class Tiles {
 
   // end, position: (tokens,), as tree_attention takes them.
   Tiles(const Tensor& end, const Tensor& position, int64_t window);
+  ~Tiles();  // not inline: a copy compiled for AVX-512 must never be the one that the linker keeps for every machine
 
   int32_t window32() const { return static_cast<int32_t>(std::min<int64_t>(window, INT32_MAX)); }
   int64_t count() const { return static_cast<int64_t>(tiles.size()); }

@@ -186,6 +186,16 @@ def test_compiles_into_one_graph(backend, graphs, counting):
     assert len(graphs) == 1
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("window", [0, 2, 40, 65, 200])
+@pytest.mark.parametrize("tree", [Tree.of((320,)), LARGE], ids=["one chain", "large"])
+def test_windows_over_threads(tree, window, threads, monkeypatch):
+    """A window changes how much each range of queries has to do, and with that how many ranges there are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    check(Attention(heads=2, kv_heads=1, window=window), tree, "native", torch.float32)
+
+
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_threads(name, monkeypatch):
     """Forward gives the same bits with any number of them; backward adds up the keys' gradients in other orders."""

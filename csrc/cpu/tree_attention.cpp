@@ -295,9 +295,9 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
 }
 
 int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,
-                               const Tensor& position, bool backward, int threads) {
+                               const Tensor& position, int64_t window, bool backward, int threads) {
   const Shape shape = shape_of(q, k, v, end);
-  const Tiles tiles(end, position, 0);
+  const Tiles tiles(end, position, window);
   const Scores scores{};
   const Tensor none;
   Arena arena;

@@ -168,7 +168,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap):
     inputs, tree, threads = _laid_out(q, k, v), _laid_out(end, position), torch.get_num_threads()
     out = q.new_empty((*q.shape[:2], v.shape[2]))
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    scratch = lse.new_empty(native.tree_attention_scratch(*inputs, *tree, False, threads))
+    scratch = lse.new_empty(native.tree_attention_scratch(*inputs, *tree, window, False, threads))
     sinks = None if sinks is None else sinks.float()
     native.tree_attention_fwd(*inputs, sinks, *tree, scale, window, softcap, out, lse, scratch, threads)
     return out, lse
@@ -182,7 +182,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     delta = (out.float() * d_out).sum(-1)
     results = lse, delta, d_out.contiguous()
     grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
-    scratch = lse.new_empty(native.tree_attention_scratch(*inputs, True, threads))
+    scratch = lse.new_empty(native.tree_attention_scratch(*inputs, window, True, threads))
     native.tree_attention_bwd(*inputs, scale, window, softcap, *results, *grads, scratch, threads)
     dq, dk, dv = (x.to(q.dtype) for x in grads)
     return dq, dk, dv, masked.sink_gradient(sinks, lse, delta)
