@@ -41,7 +41,7 @@ CASES = {
     "cpu": [Case("42M", dtype, 4, prompt) for dtype in (torch.float32, torch.bfloat16) for prompt in (256, 1024)],
     "cuda": [
         Case(model, torch.bfloat16, prompts, prompt)
-        for model in ("0.6B", "1.7B", "4B")
+        for model in ("1.7B", "0.6B", "4B")
         for prompts, prompt in ((8, 512), (8, 2048), (32, 512))
     ],
 }

@@ -34,7 +34,7 @@ def gather(k_cache, v_cache, tables, row):
     k, v = [], []
     for (begin, end), n, ids in zip(ranges.tolist(), length.tolist(), blocks.long()):
         if begin <= row < end:
-            used = ids[: -(-n // 64)]
+            used = ids[: -(-n // 64)].to(k_cache.device)
             k.append(k_cache[used].permute(1, 0, 3, 2).flatten(1, 2)[:, :n])
             v.append(v_cache[used].transpose(0, 1).flatten(1, 2)[:, :n])
     return torch.cat(k, 1), torch.cat(v, 1)
@@ -50,11 +50,7 @@ def records(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> list[
     ]
     caches = [(k.to(device.name, dtype), v.to(device.name, dtype)) for k, v in caches]
     on_device = [x.to(device.name) for x in tables]
-    dense = [
-        [torch.stack(x) for x in zip(*(gather(k.cpu(), v.cpu(), tables, row) for row in range(batch)))]
-        for k, v in caches
-    ]
-    dense = [[x.to(device.name) for x in layer] for layer in dense]
+    dense = [[torch.stack(x) for x in zip(*(gather(k, v, tables, row) for row in range(batch)))] for k, v in caches]
 
     def ours():
         return [decode_attention(q, k, v, *on_device, scale=scale)[0] for k, v in caches]

@@ -66,17 +66,18 @@ class Run(NamedTuple):
     peak: int  # bytes of the process; on a GPU: of its memory
 
 
-def save_model(shape: dict[str, Any], mean_length: int | None, folder: str) -> None:
+def save_model(shape: dict[str, Any], mean_length: int | None, device: str, folder: str) -> None:
     """Random weights, and a tokenizer to which every id is a word."""
     torch.manual_seed(0)
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     config = Qwen3Config(
         **shape, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0, eos_token_id=END
     )
-    model = Qwen3ForCausalLM(config)
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config)
     if mean_length is not None:
         end_completions(model, 1 / mean_length)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
     vocabulary = [*special.values(), *(f"w{i}" for i in range(3, config.vocab_size))]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -95,7 +96,7 @@ def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
-    hidden = model.model(torch.randint(3, len(embedding), (4, 64))).last_hidden_state
+    hidden = model.model(torch.randint(3, len(embedding), (4, 64), device=embedding.device)).last_hidden_state
     logits = hidden @ embedding.T
     above_mean = math.log(probability / (1 - probability)) + (logits.logsumexp(-1) - logits.mean(-1)).mean()
     embedding[END] = embedding.mean(0)
@@ -112,7 +113,7 @@ def run(command: list[str], *args: object) -> Run:
 def records(device: Device, case: Case) -> Iterator[dict]:
     runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as out:
-        save_model(SHAPES[case.model], case.mean_length, model)
+        save_model(SHAPES[case.model], case.mean_length, device.name, model)
         learns = case.model == "tiny"  # others make too few steps
         settings = case.prompts, case.prompt, case.new, case.steps
         for seed in range(case.seeds):

@@ -3,6 +3,7 @@ the padded pass of TRL on the same samples and the same weights.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -140,5 +141,11 @@ def table(device: Device, workload: Workload, model, with_peers: bool) -> list[d
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     model = make_model(device)
-    for workload in WORKLOADS[device.name][: 1 if quick else None]:
+    workloads = WORKLOADS[device.name][: 1 if quick else None]
+    for workload in workloads:
         yield f"training pass, {workload.title}", table(device, workload, model, with_peers)
+    if device.cuda and with_peers and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)  # as TRL's use_liger_kernel does
+        yield f"training pass, {workloads[0].title}, with Liger's layers", table(device, workloads[0], model, True)

@@ -43,8 +43,7 @@ CASES = {
         Case(torch.float32, 32, 64, model="tiny"),
     ],
     "cuda": [
-        *(_on_gpu(model, 8, prompt) for model in ("0.6B", "1.7B", "4B") for prompt in (512, 2048)),
-        *(_on_gpu(model, 32, 512) for model in ("0.6B", "1.7B", "4B")),
+        *(_on_gpu(model, *case) for case in ((8, 512), (8, 2048), (32, 512)) for model in ("1.7B", "0.6B", "4B")),
         _on_gpu("1.7B", 8, 512, new=1024, ragged=True),
     ],
 }

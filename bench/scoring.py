@@ -12,6 +12,7 @@ from flashpo.bench.timing import Device, Tables, compare
 HEAD_SHAPES = {"cpu": [(1024, 896, 32768), (2048, 1024, 151936)], "cuda": [(8192, 4096, 151936)]}  # N, H, V
 LOGITS_SHAPES = {"cpu": (2048, 151936), "cuda": (8192, 151936)}  # larger than any cache
 DTYPES = (torch.bfloat16, torch.float32)
+HEAD_DTYPES = {"cpu": DTYPES, "cuda": (torch.bfloat16,)}
 
 
 def worst_error(function, inputs, target, rows=64) -> float:
@@ -146,7 +147,7 @@ def overhead(device: Device) -> Iterator[dict]:
 
 def linear_logprob_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     for shape in HEAD_SHAPES[device.name][: 1 if quick else None]:
-        for dtype in DTYPES:
+        for dtype in HEAD_DTYPES[device.name]:
             title = f"linear_logprob N={shape[0]} H={shape[1]} V={shape[2]} {str(dtype)[6:]}"
             yield title, list(head(device, shape, dtype, with_peers))
 

@@ -167,9 +167,10 @@ FLASHPO_TEAM Drawn draw(Row& row, const Problem& p, int64_t r) {
   }
   if (kept.threshold > -INFINITY) mass = row.sums(kept);
   const int64_t token = row.locate(kept, greedy ? 0 : uniform(p.seed[r], p.offset[r]) * mass);
-  const float full = (row.at(token) - row.top) / temperature - logf(static_cast<float>(all));
-  const float kept_mass = static_cast<float>(mass / all);
-  return {token, greedy ? 0 : full - logf(kept_mass), full, kept_mass};
+  // each from its own sum: the only logit that is kept has the log-prob 0, also where it is one in a million
+  const float z = (row.at(token) - row.top) / temperature;
+  const float logprob = greedy ? 0 : z - logf(static_cast<float>(mass));
+  return {token, logprob, z - logf(static_cast<float>(all)), static_cast<float>(mass / all)};
 }
 
 }  // namespace

@@ -1,8 +1,11 @@
-"""Decode attention on tensor cores: a program takes some rows' queries of a key head over a share of the blocks.
+"""Decode attention on tensor cores: a program takes some queries of a key head over a share of their blocks.
 
-Nothing is planned on the host: which segments a program's rows read, it finds in the tables. Block i of a sequence
-belongs to split i mod SPLITS, wherever its segment begins, so that a row's sums and their order depend on its own
-segments alone. Rows that do not read a block carry their sums through it unchanged.
+Nothing is planned on the host: which segments a program's rows read, it finds in the tables. What lies before a row's
+own tokens is likely read by its neighbours too: a program does that for some rows together. The segment that a row's
+position is in is its own: a program for each row, as a program for several would wait for their short segments one
+after the other. Block i of a sequence belongs to split i mod SPLITS of either kind, wherever its segment begins, so
+that a row's sums and their order depend on its own segments alone. Rows that do not read a block carry their sums
+through it unchanged.
 """
 
 import torch
@@ -14,7 +17,7 @@ from flashpo.kernels.linear_logprob import shared_memory
 from flashpo.kernels.token_stats import LN2, LOG2E
 
 BLOCK: tl.constexpr = tl.constexpr(64)  # tokens of a block of the cache
-SPLITS = 8  # a power of two
+SPLITS = 8, 2  # of what is before a row's own segment, and of that: powers of two
 SEGMENTS = 128  # whose ranges are looked at together
 LOWEST: tl.constexpr = tl.constexpr(-3e38)  # stands for the largest of no products
 NOWHERE: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -29,18 +32,18 @@ def logit(x, scale, softcap):
     return x
 
 
-@triton.jit(do_not_specialize=["B", "S", "M", "cache_blocks", "window"])
-def split_kernel(
-    q,  # (B, heads rep, D)
-    k_cache,  # (blocks, heads, D, 64)
-    v_cache,  # (blocks, heads, 64, DV)
-    ranges,  # (S, 2): rows
-    starts,  # (S,)
-    lengths,  # (S,)
-    block_table,  # (S, M)
-    positions,  # (B,)
-    sums,  # (2, SPLITS, B, heads rep): m, the largest x, and l, the sum of 2^((x - m) unit)
-    parts,  # (SPLITS, B, heads rep, DV): the values' sums, where l is not 0
+@triton.jit
+def attend(
+    q,
+    k_cache,
+    v_cache,
+    ranges,
+    starts,
+    lengths,
+    block_table,
+    positions,
+    sums,
+    parts,
     B,
     S,
     M,
@@ -48,20 +51,25 @@ def split_kernel(
     window,
     scale,
     softcap,
+    first,
+    head,
+    split,
+    part,
+    OWN: tl.constexpr,  # the segments that the rows' positions are in, else all others
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     heads: tl.constexpr,
     rep: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     WINDOWED: tl.constexpr,
-    SPLITS: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    ROWS: tl.constexpr = BLOCK_Q // rep
-    first = (tl.program_id(0) // heads) * ROWS
-    head, split = tl.program_id(0) % heads, tl.program_id(1)
+    """ROWS rows from `first` over a split of one kind of their segments."""
     i = tl.arange(0, BLOCK_Q)
     row = first + i // rep
     inside = (i < ROWS * rep) & (row < B)
@@ -78,12 +86,19 @@ def split_kernel(
         segment = begin_segment + tl.arange(0, SEGMENTS)
         begin = tl.load(ranges + 2 * segment, mask=segment < S, other=0)
         end = tl.load(ranges + 2 * segment + 1, mask=segment < S, other=0)
+        behind = tl.load(starts + segment, mask=segment < S, other=0)
+        behind += tl.load(lengths + segment, mask=segment < S, other=0)
         hit = (begin < end) & (begin < first + ROWS) & (first < end)
+        if OWN:
+            hit &= behind > tl.load(positions + first)
+        else:  # what several rows read may be anything to each of them
+            of_first = tl.load(positions + begin, mask=hit & (begin >= 0) & (begin < B), other=0)
+            hit &= (end - begin > 1) | (behind <= of_first)
         s = tl.min(tl.where(hit, segment, NOWHERE))
         while s < S:
             begin_row, end_row = tl.load(ranges + 2 * s), tl.load(ranges + 2 * s + 1)
             start, length = tl.load(starts + s), tl.load(lengths + s)
-            reads = inside & (begin_row <= row) & (row < end_row)
+            reads = inside & (begin_row <= row) & (row < end_row) & ((start + length > position) == OWN)
             bad = (begin_row < 0) | (end_row > B) | (length < 0) | (length > M * BLOCK)
             l = tl.where(reads & bad, float("nan"), l)
             length = tl.where(bad, 0, length)
@@ -104,6 +119,11 @@ def split_kernel(
                     mask=(d[:, None] < D) & live[None, :],
                     other=0.0,
                 )
+                values = tl.load(
+                    v_cache + tile * DV + key[:, None] * DV + dv[None, :],
+                    mask=live[:, None] & (dv[None, :] < DV),
+                    other=0.0,
+                )
                 x = logit(tl.dot(queries, keys, input_precision="ieee"), scale, softcap)
                 seen = reads[:, None] & live[None, :]
                 if WINDOWED:
@@ -112,22 +132,71 @@ def split_kernel(
                 top = tl.maximum(m, tl.max(x, 1))
                 p = tl.exp2((x - top[:, None]) * unit)
                 factor = tl.exp2((m - top) * unit)
-                values = tl.load(
-                    v_cache + tile * DV + key[:, None] * DV + dv[None, :],
-                    mask=live[:, None] & (dv[None, :] < DV),
-                    other=0.0,
-                )
                 more = tl.dot(p.to(values.dtype), values, input_precision="ieee")
                 acc = tl.where(reads[:, None], acc * factor[:, None] + more, acc)  # NaN of others' values stays theirs
                 l = l * factor + tl.sum(p, 1)
                 m = top
             s = tl.min(tl.where(hit & (segment > s), segment, NOWHERE))
 
-    of_split = split.to(tl.int64) * B * (heads * rep) + query
-    tl.store(sums + of_split, m, mask=inside)
-    tl.store(sums + of_split + SPLITS * B.to(tl.int64) * (heads * rep), l, mask=inside)
+    queries_in_all = B.to(tl.int64) * (heads * rep)
+    at_part = part * queries_in_all + query
+    tl.store(sums + at_part, m, mask=inside)
+    tl.store(sums + at_part + PARTS * queries_in_all, l, mask=inside)
     some = inside & (l != 0)
-    tl.store(parts + of_split[:, None] * DV + dv[None, :], acc, mask=some[:, None] & (dv[None, :] < DV))
+    tl.store(parts + at_part[:, None] * DV + dv[None, :], acc, mask=some[:, None] & (dv[None, :] < DV))
+
+
+@triton.jit(do_not_specialize=["B", "S", "M", "cache_blocks", "window"])
+def split_kernel(
+    q,  # (B, heads rep, D)
+    k_cache,  # (blocks, heads, D, 64)
+    v_cache,  # (blocks, heads, 64, DV)
+    ranges,  # (S, 2): rows
+    starts,  # (S,)
+    lengths,  # (S,)
+    block_table,  # (S, M)
+    positions,  # (B,)
+    sums,  # (2, PARTS, B, heads rep): m, the largest x, and l, the sum of 2^((x - m) unit)
+    parts,  # (PARTS, B, heads rep, DV): the values' sums, where l is not 0
+    B,
+    S,
+    M,
+    cache_blocks,
+    window,
+    scale,
+    softcap,
+    heads: tl.constexpr,
+    rep: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BEFORE: tl.constexpr,  # splits
+    OWN: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    PARTS: tl.constexpr = BEFORE + OWN
+    ROWS: tl.constexpr = BLOCK_Q // rep
+    before = tl.cdiv(B, ROWS) * heads * BEFORE  # programs
+    i = tl.program_id(0)
+    if i < before:
+        head, split = i // BEFORE % heads, i % BEFORE
+        attend(
+            q, k_cache, v_cache, ranges, starts, lengths, block_table, positions, sums, parts, B, S, M, cache_blocks,
+            window, scale, softcap, i // (BEFORE * heads) * ROWS, head, split, split, False, ROWS, BEFORE, PARTS,
+            BLOCK_Q, heads, rep, D, DV, WINDOWED, SEGMENTS, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    else:
+        i -= before
+        head, split = i // OWN % heads, i % OWN
+        attend(
+            q, k_cache, v_cache, ranges, starts, lengths, block_table, positions, sums, parts, B, S, M, cache_blocks,
+            window, scale, softcap, i // (OWN * heads), head, split, BEFORE + split, True, 1, OWN, PARTS,
+            BLOCK_ROW, heads, rep, D, DV, WINDOWED, SEGMENTS, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -142,13 +211,15 @@ def merge_kernel(
     scale,
     CAPPED: tl.constexpr,
     DV: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     query = tl.program_id(0).to(tl.int64)
-    split, dv = tl.arange(0, SPLITS), tl.arange(0, BLOCK_DV)
-    at = split.to(tl.int64) * queries + query
-    m, l = tl.load(sums + at), tl.load(sums + at + SPLITS * queries.to(tl.int64))
+    part_of, dv = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_DV)
+    at = part_of.to(tl.int64) * queries + query
+    m = tl.load(sums + at, mask=part_of < PARTS, other=LOWEST)
+    l = tl.load(sums + at + PARTS * queries.to(tl.int64), mask=part_of < PARTS, other=0.0)
     some = l != 0  # NaN too
     top = tl.max(tl.where(some, m, LOWEST), 0)
     factor = tl.where(some, tl.exp2((m - top) * (LOG2E if CAPPED else scale * LOG2E)), 0.0)
@@ -170,7 +241,7 @@ def merge_kernel(
 
 def tile(rep: int, features: int, value_features: int, itemsize: int, shared: int) -> dict[str, int]:
     """Some 8 rows a program, a usual group, in whole tiles of tensor cores, or fewer where their queries and weights
-    would leave no room for a tile of the cache; and as many stages of those as fit."""
+    would leave no room for a tile of the cache. Many small programs at once hide more latency than stages of few."""
     block_d, block_dv = (max(triton.next_power_of_2(n), 16) for n in (features, value_features))
     fewest = max(triton.next_power_of_2(rep), 16)
     block_q = max(min(triton.next_power_of_2(8 * rep), 64), fewest)
@@ -180,9 +251,8 @@ def tile(rep: int, features: int, value_features: int, itemsize: int, shared: in
 
     while block_q > fewest and room(block_q) < BLOCK.value * max(block_d, block_dv) * itemsize:
         block_q //= 2
-    stages = max(1, min(3, room(block_q) // (BLOCK.value * (block_d + block_dv) * itemsize)))
-    blocks = {"BLOCK_Q": block_q, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
-    return {**blocks, "num_stages": stages, "num_warps": 4 if block_q <= 64 else 8}
+    blocks = {"BLOCK_Q": block_q, "BLOCK_ROW": fewest, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
+    return {**blocks, "num_stages": 1, "num_warps": max(2, min(block_q // 16, 8))}
 
 
 def forward(
@@ -206,14 +276,15 @@ def forward(
     lse = q.new_empty((B, query_heads), dtype=torch.float32)
     if B == 0:
         return out, lse
-    sums, parts = lse.new_empty((2, SPLITS, B, query_heads)), lse.new_empty((SPLITS, B, query_heads, DV))
+    count = sum(SPLITS)
+    sums, parts = lse.new_empty((2, count, B, query_heads)), lse.new_empty((count, B, query_heads, DV))
     rep = query_heads // heads
     tiles = tile(rep, D, DV, q.itemsize, shared_memory(q.device))
     cap = softcap if softcap != 0 else None
-    grid = triton.cdiv(B, tiles["BLOCK_Q"] // rep) * heads, SPLITS
+    programs = (triton.cdiv(B, tiles["BLOCK_Q"] // rep) * SPLITS[0] + B * SPLITS[1]) * heads
     tables = (x.contiguous() for x in (rows, start, length, blocks, position))
     with torch.cuda.device_of(q):
-        split_kernel[grid](
+        split_kernel[(programs,)](
             q.contiguous(),
             k_cache,
             v_cache,
@@ -232,7 +303,8 @@ def forward(
             D=D,
             DV=DV,
             WINDOWED=window > 0,
-            SPLITS=SPLITS,
+            BEFORE=SPLITS[0],
+            OWN=SPLITS[1],
             SEGMENTS=SEGMENTS,
             **tiles,
         )
@@ -247,7 +319,8 @@ def forward(
             scale,
             CAPPED=cap is not None,
             DV=DV,
-            SPLITS=SPLITS,
+            PARTS=count,
+            BLOCK_PARTS=triton.next_power_of_2(count),
             BLOCK_DV=tiles["BLOCK_DV"],
         )
     return out, lse

@@ -1,6 +1,6 @@
 """What a decoder layer does between its matrix products: a program for each row of tokens, or for each head of one.
 
-Every intermediate is rounded to the tensors' dtype where transformers' modules round it.
+Every intermediate is rounded where transformers' modules round it: to the dtype of the operands, the wider one of two.
 """
 
 import torch
@@ -25,13 +25,16 @@ def load_wide(p, mask):
 
 
 @triton.jit
-def scaled(x, inverse, weight, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
-    """The end of an RMSNorm."""
+def scaled(x, inverse, weight, at, inside, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    """The end of an RMSNorm of `dtype`."""
+    w = load_wide(weight + at, inside)
     if UNIT_OFFSET:
-        y = x * inverse * (1 + weight)
+        y = rounded(x * inverse * (1 + w), dtype)
+    elif weight.dtype.element_ty == tl.float32:
+        y = rounded(x * inverse, dtype) * w
     else:
-        y = rounded(x * inverse, dtype) * weight
-    return rounded(y, dtype)
+        y = rounded(rounded(x * inverse, dtype) * w, dtype)
+    return y
 
 
 @triton.jit
@@ -49,13 +52,13 @@ def norm_kernel(
     row = tl.program_id(0).to(tl.int64) * H
     h = tl.arange(0, BLOCK_H)
     inside = h < H
-    dtype: tl.constexpr = x.dtype.element_ty
+    dtype: tl.constexpr = residual_out.dtype.element_ty
     y = load_wide(x + row + h, inside)
     if residual is not None:
         y = rounded(y + load_wide(residual + row + h, inside), dtype)
     tl.store(residual_out + row + h, y, mask=inside)
     inverse = tl.rsqrt(tl.sum(y * y, 0) / H + eps)
-    tl.store(out + row + h, scaled(y, inverse, load_wide(weight + h, inside), dtype, UNIT_OFFSET), mask=inside)
+    tl.store(out + row + h, scaled(y, inverse, weight, h, inside, dtype, UNIT_OFFSET), mask=inside)
 
 
 @triton.jit
@@ -70,11 +73,13 @@ def turned(
     y, z = load_wide(x + d, inside), load_wide(x + partner, turns)
     if weight is not None:
         inverse = tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-        y = scaled(y, inverse, load_wide(weight + d, inside), dtype, UNIT_OFFSET)
-        z = scaled(z, inverse, load_wide(weight + partner, turns), dtype, UNIT_OFFSET)
+        y = scaled(y, inverse, weight, d, inside, dtype, UNIT_OFFSET)
+        z = scaled(z, inverse, weight, partner, turns, dtype, UNIT_OFFSET)
     z = tl.where(first, -z, z)
-    rotated = rounded(y * load_wide(cos + d, turns), dtype) + rounded(z * load_wide(sin + d, turns), dtype)
-    return tl.where(turns, rotated, y)
+    a, b = y * load_wide(cos + d, turns), z * load_wide(sin + d, turns)
+    if cos.dtype.element_ty == dtype:
+        a, b = rounded(a, dtype), rounded(b, dtype)
+    return tl.where(turns, a + b, y)
 
 
 @triton.jit(do_not_specialize=["limit"], do_not_specialize_on_alignment=["slots"])

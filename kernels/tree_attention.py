@@ -14,8 +14,8 @@ from flashpo.kernels.tree_tiles import lists, visible
 
 # head dimension -> (queries, keys, stages, warps), best first
 TILES_16_BIT = {
-    64: ((128, 128, 3, 8), (128, 64, 3, 4), (64, 64, 2, 4)),
-    128: ((128, 128, 2, 8), (128, 64, 2, 8), (64, 64, 2, 4), (64, 32, 2, 4)),
+    64: ((64, 64, 3, 4), (64, 64, 2, 4)),
+    128: ((64, 64, 3, 4), (64, 64, 2, 4), (64, 32, 2, 4)),
     256: ((128, 64, 2, 8), (64, 64, 2, 8), (64, 32, 2, 4), (32, 32, 1, 4)),
 }
 TILES_32_BIT = {  # without tensor cores, bound by registers

@@ -15,10 +15,15 @@ from flashpo.kernels.tree_tiles import lists, visible
 from flashpo.ops import _masked_attention as masked
 
 # head dimension -> (tokens of a program, tokens of a step, stages, warps), best first
-TILES_16_BIT = {
-    64: ((128, 64, 3, 8), (64, 64, 2, 4), (64, 32, 1, 4)),
-    128: ((128, 64, 2, 8), (64, 64, 2, 8), (64, 32, 2, 4), (64, 32, 1, 4)),
-    256: ((64, 32, 2, 8), (32, 32, 2, 4), (32, 16, 1, 4)),
+KEYS_16_BIT = {  # two sums of gradients in registers leave room for short steps only
+    64: ((64, 64, 3, 4), (64, 64, 2, 4), (64, 32, 1, 4)),
+    128: ((64, 32, 2, 4), (64, 32, 1, 4)),
+    256: ((32, 32, 2, 4), (32, 16, 1, 4)),
+}
+QUERIES_16_BIT = {
+    64: ((64, 64, 2, 4), (64, 32, 1, 4)),
+    128: ((64, 64, 2, 4), (64, 32, 2, 4), (64, 32, 1, 4)),
+    256: ((64, 16, 2, 4), (32, 16, 1, 4)),
 }
 TILES_32_BIT = {
     64: ((32, 32, 2, 4), (32, 16, 1, 4)),
@@ -27,14 +32,17 @@ TILES_32_BIT = {
 }
 
 
-def tile(dtype: torch.dtype, dim: int, shared_memory: int) -> tuple[int, int, int, int]:
-    """The best tile that fits with its own operands, two operands in stages, the probabilities and their gradient."""
-    table = TILES_32_BIT if dtype == torch.float32 else TILES_16_BIT
+def tile(
+    table: dict[int, tuple[tuple[int, int, int, int], ...]], dtype: torch.dtype, dim: int, shared_memory: int
+) -> tuple[int, int, dict[str, int]]:
+    """(tokens of a program, of a step, options of the launch): the best tile of the 16 bit `table`, or of fp32's, that
+    fits with its own operands, two operands in stages, the probabilities and their gradient."""
+    table = TILES_32_BIT if dtype == torch.float32 else table
     operands = 2 if shared_memory > 200 * 1024 else 1  # before Hopper, tensor cores take one of them from registers
     for own, step, stages, warps in table[max(dim, 64)]:
         elements = (operands * own + 2 * stages * step) * dim + 2 * own * step
         if elements * dtype.itemsize <= shared_memory - 1024:
-            return own, step, stages, warps
+            return own, step, {"num_stages": stages, "num_warps": warps}
     raise ValueError(f"no tile of heads of {dim} {dtype} fits in {shared_memory} bytes of shared memory")
 
 
@@ -112,8 +120,14 @@ def keys_step(
         seen = visible(i[None, :], j[:, None], end_j[:, None], position_i[None, :], position_j[:, None], window)
     dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
     p, ds = gradient(s, dp, lse_i[None, :], delta_i[None, :], slope, seen)
-    dv = tl.dot(p.to(upstream.dtype), upstream, dv, input_precision="ieee")
-    dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
+    if (
+        queries.dtype == tl.float32
+    ):  # a tile's sum first: one by one, a prompt's thousands of queries would add up worse
+        dv += tl.dot(p, upstream, input_precision="ieee")
+        dk += tl.dot(ds, queries, input_precision="ieee")
+    else:
+        dv = tl.dot(p.to(upstream.dtype), upstream, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -313,21 +327,44 @@ def backward(
     end, position, out, lse = (x.contiguous() for x in (end, position, out, lse))
     heads_of = {"D": dim, "DV": v_dim, "BLOCK_D": block_dim(dim), "BLOCK_DV": block_dim(v_dim)}
     widest = max(heads_of["BLOCK_D"], heads_of["BLOCK_DV"])
-    own, step, stages, warps = tile(q.dtype, widest, shared_memory(q.device))
+    limit = shared_memory(q.device)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *d_out.stride()[:2])
     options = scale, window or None, softcap or None
-    shared = heads_of | {"REPEAT": heads // kv_heads, "num_stages": stages, "num_warps": warps}
+    heads_of["REPEAT"] = heads // kv_heads
     with torch.cuda.device_of(q):
         delta_kernel[(triton.cdiv(N * heads, 32),)](
             out, d_out, delta, N * heads, heads, *d_out.stride()[:2], DV=v_dim, BLOCK=32, BLOCK_DV=heads_of["BLOCK_DV"]
         )
         inputs = q, k, v, end, position, lse, delta, d_out
+        own, step, launch = tile(KEYS_16_BIT, q.dtype, widest, limit)
         table = lists(end, position, window or None, own, step, rows_are_keys=True)
         keys_kernel[(len(table[0]), kv_heads)](
-            *inputs, *table, dk, dv, N, table[0].shape[1], *strides, *options, BLOCK_K=own, BLOCK_Q=step, **shared
+            *inputs,
+            *table,
+            dk,
+            dv,
+            N,
+            table[0].shape[1],
+            *strides,
+            *options,
+            BLOCK_K=own,
+            BLOCK_Q=step,
+            **heads_of,
+            **launch,
         )
+        own, step, launch = tile(QUERIES_16_BIT, q.dtype, widest, limit)
         table = lists(end, position, window or None, own, step, rows_are_keys=False)
         queries_kernel[(len(table[0]), heads)](
-            *inputs, *table, dq, N, table[0].shape[1], *strides, *options, BLOCK_Q=own, BLOCK_K=step, **shared
+            *inputs,
+            *table,
+            dq,
+            N,
+            table[0].shape[1],
+            *strides,
+            *options,
+            BLOCK_Q=own,
+            BLOCK_K=step,
+            **heads_of,
+            **launch,
         )
     return dq, dk, dv, masked.sink_gradient(sinks, lse, delta)

@@ -32,6 +32,34 @@ def test_norm(backend, dtype, rows, features, unit_offset, poisoned):
             assert_as_accurate(out, norm.double()(wanted.double()), norm.to(dtype)(wanted))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast(backend, dtype):
+    """Products in 16 bit, all else in fp32: bit for bit what transformers' modules give, rounded where a product is."""
+    if reason := flashpo._op.why_unavailable(backend, "cpu"):
+        pytest.skip(reason)
+    rows, heads, features = 5, 3, 32
+    norm, of_head = LlamaRMSNorm(heads * features), LlamaRMSNorm(features)
+    for module in (norm, of_head):
+        torch.nn.init.normal_(module.weight)
+    x, q, k, v = torch.randn(4, rows, heads * features).to(dtype)
+    residual, (cos, sin) = torch.randn(rows, heads * features), turns(rows, features, torch.float32)
+    caches = torch.zeros(1, heads, features, 64, dtype=dtype), torch.zeros(1, heads, 64, features, dtype=dtype)
+    with torch.no_grad():
+        expected = norm(x + residual).to(dtype)
+        turned = (of_head(y.unflatten(1, (heads, features)))[:, :, None] for y in (q, k))
+        turned = [y[:, :, 0].to(dtype) for y in apply_rotary_pos_emb(*turned, cos[:, None], sin[:, None])]
+        with flashpo.backend(backend):
+            out, total = add_rms_norm(x, residual, norm.weight, eps=norm.variance_epsilon)
+            weights = dict(q_weight=of_head.weight, k_weight=of_head.weight, eps=of_head.variance_epsilon)
+            query = rope_append(q, k, v, cos, sin, *caches, torch.arange(rows), **weights)
+    assert torch.equal(total, x + residual)
+    assert out.dtype == query.dtype == dtype
+    for ours, theirs in ((out, expected), (query, turned[0]), (caches[0][0, :, :, :rows].permute(2, 0, 1), turned[1])):
+        torch.testing.assert_close(ours, theirs, rtol=torch.finfo(dtype).eps, atol=0)  # an fp32 sum in another order
+    assert torch.equal(caches[1][0, :, :rows].transpose(0, 1), v.unflatten(1, (heads, features)))
+
+
 def turns(rows, features, dtype):
     angles = torch.rand(rows, features // 2) * 100
     angles = torch.cat([angles, angles], 1)
@@ -103,6 +131,8 @@ def test_errors():
         add_rms_norm(x, x[:1], weight, eps=1e-5)
     with pytest.raises(ValueError, match="weight must be"):
         add_rms_norm(x, x, weight.bfloat16(), eps=1e-5)
+    with pytest.raises(ValueError, match="residual must be"):
+        add_rms_norm(x.half(), x.bfloat16(), weight, eps=1e-5)
     with pytest.raises(ValueError, match="up must be"):
         gated_activation(x, x[:, :5])
     with pytest.raises(ValueError, match="activation must be one of"):

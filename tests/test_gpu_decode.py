@@ -110,37 +110,39 @@ def test_bad_tables_give_nan():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(("unit_offset", "under_autocast"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(("heads", "kv_heads", "features", "turned"), [(16, 8, 128, 128), (3, 1, 80, 32)])
-def test_pieces_of_a_layer(dtype, unit_offset, heads, kv_heads, features, turned):
+def test_pieces_of_a_layer(dtype, unit_offset, under_autocast, heads, kv_heads, features, turned):
     """Against the reference on the CPU, in the same dtype and in float64."""
     rows, hidden = 9, heads * features
+    wide = torch.float32 if under_autocast else dtype  # of what is no matrix product
     qkv, x, residual = torch.randn(rows, (heads + 2 * kv_heads) * features), *torch.randn(2, rows, hidden)
     weight, of_head, gate = torch.randn(hidden), torch.randn(features), 4 * torch.randn(rows, 2 * 1500)
     angles = torch.rand(rows, turned // 2).mul(100).repeat(1, 2)
     slot = torch.tensor([3, 70, -1, 64, 0, 191, 100, 130, 5])
 
-    def pieces(device, wide):
-        def here(x):
-            return x.to(dtype).to(device, wide)
+    def pieces(device, exact=None):
+        def here(x, rounded=dtype):
+            return x.to(rounded).to(device, exact or rounded)
 
         caches = [
-            torch.zeros(3, kv_heads, *tile, dtype=wide, device=device) for tile in ((features, 64), (64, features))
+            torch.zeros(3, kv_heads, *tile, dtype=exact or dtype, device=device)
+            for tile in ((features, 64), (64, features))
         ]
         parts = here(qkv).split([heads * features, kv_heads * features, kv_heads * features], 1)
         norm = {"eps": 1e-6, "unit_offset": unit_offset}
-        weights = {"q_weight": here(of_head), "k_weight": here(of_head)}
-        turn = here(angles.cos()), here(angles.sin())
+        weights = {"q_weight": here(of_head, wide), "k_weight": here(of_head, wide)}
+        turn = here(angles.cos(), wide), here(angles.sin(), wide)
         results = [
-            *add_rms_norm(here(x), here(residual), here(weight), **norm),
+            *add_rms_norm(here(x), here(residual, wide), here(weight, wide), **norm),
             rope_append(*parts, *turn, *caches, slot.to(device), **weights, **norm),
             *caches,
             *(gated_activation(*here(gate).chunk(2, 1), activation=name) for name in ("silu", "gelu_tanh")),
         ]
         return [x.cpu() for x in results]
 
-    ours = pieces("cuda", dtype)
+    ours = pieces("cuda")
     with flashpo.backend("torch"):
-        exact, plain = pieces("cpu", torch.float64), pieces("cpu", dtype)
+        exact, plain = pieces("cpu", torch.float64), pieces("cpu")
     for results in zip(ours, exact, plain):
         assert_as_accurate(*results)

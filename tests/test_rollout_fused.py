@@ -8,6 +8,7 @@ from accuracy import assert_as_accurate
 from rollout_models import FAMILIES, forward_logprobs, model, prompts
 
 import flashpo
+from flashpo.bench.tiny_models import tiny_model
 from flashpo.ops.packed_linear import packs
 from flashpo.rollout import RolloutEngine, SamplingParams
 from flashpo.rollout.fused import FusedBackbone, fused_backbone
@@ -24,10 +25,10 @@ def calls(monkeypatch):
     return seen
 
 
-def rollouts(net, weights, monkeypatch=None):
+def rollouts(net, weights, monkeypatch=None, autocast=None):
     if monkeypatch is not None:
         monkeypatch.setattr("flashpo.rollout.engine.fused_backbone", lambda *args: None)
-    engine = RolloutEngine(net, weights=weights, fallback="error", check=False)
+    engine = RolloutEngine(net, weights=weights, fallback="error", check=False, autocast=autocast)
     return engine.generate(prompts(5, 70, 131), SamplingParams(n=3, max_new_tokens=40, temperature=TEMPERATURE))
 
 
@@ -54,16 +55,30 @@ def test_the_same_as_the_modules(weights, family, dtype, calls, monkeypatch):
         exact = torch.stack([forward_logprobs(net, *sequence, TEMPERATURE) for sequence in sequences])
         assert_as_accurate(torch.tensor(ours.logprobs), exact, torch.tensor(theirs.logprobs))
         return
+    assert_alike(ours, theirs)
+
+
+def assert_alike(ours, theirs):
+    """Up to where another token was drawn."""
     for a, b, x, y in zip(ours.logprobs, theirs.logprobs, ours.completion_ids, theirs.completion_ids):
         alike = next((i for i, (u, v) in enumerate(zip(x, y)) if u != v), len(x))
         torch.testing.assert_close(torch.tensor(a[:alike]), torch.tensor(b[:alike]), rtol=0, atol=0.1)
 
 
-def test_other_shapes_hooks_and_wider_norms_are_left_to_the_modules():
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_same_as_the_modules_under_autocast(family, calls, monkeypatch):
+    ours, theirs = (rollouts(model(family), "auto", patch, torch.bfloat16) for patch in (None, monkeypatch))
+    assert len(calls) == 1 + ours.stats.steps
+    assert_alike(ours, theirs)
+
+
+def test_other_shapes_hooks_and_routers_under_autocast_are_left_to_the_modules():
     net = model("qwen3")
     backbone = net.base_model
     assert fused_backbone(backbone, torch.float32) is not None
-    assert fused_backbone(backbone, torch.bfloat16) is None, "the residual stream is wider than the cache"
+    routed = tiny_model("qwen3_moe").base_model
+    assert fused_backbone(routed, torch.float32) is not None
+    assert fused_backbone(routed, torch.bfloat16) is None, "the residual stream is fp32"
     hook = backbone.layers[0].register_forward_hook(lambda *args: None)
     assert fused_backbone(backbone, torch.float32) is None
     hook.remove()

@@ -163,7 +163,8 @@ def test_gemm_kernels(name, dtype, full):
 def test_decode_kernels(name, dtype, rep, features, value_features, full):
     target, limit, _ = TARGETS[name]
     shape = {"heads": 8, "D": features, "DV": value_features}
-    split = {"rep": rep, "SPLITS": decode_attention.SPLITS, "SEGMENTS": decode_attention.SEGMENTS, "WINDOWED": full}
+    before, own = decode_attention.SPLITS
+    split = {"rep": rep, "BEFORE": before, "OWN": own, "SEGMENTS": decode_attention.SEGMENTS, "WINDOWED": full}
     tile = decode_attention.tile(rep, features, value_features, DTYPES[dtype].itemsize, limit)
     absent = () if full else ("softcap", "sinks")
     compiled = compile(decode_attention.split_kernel, target, dtype, absent, **shape, **split, **tile)
@@ -173,7 +174,13 @@ def test_decode_kernels(name, dtype, rep, features, value_features, full):
         assert "tf32" not in ptx  # fp32 is fp32
         assert dtype == "fp32" or "mma" in ptx
         assert "ld.global.v4.b32" in ptx or "cp.async.cg" in ptx  # 16 bytes a load
-    merge = {"DV": value_features, "SPLITS": decode_attention.SPLITS, "BLOCK_DV": tile["BLOCK_DV"], "CAPPED": full}
+    merge = {
+        "DV": value_features,
+        "PARTS": before + own,
+        "BLOCK_PARTS": 16,
+        "BLOCK_DV": tile["BLOCK_DV"],
+        "CAPPED": full,
+    }
     assert compile(decode_attention.merge_kernel, target, dtype, absent, **merge).metadata.shared <= limit
     append = {"BLOCK_D": tile["BLOCK_D"], "BLOCK_DV": tile["BLOCK_DV"]}
     compiled = compile(kv_append.append_kernel, target, dtype, num_warps=1, debug=True, **shape, **append)
@@ -251,12 +258,13 @@ def test_tree_kernels(name, dtype, dim, full):
     target, limit, instruction = TARGETS[name]
     absent = () if full else ("sinks", "window", "softcap")
     heads = {"REPEAT": 2, "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim}
-    own, step, stages, warps = tree_attention_backward.tile(DTYPES[dtype], dim, limit)
-    backward = heads | {"num_stages": stages, "num_warps": warps}
+    backward = tree_attention_backward
+    k_own, k_step, k_launch = backward.tile(backward.KEYS_16_BIT, DTYPES[dtype], dim, limit)
+    q_own, q_step, q_launch = backward.tile(backward.QUERIES_16_BIT, DTYPES[dtype], dim, limit)
     for kernel, constants in (
         (tree_attention.forward_kernel, heads | tree_attention.tile(DTYPES[dtype], dim, limit)),
-        (tree_attention_backward.keys_kernel, backward | {"BLOCK_K": own, "BLOCK_Q": step}),
-        (tree_attention_backward.queries_kernel, backward | {"BLOCK_Q": own, "BLOCK_K": step}),
+        (backward.keys_kernel, heads | k_launch | {"BLOCK_K": k_own, "BLOCK_Q": k_step}),
+        (backward.queries_kernel, heads | q_launch | {"BLOCK_Q": q_own, "BLOCK_K": q_step}),
     ):
         compiled = compile(kernel, target, dtype, absent, **constants)
         assert compiled.metadata.shared <= limit

@@ -39,7 +39,6 @@ def small_tiles(monkeypatch):
     table = {dim: ((32, 16, 1, 4),) for dim in (64, 128, 256)}
     for module in (tree_attention, tree_attention_backward):
         monkeypatch.setattr(module, "TILES_32_BIT", table)
-        monkeypatch.setattr(module, "TILES_16_BIT", table)
     monkeypatch.setattr(tree_tiles, "CHUNK", 4)
 
 

@@ -17,8 +17,8 @@ struct Values {  // the first live value of a run of tokens
   float value;
   bool found;
 };
-struct Steps {
-  float a, b;
+struct Steps {  // in fp64: a share of 0.999 that is rounded to fp32 is off by 1e-5 after a thousand tokens
+  double a, b;
 };
 __device__ Values operator+(Values x, Values later) { return x.found ? x : later; }
 __device__ Steps operator+(Steps x, Steps later) { return {x.a * later.a, x.b + x.a * later.b}; }
@@ -83,7 +83,7 @@ struct Rows {
   const int64_t* starts;  // of flat sequences; null: a row each
 };
 
-__global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, float gamma, float decay, float* advantages,
+__global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, double gamma, double decay, float* advantages,
                                                       float* returns, double* moments) {
   __shared__ Values values_of_warps[WARPS];  // between two writes of either stands the barrier of the other
   __shared__ Steps steps_of_warps[WARPS];
@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, float gamma, fl
   for (int64_t tile = (tokens - 1) / TILE * TILE; tile >= 0; tile -= TILE) {
     const int64_t begin = tile + threadIdx.x * ITEMS;
     bool live[ITEMS];
-    float r[ITEMS], v[ITEMS];
+    float v[ITEMS];
+    double r[ITEMS];
     Values mine = no_value;
     for (int i = ITEMS - 1; i >= 0; --i) {
       const int64_t t = begin + i;
@@ -122,11 +123,13 @@ __global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, float gamma, fl
       next.value = v[i];
       steps = Steps{decay, r[i]} + steps;
     }
-    float advantage = after(steps, no_step, step_after, steps_of_warps).b;
+    double advantage_after = after(steps, no_step, step_after, steps_of_warps).b;
     for (int i = ITEMS - 1; i >= 0; --i) {
       const int64_t t = begin + i;
+      float advantage = 0;
       if (live[i]) {
-        advantage = r[i] + decay * advantage;
+        advantage_after = r[i] + decay * advantage_after;
+        advantage = static_cast<float>(advantage_after);
         if (n == 0) centre = advantage;
         const double deviation = advantage - centre;
         n += 1;
@@ -134,8 +137,8 @@ __global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, float gamma, fl
         squares += deviation * deviation;
       }
       if (t < tokens) {
-        advantages[t] = live[i] ? advantage : 0;
-        returns[t] = live[i] ? advantage + v[i] : 0;
+        advantages[t] = advantage;
+        returns[t] = live[i] ? static_cast<float>(advantage_after + v[i]) : 0;
       }
     }
   }
@@ -177,8 +180,7 @@ void gae_fwd_cuda(const Tensor& rewards, const Tensor& values, const Tensor& mas
   const Rows in{rewards.data<const float>(), values.data<const float>(), mask.data<const uint8_t>(),
                 rewards.stride(0), values.stride(0), mask.stride(0), length, cu_seqlens.data<const int64_t>()};
   gae_kernel<<<sequences, THREADS, 0, reinterpret_cast<cudaStream_t>(stream)>>>(
-      in, static_cast<float>(gamma), static_cast<float>(gamma * lam), advantages.data<float>(), returns.data<float>(),
-      moments.data<double>());
+      in, gamma, gamma * lam, advantages.data<float>(), returns.data<float>(), moments.data<double>());
   cuda_check(cudaGetLastError());
 }
 

@@ -5,6 +5,7 @@ with torch's plain formula in the same dtype.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -343,8 +344,9 @@ def machine() -> list[tuple[str, str]]:
         return [*facts, ("cuda", f"no device (torch built for {built})" if built else "torch built without it")]
     facts.append(("cuda", built))
     if torch.version.cuda:
-        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-        facts.append(("driver", f"for CUDA up to {driver // 1000}.{driver % 1000 // 10}"))
+        driver = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+        facts.append(("driver", f"for CUDA up to {driver.value // 1000}.{driver.value % 1000 // 10}"))
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         facts.append((f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))

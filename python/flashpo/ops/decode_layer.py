@@ -1,6 +1,7 @@
 """What a decoder layer does between its matrix products, each in one pass: for the rows of a decode step, no gradient.
 
 The results carry the roundings of transformers' modules, so that a step gives what the trainer's forward pass gives.
+Under autocast the products are 16 bit, and all else is fp32: norms' weights, rotations, and the sum of the blocks.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import KERNEL_DTYPES, check_choice, check_device, check_float, check_that
-from flashpo.ops._wide import wide
+from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.kv_append import BLOCK, check_caches
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -23,18 +24,19 @@ def add_rms_norm(
     Args:
         x: (N, H), what the last block computed. residual: (N, H) likewise, or None for the first layer.
         weight: (H,). unit_offset: Gemma's norm, (1 + weight).
+        residual and weight have x's dtype, or are fp32, as under autocast.
 
     Returns:
-        The norm and h, (N, H) in x's dtype.
+        The norm in x's dtype, which the next product takes, and h in the wider of x's and residual's, (N, H) each.
     """
     check_float("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must be (N, H), got {tuple(x.shape)}")
     for name, other, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[1:])):
         if other is not None:
-            if other.shape != shape or other.dtype != x.dtype:
+            if other.shape != shape or other.dtype not in (x.dtype, wide_dtype(x.dtype)):
                 raise ValueError(
-                    f"{name} must be {tuple(shape)} {x.dtype} as x is, got {tuple(other.shape)} {other.dtype}"
+                    f"{name} must be {tuple(shape)} {x.dtype} as x is, or fp32, got {tuple(other.shape)} {other.dtype}"
                 )
             check_device(name, other, "x", x)
     return add_rms_norm_fwd(x, residual, weight, float(eps), unit_offset)
@@ -45,7 +47,7 @@ def add_rms_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool
 ) -> tuple[Tensor, Tensor]:
     total = x.clone() if residual is None else x + residual
-    return _rms_norm(total, weight, eps, unit_offset), total
+    return _rms_norm(total, weight, eps, unit_offset).to(x.dtype), total
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
@@ -56,15 +58,19 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tenso
 
 @add_rms_norm_fwd.fake
 def _(x, residual, weight, eps, unit_offset):
-    return torch.empty_like(x), torch.empty_like(x)
+    return _like(x, residual)
+
+
+def _like(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=(x if residual is None else residual).dtype)
 
 
 @add_rms_norm_fwd.backend("native")  # csrc/cpu/decode_layer.cpp
 def _(x, residual, weight, eps, unit_offset):
-    if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES:
+    if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES or _mixed(x, residual, weight):
         return NotImplemented
     x, residual, weight = (None if t is None else t.contiguous() for t in (x, residual, weight))
-    out, total = torch.empty_like(x), torch.empty_like(x)
+    out, total = _like(x, residual)
     native.add_rms_norm(x, residual, weight, eps, unit_offset, out, total, torch.get_num_threads())
     return out, total
 
@@ -76,9 +82,14 @@ def _(x, residual, weight, eps, unit_offset):
     if x.dtype not in KERNEL_DTYPES or x.shape[1] > kernels.LONGEST:
         return NotImplemented
     x, residual, weight = (None if t is None else t.contiguous() for t in (x, residual, weight))
-    out, total = torch.empty_like(x), torch.empty_like(x)
+    out, total = _like(x, residual)
     kernels.add_rms_norm(x, residual, weight, eps, unit_offset, out, total)
     return out, total
+
+
+def _mixed(x: Tensor, *others: Tensor | None) -> bool:
+    """As under autocast, which the C++ kernels have no code for."""
+    return any(other is not None and other.dtype != x.dtype for other in others)
 
 
 def rope_append(
@@ -103,12 +114,13 @@ def rope_append(
 
     Args:
         q: (N, Hq D), k, v: (N, Hkv D); rows may be strided, as parts of one product are.
-        cos, sin: (N, R) in q's dtype, R <= D, even: both halves alike, as transformers' rotary embeddings give them.
+        cos, sin: (N, R), R <= D, even: both halves alike, as transformers' rotary embeddings give them.
         k_cache: (blocks, Hkv, D, 64), v_cache: (blocks, Hkv, 64, D), written at slot (N,) int64 as by `kv_append`.
         q_weight, k_weight: (D,); both or none. eps, unit_offset: of their norm.
+        cos, sin and the weights have q's dtype, or are fp32, as under autocast.
 
     Returns:
-        (N, Hq, D).
+        (N, Hq, D) in q's dtype.
     """
     check_caches(k_cache, v_cache)
     check_float("q", q)
@@ -130,7 +142,8 @@ def rope_append(
     for name, x, shape in wanted:
         if x is None:
             continue
-        if x.shape != shape or x.dtype != q.dtype:
+        widest = q.dtype if name in ("k", "v") else wide_dtype(q.dtype)
+        if x.shape != shape or x.dtype not in (q.dtype, widest):
             raise ValueError(f"{name} must be {tuple(shape)} {q.dtype}, got {tuple(x.shape)} {x.dtype}")
         check_device(name, x, "q", q)
     if slot.dtype != torch.int64 or slot.shape != (rows,):
@@ -159,9 +172,9 @@ def rope_append_(
         q, k = _rms_norm(q, q_weight, eps, unit_offset), _rms_norm(k, k_weight, eps, unit_offset)
     live = slot >= 0
     block, offset = slot[live] // BLOCK, slot[live] % BLOCK
-    k_cache[block, :, :, offset] = _rotate(k, cos, sin)[live]
+    k_cache[block, :, :, offset] = _rotate(k, cos, sin)[live].to(k_cache.dtype)
     v_cache[block, :, offset] = v[live]
-    return _rotate(q, cos, sin)
+    return _rotate(q, cos, sin).to(v.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -178,7 +191,7 @@ def _(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache,
 
 @rope_append_.backend("native")  # csrc/cpu/decode_layer.cpp
 def _(q, *rest):
-    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES or _mixed(q, *rest[2:6]):
         return NotImplemented
     arguments, out = _laid_out(q, *rest)
     native.rope_append(*arguments, out, torch.get_num_threads())

@@ -57,9 +57,13 @@ def tree_attention(
     if scale is None:
         scale = q.shape[2] ** -0.5
     check_positive("scale", scale)
-    inputs = (q, k, v, sinks)
-    args = (*inputs, end, position, float(scale), window, float(softcap))
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    return attend(q, k, v, sinks, end, position, float(scale), window, float(softcap))
+
+
+def attend(q, k, v, sinks, end, position, scale: float, window: int, softcap: float) -> Tensor:
+    """tree_attention of a tree that we have made ourselves: without the checks, which on a GPU are seven launches."""
+    args = q, k, v, sinks, end, position, scale, window, softcap
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:4]):
         return TreeAttention.apply(*args)
     return tree_attention_fwd(*args)[0]
 

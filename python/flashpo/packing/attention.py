@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from flashpo.ops.tree_attention import tree_attention
+from flashpo.ops.tree_attention import attend
 
 PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
 EAGER: dict[type[nn.Module], Callable] = {}  # each module class's own: no registry has these
@@ -62,12 +62,12 @@ def _register(original: str) -> str:
 
 
 def _attention(original: str) -> Callable:
-    attend = None if original == "eager" else AttentionInterface()[original]
+    usual = None if original == "eager" else AttentionInterface()[original]
 
     def attention(module: nn.Module, query, key, value, attention_mask, **options):
         if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.int32:
             return _attend_tree(module, query, key, value, attention_mask, **options), None
-        implementation = EAGER[type(module)] if attend is None else attend
+        implementation = EAGER[type(module)] if usual is None else usual
         return implementation(module, query, key, value, attention_mask, **options)
 
     return attention
@@ -100,8 +100,8 @@ def _attend_tree(
     if torch.is_autocast_enabled(device):  # which knows torch's attention, not ours; rotary embeddings have made fp32
         dtype = torch.get_autocast_dtype(device)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    scale, window = None if scaling is None else float(scaling), _window(module, options)
-    return tree_attention(q, k, v, end, position, scale=scale, window=window, softcap=softcap or 0.0, sinks=s_aux)[None]
+    scale = float(q.shape[2] ** -0.5 if scaling is None else scaling)
+    return attend(q, k, v, s_aux, end, position, scale, _window(module, options), float(softcap or 0.0))[None]
 
 
 def _window(module: Any, options: dict) -> int:

@@ -17,7 +17,7 @@ def worst_difference(model: nn.Module, tokens: int = 12) -> float:
     """
     lm = CausalLM.of(model)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.base.config.get_text_config().vocab_size, (3, tokens), generator=generator)
+    ids = torch.randint(lm.base.config.get_text_config().vocab_size, (3, tokens), generator=generator, device="cpu")
     ids[1, : tokens // 2], ids[2, : tokens // 4] = ids[0, : tokens // 2], ids[0, : tokens // 4]
     ids = ids.to(next(lm.base.parameters()).device)
     training = [module for module in model.modules() if module.training]

@@ -48,6 +48,11 @@ class KVCache:
         """key (N, Hkv, D), value (N, Hkv, Dv) go to the places `slot` (N,); negative ones are skipped."""
         kv_append(key, value, self.keys[layer], self.values[layer], slot)
 
+    def gather(self, layer: int, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (N, Hkv, D) and values (N, Hkv, Dv) from the places `slot` (N,)."""
+        block, offset = slot // BLOCK, slot % BLOCK
+        return self.keys[layer][block, :, :, offset], self.values[layer][block, :, offset]
+
     def read(self, layer: int, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
         """Keys (1, Hkv, T, D) and values (1, Hkv, T, Dv) of the runs' T tokens."""
         keys, values = [], []

@@ -142,10 +142,13 @@ def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | N
     bypassed = [backbone, *layers, *(getattr(layer, name) for layer in layers for name in PIECES)]
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in bypassed):
         return None
-    norms = [m for m in backbone.modules() if type(m).__name__.endswith("RMSNorm")]
-    if any(m.weight.dtype != dtype for m in norms):  # under autocast the residual stream is wider than the products
-        return None
-    return FusedBackbone(backbone)
+    fused = FusedBackbone(backbone)
+    dtypes = {m.weight.dtype for m in backbone.modules() if type(m).__name__.endswith("RMSNorm")}
+    if dtypes == {dtype}:
+        return fused
+    # Under autocast the residual stream is fp32, and so is what a router sees: our norms give what products take.
+    plain = all(layer.activation is not None for part in fused.parts for layer in part.layers)
+    return fused if dtypes == {torch.float32} and plain else None
 
 
 def _eps(norm: Any) -> float:

@@ -53,7 +53,8 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
     base = CausalLM.of(model).base
     twin = _twin(base)
     if twin is not None:
-        reason = _difference(twin, roll, None)
+        with torch.device("cpu"):  # where it is, whatever the caller's default
+            reason = _difference(twin, roll, None)
         if reason is not None:
             return f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
     return _difference(model, roll, autocast)
@@ -76,7 +77,9 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> s
     if room <= SAMPLED.max_new_tokens:
         return None  # too little to say anything
     lengths = [int(min(n, room)) for n in PROMPTS]
-    first, second, third = (torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths)
+    first, second, third = (
+        torch.randint(0, vocabulary, (n,), generator=generator, device="cpu").tolist() for n in lengths
+    )
     try:
         rollouts = roll(model, [first, first[:BLOCK] + second[BLOCK:], third], SAMPLED)
     except (RuntimeError, ValueError, TypeError) as error:  # of the model's own code
@@ -87,7 +90,7 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> s
         with _evaluating(model, autocast):
             finite = _logprobs(model, [first])[0].isfinite().all()
         return "its log-probs are not finite" if finite else None
-    rolled = torch.tensor(rollouts.logprobs).double()
+    rolled = torch.tensor(rollouts.logprobs, device="cpu").double()
     sequences = [p + c for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids)]
     with _evaluating(model, autocast):
         rows = [_logprobs(model, [sequence]) for sequence in sequences]

@@ -1,4 +1,8 @@
-"""Prompts into the cache: one packed forward over pieces of several nodes, each behind its own past."""
+"""Prompts into the cache: one packed forward over pieces of several nodes, each behind its own past.
+
+Pieces whose whole past is in the same forward are a token tree, which one call of tree_attention answers. A piece
+behind tokens that earlier forwards have cached attends by itself to what it reads back.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -10,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo.ops.tree_attention import attend
 from flashpo.rollout.cache import KVCache, Run
 from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import States
@@ -72,11 +77,20 @@ class Packed:
         def joined(values) -> Tensor:
             return torch.tensor(list(itertools.chain.from_iterable(values)), device=cache.device)
 
-        self.cache, self.pieces, self.visited = cache, pieces, set[int]()
+        self.cache, self.visited = cache, set[int]()
         self.ends = list(itertools.accumulate(len(piece.tokens) for piece in pieces))
         self.token = joined(piece.tokens for piece in pieces)
         self.position = joined(piece.positions for piece in pieces)
         self.slot = joined(piece.slots for piece in pieces)
+        self.spans: list[tuple[slice, Piece | Tensor]] = []  # a piece by itself, or the `end` of a tree's tokens
+        for within, group in itertools.groupby(zip(visible_until(pieces), pieces, self.ends), lambda x: x[0] > 0):
+            untils, members, ends = zip(*group)
+            begins = [end - len(piece.tokens) for end, piece in zip(ends, members)]
+            if within:
+                behind = joined([u - begins[0]] * len(p.tokens) for u, p in zip(untils, members)).int()
+                self.spans.append((slice(begins[0], ends[-1]), behind))
+            else:
+                self.spans += [(slice(*span), piece) for *span, piece in zip(begins, ends, members)]
 
     def attend(self, layer, query, key, value, scale, softcap, sinks):
         if query.shape[2] != key.shape[2] or key.shape[2] != self.ends[-1]:
@@ -91,12 +105,37 @@ class Packed:
         """query (T, Hq, D), the tokens' own keys and values being in the cache -> (T, Hq, Dv)."""
         self.visited.add(layer)
         window = self.cache.layers[layer].window
-        query, out = query.transpose(0, 1)[None], []
-        for piece, end in zip(self.pieces, self.ends):
-            q = query[:, :, end - len(piece.tokens) : end]
-            k, v = self.cache.read(layer, piece.runs)
-            out.append(causal_attention(q, k, v, scale, window, softcap, sinks)[0].transpose(0, 1))
-        return torch.cat(out)
+        out = []
+        for span, of in self.spans:
+            q = query[span]
+            if isinstance(of, Tensor):
+                k, v = self.cache.gather(layer, self.slot[span])
+                out.append(attend(q, k, v, sinks, of, self.position[span].int(), scale, window, softcap))
+            else:
+                k, v = self.cache.read(layer, of.runs)
+                q = q.transpose(0, 1)[None]
+                out.append(causal_attention(q, k, v, scale, window, softcap, sinks)[0].transpose(0, 1))
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def visible_until(pieces: Sequence[Piece]) -> list[int]:
+    """Of each piece, the end of the tokens that may see it, among those of all pieces; 0: its past is not with them.
+
+    Pieces whose pasts are come depth first: each behind its parent, or behind what else stands behind that.
+    """
+    until, path = [0] * len(pieces), list[tuple[int, Run]]()  # the open branch: pieces with all of their tokens here
+    at = 0
+    for i, piece in enumerate(pieces):
+        *above, own = piece.runs
+        while path and [run for _, run in path] != above:
+            until[path.pop()[0]] = at
+        at += len(piece.tokens)
+        if len(path) == len(above) and own.length == len(piece.tokens):
+            until[i] = at
+            path.append((i, own))
+    for i, _ in path:
+        until[i] = at
+    return until
 
 
 def causal_attention(

@@ -160,7 +160,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             rewards,
             group,
             scale=self.scale_rewards,
-            reward_weights=self.reward_weights.to(rewards.device),
+            reward_weights=self.reward_weights.tolist(),
             aggregation=self.multi_objective_aggregation,
         )
         if self.scale_rewards != "batch" and self.multi_objective_aggregation == "sum_then_normalize":

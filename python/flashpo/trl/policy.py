@@ -206,8 +206,8 @@ class PolicyTrainer(Accelerated, Base):
 
         def generate(rows: list[dict]) -> tuple[dict, Tensor]:
             batch, rewards, group = self._generate_batch(rows)
-            weights = self.reward_weights.to(rewards.device)
-            return batch, group_advantages(rewards, group, reward_weights=weights).degenerate
+            weighted = group_advantages(rewards, group, reward_weights=self.reward_weights.tolist())
+            return batch, weighted.degenerate
 
         return replace_degenerate(self, *generate(inputs), generate)
 
