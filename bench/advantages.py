@@ -3,6 +3,7 @@
 import importlib.util
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -78,4 +79,4 @@ def table(device: Device, groups: int, size: int | None, with_peers: bool) -> It
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     for title, (groups, size) in list(SHAPES.items())[: 1 if quick else None]:
-        yield f"group_advantages {title}", list(table(device, groups, size, with_peers))
+        yield f"group_advantages {title}", partial(table, device, groups, size, with_peers)

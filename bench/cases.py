@@ -1,4 +1,4 @@
-"""The suites of `flashpo bench`: each yields (title, records) of its tables."""
+"""The suites of `flashpo bench`: each yields the titles of its tables and what makes them."""
 
 import importlib
 

@@ -5,6 +5,7 @@ rows stand still at one length, so that each call does the same.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -107,5 +108,5 @@ def records(device: Device, case: Case) -> Iterator[dict]:
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     for case in CASES[device.name][: 1 if quick else None]:
         torch.manual_seed(0)
-        yield case.title, list(records(device, case))
+        yield case.title, partial(records, device, case)
         device.collect()

@@ -1,5 +1,7 @@
 """decode_attention of a step: against torch's attention over every row's whole context, and a read of the cache."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -87,4 +89,4 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
             groups, rows, query_heads, heads, features, prompt, own, layers = shape
             title = f"decode_attention {groups}x{rows} rows, {query_heads}/{heads} heads of {features}, "
             title += f"{prompt} shared and {own} own tokens, {layers} layers, {dtype_name(dtype)}"
-            yield title, records(device, shape, dtype)
+            yield title, partial(records, device, shape, dtype)

@@ -14,7 +14,7 @@ OVER_COMPLETIONS = {"cpu": (512, (2, 4, 8, 16, 32)), "cuda": (2048, (2, 4, 8, 16
 OVER_PROMPTS = {"cpu": (4, (128, 256, 512, 1024, 2048, 4096)), "cuda": (8, (512, 1024, 2048, 4096, 8192))}
 
 
-def record(device: Device, workload: Workload, model) -> dict:
+def record(device: Device, model, workload: Workload) -> dict:
     samples = Samples(workload, model.config.vocab_size, device.name)
     ways = {"ours": partial(samples.train, samples.packed, model), "trl": partial(samples.train, samples.padded, model)}
     seconds = compare(device, ways, budget=0.0, rounds=3)
@@ -38,7 +38,7 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
         (f"completions of a prompt of {prompt} tokens", over_sizes),
         (f"the prompt's length with {size} completions", over_prompts),
     ):
-        yield f"{TITLE} {what}", [record(device, w, model) for w in workloads[: 2 if quick else None]]
+        yield f"{TITLE} {what}", partial(map, partial(record, device, model), workloads[: 2 if quick else None])
 
 
 def draw(axes, records: list[dict]) -> None:

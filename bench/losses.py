@@ -87,4 +87,4 @@ def table(device: Device, title: str, with_peers: bool) -> list[dict]:
 def policy_loss_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     for title in list(SPECS)[: 1 if quick else None]:
         shape = "B={} T={}".format(*SHAPES[device.name])
-        yield f"policy_loss {title} {shape} forward and backward", table(device, title, with_peers)
+        yield f"policy_loss {title} {shape} forward and backward", functools.partial(table, device, title, with_peers)

@@ -5,6 +5,7 @@ a wider dtype: an engine cannot be nearer than that, and needs not be.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,5 +60,5 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     shape = "tiny" if quick else USUAL[device.name]
     for dtype in (torch.float32, torch.bfloat16):
         title = f"mismatch of log-probs, {shape} {dtype_name(dtype)}"
-        yield title, records(device, dtype, shape)
+        yield title, partial(records, device, dtype, shape)
         device.collect()

@@ -143,9 +143,17 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     model = make_model(device)
     workloads = WORKLOADS[device.name][: 1 if quick else None]
     for workload in workloads:
-        yield f"training pass, {workload.title}", table(device, workload, model, with_peers)
+        yield f"training pass, {workload.title}", partial(table, device, workload, model, with_peers)
     if device.cuda and with_peers and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        yield (
+            f"training pass, {workloads[0].title}, with Liger's layers",
+            partial(ligers_layers, device, workloads[0], model),
+        )
 
-        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)  # as TRL's use_liger_kernel does
-        yield f"training pass, {workloads[0].title}, with Liger's layers", table(device, workloads[0], model, True)
+
+def ligers_layers(device: Device, workload: Workload, model) -> list[dict]:
+    """As TRL's use_liger_kernel has them; the model keeps them."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)
+    return table(device, workload, model, with_peers=True)

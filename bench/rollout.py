@@ -6,6 +6,7 @@ and every distinct key and value read once a step at the rate of a copy, both me
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -141,5 +142,5 @@ def long_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
 def tables_of(cases: list[Case], device: Device, with_peers: bool, quick: bool) -> Tables:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for case in cases[: 1 if quick else None]:
-        yield case.title, list(records(device, case, with_peers))
+        yield case.title, partial(records, device, case, with_peers)
         device.collect()

@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flashpo bench", description=__doc__)
     parser.add_argument("op", nargs="?", choices=tuple(cases.SUITES), help="one suite; default: all")
     parser.add_argument("--peers", action="store_true", help="TRL, Liger, CCE ... too, where a suite knows them")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the tables whose titles contain it")
     parser.add_argument("--quick", action="store_true", help="the smallest shape only, of suites with several")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     plots = {"nargs": "?", "type": pathlib.Path, "const": pathlib.Path("out/bench"), "metavar": "FOLDER"}
@@ -99,9 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{document['machine']}, {document['threads']} threads, {document['isa']}, torch {document['torch']}")
     try:
         with stoppable():
-            for title, records in cases.run(Device(args.device), args.op, args.peers, args.quick):
-                tables[title] = records
-                show(title, records)
+            for title, measure in cases.run(Device(args.device), args.op, args.peers, args.quick):
+                if args.only in title:
+                    tables[title] = records = list(measure())
+                    show(title, records)
     finally:  # also of what came before a failure or the end of one's patience
         document["backends"] = flashpo.stats()
         write(document, args.out)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -88,4 +89,4 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     for shape in SHAPES[: 1 if quick else None]:
         for dtype in (torch.float32, torch.bfloat16):
             title = f"sample B={shape[0]} V={shape[1]} {str(dtype)[6:]}"
-            yield title, list(records(device, shape, dtype, with_peers))
+            yield title, partial(records, device, shape, dtype, with_peers)

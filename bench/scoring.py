@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -149,14 +150,14 @@ def linear_logprob_tables(device: Device, with_peers: bool, quick: bool) -> Tabl
     for shape in HEAD_SHAPES[device.name][: 1 if quick else None]:
         for dtype in HEAD_DTYPES[device.name]:
             title = f"linear_logprob N={shape[0]} H={shape[1]} V={shape[2]} {str(dtype)[6:]}"
-            yield title, list(head(device, shape, dtype, with_peers))
+            yield title, partial(head, device, shape, dtype, with_peers)
 
 
 def selective_log_softmax_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
     for dtype in DTYPES:
         title = "selective_log_softmax N={} V={} {}".format(*LOGITS_SHAPES[device.name], str(dtype)[6:])
-        yield title, list(logits(device, dtype, with_peers))
+        yield title, partial(logits, device, dtype, with_peers)
 
 
 def overhead_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
-    yield "overhead of a call", list(overhead(device))
+    yield "overhead of a call", partial(overhead, device)

@@ -4,12 +4,12 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 Function = Callable[[], object]
-Tables = Iterator[tuple[str, list[dict]]]  # of (title, records)
+Tables = Iterator[tuple[str, Callable[[], Iterable[dict]]]]  # of titles, and what measures and gives the records
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -5,6 +5,7 @@ of a query and a key as the tree.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -182,4 +183,4 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
             title = (
                 f"tree_attention {tokens} tokens, {shape.heads}/{shape.kv_heads} heads of {shape.dim} {str(dtype)[6:]}"
             )
-            yield title, list(records(device, shape, dtype, with_peers))
+            yield title, partial(records, device, shape, dtype, with_peers)

@@ -322,5 +322,6 @@ def forward(
             PARTS=count,
             BLOCK_PARTS=triton.next_power_of_2(count),
             BLOCK_DV=tiles["BLOCK_DV"],
+            num_warps=1,
         )
     return out, lse

@@ -12,6 +12,7 @@ from flashpo.bench.tiny_models import tiny_model
 from flashpo.ops.packed_linear import packs
 from flashpo.rollout import RolloutEngine, SamplingParams
 from flashpo.rollout.fused import FusedBackbone, fused_backbone
+from flashpo.rollout.weights import ShadowLinear
 
 TEMPERATURE = 0.8
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -65,11 +66,24 @@ def assert_alike(ours, theirs):
         torch.testing.assert_close(torch.tensor(a[:alike]), torch.tensor(b[:alike]), rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_same_as_the_modules_under_autocast(family, calls, monkeypatch):
-    ours, theirs = (rollouts(model(family), "auto", patch, torch.bfloat16) for patch in (None, monkeypatch))
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_as_the_modules_under_autocast(packed, family, calls, monkeypatch):
+    if not packed:  # as on a GPU
+        monkeypatch.setattr("flashpo.rollout.weights.packed_linear", lambda *args: None)
+    products = []
+    original = ShadowLinear.__call__
+    monkeypatch.setattr(
+        ShadowLinear, "__call__", lambda self, x: products.append(len(self.weight)) or original(self, x)
+    )
+    net = model(family)
+    ours = rollouts(net, "auto", None, torch.bfloat16)
+    if not packed:
+        alone = {m.out_features for m in net.modules() if isinstance(m, torch.nn.Linear)}
+        together = sum(rows not in alone for rows in products)
+        assert together == 2 * len(net.base_model.layers) * (1 + ours.stats.steps), "q, k and v, and gate and up"
     assert len(calls) == 1 + ours.stats.steps
-    assert_alike(ours, theirs)
+    assert_alike(ours, rollouts(net, "auto", monkeypatch, torch.bfloat16))
 
 
 def test_other_shapes_hooks_and_routers_under_autocast_are_left_to_the_modules():

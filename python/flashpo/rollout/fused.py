@@ -1,12 +1,13 @@
 """The backbone of Llama-shaped models without its modules' Python: five operators a layer beside the projections.
 
 transformers runs some fifty operators a layer. The projections are called as the model's own modules, so adapters and
-swapped forwards on them count; norms, rotation, cache and activation run in our operators, with the same roundings.
+swapped forwards on them count; shadows of those with the same input, which lie behind each other, are one product.
+Norms, rotation, cache and activation run in our operators, with the same roundings.
 Layers with packed projections that stand behind each other are one operator in a decode step.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from flashpo.ops.decode_layer import ACTIVATIONS, add_rms_norm_fwd, gated_activa
 from flashpo.ops.decode_step import decode_layers_
 from flashpo.ops.packed_linear import ROWS
 from flashpo.rollout.packed_linear import PackedLinear
+from flashpo.rollout.weights import ShadowLinear, joined
 
 # Decoder layers that are: h += attention(norm(h)); h += mlp(norm(h)), with rotation by halves.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
@@ -68,6 +70,7 @@ class _Layer:
         name = ACTIVATION_OF.get(type(getattr(self.module, "act_fn", None)).__name__)
         self.activation = name if type(self.module).__name__ in MLPS and name in ACTIVATIONS else None
         self.linears = self._packed()
+        self.qkv, self.gate_up = self._together(self.attn, "qkv"), self._together(self.module, ("gate", "up"))
 
     def _packed(self) -> list[PackedLinear] | None:
         """q, k, v, o, gate, up and down, if nothing else than a packed product happens in them."""
@@ -78,6 +81,13 @@ class _Layer:
         linears = [m.__dict__.get("forward") for m in modules if not m._forward_hooks and not m._forward_pre_hooks]
         packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
         return packed if len(packed) == len(modules) else None
+
+    def _together(self, block: Any, names: Iterable[str]) -> ShadowLinear | None:
+        """One product in the place of several with the same input."""
+        linears = [getattr(block, f"{name}_proj", None) for name in names]
+        if any(m is None or m._forward_hooks or m._forward_pre_hooks for m in linears):
+            return None
+        return joined([m.__dict__.get("forward") for m in linears])
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, turn: tuple[Tensor, ...], step: Cached
@@ -91,7 +101,12 @@ class _Layer:
         attn = self.attn
         weights = [norm.weight for norm in self.head_norms] or (None, None)
         caches = step.cache.keys[self.index], step.cache.values[self.index]
-        projected = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+        if self.qkv is None:
+            projected = attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+        else:
+            whole = self.qkv(x.to(self.qkv.weight.dtype))
+            keys = caches[0].shape[1] * caches[0].shape[2]
+            projected = whole.split([whole.shape[1] - 2 * keys, keys, keys], 1)
         q = rope_append_(*projected, *turn, *weights, self.eps[2], False, *caches, step.slot)
         return attn.o_proj(step.attend_cached(self.index, q, self.scale).flatten(1))
 
@@ -99,7 +114,11 @@ class _Layer:
         if self.activation is None:  # a mixture of experts
             return self.module(x[:, None])[:, 0]
         mlp = self.module
-        return mlp.down_proj(gated_activation_fwd(mlp.gate_proj(x), mlp.up_proj(x), self.activation))
+        if self.gate_up is None:
+            gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        else:
+            gate, up = self.gate_up(x.to(self.gate_up.weight.dtype)).chunk(2, 1)
+        return mlp.down_proj(gated_activation_fwd(gate, up, self.activation))
 
 
 class _Modules:

@@ -4,14 +4,16 @@
         ...                   # everything is as before on the way out, also after an exception
 
 A shadow is a buffer of ours beside a parameter: packed for the CPU's GEMM library, cast to the autocast dtype, with
-LoRA merged in, or gathered from FSDP2's shards. It is made anew on every entry, whatever `fingerprint` says: an
+LoRA merged in, or gathered from FSDP2's shards. Those of layers that read the same input lie behind each other, so that
+one product can take them together. It is made anew on every entry, whatever `fingerprint` says: an
 optimizer that writes through `param.data` leaves no trace in `_version`. What is packed keeps its memory, as fresh
 pages can cost more than packing does, and on CUDA everything does, so that graphs stay valid; `release` frees it.
 """
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +35,31 @@ from flashpo.rollout.packed_linear import packed_linear
 Linear = Callable[[Tensor], Tensor]
 MODES, LORA = ("auto", "alias", "shadow"), ("auto", "live", "merged")
 PACK_NUMEL = 1 << 13  # packing a smaller weight costs more than it saves over a short rollout
+SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShadowLinear:
+    """A Linear layer by a buffer."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnderAutocast:
+    """Some layers (routers) turn autocast off to compute in fp32: those parts keep their fp32 weights."""
+
+    linear: Linear
+    original: Linear
+    device: str
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(x.to(self.dtype)) if torch.is_autocast_enabled(self.device) else self.original(x)
 
 
 class WeightView:
@@ -62,6 +89,7 @@ class WeightView:
             raise ValueError("lora: merging needs a buffer, which mode='alias' rules out")
         self.model, self.mode, self.dtype, self.lora = model, mode, dtype, lora
         self.buffers: dict[tuple[nn.Module, str], Tensor] = {}
+        self._groups: dict[nn.Module, list[nn.Linear]] = {}  # of the layers that read the same input, each one's
         self._inside: contextlib.ExitStack | None = None
         self._forwards: dict[nn.Module, Linear] = {}
         self._sharded: list[Tensor] = []
@@ -135,6 +163,7 @@ class WeightView:
         """`forward` of single modules; hooks and whatever wraps `__call__` go on working."""
         self._forwards = {}
         try:
+            self._groups = {layer: group for group in same_input(self.model) for layer in group}
             self._swap(self.model.modules())
             yield
         finally:
@@ -189,7 +218,7 @@ class WeightView:
             return None
         dtype = self.dtype if self.dtype is not None and live.dtype == torch.float32 else live.dtype
         weight, constant = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-        linear = None
+        linear: Linear | None = None
         if self.mode == "shadow" or live.numel() >= PACK_NUMEL:
             linear = packed_linear(weight, constant, module.forward, functools.partial(self._place, module))
         if linear is None:
@@ -197,8 +226,8 @@ class WeightView:
                 return None
             weight = self._buffer(module, "shadow.weight", weight, dtype)
             constant = None if constant is None else self._buffer(module, "shadow.bias", constant, dtype)
-            linear = functools.partial(F.linear, weight=weight, bias=constant)
-        return linear if dtype == live.dtype else _where_autocast(linear, module.forward, live.device.type, dtype)
+            linear = ShadowLinear(weight, constant)
+        return linear if dtype == live.dtype else UnderAutocast(linear, module.forward, live.device.type, dtype)
 
     def _place(self, module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Where the module's packed weight goes: as the last rollout's, whose pages are at hand."""
@@ -211,17 +240,44 @@ class WeightView:
         """A copy of `value` that keeps its place from one rollout to the next."""
         buffer = self.buffers.get((module, name))
         if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (value.shape, dtype, value.device):
-            buffer = self.buffers[module, name] = torch.empty(value.shape, dtype=dtype, device=value.device)
+            group: list[Any] = self._groups.get(module, [module]) if name.startswith("shadow.") else [module]
+            rows = [len(value) if len(group) == 1 else layer.out_features for layer in group]
+            whole = torch.empty(sum(rows), *value.shape[1:], dtype=dtype, device=value.device)
+            self.buffers |= {(layer, name): part for layer, part in zip(group, whole.split(rows))}
+            buffer = self.buffers[module, name]
         return buffer.copy_(value)
 
 
-def _where_autocast(linear: Linear, original: Linear, device: str, dtype: torch.dtype) -> Linear:
-    """Some layers (routers) turn autocast off to compute in fp32: those parts keep their fp32 weights."""
+def same_input(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """The plain Linear layers of each block that multiply the same activations, biases on all of them or on none."""
+    for module in model.modules():
+        for names in SAME_INPUT:
+            layers: list[Any] = [getattr(module, name, None) for name in names]
+            if all(isinstance(x, nn.Module) and is_plain_linear(x) for x in layers):
+                like = {(x.in_features, x.weight.dtype, x.weight.device, x.bias is None) for x in layers}
+                if len(like) == 1:
+                    yield layers
 
-    def forward(x: Tensor) -> Tensor:
-        return linear(x.to(dtype)) if torch.is_autocast_enabled(device) else original(x)
 
-    return forward
+def joined(linears: Sequence[Any]) -> ShadowLinear | None:
+    """One product for several, if their shadows lie behind each other."""
+    linears = [x.linear if isinstance(x, UnderAutocast) else x for x in linears]
+    if not all(isinstance(x, ShadowLinear) for x in linears) or len({x.bias is None for x in linears}) > 1:
+        return None
+    weight = _behind_each_other([x.weight for x in linears])
+    bias = None if linears[0].bias is None else _behind_each_other([x.bias for x in linears])
+    return None if weight is None or (bias is None) != (linears[0].bias is None) else ShadowLinear(weight, bias)
+
+
+def _behind_each_other(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor of which these are the rows, in their order."""
+    first, place = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != place or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        place += part.numel() * part.itemsize
+    shape = sum(len(part) for part in parts), *first.shape[1:]
+    return first.as_strided(shape, first.stride())
 
 
 @contextlib.contextmanager
