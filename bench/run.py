@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -95,7 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
-    document = {**machine(args.device), "command": "flashpo bench " + " ".join(sys.argv[1:] if argv is None else argv)}
+    document = {
+        **machine(args.device),
+        "command": "flashpo bench " + shlex.join(sys.argv[1:] if argv is None else argv),
+    }
     document["tables"] = tables = {}
     print(f"{document['machine']}, {document['threads']} threads, {document['isa']}, torch {document['torch']}")
     try:
