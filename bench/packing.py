@@ -101,7 +101,20 @@ def table(device: Device, workload: Workload, model, with_peers: bool) -> list[d
         with patched():
             return samples.padded(model)
 
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+    def packed_with_all_activations(model) -> Tensor:
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        try:
+            return samples.packed(model)
+        finally:
+            for module in checkpointed:
+                module.gradient_checkpointing = True
+
     ways = {"FlashPO": samples.packed, "padded, FlashPO's head": padded_with_our_head}
+    if checkpointed:  # fewer tokens may leave room for it
+        ways["FlashPO without checkpointing"] = packed_with_all_activations
     if with_peers:
         ways["TRL, padded"] = samples.padded
 
