@@ -4,6 +4,7 @@ import pytest
 import torch
 from rollout_models import FAMILIES, forward_logprobs, greedy, prompts
 
+from flashpo.bench.tiny_models import tiny_model
 from flashpo.rollout import RolloutEngine, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +39,28 @@ def test_logprobs_and_greedy(family):
         torch.testing.assert_close(torch.tensor(logprobs), exact, atol=2e-4, rtol=0)  # fp32 products in other orders
     best = engine.generate(asked, SamplingParams(temperature=0.0, max_new_tokens=40))
     assert best.completion_ids == [greedy(model, prompt, 40) for prompt in asked]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "phi3", "olmo2", "qwen3_next", "lfm2"])
+def test_other_families(family):
+    """Experts, sinks, latent attention, recurrent states; the self-check has to agree, too."""
+    model = tiny_model(family, initializer_range=0.1).to("cuda")
+    asked = [[token % model.config.vocab_size for token in prompt] for prompt in prompts(5, 70)]
+    rollouts = RolloutEngine(model, fallback="error").generate(asked, SamplingParams(n=3, max_new_tokens=20))
+    for prompt, completion, logprobs in zip(rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprobs):
+        exact = forward_logprobs(model, prompt, completion)
+        torch.testing.assert_close(torch.tensor(logprobs), exact, atol=5e-4, rtol=0)
+
+
+def test_under_autocast():
+    model = on_gpu("qwen3")
+    engine = RolloutEngine(model, fallback="error", autocast=torch.bfloat16)
+    rollouts = engine.generate(prompts(5, 70), PARAMS)
+    assert replayed(engine)
+    for prompt, completion, logprobs in zip(rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprobs):
+        with torch.autocast("cuda", torch.bfloat16):
+            exact = forward_logprobs(model, prompt, completion, 0.8)
+        torch.testing.assert_close(torch.tensor(logprobs), exact, atol=0.2, rtol=0)
 
 
 def test_arrangement_leaves_no_trace():

@@ -86,6 +86,15 @@ def test_the_same_as_the_modules_under_autocast(packed, family, calls, monkeypat
     assert_alike(ours, rollouts(net, "auto", monkeypatch, torch.bfloat16))
 
 
+def test_ligers_forms_of_the_same_layers_are_fused_too():
+    liger = pytest.importorskip("liger_kernel.transformers", reason="Liger is not installed")
+    net = copy.deepcopy(model("qwen3"))
+    before = rollouts(net, "alias")
+    liger._apply_liger_kernel_to_instance(net, rope=False, fused_linear_cross_entropy=False)
+    assert "forward" in net.base_model.norm.__dict__
+    assert rollouts(net, "alias").completion_ids == before.completion_ids  # its kernels would not run on a CPU
+
+
 def test_other_shapes_hooks_and_routers_under_autocast_are_left_to_the_modules():
     net = model("qwen3")
     backbone = net.base_model

@@ -159,7 +159,7 @@ def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | N
     if not isinstance(layers, nn.ModuleList) or any(type(layer).__name__ not in LAYERS for layer in layers):
         return None
     bypassed = [backbone, *layers, *(getattr(layer, name) for layer in layers for name in PIECES)]
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in bypassed):
+    if any(m._forward_hooks or m._forward_pre_hooks or _does_something_else(m) for m in bypassed):
         return None
     fused = FusedBackbone(backbone)
     dtypes = {m.weight.dtype for m in backbone.modules() if type(m).__name__.endswith("RMSNorm")}
@@ -168,6 +168,13 @@ def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | N
     # Under autocast the residual stream is fp32, and so is what a router sees: our norms give what products take.
     plain = all(layer.activation is not None for part in fused.parts for layer in part.layers)
     return fused if dtypes == {torch.float32} and plain else None
+
+
+def _does_something_else(module: nn.Module) -> bool:
+    """Whether another forward has been put on it than its class's, or Liger's kernel for the same."""
+    forward = module.__dict__.get("forward")
+    name = getattr(getattr(forward, "__func__", None), "__qualname__", None)
+    return forward is not None and name not in ("LigerRMSNorm.forward", "LigerSwiGLUMLP.forward")
 
 
 def _eps(norm: Any) -> float:

@@ -1,7 +1,8 @@
 """Does the engine say the same as the model's own forward? Asked once for every class and config, before it is used.
 
 Two rollouts are scored again by a plain forward: one of the model itself, whose differences may be those of rounding,
-and one of its small fp32 twin, in which a window that is off by one or a scale that is off by 1 % stands out.
+and one of its small fp32 twin on the same device, in which a window that is off by one or a scale that is off by 1 %
+stands out. For the time of the check fp32 products are fp32: TF32 would hide that.
 """
 
 import contextlib
@@ -52,12 +53,14 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
     """
     base = CausalLM.of(model).base
     twin = _twin(base)
-    if twin is not None:
-        with torch.device("cpu"):  # where it is, whatever the caller's default
-            reason = _difference(twin, roll, None)
-        if reason is not None:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if twin is not None and (reason := _difference(twin.to(base.device), roll, None)) is not None:
             return f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
-    return _difference(model, roll, autocast)
+        return _difference(model, roll, autocast)
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def _twin(base: PreTrainedModel) -> nn.Module | None:
