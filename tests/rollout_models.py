@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from transformers import (
     Gemma2Config,
@@ -17,6 +18,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.qwen3 import modeling_qwen3
 
 VOCAB = 120
 # weights large enough for peaked distributions: with almost equal logits every mistake would look small
@@ -72,3 +74,13 @@ def greedy(model, prompt: list[int], max_new_tokens: int) -> list[int]:
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **settings)
     return out[0, len(prompt) :].tolist()
+
+
+def with_ligers_layers(net: Qwen3ForCausalLM, monkeypatch) -> Qwen3ForCausalLM:
+    """As TRL's use_liger_kernel makes it; Liger replaces names of the family's module, too, which come back."""
+    liger = pytest.importorskip("liger_kernel.transformers", reason="Liger is not installed")
+    for name in ("Qwen3RMSNorm", "Qwen3MLP", "apply_rotary_pos_emb"):
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
+    liger._apply_liger_kernel_to_instance(net, fused_linear_cross_entropy=False)
+    assert "forward" in net.base_model.norm.__dict__
+    return net

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rollout_models import FAMILIES, forward_logprobs, greedy, prompts
+from rollout_models import FAMILIES, forward_logprobs, greedy, prompts, with_ligers_layers
 
 from flashpo.bench.tiny_models import tiny_model
 from flashpo.rollout import RolloutEngine, SamplingParams
@@ -52,8 +52,11 @@ def test_other_families(family):
         torch.testing.assert_close(torch.tensor(logprobs), exact, atol=5e-4, rtol=0)
 
 
-def test_under_autocast():
+@pytest.mark.parametrize("ligers", [False, True])
+def test_under_autocast(ligers, monkeypatch):
     model = on_gpu("qwen3")
+    if ligers:
+        model = with_ligers_layers(model, monkeypatch)
     engine = RolloutEngine(model, fallback="error", autocast=torch.bfloat16)
     rollouts = engine.generate(prompts(5, 70), PARAMS)
     assert replayed(engine)

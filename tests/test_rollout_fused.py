@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from rollout_models import FAMILIES, forward_logprobs, model, prompts
+from rollout_models import FAMILIES, forward_logprobs, model, prompts, with_ligers_layers
 
 import flashpo
 from flashpo.bench.tiny_models import tiny_model
@@ -86,13 +86,11 @@ def test_the_same_as_the_modules_under_autocast(packed, family, calls, monkeypat
     assert_alike(ours, rollouts(net, "auto", monkeypatch, torch.bfloat16))
 
 
-def test_ligers_forms_of_the_same_layers_are_fused_too():
-    liger = pytest.importorskip("liger_kernel.transformers", reason="Liger is not installed")
-    net = copy.deepcopy(model("qwen3"))
-    before = rollouts(net, "alias")
-    liger._apply_liger_kernel_to_instance(net, rope=False, fused_linear_cross_entropy=False)
-    assert "forward" in net.base_model.norm.__dict__
-    assert rollouts(net, "alias").completion_ids == before.completion_ids  # its kernels would not run on a CPU
+def test_ligers_forms_of_the_same_layers_are_fused_too(monkeypatch):
+    net = with_ligers_layers(copy.deepcopy(model("qwen3")), monkeypatch)
+    assert fused_backbone(net.base_model, torch.float32) is not None
+    net.base_model.norm.forward = lambda x: x
+    assert fused_backbone(net.base_model, torch.float32) is None
 
 
 def test_other_shapes_hooks_and_routers_under_autocast_are_left_to_the_modules():
