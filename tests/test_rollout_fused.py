@@ -100,8 +100,9 @@ def test_other_shapes_hooks_and_routers_under_autocast_are_left_to_the_modules()
     routed = tiny_model("qwen3_moe").base_model
     assert fused_backbone(routed, torch.float32) is not None
     assert fused_backbone(routed, torch.bfloat16) is None, "the residual stream is fp32"
-    hook = backbone.layers[0].register_forward_hook(lambda *args: None)
-    assert fused_backbone(backbone, torch.float32) is None
-    hook.remove()
+    for module in (backbone.layers[0], backbone.norm, backbone.layers[1].self_attn.q_norm):
+        hook = module.register_forward_hook(lambda *args: None)
+        assert fused_backbone(backbone, torch.float32) is None
+        hook.remove()
     assert fused_backbone(backbone, torch.float32) is not None
     assert fused_backbone(model("gemma2").base_model, torch.float32) is None

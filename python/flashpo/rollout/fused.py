@@ -158,11 +158,13 @@ def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | N
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or any(type(layer).__name__ not in LAYERS for layer in layers):
         return None
-    bypassed = [backbone, *layers, *(getattr(layer, name) for layer in layers for name in PIECES)]
+    pieces = [getattr(layer, name) for layer in layers for name in PIECES]
+    norms = [m for m in backbone.modules() if type(m).__name__.endswith("RMSNorm")]
+    bypassed = [backbone, *layers, *pieces, *norms]
     if any(m._forward_hooks or m._forward_pre_hooks or _does_something_else(m) for m in bypassed):
         return None
     fused = FusedBackbone(backbone)
-    dtypes = {m.weight.dtype for m in backbone.modules() if type(m).__name__.endswith("RMSNorm")}
+    dtypes = {norm.weight.dtype for norm in norms}
     if dtypes == {dtype}:
         return fused
     # Under autocast the residual stream is fp32, and so is what a router sees: our norms give what products take.
