@@ -1,7 +1,7 @@
 """One step of decoding, from the tokens drawn last to the next ones: under a CUDA graph, and launched kernel by kernel.
 
-The floor is a copy of as many bytes as the step has to read: every weight, and every distinct key and value once. All
-rows stand still at one length, so that each call does the same.
+The floor is a copy of as many bytes as the step has to read: every weight, and every distinct key and value once. A
+step is timed in a run of as many as the engine makes between two looks of the host: one on a CPU, sixteen on a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +22,8 @@ from flashpo.rollout.scheduler import Scheduler
 from flashpo.rollout.seam import rollout_mode
 from flashpo.rollout.support import support
 from flashpo.rollout.weights import WeightView
+
+COPY = "copy of as many bytes"
 
 
 class Case(NamedTuple):
@@ -71,38 +73,51 @@ def records(device: Device, case: Case) -> Iterator[dict]:
     cache = KVCache(layers, blocks, case.dtype, torch.device(device.name))
     for tensor in (*cache.keys.values(), *cache.values.values()):
         tensor.normal_()
-    runner = Runner(parts, cache)
-    with rollout_mode(model), WeightView(model):
-        runner.fused = fused_backbone(parts.backbone, case.dtype)
-        step, advance = loaded(runner, case, model.config.vocab_size)
-        still = [x.clone() for x in (step.own_length, step.position)]
-
-        def standing(move: Callable) -> None:
-            for numbers, before in zip((step.own_length, step.position), still):
-                numbers.copy_(before)
-            step.at.zero_()
-            move()
-
-        variants = {"FlashPO": lambda: standing(advance)}
-        if advance is not step:
-            variants["kernel by kernel"] = lambda: standing(step)
-        standing(advance)
-        if not step.logprobs[0].isfinite().all():
+    runner, views = Runner(parts, cache), {"FlashPO": WeightView(model)}
+    if device.cuda:
+        views["FlashPO, weights='shadow'"] = WeightView(model, "shadow")
+    variants: dict[str, Callable] = {}
+    for name, view in views.items():
+        with rollout_mode(model), view:
+            runner.fused = fused_backbone(parts.backbone, case.dtype)
+            runner.use(name, None)
+            step, advance = loaded(runner, case, model.config.vocab_size)
+        variants[name] = run_of_steps(step, advance, runner.check_every)
+        variants[name]()
+        if not step.logprobs.isfinite().all():
             raise AssertionError("the step draws nothing")
-        weights = sum(p.numel() for p in model.parameters()) * case.dtype.itemsize
-        tokens = case.prompts * (case.prompt + case.group * case.own)
-        moved = weights + tokens * (cache.bytes // (blocks * BLOCK))
-        source = torch.zeros(moved // 2, dtype=torch.uint8, device=device.name)
-        target = torch.empty_like(source)
-        seconds = compare(device, {"copy of as many bytes": lambda: target.copy_(source), **variants})
+    weights = sum(p.numel() for p in model.parameters()) * case.dtype.itemsize
+    tokens = case.prompts * (case.prompt + case.group * case.own)
+    moved = weights + tokens * (cache.bytes // (blocks * BLOCK))
+    source = torch.zeros(moved // 2, dtype=torch.uint8, device=device.name)
+    target = torch.empty_like(source)
+    with rollout_mode(model), views["FlashPO"]:
+        if device.cuda:
+            variants["kernel by kernel"] = run_of_steps(step, step, runner.check_every)
+        seconds = compare(device, {COPY: lambda: target.copy_(source), **variants})
     for name, time in seconds.items():
+        time /= 1 if name == COPY else runner.check_every
         yield {
             "variant": name,
             "ms": time * 1e3,
-            "times_floor": time / seconds["copy of as many bytes"],
-            "tokens_per_s": case.prompts * case.group / time if name != "copy of as many bytes" else None,
+            "times_floor": time / seconds[COPY],
+            "tokens_per_s": None if name == COPY else case.prompts * case.group / time,
             "gb_per_s": moved / time / 1e9,
         }
+
+
+def run_of_steps(step: Step, move: Callable, steps: int) -> Callable[[], None]:
+    """As the engine makes them between two looks of the host; then the rows go back to where they were."""
+    own, position = step.own_length.clone(), step.position.clone()
+
+    def run() -> None:
+        step.own_length.copy_(own)
+        step.position.copy_(position)
+        step.at.zero_()
+        for _ in range(steps):
+            move()
+
+    return run
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:

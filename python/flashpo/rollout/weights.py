@@ -67,8 +67,9 @@ class WeightView:
 
     Args:
         model: any module; a PEFT model, too.
-        mode: "alias": the parameters themselves. "shadow": buffers for every Linear of which we have a quicker form.
-            "auto": buffers where they are needed or pay.
+        mode: "alias": the parameters themselves. "shadow": buffers for every Linear of which we have a quicker form, on
+            a GPU of those with the same input (q, k and v; gate and up). "auto": buffers where they are needed, or pay
+            and are freed after the rollout.
         dtype: what the trainer autocasts to, None without autocast. The context then is an autocast region, in which
             Linear layers find fp32 weights already cast.
         lora: "live": `W x + s B A x`, as in training. "merged": `(W + s B A) x`, summed in fp32. "auto": merged where
@@ -222,7 +223,8 @@ class WeightView:
         if self.mode == "shadow" or live.numel() >= PACK_NUMEL:
             linear = packed_linear(weight, constant, module.forward, functools.partial(self._place, module))
         if linear is None:
-            if weight.data_ptr() == live.data_ptr():
+            together = self.mode == "shadow" and weight.is_cuda and module in self._groups
+            if weight.data_ptr() == live.data_ptr() and not together:
                 return None
             weight = self._buffer(module, "shadow.weight", weight, dtype)
             constant = None if constant is None else self._buffer(module, "shadow.bias", constant, dtype)
