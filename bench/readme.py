@@ -1,7 +1,8 @@
 """`python -m flashpo.bench.readme`: writes the tables of our pages from bench/results/*.jsonl, between their markers.
 
-A table stands between `<!-- table: TITLE -->` and `<!-- end -->`; TITLE is that of `flashpo bench`, and the newest
-record of it is taken, with the machine and the command that made it. "algorithms" is the table of algorithms.py, with
+A table stands between `<!-- table: TITLE -->` and `<!-- end -->`; TITLE is that of `flashpo bench`, for a GPU with the
+name of its file behind it, "TITLE on gpu-h200". The newest record is taken, with the machine and the command that made
+it. "algorithms" is the table of algorithms.py, with
 what each learned in the newest `make zoo` that ran it.
 """
 
@@ -54,9 +55,11 @@ def newest() -> dict[str, tuple[dict, list[dict]]]:
     """title -> (document, records)"""
     found = {}
     for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")):
+        place = f" on {file.stem}" if file.stem.startswith("gpu-") else ""
         for line in file.read_text().splitlines():
             document = json.loads(line)
             for title, records in document["tables"].items():
+                title += place
                 if title not in found or document["time"] > found[title][0]["time"]:
                     found[title] = document, records
     return found
@@ -85,7 +88,8 @@ def rows_of(records: list[dict]) -> list[str]:
 
 
 def markdown(document: dict, records: list[dict]) -> str:
-    where = f"{document['machine']}, {document['threads']} threads, torch {document['torch']}"
+    threads = [] if "--device cuda" in document["command"] else [f"{document['threads']} threads"]
+    where = ", ".join([document["machine"], *threads, f"torch {document['torch']}"])
     return "\n".join([*rows_of(records), "", f"`{document['command']}` on {where}, {document['time'][:10]}."])
 
 

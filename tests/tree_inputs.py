@@ -149,7 +149,17 @@ def run(function, inputs, upstream):
 
 
 def check(attention: Attention, tree: Tree, backend: str, dtype: torch.dtype):
-    """Values and gradients of random upstream gradients against fp64, with eager attention's error as the yardstick."""
+    """Values and gradients of random upstream gradients against fp64, with eager attention's error as the yardstick.
+
+    The largest error of a few tokens is a matter of luck: that of small trees is judged over several draws.
+    """
+    draws = [_draw(attention, tree, backend, dtype) for _ in range(1 if len(tree) > 200 else 3)]
+    for of_result in zip(*draws, strict=True):
+        assert_as_accurate(*(torch.stack(x) for x in zip(*of_result)))
+
+
+def _draw(attention: Attention, tree: Tree, backend: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(ours, exact, eager's) of the output and each gradient."""
     inputs = attention.make(len(tree), dtype)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     upstream = torch.randn(len(tree), attention.heads, attention.v_dim or attention.dim).to(dtype)
@@ -159,6 +169,5 @@ def check(attention: Attention, tree: Tree, backend: str, dtype: torch.dtype):
     with flashpo.backend(backend):
         results = run(lambda *x: ours(attention, tree, *x), inputs, upstream)
     assert {used for counts in flashpo.stats().values() for used in counts} == {backend}
-    for result, true, baseline in zip(results, exact, plain):
-        assert result.dtype == dtype
-        assert_as_accurate(result, true, baseline)
+    assert all(result.dtype == dtype for result in results)
+    return list(zip(results, exact, plain, strict=True))
