@@ -2,18 +2,18 @@
 # Everything that only a GPU can tell, on a machine without network: bench/gpu.sh OUT [WHEELS]
 #   OUT      one folder of results: logs, bench.jsonl, plots, and summary.txt to which each step adds a line
 #   WHEELS   a folder of wheels to install first (trl, liger-kernel, cut-cross-entropy ...: what the machine lacks)
-# Needs python3 with torch, triton, pytest, pybind11 and scikit-build-core (or their wheels), nvcc and CMake; for the
-# suites of whole models transformers and TRL.
+# Needs python3 with torch, triton, pytest, pytest-xdist, pybind11 and scikit-build-core (or their wheels), nvcc and
+# CMake; for the suites of whole models transformers and TRL.
 #   FLASHPO_STEPS="build doctor rollout"   only these, in the order below; a later call finds what was built
 #   FLASHPO_DRY_RUN=1                      on a machine without a GPU: lists every step, runs those that need none
 # The steps come in the order of what they tell, so that a run cut short has told the most. Minutes that they may take
-# on one H100, estimated from their sizes:
-#   build 3, doctor 0.5, tests 4
-#   decode_step 2        step with and without CUDA graph against its bandwidth floor; 0.6B, 1.7B, 4B
-#   rollout 4            against generate and continuous batching; batch 64 with prompts of 512 and 2048, batch 256
-#   packing 2            training pass of a 1.7B model, 8 completions, prompt 2048, up to 512 tokens; DPO; worst case
-#   grpo_step 6          whole step of an unmodified script, 1.7B, 8 completions, prompt 2048, up to 512 tokens
-#   tree_attention 1.5   forward and backward against FlashAttention on equal work
+# on one H100 or H200 with 16 cores; those of build to tree_attention from runs of parts of them:
+#   build 2, doctor 0.7, tests 6
+#   decode_step 1        step with and without CUDA graph against its bandwidth floor; 1.7B, 0.6B, 4B
+#   rollout 5            against generate and continuous batching; batch 64 with prompts of 512 and 2048, batch 256
+#   packing 1.5          training pass of a 1.7B model, 8 completions, prompt 2048, up to 512 tokens; DPO; worst case
+#   grpo_step 8          whole step of an unmodified script, 1.7B, 8 completions, prompt 2048, up to 512 tokens
+#   tree_attention 2     forward and backward against FlashAttention on equal work
 #   decode_attention, sample 1   against a copy of as many bytes
 #   linear_logprob 1.5, selective_log_softmax 0.5, policy_loss 0.5, gae 0.5, group_advantages 0.5, overhead 0.5
 #   mismatch 0.5         log-probs of rollout and trainer, beside the trainer's own batching noise
@@ -44,7 +44,7 @@ on_gpu() { # step, but in a dry run only its command into the summary
 [ -z "$WHEELS" ] || step wheels "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
 step build "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reinstall . || exit 1
 step doctor "$PYTHON" -m flashpo doctor --check
-step tests "$PYTHON" -m pytest -q -m gpu tests/test_gpu*.py
+step tests "$PYTHON" -m pytest -q -m gpu -n 8 tests/test_gpu*.py
 for suite in $SUITES; do
   on_gpu "$suite" timeout -s INT 600 "$PYTHON" -m flashpo bench "$suite" --device cuda --peers \
     --out "$OUT/bench.jsonl" --plot "$OUT/plots"
