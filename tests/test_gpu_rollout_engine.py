@@ -46,7 +46,9 @@ def test_other_families(family):
     """Experts, sinks, latent attention, recurrent states; the self-check has to agree, too."""
     model = tiny_model(family, initializer_range=0.1).to("cuda")
     asked = [[token % model.config.vocab_size for token in prompt] for prompt in prompts(5, 70)]
-    rollouts = RolloutEngine(model, fallback="error").generate(asked, SamplingParams(n=3, max_new_tokens=20))
+    engine = RolloutEngine(model, fallback="error")
+    rollouts = engine.generate(asked, SamplingParams(n=3, max_new_tokens=20))
+    assert replayed(engine)
     for prompt, completion, logprobs in zip(rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprobs):
         exact = forward_logprobs(model, prompt, completion)
         torch.testing.assert_close(torch.tensor(logprobs), exact, atol=5e-4, rtol=0)

@@ -214,8 +214,13 @@ def test_a_session_goes_on_after_an_exception(monkeypatch, whole, error):
     assert again.completion_ids == fresh.completion_ids
 
 
-def test_a_step_that_cannot_be_captured_runs_as_it_is(caplog, whole):
+def failing_stream(device):
+    raise RuntimeError("no CUDA here")
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog, whole):
     """The GPU's bookkeeping on a CPU: capture fails, buckets are larger than their rows, the host looks seldom."""
+    monkeypatch.setattr(torch.cuda, "Stream", failing_stream)
     engine = RolloutEngine(model("qwen3"), fallback="error")
     engine.generate(prompts(40, 70), PARAMS)
     engine.runner.cuda, engine.runner.check_every = True, 5

@@ -50,6 +50,31 @@ def test_family(family):
     assert chosen == [greedy(model, prompt, 12) for prompt in asked]
 
 
+def warmed_up(runner, step):
+    """In the place of a capture: what it does to the step."""
+    for _ in range(3):
+        step()
+    return step, step
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_states_keep_their_place(family, monkeypatch):
+    """The GPU's bookkeeping on a CPU: a step of each size is used again, larger than its rows, for five tokens each."""
+    model = tiny_model(family)
+    asked = prompts(70, 5, 13)
+    params = [SamplingParams(n=2, max_new_tokens=n, seed=n) for n in (9, 14, 22)]
+    whole = RolloutEngine(model, fallback="error").generate(asked, params)
+    monkeypatch.setattr(engine.Runner, "_capture", warmed_up)
+    kept = RolloutEngine(model, fallback="error", max_sequences=3)
+    kept.generate(asked[:1], params[0])
+    kept.runner.cuda, kept.runner.check_every = True, 5
+    for _ in range(2):
+        rollouts = kept.generate(asked, params)
+        assert rollouts.completion_ids == whole.completion_ids
+        for ours, theirs in zip(rollouts.logprobs, whole.logprobs):
+            torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
 def test_states_follow_their_rows(family, monkeypatch):
     """Rows of other lengths come and go, one is preempted, a session goes on behind a prompt."""

@@ -113,6 +113,8 @@ class Generation:
                     draws = [c.draw for c in running]
                     states = None if self.states is None else self.states.of(rows)
                     step, advance = self.runner.load(rows, self.scheduler.shared, draws, states)
+                    if self.states is not None:
+                        self.states.run(step.states, rows)
                 for _ in range(self.runner.check_every):
                     advance()
             except (RuntimeError, MemoryError) as error:

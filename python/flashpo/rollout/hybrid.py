@@ -23,7 +23,7 @@ from flashpo.rollout.scheduler import Row
 
 WITH_ATTENTION = ("hybrid", "hybrid_sliding")  # layer types that keep a state beside keys and values
 STATEFUL = ("linear_attention", "conv", *WITH_ATTENTION)
-State = dict[tuple[int, str, int], Tensor]  # of one row: (layer, kind, number) -> its part of the layer's tensor
+State = dict[tuple[int, str, int], Tensor]  # (layer, kind, number) -> the layer's tensor, mostly one row's part of it
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:
@@ -60,10 +60,19 @@ class States(Cache):
             if kind == "conv":
                 into.conv_kernel_size[number] = value.shape[-1]
 
+    def load(self, states: Sequence[State]) -> None:
+        """Into the first rows, where they are: a CUDA graph knows no other place."""
+        for key, value in self._tensors().items():
+            value[: len(states)].copy_(torch.stack([state[key] for state in states]))
+
     def take(self, row: int) -> State:
         """A copy of one row's state."""
+        return {key: value[row].clone() for key, value in self._tensors().items()}
+
+    def _tensors(self) -> State:
+        """Of all rows."""
         return {
-            (i, kind, number): value[row].clone()
+            (i, kind, number): value
             for i, layer in enumerate(self.layers)
             if isinstance(layer, LinearAttentionLayer)
             for kind in ("conv", "recurrent")
@@ -97,19 +106,21 @@ class RowStates:
     def __init__(self, config: PreTrainedConfig):
         self.config = config
         self.fresh: dict[Segment, State] = {}
-        self._batch = States(config, [])
+        self._batch: States | None = None
         self._places: dict[Row, int] = {}
 
-    def of(self, rows: Sequence[Row]) -> States:
-        """For the next batch, which has these rows."""
-        states = [self._state(row) for row in rows]
-        self._batch, self._places = States(self.config, states), {row: i for i, row in enumerate(rows)}
-        return self._batch
+    def of(self, rows: Sequence[Row]) -> list[State]:
+        """Of the rows of the next batch."""
+        return [self._state(row) for row in rows]
+
+    def run(self, batch: States | None, rows: Sequence[Row]) -> None:
+        """From now on the states of these rows are in `batch`."""
+        self._batch, self._places = batch, {row: i for i, row in enumerate(rows)}
 
     def _state(self, row: Row) -> State:
         if row in self.fresh:
             return self.fresh.pop(row)
-        if row in self._places:
+        if self._batch is not None and row in self._places:
             return self._batch.take(self._places[row])
         return row.parent.payload.state
 

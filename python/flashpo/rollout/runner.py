@@ -15,7 +15,7 @@ from flashpo._causal_lm import CausalLM
 from flashpo.ops import decode_attention, sample
 from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
 from flashpo.rollout.fused import FusedBackbone
-from flashpo.rollout.hybrid import States
+from flashpo.rollout.hybrid import State, States
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.scheduler import Row, Shared
 from flashpo.rollout.seam import in_charge
@@ -218,24 +218,36 @@ class Runner:
         self._weights, self._adapters = weights, adapters
 
     def load(
-        self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw], states: States | None = None
+        self,
+        rows: Sequence[Row],
+        shared: Sequence[Shared],
+        draws: Sequence[Draw],
+        states: Sequence[State] | None = None,
     ) -> tuple[Step, Callable]:
-        """A step whose tables hold these rows, and what moves it on. States of a hybrid model have no fixed place."""
+        """A step whose tables hold these rows, with their states in a hybrid model, and what moves it on."""
         sizes = Sizes.of(rows, shared, draws, self.check_every)
-        if not self.cuda or states is not None:  # new buffers cost next to nothing on a CPU
-            step = Step(self.parts, self.cache, sizes, self.fused)
-            step.states = states
+        if not self.cuda:  # new buffers cost next to nothing on a CPU
+            step = self._step(sizes, states)
             advance: Callable[[], object] = step
         else:
             key = self._adapters, sizes.rounded()
             if key not in self._captured:
-                self._captured[key] = self._capture(Step(self.parts, self.cache, sizes.rounded(), self.fused))
+                self._captured[key] = self._capture(self._step(sizes.rounded(), states))
             step, advance = self._captured[key]
+            if step.states is not None and states is not None:
+                step.states.load(states)
         step.load(rows, shared, draws)
         return step, advance
 
+    def _step(self, sizes: Sizes, states: Sequence[State] | None) -> Step:
+        step = Step(self.parts, self.cache, sizes, self.fused)
+        if states is not None:  # a place without a row has some state, too
+            places = [*states, *[states[0]] * (sizes.rows - len(states))]
+            step.states = States(self.parts.base.config.get_text_config(), places)
+        return step
+
     def _capture(self, step: Step) -> tuple[Step, Callable[[], object]]:
-        """All rows are parked, so that neither warm-up nor capture leaves a trace in the cache."""
+        """All rows are parked, so that warm-up and capture leave no trace in the cache; states are loaded later."""
         try:
             stream = torch.cuda.Stream(self.cache.device)
             stream.wait_stream(torch.cuda.current_stream())
