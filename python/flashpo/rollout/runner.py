@@ -234,7 +234,8 @@ class Runner:
             if key not in self._captured:
                 self._captured[key] = self._capture(self._step(sizes.rounded(), states))
             step, advance = self._captured[key]
-            if step.states is not None and states is not None:
+            if states is not None:
+                assert step.states is not None
                 step.states.load(states)
         step.load(rows, shared, draws)
         return step, advance
