@@ -68,6 +68,14 @@ def prefill(
     return hidden[torch.tensor(packed.ends, device=cache.device) - 1]
 
 
+class Tree(NamedTuple):
+    """Pieces with all of their pasts, as tree_attention takes them."""
+
+    end: Tensor  # (N,)
+    position: Tensor  # (N,)
+    slot: Tensor  # (N,): where their keys and values are
+
+
 class Packed:
     """A packed forward: each piece attends to its past and causally to itself."""
 
@@ -82,15 +90,16 @@ class Packed:
         self.token = joined(piece.tokens for piece in pieces)
         self.position = joined(piece.positions for piece in pieces)
         self.slot = joined(piece.slots for piece in pieces)
-        self.spans: list[tuple[slice, Piece | Tensor]] = []  # a piece by itself, or the `end` of a tree's tokens
+        self.spans: list[tuple[slice, Piece | Tree]] = []
         for within, group in itertools.groupby(zip(visible_until(pieces), pieces, self.ends), lambda x: x[0] > 0):
             untils, members, ends = zip(*group)
             begins = [end - len(piece.tokens) for end, piece in zip(ends, members)]
             if within:
                 behind = joined([u - begins[0]] * len(p.tokens) for u, p in zip(untils, members)).int()
-                self.spans.append((slice(begins[0], ends[-1]), behind))
+                span = slice(begins[0], ends[-1])
+                self.spans.append((span, Tree(behind, self.position[span].int(), self.slot[span])))
             else:
-                self.spans += [(slice(*span), piece) for *span, piece in zip(begins, ends, members)]
+                self.spans += [(slice(begin, end), piece) for begin, end, piece in zip(begins, ends, members)]
 
     def attend(self, layer, query, key, value, scale, softcap, sinks):
         if query.shape[2] != key.shape[2] or key.shape[2] != self.ends[-1]:
@@ -108,9 +117,9 @@ class Packed:
         out = []
         for span, of in self.spans:
             q = query[span]
-            if isinstance(of, Tensor):
-                k, v = self.cache.gather(layer, self.slot[span])
-                out.append(attend(q, k, v, sinks, of, self.position[span].int(), scale, window, softcap))
+            if isinstance(of, Tree):
+                k, v = self.cache.gather(layer, of.slot)
+                out.append(attend(q, k, v, sinks, of.end, of.position, scale, window, softcap))
             else:
                 k, v = self.cache.read(layer, of.runs)
                 q = q.transpose(0, 1)[None]
@@ -121,7 +130,7 @@ class Packed:
 def visible_until(pieces: Sequence[Piece]) -> list[int]:
     """Of each piece, the end of the tokens that may see it, among those of all pieces; 0: its past is not with them.
 
-    Pieces whose pasts are come depth first: each behind its parent, or behind what else stands behind that.
+    A tree's pieces come depth first: each behind its parent, or behind all that other children of it are followed by.
     """
     until, path = [0] * len(pieces), list[tuple[int, Run]]()  # the open branch: pieces with all of their tokens here
     at = 0
