@@ -130,7 +130,7 @@ class Packed:
 def visible_until(pieces: Sequence[Piece]) -> list[int]:
     """Of each piece, the end of the tokens that may see it, among those of all pieces; 0: its past is not with them.
 
-    A tree's pieces come depth first: each behind its parent, or behind all that other children of it are followed by.
+    A tree's pieces come depth first: each after its parent, or after the whole subtree of a sibling.
     """
     until, path = [0] * len(pieces), list[tuple[int, Run]]()  # the open branch: pieces with all of their tokens here
     at = 0
