@@ -18,7 +18,7 @@ from flashpo.ops import _masked_attention as masked
 KEYS_16_BIT = {  # two sums of gradients in registers leave room for short steps only
     64: ((64, 64, 3, 4), (64, 64, 2, 4), (64, 32, 1, 4)),
     128: ((64, 32, 2, 4), (64, 32, 1, 4)),
-    256: ((32, 32, 2, 4), (32, 16, 1, 4)),
+    256: ((64, 32, 2, 8), (32, 32, 2, 4), (32, 16, 1, 4)),
 }
 QUERIES_16_BIT = {
     64: ((64, 64, 2, 4), (64, 32, 1, 4)),
