@@ -20,6 +20,7 @@ from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import States
 from flashpo.rollout.seam import in_charge
 
+LONG = 512  # tokens from which on torch's own attention is faster on a CPU in 16 bit
 TILE = 512  # queries whose scores against all of their keys exist at a time, where a kernel of torch cannot be used
 
 
@@ -91,11 +92,14 @@ class Packed:
         self.position = joined(piece.positions for piece in pieces)
         self.slot = joined(piece.slots for piece in pieces)
         self.spans: list[tuple[slice, Piece | Tree]] = []
-        for within, group in itertools.groupby(zip(visible_until(pieces), pieces, self.ends), lambda x: x[0] > 0):
-            untils, members, ends = zip(*group)
+        untils = visible_until(pieces)
+        if cache.device.type == "cpu" and cache.dtype != torch.float32 and max(len(p.tokens) for p in pieces) >= LONG:
+            untils = [0] * len(pieces)
+        for within, group in itertools.groupby(zip(untils, pieces, self.ends), lambda x: x[0] > 0):
+            until, members, ends = zip(*group)
             begins = [end - len(piece.tokens) for end, piece in zip(ends, members)]
             if within:
-                behind = joined([u - begins[0]] * len(p.tokens) for u, p in zip(untils, members)).int()
+                behind = joined([u - begins[0]] * len(p.tokens) for u, p in zip(until, members)).int()
                 span = slice(begins[0], ends[-1])
                 self.spans.append((span, Tree(behind, self.position[span].int(), self.slot[span])))
             else:
