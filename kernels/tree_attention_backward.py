@@ -120,9 +120,8 @@ def keys_step(
         seen = visible(i[None, :], j[:, None], end_j[:, None], position_i[None, :], position_j[:, None], window)
     dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
     p, ds = gradient(s, dp, lse_i[None, :], delta_i[None, :], slope, seen)
-    if (
-        queries.dtype == tl.float32
-    ):  # a tile's sum first: one by one, a prompt's thousands of queries would add up worse
+    # in fp32 a tile's sum comes first: added one by one, a prompt's thousands of queries would lose more
+    if queries.dtype == tl.float32:
         dv += tl.dot(p, upstream, input_precision="ieee")
         dk += tl.dot(ds, queries, input_precision="ieee")
     else:

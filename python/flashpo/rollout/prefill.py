@@ -92,9 +92,10 @@ class Packed:
         self.position = joined(piece.positions for piece in pieces)
         self.slot = joined(piece.slots for piece in pieces)
         self.spans: list[tuple[slice, Piece | Tree]] = []
-        untils = visible_until(pieces)
-        if cache.device.type == "cpu" and cache.dtype != torch.float32 and max(len(p.tokens) for p in pieces) >= LONG:
-            untils = [0] * len(pieces)
+        alone = (
+            cache.device.type == "cpu" and cache.dtype != torch.float32 and max(len(p.tokens) for p in pieces) >= LONG
+        )
+        untils = [0] * len(pieces) if alone else visible_until(pieces)
         for within, group in itertools.groupby(zip(untils, pieces, self.ends), lambda x: x[0] > 0):
             until, members, ends = zip(*group)
             begins = [end - len(piece.tokens) for end, piece in zip(ends, members)]
