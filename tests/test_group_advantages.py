@@ -1,15 +1,14 @@
 """group_advantages against a loop over groups in float64, over every option, kind of batch and backend."""
 
 import itertools
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import assert_as_accurate
 from advantage_inputs import batch, members, plain
 from inputs import sanitized
+from two_processes import in_two_processes, needs_gloo
 
 import flashpo
 from flashpo import Advantages, group_advantages
@@ -254,7 +253,6 @@ def test_bad_arguments(rewards, group, options, error, message):
         group_advantages(rewards, group, **options)
 
 
-RANKS = 2
 DISTRIBUTED = [
     {},
     {"scale": "batch", "reward_weights": [1.0, 0.5, 2.0]},
@@ -265,30 +263,25 @@ DISTRIBUTED = [
 assert {options.get("aggregation", AGGREGATIONS[0]) for options in DISTRIBUTED} == set(AGGREGATIONS)
 
 
-def worker(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    try:
-        torch.manual_seed(0)
-        rewards, group, lengths = batch(90, 12, 3, nan=0.3)
-        # groups spread over the ranks; then one rank without rows
-        for first in (37, 0):
-            mine = slice(0, first) if rank == 0 else slice(first, 90)
-            for options in DISTRIBUTED:
-                whole_options, own_options = dict(options), dict(options)
-                if "lengths" in options:
-                    whole_options["lengths"], own_options["lengths"] = lengths, lengths[mine]
-                whole = group_advantages(rewards, group, **whole_options)
-                own = group_advantages(rewards[mine], group[mine], process_group=dist.group.WORLD, **own_options)
-                assert same(own, Advantages(*(x[mine] for x in whole)))
-        with pytest.raises(ValueError, match="rewards must have one K"):
-            group_advantages(rewards[:, : 1 + rank], group, process_group=dist.group.WORLD)
-        with pytest.raises(ValueError, match="all or none"):
-            group_advantages(rewards, group, lengths=lengths if rank else None, process_group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+def check_rank(rank):
+    torch.manual_seed(0)
+    rewards, group, lengths = batch(90, 12, 3, nan=0.3)
+    # groups spread over the ranks; then one rank without rows
+    for first in (37, 0):
+        mine = slice(0, first) if rank == 0 else slice(first, 90)
+        for options in DISTRIBUTED:
+            whole_options, own_options = dict(options), dict(options)
+            if "lengths" in options:
+                whole_options["lengths"], own_options["lengths"] = lengths, lengths[mine]
+            whole = group_advantages(rewards, group, **whole_options)
+            own = group_advantages(rewards[mine], group[mine], process_group=dist.group.WORLD, **own_options)
+            assert same(own, Advantages(*(x[mine] for x in whole)))
+    with pytest.raises(ValueError, match="rewards must have one K"):
+        group_advantages(rewards[:, : 1 + rank], group, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="all or none"):
+        group_advantages(rewards, group, lengths=lengths if rank else None, process_group=dist.group.WORLD)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_statistics_over_the_rows_of_all_ranks():
-    with tempfile.NamedTemporaryFile() as file:
-        mp.spawn(worker, (f"{file.name}.store",), RANKS)
+    in_two_processes((check_rank,))

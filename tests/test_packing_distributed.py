@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_trl_distributed import in_two_processes, pytestmark  # noqa: F401
+from two_processes import in_two_processes, needs_gloo
 
+pytestmark = needs_gloo
 TEMPERATURE = 0.9
 
 
-def check(rank: int, folder: str, wrapper: str) -> None:
+def check(rank: int, wrapper: str) -> None:
     """Rank 1 has fewer rows, and on the second turn nothing to score at all: it still joins every collective."""
     from packing_models import backward, batch, make, packed, padded
     from test_packing_models import assert_same_gradients

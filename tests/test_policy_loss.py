@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 from policy_inputs import PRESETS, random_spec
 from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes, needs_gloo
 
 import flashpo
 from flashpo import LOSSES, LossSpec, PolicyStats, policy_loss
@@ -157,36 +158,27 @@ def test_statistics_are_what_they_say():
         stats.clip_lo  # noqa: B018
 
 
-def _rank(rank, folder, queue):
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def check_rank(rank):
     torch.manual_seed(3)
     made = batch(B=8)
     half = {name: x[4 * rank : 4 * rank + 4] for name, x in made.items()}
     spec = replace(LOSSES["dapo"], top_entropy=0.5)
-    group = torch.distributed.group.WORLD
-    out = policy_loss(**tensors_for(spec, half), loss=spec, num_items=made["mask"].sum(), entropy_group=group)
+    options = dict(num_items=made["mask"].sum(), entropy_group=dist.group.WORLD)
+    out = policy_loss(**tensors_for(spec, half), loss=spec, **options)
+    whole = policy_loss(**tensors_for(spec, made), loss=spec)
+    loss = out.loss.detach().clone()
+    dist.all_reduce(loss)
+    assert math.isclose(loss.item(), whole.loss.item(), rel_tol=1e-12)
     three = PolicyStats(torch.stack([out.stats.values] * 3, dim=1)).reduce()
     assert torch.equal(three.values[:, 2], out.stats.reduce().values)
-    queue.put((out.loss.item(), three.values[:, 0].tolist()))
-    torch.distributed.destroy_process_group()
+    torch.testing.assert_close(three.values[:, 0], whole.stats.values)
+    both = PolicyStats(three.values[:, 0])
+    torch.testing.assert_close(both.ratio_quantile(0.9), whole.stats.ratio_quantile(0.9))
 
 
-def test_statistics_and_entropy_threshold_of_two_ranks(tmp_path):
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path), queue)) for rank in range(2)]
-    [process.start() for process in ranks]
-    found = [queue.get(timeout=120) for _ in ranks]
-    [process.join() for process in ranks]
-    torch.manual_seed(3)
-    made = batch(B=8)
-    spec = replace(LOSSES["dapo"], top_entropy=0.5)
-    whole = policy_loss(**tensors_for(spec, made), loss=spec)
-    assert math.isclose(sum(loss for loss, _ in found), whole.loss.item(), rel_tol=1e-12)
-    for _, values in found:
-        values = torch.tensor(values, dtype=torch.float64)
-        torch.testing.assert_close(values, whole.stats.values)
-        torch.testing.assert_close(PolicyStats(values).ratio_quantile(0.9), whole.stats.ratio_quantile(0.9))
+@needs_gloo
+def test_statistics_and_entropy_threshold_of_two_ranks():
+    in_two_processes((check_rank,))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,23 +1,20 @@
 """The view of the weights: what it computes, what it leaves alone, and when it must be made anew."""
 
 import copy
-import os
-import sys
 import types
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import peft
-import torch.multiprocessing as mp
 from accuracy import assert_as_accurate
 from transformers import AutoModelForCausalLM
 from trl_models import CONFIGS, VOCAB
+from two_processes import in_two_processes, needs_gloo
 
 from flashpo._huge_pages import HugePages
 from flashpo.ops.packed_linear import packs
@@ -303,16 +300,6 @@ def check_fsdp2(rank: int, policy_dtype: torch.dtype | None) -> None:
         assert (logits(model) - expected).abs().max() > 0.01, "the weights must move"
 
 
-def work(rank: int, store: str) -> None:
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    for policy_dtype in (None, torch.bfloat16):
-        check_fsdp2(rank, policy_dtype)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
-def test_fsdp2(tmp_path):
-    mp.spawn(work, (f"{tmp_path}/store",), nprocs=2)
+@needs_gloo
+def test_fsdp2():
+    in_two_processes((check_fsdp2, None), (check_fsdp2, torch.bfloat16))

@@ -1,22 +1,19 @@
 """Two gloo processes: under DDP and FSDP2 our gradients are TRL's, and they are reduced over the processes."""
 
 import itertools
-import os
-import sys
-import tempfile
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
+from two_processes import in_two_processes, needs_gloo
 
 pytest.importorskip("trl")
-import torch.multiprocessing as mp
 import trl
+from trl_models import SAMPLED_BY_TRL, SPECIAL, VOCAB, assert_ran, assert_same, make_trainer, model_path, train
 
 import flashpo.trl
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = needs_gloo
 RL = dict(per_device_train_batch_size=4, num_generations=4, beta=0.04)
 OPTIONS = {
     "SFT": dict(gradient_accumulation_steps=2),
@@ -28,8 +25,7 @@ OPTIONS = {
 
 
 def check_ddp(rank: int, folder: str, name: str) -> None:
-    from trl_models import SAMPLED_BY_TRL, assert_ran, assert_same, make_trainer, train
-
+    flashpo.stats(reset=True)
     options = OPTIONS[name] | dict(model=folder, ddp_backend="gloo", ddp_find_unused_parameters=False, max_steps=2)
     stock_trainer = make_trainer(name, trl, **options)
     stock = train(stock_trainer)
@@ -50,7 +46,7 @@ def check_ddp(rank: int, folder: str, name: str) -> None:
             assert torch.equal(*both), f"{parameter} was not reduced"
 
 
-def check_fsdp2(rank: int, folder: str, how: tuple[bool, bool]) -> None:
+def check_fsdp2(rank: int, folder: str, head_alone: bool, trees: bool) -> None:
     """`head_alone`: the head is a unit of its own, whose hooks never fire: TRL gets a sharded DTensor from it.
     `trees`: the head takes them."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -58,14 +54,12 @@ def check_fsdp2(rank: int, folder: str, how: tuple[bool, bool]) -> None:
     from torch.distributed.tensor import DTensor
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
-    from trl_models import SPECIAL, VOCAB, assert_ran, assert_same
 
     from flashpo.trl.patch import patched, stock
     from flashpo.trl.sharing import Sharing
     from flashpo.trl.tree_head import take_trees
     from flashpo.trl.verify import Step
 
-    head_alone, trees = how
     model = AutoModelForCausalLM.from_pretrained(folder)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     if trees:
@@ -98,10 +92,8 @@ def check_fsdp2(rank: int, folder: str, how: tuple[bool, bool]) -> None:
     assert_same([expected], [actual])
 
 
-def check_dynamic_sampling(rank: int, folder: str, _) -> None:
+def check_dynamic_sampling(rank: int, folder: str) -> None:
     """Rank 1 alone has a group of equal rewards: both generate a group, one rank takes it, and both count the same."""
-    from trl_models import make_trainer
-
     trainer = make_trainer("GRPO", flashpo.trl, model=folder, dynamic_sampling=2, loss="dapo")
     calls = iter([[0.9 if rank else 1.0, 0.9, 0.9, 0.9], [1.0, 2.0, 3.0, 4.0]])
     trainer.reward_funcs = [lambda completions, **kwargs: next(calls)]
@@ -122,7 +114,6 @@ def check_dynamic_sampling(rank: int, folder: str, _) -> None:
 def check_rollout(rank: int, folder: str, lora: bool) -> None:
     """Each rank generates its own rows, which here cut a group in two, by a seed of its own."""
     from peft import LoraConfig
-    from trl_models import make_trainer, train
 
     from flashpo.rollout import RolloutEngine
 
@@ -155,46 +146,19 @@ def check_rollout(rank: int, folder: str, lora: bool) -> None:
             assert torch.equal(*both), f"{parameter} was not reduced"
 
 
-def work(rank: int, store: str, folder: str, checks: list, errors) -> None:
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path.insert(0, here)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    for check, argument in checks:
-        try:
-            flashpo.stats(reset=True)
-            check(rank, folder, argument)
-        except Exception:
-            errors.put(f"rank {rank}, {check.__name__}({argument}):\n{traceback.format_exc()}")
-            os._exit(1)  # the other process may be waiting in a collective; spawn ends it
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def in_two_processes(*checks) -> None:
-    from trl_models import model_path
-
-    context = mp.get_context("spawn")
-    errors = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            mp.spawn(work, (f"{folder}/store", model_path("qwen3"), checks, errors), nprocs=2)
-        except mp.ProcessExitedException:
-            pytest.fail(errors.get() if not errors.empty() else "a process ended without an error")
-
-
 def test_ddp():
-    in_two_processes(*[(check_ddp, name) for name in OPTIONS])
+    in_two_processes(*[(check_ddp, model_path(), name) for name in OPTIONS])
 
 
 def test_dynamic_sampling():
-    in_two_processes((check_dynamic_sampling, None))
+    in_two_processes((check_dynamic_sampling, model_path()))
 
 
 def test_fsdp2():
-    in_two_processes(*((check_fsdp2, how) for how in itertools.product((False, True), repeat=2)))
+    folder = model_path()
+    in_two_processes(*[(check_fsdp2, folder, *how) for how in itertools.product((False, True), repeat=2)])
 
 
 def test_rollouts():
-    in_two_processes((check_rollout, False), (check_rollout, True))
+    folder = model_path()
+    in_two_processes((check_rollout, folder, False), (check_rollout, folder, True))

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-import torch.distributed as dist
 import trl
 from peft import LoraConfig
 from test_gae import in_torch
-from test_trl_distributed import in_two_processes
 from transformers import AutoModelForCausalLM
 from trl_models import DATA, Recorder, assert_ran, assert_same, make_trainer, model_path, reward, train, weights
+from two_processes import in_two_processes, needs_gloo
 
 import flashpo.trl
 from flashpo.trl import PPOConfig, PPOTrainer
@@ -327,13 +326,13 @@ def check_ddp(rank: int, folder: str, critic: str) -> None:
         assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_two_processes_take_the_step_of_one():
     folder = model_path("qwen3")
     for critic in ("shared", "separate"):
         _, steps, log = two_steps(folder, critic, batch=8)
         torch.save({"steps": steps, "log": log}, os.path.join(folder, f"one-process-{critic}.pt"))
-    in_two_processes((check_ddp, "shared"), (check_ddp, "separate"))
+    in_two_processes((check_ddp, folder, "shared"), (check_ddp, folder, "separate"))
 
 
 def check_fsdp2(rank: int, folder: str, kind: str) -> None:
@@ -374,9 +373,10 @@ def check_fsdp2(rank: int, folder: str, kind: str) -> None:
     assert_same([Step(0.0, {}, expected)], [Step(0.0, {}, got)])
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+@needs_gloo
 def test_fsdp2():
-    in_two_processes((check_fsdp2, "shared"), (check_fsdp2, "separate"))
+    folder = model_path("qwen3")
+    in_two_processes((check_fsdp2, folder, "shared"), (check_fsdp2, folder, "separate"))
 
 
 def test_it_learns():

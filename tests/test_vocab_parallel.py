@@ -1,15 +1,13 @@
 """`linear_logprob(group=)`: a head sharded along the vocabulary over 2 processes equals the whole head."""
 
-import tempfile
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from two_processes import in_two_processes, needs_gloo
 
 from flashpo import TokenStats, linear_logprob
 
-RANKS, N, H, V = 2, 11, 16, 90
+N, H, V = 11, 16, 90
 
 
 def inputs():
@@ -28,26 +26,22 @@ def run(h, w, b, target, upstream, group=None):
     return [x.detach() for x in out]
 
 
-def worker(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    try:
-        (h, w, b), target, upstream = inputs()
-        whole = run(h, w, b, target, upstream)
-        mine = slice(rank * V // RANKS, (rank + 1) * V // RANKS)
-        sharded = [x.detach().clone().requires_grad_() for x in (h, w[mine], b[mine])]
-        parts = run(*sharded, target, upstream, dist.group.WORLD)
-        for x, y in zip(parts, whole):
-            torch.testing.assert_close(x, y)
-        for x, y in zip((x.grad for x in sharded), (h.grad, w.grad[mine], b.grad[mine])):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+def check_rank(rank):
+    (h, w, b), target, upstream = inputs()
+    whole = run(h, w, b, target, upstream)
+    mine = slice(rank * V // 2, (rank + 1) * V // 2)
+    sharded = [x.detach().clone().requires_grad_() for x in (h, w[mine], b[mine])]
+    parts = run(*sharded, target, upstream, dist.group.WORLD)
+    for x, y in zip(parts, whole):
+        torch.testing.assert_close(x, y)
+    for x, y in zip((x.grad for x in sharded), (h.grad, w.grad[mine], b.grad[mine])):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
-        uneven = w.detach()[: V // 2 - rank]
-        with pytest.raises(ValueError, match="same number of rows"):
-            linear_logprob(h.detach(), uneven, target.clamp(max=80), group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    uneven = w.detach()[: V // 2 - rank]
+    with pytest.raises(ValueError, match="same number of rows"):
+        linear_logprob(h.detach(), uneven, target.clamp(max=80), group=dist.group.WORLD)
 
 
+@needs_gloo
 def test_equals_the_whole_head():
-    with tempfile.NamedTemporaryFile() as file:
-        mp.spawn(worker, (f"{file.name}.store",), RANKS)
+    in_two_processes((check_rank,))

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from test_packing_distributed import WRAPPERS
-from test_trl_distributed import in_two_processes, pytestmark  # noqa: F401
+from trl_models import model_path
+from two_processes import in_two_processes, needs_gloo
+
+pytestmark = needs_gloo
 
 
 def check(rank: int, folder: str, wrapper: str) -> None:
@@ -45,4 +48,4 @@ def check(rank: int, folder: str, wrapper: str) -> None:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_process_without_advantages(wrapper):
-    in_two_processes((check, wrapper))
+    in_two_processes((check, model_path(), wrapper))
