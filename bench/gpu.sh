@@ -44,7 +44,8 @@ on_gpu() { # step, but in a dry run only its command into the summary
 [ -z "$WHEELS" ] || step wheels "$PYTHON" -m pip install --no-index --no-deps "$WHEELS"/*.whl
 step build "$PYTHON" -m pip install --no-build-isolation --no-deps --force-reinstall . || exit 1
 step doctor "$PYTHON" -m flashpo doctor --check
-step tests "$PYTHON" -m pytest -v -m gpu -n 8 tests/test_gpu*.py # -v: a run cut short names what failed
+# -v: a run cut short names what failed
+step tests "$PYTHON" -m pytest -v -m gpu -n 8 tests/test_gpu*.py tests/test_fused_norms.py
 for suite in $SUITES; do
   on_gpu "$suite" timeout -s INT 600 "$PYTHON" -m flashpo bench "$suite" --device cuda --peers \
     --out "$OUT/bench.jsonl" --plot "$OUT/plots"

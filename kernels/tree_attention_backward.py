@@ -335,35 +335,24 @@ def backward(
             out, d_out, delta, N * heads, heads, *d_out.stride()[:2], DV=v_dim, BLOCK=32, BLOCK_DV=heads_of["BLOCK_DV"]
         )
         inputs = q, k, v, end, position, lse, delta, d_out
-        own, step, launch = tile(KEYS_16_BIT, q.dtype, widest, limit)
-        table = lists(end, position, window or None, own, step, rows_are_keys=True)
-        keys_kernel[(len(table[0]), kv_heads)](
-            *inputs,
-            *table,
-            dk,
-            dv,
-            N,
-            table[0].shape[1],
-            *strides,
-            *options,
-            BLOCK_K=own,
-            BLOCK_Q=step,
-            **heads_of,
-            **launch,
-        )
-        own, step, launch = tile(QUERIES_16_BIT, q.dtype, widest, limit)
-        table = lists(end, position, window or None, own, step, rows_are_keys=False)
-        queries_kernel[(len(table[0]), heads)](
-            *inputs,
-            *table,
-            dq,
-            N,
-            table[0].shape[1],
-            *strides,
-            *options,
-            BLOCK_Q=own,
-            BLOCK_K=step,
-            **heads_of,
-            **launch,
-        )
+        for kernel, of_keys, programs, table, results in (
+            (keys_kernel, True, kv_heads, KEYS_16_BIT, (dk, dv)),
+            (queries_kernel, False, heads, QUERIES_16_BIT, (dq,)),
+        ):
+            own, step, launch = tile(table, q.dtype, widest, limit)
+            blocks = {"BLOCK_K": own, "BLOCK_Q": step} if of_keys else {"BLOCK_Q": own, "BLOCK_K": step}
+            tiles, counts = lists(end, position, window or None, own, step, rows_are_keys=of_keys)
+            kernel[(len(tiles), programs)](
+                *inputs,
+                tiles,
+                counts,
+                *results,
+                N,
+                tiles.shape[1],
+                *strides,
+                *options,
+                **blocks,
+                **heads_of,
+                **launch,
+            )
     return dq, dk, dv, masked.sink_gradient(sinks, lse, delta)

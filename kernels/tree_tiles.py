@@ -1,4 +1,7 @@
-"""Which tiles of a tree's attention mask hold anything, and which nothing but seen pairs: lists made on the device."""
+"""Which tiles of a tree's attention mask hold anything, and which nothing but seen pairs: lists made on the device.
+
+They are made once for all layers of a model, and for backward: those of the last tree are kept.
+"""
 
 import torch
 import triton
@@ -91,6 +94,36 @@ def lists(
     end: Tensor, position: Tensor, window: int | None, row: int, column: int, rows_are_keys: bool
 ) -> tuple[Tensor, Tensor]:
     """(lists, counts) for rows of `row` tokens; a mask of keys by queries where `rows_are_keys`, else the other way."""
+    kept = _kept(end, position)
+    options = window, row, column, rows_are_keys
+    if options not in kept:
+        kept[options] = _made(end, position, *options)
+    return kept[options]
+
+
+Lists = dict[tuple, tuple[Tensor, Tensor]]  # by their options
+_last: tuple[tuple, tuple[Tensor, Tensor], Lists] | None = None  # (identity, tree, lists)
+
+
+def _kept(end: Tensor, position: Tensor) -> Lists:
+    """The lists of this tree, to be added to.
+
+    What is kept holds the tree's tensors, so that no other has their addresses; `_version` counts what is written into
+    them, inference mode excepted. A graph being captured makes lists of its own, which live as long as it does.
+    """
+    global _last
+    if end.is_inference() or position.is_inference() or (end.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return {}
+    stream = torch.cuda.current_stream(end.device) if end.is_cuda else None
+    identity = stream, *((x.data_ptr(), len(x), x._version) for x in (end, position))
+    if _last is None or _last[0] != identity:
+        _last = identity, (end, position), {}
+    return _last[2]
+
+
+def _made(
+    end: Tensor, position: Tensor, window: int | None, row: int, column: int, rows_are_keys: bool
+) -> tuple[Tensor, Tensor]:
     rows, columns = triton.cdiv(len(end), row), triton.cdiv(len(end), column)
     out = end.new_empty((rows, columns), dtype=torch.int32)
     counts = end.new_empty((rows, 2), dtype=torch.int32)

@@ -69,6 +69,24 @@ def test_same_twice():
     assert all(torch.equal(x, y) for x, y in zip(first, second))
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_lists_are_made_once_a_tree(monkeypatch):
+    """Layers and their backward share them; another tree, or the same tensors with another tree in them, do not."""
+    made, make = [], tree_tiles._made
+    monkeypatch.setattr(tree_tiles, "_made", lambda *args: made.append(args[2:]) or make(*args))
+    tree, other = (Tree.of(group(30, 20, 25)), Tree.of(group(60, 5, 10)))
+    layers = Attention(heads=2, kv_heads=1), Attention(heads=2, kv_heads=1, window=20)
+    for _ in range(2):
+        [check(layer, tree, "triton", torch.float32) for layer in layers]
+    assert len(made) == len(set(made)) == 4  # of queries, which backward shares, and of keys; of each window
+    check(layers[0], other, "triton", torch.float32)
+    assert len(made) == 6
+    other.end.copy_(tree.end)
+    other.position.copy_(tree.position)
+    check(layers[0], replace(other, rows=tree.rows), "triton", torch.float32)
+    assert len(made) == 8
+
+
 @pytest.mark.parametrize("by_key", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 64])
 @pytest.mark.parametrize(("row", "column"), [(32, 16), (16, 32), (16, 16)])

@@ -99,7 +99,8 @@ def _attend_tree(
     device, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(device):  # which knows torch's attention, not ours; rotary embeddings have made fp32
         dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    # squeeze, whose backward is a view: that of x[0] fills zeros and copies
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     scale = float(q.shape[2] ** -0.5 if scaling is None else scaling)
     return attend(q, k, v, s_aux, end, position, scale, _window(module, options), float(softcap or 0.0))[None]
 

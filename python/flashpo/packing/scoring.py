@@ -60,8 +60,10 @@ def forward(model: nn.Module, tree: TokenTree, *, aux_loss: bool = False, **opti
 
 
 def prepare(model: nn.Module) -> None:
-    """Let `model` take token trees; `score` does it, too. Later calls do nothing."""
+    """Let `model` take token trees, and run its norms as one operator each on GPUs; `score` does it, too. Later calls
+    do nothing."""
     from flashpo.packing.attention import install
+    from flashpo.packing.norms import fuse_norms
     from flashpo.packing.support import check_packable
 
     lm = CausalLM.of(model)
@@ -70,6 +72,7 @@ def prepare(model: nn.Module) -> None:
         return
     check_packable(model)
     install(lm.backbone)
+    fuse_norms(lm.backbone)
 
     @functools.wraps(original)  # `generate` reads the signature
     def forward(self, *args, flashpo_tree: TokenTree | None = None, **keywords):
@@ -103,7 +106,7 @@ def forward_here(
     states = lm.backbone(**tree.inputs(), use_cache=False, **router)
     # FSDP2 keeps the head as a DTensor
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (lm.head.weight, lm.head.bias))
-    hidden = states.last_hidden_state[0]
+    hidden = states.last_hidden_state.squeeze(0)
     hidden = hidden[tree.source.to(hidden.device)].to(weight.device)
     with torch.autocast(hidden.device.type, enabled=False) if fp32_head else contextlib.nullcontext():
         stats = linear_logprob(

@@ -173,10 +173,10 @@ def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | N
 
 
 def _does_something_else(module: nn.Module) -> bool:
-    """Whether another forward has been put on it than its class's, or Liger's kernel for the same."""
+    """Whether another forward has been put on it than its class's, or Liger's kernel or ours for the same."""
     forward = module.__dict__.get("forward")
     name = getattr(getattr(forward, "__func__", None), "__qualname__", None)
-    return forward is not None and name not in ("LigerRMSNorm.forward", "LigerSwiGLUMLP.forward")
+    return forward is not None and name not in ("LigerRMSNorm.forward", "LigerSwiGLUMLP.forward", "fused_norm_forward")
 
 
 def _eps(norm: Any) -> float:

@@ -20,6 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from flashpo.packing import TokenTree, forward_here, pack, packable
 from flashpo.packing.attention import install
+from flashpo.packing.norms import fuse_norms
 from flashpo.trl.patch import DEVICES, FIELDS, active
 from flashpo.trl.sharing import Sharing
 
@@ -60,6 +61,7 @@ def take_trees(
     wanted = tuple(FIELDS[name] for name in outputs)
     config: Any = model.config.get_text_config()
     install(model.base_model)
+    fuse_norms(model.base_model)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self, *args, fused_lm_head=False, **batch):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashpo._op import stats
+from flashpo.packing.norms import original_norms
 from flashpo.trl.patch import patched, stock
 
 # What a step writes to besides parameters: the trainer's records, copied for each run. Plain numbers are rebound.
@@ -105,7 +106,7 @@ def verify(trainer, steps: int = 2) -> Report:
     tapes: dict[str, list] = {name: [] for name in REPLAYED if hasattr(trainer, name)}
     with _untouched(trainer, model):
         batches = _batches(trainer, steps)
-        with stock():
+        with stock(), original_norms(model):
             expected = _run(trainer, model, batches, tapes, replay=False)
         before = stats()
         with patched():
