@@ -5,7 +5,7 @@ Ours should grow with the distinct tokens, TRL's with all that stand in the padd
 
 from functools import partial
 
-from flashpo.bench.packing import Samples, Workload, make_model
+from flashpo.bench.packing import Samples, Workload, make_models
 from flashpo.bench.timing import Device, Tables, compare
 
 TITLE = "training pass over"
@@ -14,9 +14,10 @@ OVER_COMPLETIONS = {"cpu": (512, (2, 4, 8, 16, 32)), "cuda": (2048, (2, 4, 8, 16
 OVER_PROMPTS = {"cpu": (4, (128, 256, 512, 1024, 2048, 4096)), "cuda": (8, (512, 1024, 2048, 4096, 8192))}
 
 
-def record(device: Device, model, workload: Workload) -> dict:
+def record(device: Device, models: tuple, workload: Workload) -> dict:
+    model, stock = models
     samples = Samples(workload, model.config.vocab_size, device.name)
-    ways = {"ours": partial(samples.train, samples.packed, model), "trl": partial(samples.train, samples.padded, model)}
+    ways = {"ours": partial(samples.train, samples.packed, model), "trl": partial(samples.train, samples.padded, stock)}
     seconds = compare(device, ways, budget=0.0, rounds=3)
     return {
         "variant": workload.title,
@@ -29,7 +30,7 @@ def record(device: Device, model, workload: Workload) -> dict:
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
-    model = make_model(device)
+    models = make_models(device)
     prompt, sizes = OVER_COMPLETIONS[device.name]
     size, prompts = OVER_PROMPTS[device.name]
     over_sizes = [Workload(f"{n} completions", 1, n, prompt, COMPLETION) for n in sizes]
@@ -38,7 +39,7 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
         (f"completions of a prompt of {prompt} tokens", over_sizes),
         (f"the prompt's length with {size} completions", over_prompts),
     ):
-        yield f"{TITLE} {what}", partial(map, partial(record, device, model), workloads[: 2 if quick else None])
+        yield f"{TITLE} {what}", partial(map, partial(record, device, models), workloads[: 2 if quick else None])
 
 
 def draw(axes, records: list[dict]) -> None:

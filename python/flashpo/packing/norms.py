@@ -36,7 +36,7 @@ def fuse_norms(model: nn.Module) -> None:
 @contextlib.contextmanager
 def original_norms(model: nn.Module) -> Iterator[None]:
     """Within it `model` has its own norms back."""
-    fused = [module for module in model.modules() if "_flashpo_norm" in module.__dict__]
+    fused = [module for module in model.modules() if _fused(module)]
     forwards = [module.__dict__.pop("forward") for module in fused]
     try:
         yield
@@ -56,6 +56,10 @@ def rms_norm(x: Tensor, weight: Tensor, formula: Formula) -> Tensor:
     weight = weight.to(wide) + formula.offset if formula.offset else weight.to(wide)
     y = F.rms_norm(x.to(wide), weight.shape, weight, formula.eps)
     return y.to(dtype if formula.promotes else x.dtype)
+
+
+def _fused(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "__func__", None) is fused_norm_forward
 
 
 def _pays(x: Tensor) -> bool:
