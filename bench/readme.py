@@ -41,6 +41,8 @@ HEADS = {
     "share_of_floor": "share of the floor",
     "cache_mb": "cache, MiB",
     "gflops": "GFLOP/s",
+    "gflop_per_s": "GFLOP/s",
+    "share_of_gemm": "share of a GEMM",
     "gemm_gflops": "GEMM, GFLOP/s",
     "copy_gb_per_s": "copy, GB/s",
     "peak_mb": "peak MiB",

@@ -156,6 +156,23 @@ def test_generation_by_trl_is_a_choice(calls):
         make_trainer("GRPO", flashpo.trl, rollout="vllm")
 
 
+def test_memory_is_free_for_the_update(calls, monkeypatch):
+    """The same steps, though the cache is made again for each generation."""
+    released, release = [], RolloutEngine.release
+    monkeypatch.setattr(RolloutEngine, "release", lambda self: released.append(len(calls)) or release(self))
+    completions = {}
+    for frees in (False, True):
+        trainer = make_trainer("GRPO", flashpo.trl, max_steps=2, rollout_release=frees)
+        trainer.train()
+        assert (trainer._rollouts.engine.runner is None) == frees
+        assert released == ([1, 2] if frees else [])  # after each generation
+        completions[frees] = [rollouts.completion_ids for _, _, rollouts in calls]
+        calls.clear()
+    assert completions[True] == completions[False]
+    with pytest.raises(ValueError, match="rollout_release"):
+        make_trainer("GRPO", flashpo.trl, rollout_release=True, rollout="generate")
+
+
 def test_sampling_options_reach_the_engine(calls):
     options = dict(temperature=0.7, top_p=0.9, top_k=11, min_p=0.05, max_completion_length=5)
     trainer = make_trainer("GRPO", flashpo.trl, **options)

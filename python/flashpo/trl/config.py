@@ -52,6 +52,13 @@ class EngineOptions(SharingOptions):
     rollout_options: dict | str | None = field(
         default=None, metadata={"help": "Arguments of flashpo.rollout.RolloutEngine, a dict or JSON: kv_memory ..."}
     )
+    rollout_release: bool = field(
+        default=False,
+        metadata={
+            "help": "Free the engine's cache, CUDA graphs and copies of weights after each generation: more memory for "
+            "the update, at the price of making them again."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,6 +69,8 @@ class EngineOptions(SharingOptions):
         known = [name for name in inspect.signature(RolloutEngine).parameters if name != "model"]
         if unknown := set(self.rollout_options or ()).difference(known):
             raise ValueError(f"rollout_options: {', '.join(sorted(unknown))}: RolloutEngine takes {', '.join(known)}")
+        if self.rollout_release and self.rollout == "generate":
+            raise ValueError("rollout_release=True frees what the engine keeps: rollout must not be 'generate'")
 
 
 @dataclass

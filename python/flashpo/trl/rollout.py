@@ -135,7 +135,10 @@ class TrainerRollouts:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Within it a turn costs its new tokens only: what earlier turns computed stays in the cache."""
+        """Within it a turn costs its new tokens only: what earlier turns computed stays in the cache.
+
+        Behind it nothing does with `rollout_release`, nor any copy of weights.
+        """
         with contextlib.ExitStack() as self._session:
             self._turns = []
             if self.engine is not None:
@@ -144,6 +147,8 @@ class TrainerRollouts:
                 yield
             finally:
                 self._session = None
+        if self.engine is not None and getattr(self.trainer.args, "rollout_release", False):
+            self.engine.release()
 
     def keep_as_old(self, logprobs: list[list[float]]) -> None:
         """Let the scoring of these completions that comes next be answered by what they were sampled with."""
