@@ -5,7 +5,7 @@ Ours should grow with the distinct tokens, TRL's with all that stand in the padd
 
 from functools import partial
 
-from flashpo.bench.packing import Samples, Workload, make_models
+from flashpo.bench.packing import DTYPES, Samples, Workload, make_models
 from flashpo.bench.timing import Device, Tables, compare
 
 TITLE = "training pass over"
@@ -30,7 +30,7 @@ def record(device: Device, models: tuple, workload: Workload) -> dict:
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
-    models = make_models(device)
+    models = make_models(device, DTYPES[device.name][0])
     prompt, sizes = OVER_COMPLETIONS[device.name]
     size, prompts = OVER_PROMPTS[device.name]
     over_sizes = [Workload(f"{n} completions", 1, n, prompt, COMPLETION) for n in sizes]

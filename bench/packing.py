@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashpo import TokenTree, pack, score
 from flashpo.bench.shapes import SHAPES, USUAL
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Device, Tables, compare, dtype_name
 
 TEMPERATURE = 0.9
 
@@ -43,6 +43,7 @@ WORKLOADS = {
         Workload("nothing shared, no padding", 8, 1, 1024, 512, ragged=False),
     ],
 }
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 class Samples:
@@ -78,12 +79,11 @@ class Samples:
         (log_probs(model) * self.upstream).sum().backward()
 
 
-def make_models(device: Device) -> tuple:
+def make_models(device: Device, dtype: torch.dtype) -> tuple:
     """One for FlashPO, which changes its attention and its norms for good, and the same for TRL."""
     import transformers
     from trl.trainer.utils import add_fused_lm_head
 
-    dtype = torch.bfloat16 if device.cuda else torch.float32
     peaked = {} if device.cuda else {"initializer_range": 0.1}
     config = transformers.Qwen3Config(**SHAPES[USUAL[device.name]], **peaked, tie_word_embeddings=True, dtype=dtype)
     with torch.device(device.name):
@@ -126,7 +126,7 @@ def table(device: Device, workload: Workload, models: tuple, with_peers: bool) -
         name: ((evaluate() - exact) * samples.completion_mask).abs().max().item()
         for name, evaluate in evaluations.items()
     }
-    if not errors["FlashPO"] < (0.5 if device.cuda else 1e-3):
+    if not errors["FlashPO"] < (1e-3 if model.dtype == torch.float32 else 0.5):
         raise AssertionError(f"{workload.title}: off by {errors['FlashPO']} nats")
     variants = {f"{name} pass": partial(samples.train, *way) for name, way in ways.items()}
     variants |= {f"{name} scoring": evaluate for name, evaluate in evaluations.items()}
@@ -147,10 +147,16 @@ def table(device: Device, workload: Workload, models: tuple, with_peers: bool) -
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
-    models = make_models(device)
+    first, *others = DTYPES[device.name]
+    models = make_models(device, first)
     workloads = WORKLOADS[device.name][: 1 if quick else None]
     for workload in workloads:
         yield f"training pass, {workload.title}", partial(table, device, workload, models, with_peers)
+    for dtype in others if not quick else ():
+        narrow = make_models(device, dtype)
+        for workload in workloads[:2]:
+            title = f"training pass, {workload.title}, {dtype_name(dtype)}"
+            yield title, partial(table, device, workload, narrow, with_peers)
     if device.cuda and with_peers and importlib.util.find_spec("liger_kernel"):
         yield (
             f"training pass, {workloads[0].title}, with Liger's layers",
