@@ -91,7 +91,7 @@ def make_models(device: Device, dtype: torch.dtype) -> tuple:
     if device.cuda:  # as TRL does by default; without, its padded pass does not fit
         model.gradient_checkpointing_enable()
     add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
-    return model.train(), copy.deepcopy(model).train()
+    return model.train(), copy.deepcopy(model)
 
 
 def table(device: Device, workload: Workload, models: tuple, with_peers: bool) -> list[dict]:
@@ -141,8 +141,9 @@ def table(device: Device, workload: Workload, models: tuple, with_peers: bool) -
             "times_flashpo": seconds[variant] / seconds[f"FlashPO {phase}"],
             "peak_mb": device.peak_bytes(variants[variant]) / 2**20,
             "tokens": len(tree.tokens) if name.startswith("FlashPO") else samples.input_ids.numel(),
+            "off_by_nats": errors.get(name),
         }
-        records.append(record | ({"off_by_nats": errors[name]} if name in errors else {}))
+        records.append(record)
     return records
 
 

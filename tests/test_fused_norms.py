@@ -69,17 +69,17 @@ def test_function_and_gradients(device, kind, dtypes, everywhere):
 def test_family(kind, everywhere):
     model, b = make(kind, torch.float32), batch()
     every = [name for name, x in model.named_modules() if type(x).__name__.endswith("Norm")]
+    expected = [] if kind in WITHOUT else every
     ours = packed(model, b, TEMPERATURE)
-    assert fused(model) == ([] if kind in WITHOUT else every)
+    assert fused(model) == expected
     d_ours = backward(model, b, ours)
-    before = fused(model)
     with original_norms(model):
         assert fused(model) == []
         theirs = packed(model, b, TEMPERATURE)
         d_theirs = backward(model, b, theirs)
     assert_equal(ours[:2], theirs[:2], 1e-5)
     assert_same_gradients(d_ours, d_theirs, 3e-5)
-    assert fused(model) == before
+    assert fused(model) == expected
 
 
 def test_their_own_where_torch_has_no_kernel(monkeypatch):

@@ -74,7 +74,7 @@ def test_lists_are_made_once_a_tree(monkeypatch):
     """Layers and their backward share them; another tree, or the same tensors with another tree in them, do not."""
     made, make = [], tree_tiles._made
     monkeypatch.setattr(tree_tiles, "_made", lambda *args: made.append(args[2:]) or make(*args))
-    tree, other = (Tree.of(group(30, 20, 25)), Tree.of(group(60, 5, 10)))
+    tree, other = Tree.of(group(30, 20, 25)), Tree.of(group(60, 5, 10))
     layers = Attention(heads=2, kv_heads=1), Attention(heads=2, kv_heads=1, window=20)
     for _ in range(2):
         [check(layer, tree, "triton", torch.float32) for layer in layers]
