@@ -9,8 +9,10 @@ import pytest
 pytest.importorskip("trl")
 from trl_models import model_path
 
+# Its end: a process that leaves its group at exit may be aborted by gloo's threads, and where DDP's reducer is the last
+# to leave a group, the group is destroyed with the GIL held, for which gloo's threads may be waiting.
 SCRIPT = """
-import os, sys
+import gc, os, sys
 assert "trl" not in sys.modules and "transformers" not in sys.modules, "a script may set its environment first"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 import neighbour  # of the script's own folder
@@ -25,7 +27,11 @@ def main():
     config = SFTConfig(output_dir=sys.argv[2], **settings)
     trainer = SFTTrainer(sys.argv[1], args=config, train_dataset=Dataset.from_list(rows))
     trainer.train()
-    trainer.accelerator.end_training()  # a process that leaves its group at exit may be aborted by gloo's threads
+    accelerator = trainer.accelerator
+    accelerator.free_memory()
+    del trainer
+    gc.collect()
+    accelerator.end_training()
     print("trainers from", SFTTrainer.__module__, DPOTrainer.__module__, stock.__module__)
     open(os.path.join(sys.argv[2], "done by " + os.environ.get("RANK", "0")), "w").close()
     print("module", __name__, "argv", sys.argv[0].endswith("script.py"), len(sys.argv))
