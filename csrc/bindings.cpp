@@ -49,7 +49,7 @@ Isa choose_isa() {
     best = Isa::avx512;
 #ifdef FLASHPO_AMX
   if (best == Isa::avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-      may_use_tiles())
+      __builtin_cpu_supports("avx512bf16") && may_use_tiles())
     best = Isa::amx;
 #endif
 #endif
@@ -101,9 +101,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_append", CPU(rope_append), ReleaseGil());
   m.def("gated_activation", CPU(gated_activation), ReleaseGil());
   m.def("sample", CPU(sample), ReleaseGil());
-  m.def("tree_attention_fwd", CPU(tree_attention_fwd), ReleaseGil());
-  m.def("tree_attention_bwd", CPU(tree_attention_bwd), ReleaseGil());
-  m.def("tree_attention_scratch", CPU(tree_attention_scratch), ReleaseGil());
+  m.def("tree_attention_fwd", CPU_OR_AMX(tree_attention_fwd), ReleaseGil());
+  m.def("tree_attention_bwd", CPU_OR_AMX(tree_attention_bwd), ReleaseGil());
+  m.def("tree_attention_scratch", CPU_OR_AMX(tree_attention_scratch), ReleaseGil());
   py::class_<decode::Plan>(m, "DecodePlan")
       .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                     int64_t, int64_t, int>(),

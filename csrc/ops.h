@@ -68,7 +68,7 @@ class Plan;
 FLASHPO_DECLARE_CPU(baseline)
 FLASHPO_DECLARE_CPU(avx2)
 FLASHPO_DECLARE_CPU(avx512)
-FLASHPO_DECLARE_CPU(amx)  // bfloat16 matrix products: decode_attention, packed_linear
+FLASHPO_DECLARE_CPU(amx)  // bfloat16 matrix products: decode_attention, packed_linear, tree_attention
 
 namespace flashpo {
 

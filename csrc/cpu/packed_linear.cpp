@@ -160,7 +160,7 @@ class Panels {
   }
 
   const Problem<bf16>& p_;
-  Tiles tiles_;
+  TileRegisters tiles_;
   alignas(64) float sums_[32 * WIDTH];
 };
 

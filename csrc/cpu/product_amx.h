@@ -10,11 +10,11 @@ namespace flashpo::FLASHPO_ISA {
 
 // The tile registers, while it lives: 0 to 3 for sums, 4 and 5 for rows of a, 6 and 7 for 16 pairs of rows of b. 0, 1 and
 // 4 have `upper` rows, 2, 3 and 5 `lower` ones.
-class Tiles {
+class TileRegisters {
  public:
-  Tiles() { use(16, 16); }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
+  TileRegisters() { use(16, 16); }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
 
   void use(int64_t upper, int64_t lower) {
     if (upper == upper_ && lower == lower_) return;
@@ -36,6 +36,63 @@ class Tiles {
   int64_t upper_ = 0, lower_ = 0;
 };
 
+// b, with its rows in pairs: strides, in numbers, from one pair to the next, from 16 columns to the next, and from 32 rows
+// to the next.
+struct Pairs {
+  const bf16* p;
+  int64_t pair, group, step;
+};
+
+// c = or += a b: 16 rows of a with `GROUPS` tiles of 16 columns, 32 of a's columns at a time.
+template <int GROUPS>
+static inline void multiply_tiles(const bf16* a, int64_t a_stride, Pairs b, int64_t steps, float* c, int64_t c_stride,
+                                  bool add) {
+  const int64_t c_bytes = c_stride * sizeof(float), b_bytes = b.pair * sizeof(bf16);
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (GROUPS == 4) {
+      _tile_loadd(2, c + 32, c_bytes);
+      _tile_loadd(3, c + 48, c_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (GROUPS == 4) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int64_t i = 0; i < steps; ++i, a += 32, b.p += b.step) {
+    _tile_loadd(4, a, a_stride * sizeof(bf16));
+    _tile_loadd(5, b.p, b_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, b.p + b.group, b_bytes);
+    _tile_dpbf16ps(1, 4, 6);
+    if constexpr (GROUPS == 4) {
+      _tile_loadd(5, b.p + 2 * b.group, b_bytes);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(6, b.p + 3 * b.group, b_bytes);
+      _tile_dpbf16ps(3, 4, 6);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  if constexpr (GROUPS == 4) {
+    _tile_stored(2, c + 32, c_bytes);
+    _tile_stored(3, c + 48, c_bytes);
+  }
+}
+
+// Words of 16 columns of two rows, of which the registers hold 32 columns.
+static inline void store_interleaved(__m512i even, __m512i odd, void* first, void* second) {
+  alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(first, _mm512_permutex2var_epi16(even, low, odd));
+  _mm512_storeu_si512(second, _mm512_permutex2var_epi16(even, high, odd));
+}
+
 class AmxProduct {
  public:
   using Operand = bf16;
@@ -48,11 +105,10 @@ class AmxProduct {
     interleave(b, b_stride, first, last, columns, ahead);
     for (int64_t i = 0; i < rows; i += 16) {
       for (int64_t g = 0; g < groups; g += 4) {
-        float* to = c + i * c_stride + g * 16;
-        if (groups - g >= 4)
-          multiply<4>(a + i * a_stride, a_stride, pairs_ + g * 512, groups * 512, steps, to, c_stride, add);
-        else
-          multiply<2>(a + i * a_stride, a_stride, pairs_ + g * 512, groups * 512, steps, to, c_stride, add);
+        const Pairs pairs{pairs_ + g * 512, 32, 512, groups * 512};
+        float* const to = c + i * c_stride + g * 16;
+        groups - g >= 4 ? multiply_tiles<4>(a + i * a_stride, a_stride, pairs, steps, to, c_stride, add)
+                        : multiply_tiles<2>(a + i * a_stride, a_stride, pairs, steps, to, c_stride, add);
       }
     }
   }
@@ -63,52 +119,8 @@ class AmxProduct {
   }
 
  private:
-  // 16 rows of a with `GROUPS` tiles of 16 columns; a step goes over 32 of a's columns, from tile to tile of `pairs`.
-  template <int GROUPS>
-  static void multiply(const bf16* a, int64_t a_stride, const bf16* pairs, int64_t step, int64_t steps, float* c,
-                       int64_t c_stride, bool add) {
-    const int64_t c_bytes = c_stride * sizeof(float);
-    if (add) {
-      _tile_loadd(0, c, c_bytes);
-      _tile_loadd(1, c + 16, c_bytes);
-      if constexpr (GROUPS == 4) {
-        _tile_loadd(2, c + 32, c_bytes);
-        _tile_loadd(3, c + 48, c_bytes);
-      }
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      if constexpr (GROUPS == 4) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-    }
-    for (int64_t i = 0; i < steps; ++i, a += 32, pairs += step) {
-      _tile_loadd(4, a, a_stride * sizeof(bf16));
-      _tile_loadd(5, pairs, 64);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, pairs + 512, 64);
-      _tile_dpbf16ps(1, 4, 6);
-      if constexpr (GROUPS == 4) {
-        _tile_loadd(5, pairs + 1024, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(6, pairs + 1536, 64);
-        _tile_dpbf16ps(3, 4, 6);
-      }
-    }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + 16, c_bytes);
-    if constexpr (GROUPS == 4) {
-      _tile_stored(2, c + 32, c_bytes);
-      _tile_stored(3, c + 48, c_bytes);
-    }
-  }
-
   // b's rows [first, last), 0 for the others up to a multiple of 32, as tiles of 16 pairs of rows and 16 columns.
   void interleave(const bf16* b, int64_t b_stride, int64_t first, int64_t last, int64_t columns, Ahead ahead) {
-    alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     const int64_t depth = (last + 31) / 32 * 32, groups = (columns + 31) / 32;
     ahead.fetch_all_but(depth / 2 * groups);
     ahead = ahead.next(depth / 2 * groups, b);
@@ -120,15 +132,13 @@ class AmxProduct {
           return _mm512_maskz_loadu_epi16(first <= i && i < last ? live : 0, b + i * b_stride + j);
         };
         ahead.fetch();
-        const __m512i even = row(k), odd = row(k + 1);
-        _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-        _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(even, high, odd));
+        store_interleaved(row(k), row(k + 1), to, to + 512);
       }
     }
   }
 
   bf16* pairs_;
-  Tiles tiles_;
+  TileRegisters tiles_;
 };
 
 }  // namespace flashpo::FLASHPO_ISA

@@ -1,5 +1,5 @@
-// Attention over a token tree on the CPU, in fp32 whatever the arguments are. Formulas as in
-// python/flashpo/ops/tree_attention.py.
+// Attention over a token tree on the CPU: products of bfloat16 where there is AMX, everything else in fp32. Formulas as
+// in python/flashpo/ops/tree_attention.py.
 //
 // The tokens are cut into tiles. A tile of queries, the query heads of one key beside each other, meets the tiles of
 // keys that any of it sees: small products of tiles that are laid out for them once. No product is of more rows than
@@ -33,17 +33,19 @@ class Forward : TreeWorker {
         sums_(arena.take(shape.rows() * W)) {}
 
   void operator()(int64_t head, int64_t group, int64_t t) {
+    [[maybe_unused]] const Math::Registers registers;
     begin(head, group, t);
-    load_queries(q_, shape_.features, shape_.wide(), queries_);
+    load_queries(q_, shape_.features, shape_.words(), queries_);
     const int64_t width = shape_.wide_values();
     std::fill(results_, results_ + rows() * width, 0.0f);
     std::fill(top_, top_ + rows(), LOWEST);
     std::fill(sums_, sums_ + rows() * W, 0.0f);
-    for_keys([&](int64_t keys, int64_t first, int64_t count, bool all) {
-      multiply_keys(keys, first, count);
-      for (int64_t row = first; row < first + count; ++row) all ? fold<true>(row, keys) : fold<false>(row, keys);
-      product(count, width, TILE, products_ + first * TILE, TILE, keys_.values + keys_.place(head_, keys, width), width,
-              results_ + first * width, width, true);
+    for_keys([&](int64_t keys, int64_t count, bool all) {
+      multiply_keys(keys, count);
+      for (int64_t row = 0; row < count; ++row) all ? fold<true>(row, keys) : fold<false>(row, keys);
+      std::fill(products_ + count * TILE, products_ + in_blocks(count) * TILE, 0.0f);
+      Math::product(count, width, TILE, products_, TILE, keys_.values + keys_.place(head_, keys, shape_.value_words()),
+                    width, results_, width, true);
     });
     for (int64_t row = 0; row < rows(); ++row) {
       const int64_t at = token_of(row) * shape_.heads * shape_.rep + head_of(row);
@@ -77,7 +79,7 @@ class Forward : TreeWorker {
     for (int v = 0; v < VECTORS; ++v) {
       const vf weight = exp2((x[v] - top) * unit);
       sum += weight;
-      store(p + v * W, weight);
+      Math::put(p, v * W, weight);
     }
     store(sums_ + row * W, sum);
   }
@@ -91,6 +93,8 @@ class Forward : TreeWorker {
 
 template <typename T, bool CAPPED>
 class Backward : TreeWorker {
+  static constexpr int64_t PACK = Math::PACK, ROW = TILE / PACK;  // words of a row
+
  public:
   Backward(Arena& arena, const Shape& shape, const Keys& keys, const Scores& scores, const Tensor& q,
            const Tensor& d_out, const Tensor& lse, const Tensor& delta, const Tensor& dq)
@@ -100,40 +104,40 @@ class Backward : TreeWorker {
         lse_(lse.data<const float>()),
         delta_(delta.data<const float>()),
         dq_(dq.data<float>()),
-        turned_queries_(arena.take(shape.rows() * shape.wide())),
-        upstream_(arena.take(shape.rows() * shape.wide_values())),
-        turned_upstream_(arena.take(shape.rows() * shape.wide_values())),
+        turned_queries_(arena.take(shape.rows() * shape.words())),
+        upstream_(arena.take(shape.rows() * shape.value_words())),
+        turned_upstream_(arena.take(shape.rows() * shape.value_words())),
+        packed_(arena.take(shape.rows() * shape.most_words())),
         slopes_(arena.take(shape.rows() * TILE)),
+        slope_rows_(PACK == 1 ? slopes_ : arena.take(shape.rows() * ROW)),
         results_(arena.take(shape.rows() * shape.wide())),
         tops_(arena.take(shape.rows())),
         factors_(arena.take(shape.rows())) {}
 
   // Adds to dk (tiles, wide, TILE) and dv (tiles, wide values, TILE).
   void operator()(int64_t head, int64_t group, int64_t t, float* dk, float* dv) {
+    [[maybe_unused]] const Math::Registers registers;
     begin(head, group, t);
-    const int64_t width = shape_.wide(), values = shape_.wide_values(), padded = shape_.rows();
-    load_queries(q_, shape_.features, width, queries_);
-    load_queries(d_out_, shape_.values, values, upstream_);
-    turn(queries_, padded, width, turned_queries_);
-    turn(upstream_, padded, values, turned_upstream_);
+    const int64_t width = shape_.wide(), values = shape_.wide_values(), turned = shape_.rows() / PACK;
+    load_both_ways(q_, shape_.features, shape_.words(), queries_, turned_queries_);
+    load_both_ways(d_out_, shape_.values, shape_.value_words(), upstream_, turned_upstream_);
     std::fill(results_, results_ + rows() * width, 0.0f);
     for (int64_t row = 0; row < rows(); ++row) {  // exp(score - lse) would lose what a difference of two x has
       const double lse = lse_[place(row)], scale = scores_.score_of(1.0f);
       tops_[row] = static_cast<float>(lse / scale);
       factors_[row] = static_cast<float>(std::exp(tops_[row] * scale - lse));
     }
-    for_keys([&](int64_t keys, int64_t first, int64_t count, bool all) {
-      float *const p = products_ + first * TILE, *const ds = slopes_ + first * TILE;
-      multiply_keys(keys, first, count);
-      product(count, TILE, shape_.values, upstream_ + first * values, values,
-              keys_.values + keys_.place(head_, keys, values), TILE, ds, TILE, false);
-      for (int64_t row = first; row < first + count; ++row) all ? slopes<true>(row, keys) : slopes<false>(row, keys);
-      product(shape_.values, TILE, count, turned_upstream_ + first, padded, p, TILE, dv + keys * values * TILE, TILE,
-              true);
-      product(shape_.features, TILE, count, turned_queries_ + first, padded, ds, TILE, dk + keys * width * TILE, TILE,
-              true);
-      product(count, width, TILE, ds, TILE, keys_.keys + keys_.place(head_, keys, width), width,
-              results_ + first * width, width, true);
+    for_keys([&](int64_t keys, int64_t count, bool all) {
+      multiply_keys(keys, count);
+      Math::product(count, TILE, shape_.values, upstream_, shape_.value_words(),
+                    keys_.values + keys_.place(head_, keys, shape_.value_words()), TILE, slopes_, TILE, false);
+      all ? slopes<true>(count, keys) : slopes<false>(count, keys);
+      Math::product(shape_.values, TILE, count, turned_upstream_, turned, products_, TILE, dv + keys * values * TILE,
+                    TILE, true);
+      Math::product(shape_.features, TILE, count, turned_queries_, turned, slopes_, TILE, dk + keys * width * TILE,
+                    TILE, true);
+      Math::product(count, width, TILE, slope_rows_, ROW, keys_.packed + keys_.place(head_, keys, shape_.words()),
+                    width, results_, width, true);
     });
     for (int64_t row = 0; row < rows(); ++row)
       write_row(results_ + row * width, 1.0f, shape_.features, dq_ + place(row) * shape_.features);
@@ -142,26 +146,41 @@ class Backward : TreeWorker {
  private:
   int64_t place(int64_t row) const { return token_of(row) * shape_.heads * shape_.rep + head_of(row); }
 
-  // Products q k and d_out v -> p and ds.
+  void load_both_ways(const Array<T>& from, int64_t count, int64_t words, float* to, float* turned) {
+    load_queries(from, count, words, to);
+    Math::pack(to, shape_.rows(), words, packed_);
+    turn(packed_, shape_.rows() / PACK, words * PACK, turned);
+  }
+
+  // Products q k and d_out v -> p and ds, both packed, and the rows of ds.
   template <bool ALL>
-  void slopes(int64_t row, int64_t t) {
-    float *const p = products_ + row * TILE, *const ds = slopes_ + row * TILE;
-    const float top = tops_[row], factor = factors_[row], delta = delta_[place(row)], unit = scores_.unit();
-    for (int v = 0; v < VECTORS; ++v) {
-      const vf x = scores_.value<CAPPED>(load(p + v * W));
-      vf weight = exp2((x - top) * unit) * factor;
-      if constexpr (!ALL) weight = seen(row, t, v * W) ? weight : vf{};
-      vf slope = weight * (load(ds + v * W) - delta) * scores_.scale;
-      if constexpr (CAPPED) slope *= 1.0f - (x / scores_.softcap) * (x / scores_.softcap);
-      store(p + v * W, weight);
-      store(ds + v * W, slope);
+  void slopes(int64_t count, int64_t t) {
+    for (int64_t first = 0; first < in_blocks(count); first += PACK) {
+      for (int v = 0; v < VECTORS; ++v) {
+        vf weights[PACK] = {}, slopes[PACK] = {};
+        for (int64_t i = 0; i < PACK && first + i < count; ++i)
+          slope<ALL>(first + i, t, v * W, &weights[i], &slopes[i]);
+        Math::put_packed(products_ + first * ROW, v * W, weights);
+        Math::put_packed(slopes_ + first * ROW, v * W, slopes);
+        if constexpr (PACK > 1)
+          for (int64_t i = 0; i < PACK; ++i) Math::put(slope_rows_ + (first + i) * ROW, v * W, slopes[i]);
+      }
     }
+  }
+
+  template <bool ALL>
+  void slope(int64_t row, int64_t t, int lane, vf* weight, vf* slope) const {
+    const vf x = scores_.value<CAPPED>(load(products_ + row * TILE + lane));
+    *weight = exp2((x - tops_[row]) * scores_.unit()) * factors_[row];
+    if constexpr (!ALL) *weight = seen(row, t, lane) ? *weight : vf{};
+    *slope = *weight * (load(slopes_ + row * TILE + lane) - delta_[place(row)]) * scores_.scale;
+    if constexpr (CAPPED) *slope *= 1.0f - (x / scores_.softcap) * (x / scores_.softcap);
   }
 
   const Array<T> q_, d_out_;
   const float *lse_, *delta_;
   float* dq_;
-  float *turned_queries_, *upstream_, *turned_upstream_, *slopes_, *results_, *tops_, *factors_;
+  float *turned_queries_, *upstream_, *turned_upstream_, *packed_, *slopes_, *slope_rows_, *results_, *tops_, *factors_;
 };
 
 // What each range of queries gives the keys, of every unit: a group of query heads of one key.
@@ -186,7 +205,7 @@ struct Sums {
 
   // Of all units and ranges of a head, in their order -> out (tokens, heads, features).
   void add_up(const float* sums, int64_t features, float* out, int threads) const {
-    const int64_t wide = round_up(features, LANES), count = tiles.count(), parts = shape.groups() * ranges();
+    const int64_t wide = padded(features), count = tiles.count(), parts = shape.groups() * ranges();
     take_turns(shape.heads * count, threads, [&](int64_t i, int64_t thread) {
       const int64_t head = i / count, t = i % count;
       float *const sum = rows + 2 * thread * TILE * wide, *const turned = sum + TILE * wide;
@@ -225,11 +244,25 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   return s;
 }
 
+template <typename F>
+void for_element(const Tensor& q, F&& run) {
+#ifdef __AMX_BF16__
+  run(bf16{});
+#else
+  for_dtype("q", q, run);
+#endif
+}
+
 }  // namespace
 
 void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks, const Tensor& end,
                         const Tensor& position, double scale, int64_t window, double softcap, const Tensor& out,
                         const Tensor& lse, const Tensor& scratch, int threads) {
+#ifdef __AMX_BF16__
+  if (q.dtype() != DType::bf16)
+    return avx512::tree_attention_fwd(q, k, v, sinks, end, position, scale, window, softcap, out, lse, scratch,
+                                      threads);
+#endif
   const Shape shape = shape_of(q, k, v, end);
   const int64_t query_heads = shape.heads * shape.rep;
   expect_dense("sinks", sinks, DType::f32, {query_heads}, true);
@@ -239,7 +272,7 @@ void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
   const Scores scores{static_cast<float>(scale), static_cast<float>(softcap)};
   Arena arena(scratch.data<float>());
   const Keys keys(arena, shape, tiles, false, threads);
-  for_dtype("q", q, [&](auto element) {
+  for_element(q, [&](auto element) {
     using T = decltype(element);
     const auto run = [&](auto capped) {
       auto workers = crew<Forward<T, capped.value>>(arena, threads, shape, keys, scores, q, sinks, out, lse);
@@ -259,6 +292,11 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
                         double scale, int64_t window, double softcap, const Tensor& lse, const Tensor& delta,
                         const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                         const Tensor& scratch, int threads) {
+#ifdef __AMX_BF16__
+  if (q.dtype() != DType::bf16)
+    return avx512::tree_attention_bwd(q, k, v, end, position, scale, window, softcap, lse, delta, d_out, dq, dk, dv,
+                                      scratch, threads);
+#endif
   const Shape shape = shape_of(q, k, v, end);
   const int64_t query_heads = shape.heads * shape.rep;
   expect_dense("lse", lse, DType::f32, {shape.tokens, query_heads});
@@ -272,7 +310,7 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
   Arena arena(scratch.data<float>());
   const Keys keys(arena, shape, tiles, true, threads);
   const Sums sums(arena, shape, tiles, threads);
-  for_dtype("q", q, [&](auto element) {
+  for_element(q, [&](auto element) {
     using T = decltype(element);
     const auto run = [&](auto capped) {
       auto workers = crew<Backward<T, capped.value>>(arena, threads, shape, keys, scores, q, d_out, lse, delta, dq);
@@ -296,6 +334,10 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
 
 int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,
                                const Tensor& position, int64_t window, bool backward, int threads) {
+#ifdef __AMX_BF16__
+  if (q.dtype() != DType::bf16)
+    return avx512::tree_attention_scratch(q, k, v, end, position, window, backward, threads);
+#endif
   const Shape shape = shape_of(q, k, v, end);
   const Tiles tiles(end, position, window);
   const Scores scores{};

@@ -20,7 +20,6 @@ from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import States
 from flashpo.rollout.seam import in_charge
 
-LONG = 512  # tokens from which on torch's own attention is faster on a CPU in 16 bit
 TILE = 512  # queries whose scores against all of their keys exist at a time, where a kernel of torch cannot be used
 
 
@@ -92,11 +91,8 @@ class Packed:
         self.position = joined(piece.positions for piece in pieces)
         self.slot = joined(piece.slots for piece in pieces)
         self.spans: list[tuple[slice, Piece | Tree]] = []
-        alone = (
-            cache.device.type == "cpu" and cache.dtype != torch.float32 and max(len(p.tokens) for p in pieces) >= LONG
-        )
-        untils = [0] * len(pieces) if alone else visible_until(pieces)
-        for within, group in itertools.groupby(zip(untils, pieces, self.ends), lambda x: x[0] > 0):
+        pieces_in_tree = zip(visible_until(pieces), pieces, self.ends)
+        for within, group in itertools.groupby(pieces_in_tree, lambda x: x[0] > 0):
             until, members, ends = zip(*group)
             begins = [end - len(piece.tokens) for end, piece in zip(ends, members)]
             if within:
