@@ -157,13 +157,13 @@ class Backward : TreeWorker {
   void slopes(int64_t count, int64_t t) {
     for (int64_t first = 0; first < in_blocks(count); first += PACK) {
       for (int v = 0; v < VECTORS; ++v) {
-        vf weights[PACK] = {}, slopes[PACK] = {};
+        vf p[PACK] = {}, ds[PACK] = {};
         for (int64_t i = 0; i < PACK && first + i < count; ++i)
-          slope<ALL>(first + i, t, v * W, &weights[i], &slopes[i]);
-        Math::put_packed(products_ + first * ROW, v * W, weights);
-        Math::put_packed(slopes_ + first * ROW, v * W, slopes);
+          slope<ALL>(first + i, t, v * W, &p[i], &ds[i]);
+        Math::put_packed(products_ + first * ROW, v * W, p);
+        Math::put_packed(slopes_ + first * ROW, v * W, ds);
         if constexpr (PACK > 1)
-          for (int64_t i = 0; i < PACK; ++i) Math::put(slope_rows_ + (first + i) * ROW, v * W, slopes[i]);
+          for (int64_t i = 0; i < PACK; ++i) Math::put(slope_rows_ + (first + i) * ROW, v * W, ds[i]);
       }
     }
   }
