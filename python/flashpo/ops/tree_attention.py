@@ -48,7 +48,8 @@ def tree_attention(
         sinks: (Hq,), a score for each head that takes its share of the softmax and adds nothing (gpt-oss).
 
     Returns:
-        (N, Hq, Dv) in the dtype of q.
+        (N, Hq, Dv) in the dtype of q. Sums and softmax are in fp32 or wider. Where the hardware multiplies 16-bit
+        numbers (GPUs; bfloat16 on CPUs with AMX), p and ds are rounded to the dtype of q for their products.
 
     Raises:
         TypeError, ValueError: the message names the argument (values of `end` on CUDA: a device assertion).
