@@ -1,6 +1,5 @@
-// The same products of bfloat16 with AMX: 16 x 16 sums of 32 products each in one instruction.
-//
-// The instruction takes b's rows in pairs: each tile of the cache is interleaved into scratch first.
+// The same products of bfloat16 with AMX: 16 x 16 sums of 32 products each in one instruction, which takes b's rows in
+// pairs.
 #pragma once
 #include <immintrin.h>
 
@@ -8,8 +7,8 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-// The tile registers, while it lives: 0 to 3 for sums, 4 and 5 for rows of a, 6 and 7 for 16 pairs of rows of b. 0, 1 and
-// 4 have `upper` rows, 2, 3 and 5 `lower` ones.
+// The tile registers, while it lives: 0 to 3 for sums, 4 and 5 for rows of a, 6 and 7 for 16 pairs of rows of b. 0, 1
+// and 4 have `upper` rows, 2, 3 and 5 `lower` ones.
 class TileRegisters {
  public:
   TileRegisters() { use(16, 16); }
@@ -36,8 +35,7 @@ class TileRegisters {
   int64_t upper_ = 0, lower_ = 0;
 };
 
-// b, with its rows in pairs: strides, in numbers, from one pair to the next, from 16 columns to the next, and from 32 rows
-// to the next.
+// b, with its rows in pairs. The strides, in numbers, lead to the next pair, the next 16 columns, the next 32 rows.
 struct Pairs {
   const bf16* p;
   int64_t pair, group, step;
@@ -84,6 +82,19 @@ static inline void multiply_tiles(const bf16* a, int64_t a_stride, Pairs b, int6
   }
 }
 
+// The same for any rows and columns: of c to a multiple of 16 and of 32, where there is room for them.
+static inline void multiply_pairs(int64_t rows, int64_t columns, int64_t steps, const bf16* a, int64_t a_stride,
+                                  Pairs b, float* c, int64_t c_stride, bool add) {
+  const bf16* const first = b.p;
+  for (int64_t i = 0; i < rows; i += 16, a += 16 * a_stride, c += 16 * c_stride) {
+    for (int64_t j = 0; j < columns; j += 64) {
+      b.p = first + j / 16 * b.group;
+      columns - j > 32 ? multiply_tiles<4>(a, a_stride, b, steps, c + j, c_stride, add)
+                       : multiply_tiles<2>(a, a_stride, b, steps, c + j, c_stride, add);
+    }
+  }
+}
+
 // Words of 16 columns of two rows, of which the registers hold 32 columns.
 static inline void store_interleaved(__m512i even, __m512i odd, void* first, void* second) {
   alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -93,6 +104,7 @@ static inline void store_interleaved(__m512i even, __m512i odd, void* first, voi
   _mm512_storeu_si512(second, _mm512_permutex2var_epi16(even, high, odd));
 }
 
+// Each tile of the cache is interleaved into scratch first.
 class AmxProduct {
  public:
   using Operand = bf16;
@@ -101,16 +113,9 @@ class AmxProduct {
   // c has rows to a multiple of 16 and columns to one of 32; a's columns from `last` to a multiple of 32 are 0.
   void operator()(int64_t rows, int64_t columns, int64_t first, int64_t last, const bf16* a, int64_t a_stride,
                   const bf16* b, int64_t b_stride, float* c, int64_t c_stride, bool add, Ahead ahead) {
-    const int64_t steps = (last + 31) / 32, groups = (columns + 31) / 32 * 2;
     interleave(b, b_stride, first, last, columns, ahead);
-    for (int64_t i = 0; i < rows; i += 16) {
-      for (int64_t g = 0; g < groups; g += 4) {
-        const Pairs pairs{pairs_ + g * 512, 32, 512, groups * 512};
-        float* const to = c + i * c_stride + g * 16;
-        groups - g >= 4 ? multiply_tiles<4>(a + i * a_stride, a_stride, pairs, steps, to, c_stride, add)
-                        : multiply_tiles<2>(a + i * a_stride, a_stride, pairs, steps, to, c_stride, add);
-      }
-    }
+    const Pairs pairs{pairs_, 32, 512, (columns + 31) / 32 * 1024};
+    multiply_pairs(rows, columns, (last + 31) / 32, a, a_stride, pairs, c, c_stride, add);
   }
 
   static void operand(const bf16* from, int64_t count, bf16* to) {

@@ -3,8 +3,9 @@
 //
 // The tokens are cut into tiles. A tile of queries, the query heads of one key beside each other, meets the tiles of
 // keys that any of it sees: small products of tiles that are laid out for them once. No product is of more rows than
-// see the keys. Forward keeps a running softmax; backward goes through the queries and adds up the keys' gradients,
-// transposed, in sums of its own for each of a few ranges of queries, which are added in a fixed order at the end.
+// see the keys, or with AMX of a block more. Forward keeps a running softmax; backward goes through the queries and
+// adds up the keys' gradients, transposed, in sums of its own for each of a few ranges of queries, which are added in
+// a fixed order at the end.
 #include <algorithm>
 #include <vector>
 

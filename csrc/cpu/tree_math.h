@@ -92,16 +92,9 @@ struct Math {
 
   static void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_stride, const float* b,
                       int64_t b_stride, float* c, int64_t c_stride, bool add) {
-    const int64_t steps = (depth + 31) / 32;
-    for (int64_t i = 0; i < rows; i += 16) {
-      const bf16* const row = reinterpret_cast<const bf16*>(a + i * a_stride);
-      for (int64_t j = 0; j < columns; j += 64) {
-        const Pairs pairs{reinterpret_cast<const bf16*>(b + j), 2 * b_stride, 32, 32 * b_stride};
-        float* const to = c + i * c_stride + j;
-        columns - j > 32 ? multiply_tiles<4>(row, 2 * a_stride, pairs, steps, to, c_stride, add)
-                         : multiply_tiles<2>(row, 2 * a_stride, pairs, steps, to, c_stride, add);
-      }
-    }
+    const Pairs pairs{reinterpret_cast<const bf16*>(b), 2 * b_stride, 32, 32 * b_stride};
+    multiply_pairs(rows, columns, (depth + 31) / 32, reinterpret_cast<const bf16*>(a), 2 * a_stride, pairs, c, c_stride,
+                   add);
   }
 };
 #endif

@@ -91,8 +91,7 @@ class Packed:
         self.position = joined(piece.positions for piece in pieces)
         self.slot = joined(piece.slots for piece in pieces)
         self.spans: list[tuple[slice, Piece | Tree]] = []
-        pieces_in_tree = zip(visible_until(pieces), pieces, self.ends)
-        for within, group in itertools.groupby(pieces_in_tree, lambda x: x[0] > 0):
+        for within, group in itertools.groupby(zip(visible_until(pieces), pieces, self.ends), lambda x: x[0] > 0):
             until, members, ends = zip(*group)
             begins = [end - len(piece.tokens) for end, piece in zip(ends, members)]
             if within:
