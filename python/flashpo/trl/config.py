@@ -74,6 +74,32 @@ class EngineOptions(SharingOptions):
 
 
 @dataclass
+class CorrectionOptions(EngineOptions):
+    """The field for weights against the mismatch between sampler and trainer, which the losses of GRPO and PPO have."""
+
+    rollout_correction: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the weights of TRL's options vllm_importance_sampling_... come from when the engine "
+            "generates. auto: from the log-probs that the trainer computes anyway, and nowhere if these are computed "
+            "with dropout or other noise, without which the engine samples: then completions are not weighed, as TRL "
+            "does not weigh its own. scored: under such noise from one more forward without it."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rollout_correction not in ("auto", "scored"):
+            raise ValueError(f"rollout_correction must be 'auto' or 'scored', got {self.rollout_correction!r}")
+        if self.rollout_correction == "auto":
+            return
+        without = {"rollout": "generate", "old_logprobs": "rollout", "vllm_importance_sampling_correction": False}
+        for name, value in without.items():
+            if getattr(self, name, None) == value:
+                raise ValueError(f"rollout_correction='scored' and {name}={value!r} exclude each other")
+
+
+@dataclass
 class PolicyOptions(EngineOptions):
     """The fields of both."""
 
@@ -141,7 +167,7 @@ class PolicyOptions(EngineOptions):
 
 
 @dataclass
-class GRPOConfig(PolicyOptions, trl.GRPOConfig):
+class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
     """`trl.GRPOConfig` and:"""
 
     _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it

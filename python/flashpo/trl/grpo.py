@@ -11,6 +11,7 @@ from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
+from flashpo.trl.noise import RandomDraws
 from flashpo.trl.patch import active
 from flashpo.trl.policy import PolicyTrainer, clip_metrics, scorable
 from flashpo.trl.rollout import importance_fields
@@ -36,13 +37,19 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         every = self.args.steps_per_generation * self.num_iterations
         return super()._takes_old_logprobs() and self.args.gradient_accumulation_steps % every != 0
 
-    def _spec_of(self, inputs) -> LossSpec:
-        """The loss of a micro-batch: `_loss_spec`, corrected for the mismatch where the engine sampled it."""
-        spec = self._loss_spec()
-        sampled = self._rollouts.generated and inputs.get("sampling_per_token_logps") is not None
-        if not sampled or spec.importance != "none":
+    def _corrected(self, spec: LossSpec, sampled: Tensor | None) -> LossSpec:
+        """`spec` with weights against the mismatch of the engine, where it sampled and `sampled` tells the mismatch."""
+        if not self._rollouts.generated:
             return spec
-        return replace(spec, **importance_fields(self.args, spec.surrogate))
+        if sampled is None:
+            return replace(spec, importance="none", importance_min=None, importance_max=None)
+        return spec if spec.importance != "none" else replace(spec, **importance_fields(self.args, spec.surrogate))
+
+    def _wants_quiet_logprobs(self, batch):
+        if self._mode != "train" or not self._rollouts.generated or batch.get("sampling_per_token_logps") is None:
+            return False
+        asked = getattr(self.args, "rollout_correction", "auto") == "scored" or self._loss_spec().importance != "none"
+        return asked and self._trains_with_noise is not False
 
     def _loss_spec(self) -> LossSpec:
         """What the configuration asks for, with the entropy coefficient of this moment."""
@@ -84,9 +91,11 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         if not active():
             return super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        mode, accumulation, spec = self._mode, self._accumulation(), self._spec_of(inputs)
+        mode, accumulation, spec = self._mode, self._accumulation(), self._loss_spec()
+        draws = RandomDraws(self.accelerator.device)
         logprob, entropy, aux_loss = self._score_to_train(model, inputs, mask, spec)
-        self._note_mismatch(inputs, logprob, mask)
+        sampled = self._sampler_logprobs(inputs, logprob, mask, bool(draws))
+        spec = self._corrected(spec, sampled)
         num_items, scale = None, 1 / accumulation
         if spec.aggregation == "token_mean":
             num_items = self._tokens_of_a_step(inputs)
@@ -98,7 +107,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             mask,
             loss=spec,
             ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
-            rollout_logprob=inputs.get("sampling_per_token_logps"),
+            rollout_logprob=sampled,
             importance_ratio=inputs.get("importance_sampling_ratio"),
             entropy=entropy,
             entropy_group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,

@@ -18,6 +18,7 @@ from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.packing.attention import uninstalled
+from flashpo.rollout.seam import eval_mode
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
@@ -28,6 +29,7 @@ SCORING_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
+QUIET = "quiet_per_token_logps"  # of a batch: log-probs of the completions by a forward without dropout
 
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class PolicyTrainer(Accelerated, Base):
     model: Any
     router_aux_loss_coef: Any
     _logs: dict[str, Any]
+    _trains_with_noise: bool | None = None  # whether the last training forward drew random numbers, None before it
 
     def __init__(self, *args, **kwargs):
         self._pending_stats: dict[str, list[PolicyStats]] = {"train": [], "eval": []}
@@ -126,12 +129,30 @@ class PolicyTrainer(Accelerated, Base):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _note_mismatch(self, inputs, logprob: Tensor, mask: Tensor) -> None:
-        """Compare the rollout's log-probs with the trainer's, where those are of the same policy."""
+    def _sampler_logprobs(self, inputs, logprob: Tensor, mask: Tensor, random: bool) -> Tensor | None:
+        """The sampler's log-probs as the loss is to compare them with the trainer's; None where it must not.
+
+        The engine samples without dropout. Log-probs of a forward with dropout differ from the engine's by the noise of
+        the dropout. That is no mismatch between sampler and trainer, and must neither weigh sequences nor be logged as
+        one. Where the batch has log-probs of a forward without dropout, these tell the mismatch.
+
+        Args:
+            random: whether the trainer's forward drew random numbers.
+        """
+        if self._mode == "train":
+            self._trains_with_noise = random
         sampled = inputs.get("sampling_per_token_logps")
-        if self._rollouts.generated and sampled is not None and not self._takes_old_logprobs():
-            trained = inputs.get("old_per_token_logps", logprob)
+        if sampled is None or not self._rollouts.generated:
+            return sampled
+        trained = inputs.get("old_per_token_logps", logprob).detach()
+        if QUIET in inputs:
+            sampled = trained - (inputs[QUIET] - sampled)
+        elif random:
+            self._rollouts.say_uncorrected()
+            return None
+        if not self._takes_old_logprobs():
             self._pending_mismatch[self._mode].append(mismatch(trained, sampled, mask))
+        return sampled
 
     def _accumulation(self) -> float:
         return self.current_gradient_accumulation_steps if self._mode == "train" else 1.0
@@ -221,6 +242,8 @@ class PolicyTrainer(Accelerated, Base):
         ):
             batch = super()._generate_and_score_completions(inputs)
         self._keep_scored(batch, scored)
+        if self._wants_quiet_logprobs(batch):
+            batch[QUIET] = self._quiet_logprobs(batch)
         group = self._group_keys(inputs)
         advantages = self.compute_advantages(rewards[0], group, inputs, batch)
         if advantages.dim() == 1:
@@ -236,6 +259,15 @@ class PolicyTrainer(Accelerated, Base):
         for _ in range(min(len(of_rows), len(logged))):
             logged.pop()
         logged.extend(of_rows)
+
+    def _wants_quiet_logprobs(self, batch: dict) -> bool:
+        """Whether the loss will need log-probs of a forward without dropout to tell the rollout's mismatch."""
+        return False
+
+    def _quiet_logprobs(self, batch: dict) -> Tensor:
+        """Log-probs (B, C) of the completions by the function that the engine samples from: the model in eval mode."""
+        with eval_mode(self.model), self.accelerator.autocast():
+            return self._score(self.model, batch, self.args.per_device_train_batch_size)[0]
 
     def _takes_old_logprobs(self) -> bool:
         """Whether TRL scores the completions by the policy now, and the rollout's own log-probs are to stand for it."""

@@ -22,6 +22,7 @@ from flashpo.ops import LossSpec, gae, policy_loss, value_loss
 from flashpo.ops._check import check_that
 from flashpo.trl import critic as critics
 from flashpo.trl.grpo import GRPOTrainer
+from flashpo.trl.noise import RandomDraws
 from flashpo.trl.policy import clip_metrics
 from flashpo.trl.ppo_config import PPOConfig
 
@@ -176,10 +177,12 @@ class PPOTrainer(GRPOTrainer):
         return spec if self.args.kl_in == "loss" else replace(spec, kl_coef=0.0, kl_ratio_correction=False)
 
     def _compute_loss(self, model, inputs):
-        mask, spec, clip = inputs["mask"], self._spec_of(inputs), self.args.cliprange_value
+        mask, clip = inputs["mask"], self.args.cliprange_value
+        draws = RandomDraws(self.accelerator.device)
         logprob, entropy, aux_loss = self._score(model, inputs, scored=mask)
         values = self._values_of_forwards.pop()
-        self._note_mismatch(inputs, logprob, mask)
+        sampled = self._sampler_logprobs(inputs, logprob, mask, bool(draws))
+        spec = self._corrected(self._loss_spec(), sampled)
         num_items = self._tokens_of_a_step(inputs)
         policy = policy_loss(
             logprob,
@@ -188,7 +191,7 @@ class PPOTrainer(GRPOTrainer):
             mask,
             loss=spec,
             ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
-            rollout_logprob=inputs.get("sampling_per_token_logps"),
+            rollout_logprob=sampled,
             entropy=entropy,
             num_items=num_items,
         )

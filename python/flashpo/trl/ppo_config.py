@@ -5,7 +5,7 @@ from typing import Any
 
 import trl
 
-from flashpo.trl.config import GRPO_LOSS_OPTIONS, EngineOptions
+from flashpo.trl.config import GRPO_LOSS_OPTIONS, CorrectionOptions
 
 # GRPO's own mathematics: (option, why PPO has no use for it)
 REFUSED = {
@@ -30,9 +30,9 @@ class _Single(int):
 
 
 @dataclass
-class PPOConfig(EngineOptions, trl.GRPOConfig):
-    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, those of EngineOptions, and those
-    below.
+class PPOConfig(CorrectionOptions, trl.GRPOConfig):
+    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, those of CorrectionOptions, and
+    those below.
 
     A batch of generations is used for `num_iterations` epochs over `steps_per_generation` micro-batches, with an
     optimizer step after each `gradient_accumulation_steps` of them. `epsilon`, `epsilon_high` and `delta` clip the

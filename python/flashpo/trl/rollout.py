@@ -5,6 +5,7 @@ distinct one once. What it cannot do goes to TRL's own generation, with one warn
 """
 
 import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from trl.trainer.utils import pad
 from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
 
+log = logging.getLogger("flashpo")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "eos_token_id", "stop_strings", "do_sample")
 # Options of transformers that change nothing in what is sampled.
 STORAGE = (
@@ -42,6 +44,7 @@ class TrainerRollouts:
         self.mode: str = getattr(trainer.args, "rollout", "auto")
         self.engine: RolloutEngine | None = None
         self.refused: set[str] = set()  # reasons that have been said
+        self._said_uncorrected = False
         self._turns: list[bool] = []  # of the last batch: whether the engine answered
         self._old: Tensor | None = None
         self._session: contextlib.ExitStack | None = None  # open, whether or not there is an engine yet
@@ -63,6 +66,15 @@ class TrainerRollouts:
         """For a turn that TRL has generated: NaN where TRL adds its log-probs to those of earlier turns."""
         behind = self._session is not None and any(self._turns)
         return [[math.nan] * len(ids) for ids in completion_ids] if behind else None
+
+    def say_uncorrected(self) -> None:
+        """Once, that the sampler's log-probs are not compared with those of a forward with dropout."""
+        if not self._said_uncorrected and self.trainer.args.vllm_importance_sampling_correction:
+            log.info(
+                "The model trains with dropout or other noise, without which it samples: completions are not weighed "
+                "by the mismatch between sampler and trainer. rollout_correction='scored' measures it without noise."
+            )
+        self._said_uncorrected = True
 
     def _by_engine(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
         try:
