@@ -11,7 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_cu_seqlens, check_device, check_float, check_mask, check_share
+from flashpo.ops._check import (
+    check_cu_seqlens,
+    check_device,
+    check_flag,
+    check_float,
+    check_group,
+    check_mask,
+    check_share,
+)
 from flashpo.ops._wide import wide_dtype
 
 EPS = 1e-8  # added to the variance of whitening
@@ -59,8 +67,10 @@ def gae(
     mask = check_mask("mask", mask, "rewards", rewards)
     check_share("gamma", gamma)
     check_share("lam", lam)
+    check_flag("whiten", whiten)
     if group is not None and not whiten:
         raise ValueError("group is used by whiten=True alone")
+    check_group("group", group)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rewards)
     rewards, values = rewards.detach(), values.detach()

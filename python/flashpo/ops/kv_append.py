@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_tensor, check_that
+from flashpo.ops._check import KERNEL_DTYPES, check_device, check_dtype, check_float, check_tensor, check_that
 
 BLOCK = 64  # tokens
 
@@ -48,9 +48,7 @@ def kv_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tens
         slot is beyond the cache (on CUDA: an asynchronous device assertion).
     """
     check_caches(k_cache, v_cache)
-    check_tensor("slot", slot)
-    if slot.dtype != torch.int64:
-        raise TypeError(f"slot must be int64, got {slot.dtype}")
+    check_dtype("slot", slot, torch.int64)
     if slot.dim() != 1:
         raise ValueError(f"slot must be (N,), got {tuple(slot.shape)}")
     for name, x, cache_name, cache, features in (("k", k, "k_cache", k_cache, 2), ("v", v, "v_cache", v_cache, 3)):

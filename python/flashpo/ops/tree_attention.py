@@ -18,7 +18,16 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops import _masked_attention as masked
-from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_positive, check_tensor, check_that
+from flashpo.ops._check import (
+    KERNEL_DTYPES,
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_positive,
+    check_that,
+)
+from flashpo.ops._first_order import first_order
 from flashpo.ops._wide import wide_dtype
 
 
@@ -88,14 +97,11 @@ def _check(q, k, v, end, position, window, softcap, sinks) -> None:
             f"head dimensions of q and k must agree, and none be 0: {q.shape[2]}, {k.shape[2]}, {v.shape[2]}"
         )
     for name, x in (("end", end), ("position", position)):
-        check_tensor(name, x)
-        if x.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {x.dtype}")
+        check_dtype(name, x, torch.int32)
         if x.shape != q.shape[:1]:
             raise ValueError(f"{name} must have the shape of q's tokens, {tuple(q.shape[:1])}, got {tuple(x.shape)}")
         check_device(name, x, "q", q)
-    if not isinstance(window, int) or window < 0:
-        raise ValueError(f"window must be an integer of at least 0, got {window!r}")
+    check_int("window", window, 0)
     if softcap != 0:
         check_positive("softcap", softcap)
     if sinks is not None:
@@ -229,6 +235,7 @@ class TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *tensors, out, lse = ctx.saved_tensors
         grads = tree_attention_bwd(*tensors, ctx.scale, ctx.window, ctx.softcap, out, lse, d_out)
