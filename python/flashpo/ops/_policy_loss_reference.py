@@ -216,7 +216,7 @@ def policy_loss_fwd(
     )
     grads = scale * torch.stack([d_logprob, d_entropy] if s.entropy_coef != 0 else [d_logprob])
     stats = torch.stack([values[name] for name in NAMES])
-    return values["loss"].clone(), stats, grads, torch.ones_like(grads[:, 0])
+    return values["loss"].clone(), stats, grads, grads.new_ones(grads.shape[0])
 
 
 class Term(NamedTuple):

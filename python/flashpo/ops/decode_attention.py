@@ -23,6 +23,7 @@ from flashpo.ops._check import (
     check_tensor,
     check_that,
 )
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 from flashpo.ops.kv_append import BLOCK, check_caches
 
@@ -101,7 +102,7 @@ def decode_attention(
         if sinks.shape != q.shape[1:2]:
             raise ValueError(f"sinks must be ({q.shape[1]},), got {tuple(sinks.shape)}")
         check_device("sinks", sinks, "q", q)
-        sinks = sinks.to(wide_dtype(q.dtype))
+        sinks = sinks.to(wide_dtype(q.dtype)).contiguous()
     tables = rows, start, length, blocks, position
     return decode_attention_fwd(q, k_cache, v_cache, *tables, float(scale), window, float(softcap), sinks)
 
@@ -174,8 +175,7 @@ def _(q, k_cache, v_cache, rows, start, length, blocks, position, scale, window,
     out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     scratch = lse.new_empty(native.decode_attention_scratch(plan, k_cache, v_cache))
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    native.decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch)
+    native.decode_attention(plan, dense_rows(q), k_cache, v_cache, scale, softcap, sinks, out, lse, scratch)
     return out, lse
 
 

@@ -20,6 +20,7 @@ from flashpo.ops._check import (
     check_mask,
     check_share,
 )
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 
 EPS = 1e-8  # added to the variance of whitening
@@ -185,8 +186,7 @@ def _(*args):
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T) with unit stride along T, or (1, N): what the kernels take."""
     x = x.to(dtype)
-    x = x if x.dim() == 2 else x[None]
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return dense_rows(x if x.dim() == 2 else x[None])
 
 
 @gae_fwd.backend("native")  # csrc/cpu/gae.cpp, csrc/cuda/gae.cu
@@ -220,7 +220,7 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, with_moments):
 def _(advantages, mask, moments):
     if advantages.dtype != torch.float32 or not advantages.is_contiguous():
         return NotImplemented
-    args = advantages.view(-1), mask.reshape(-1), moments.contiguous(), EPS
+    args = advantages.view(-1), mask.reshape(-1).contiguous(), moments.contiguous(), EPS
     if advantages.device.type == "cuda":
         with torch.cuda.device_of(advantages):
             native.gae_whiten_cuda(*args, torch.cuda.current_stream().cuda_stream)

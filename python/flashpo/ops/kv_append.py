@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops._check import KERNEL_DTYPES, check_device, check_dtype, check_float, check_tensor, check_that
+from flashpo.ops._layout import dense_rows
 
 BLOCK = 64  # tokens
 
@@ -89,8 +90,7 @@ def _(*args):
 def _(k, v, k_cache, v_cache, slot):
     if k.device.type != "cpu" or k.dtype not in KERNEL_DTYPES:
         return NotImplemented
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    native.kv_append(k, v, k_cache, v_cache, slot.contiguous(), torch.get_num_threads())
+    native.kv_append(dense_rows(k), dense_rows(v), k_cache, v_cache, slot.contiguous(), torch.get_num_threads())
 
 
 @kv_append_.backend("triton")  # kernels/kv_append.py

@@ -29,6 +29,7 @@ from flashpo.ops._check import (
     check_share,
     check_that,
 )
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -198,8 +199,7 @@ def _(logits, *parameters):
         return NotImplemented
     rows = logits.shape[0]
     token, numbers = logits.new_empty(rows, dtype=torch.int64), logits.new_empty((3, rows), dtype=torch.float32)
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    logits = dense_rows(logits)
     if logits.device.type == "cuda":
         with torch.cuda.device_of(logits):
             native.sample_cuda(logits, *parameters, token, numbers, torch.cuda.current_stream().cuda_stream)

@@ -18,6 +18,7 @@ from flashpo.ops._check import (
     check_range,
 )
 from flashpo.ops._first_order import first_order
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.token_stats import (
     ENTROPY,
@@ -159,17 +160,15 @@ def _(logits, index, temperature, ignore_index, side):
     if logits.device.type != "cpu" or logits.dtype not in KERNEL_DTYPES:
         return NotImplemented
     rows = logits.new_empty((result_rows(side), len(index)), dtype=torch.float32)
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
     native.selective_log_softmax_fwd(
-        logits, index.contiguous(), temperature, ignore_index, rows, torch.get_num_threads()
+        dense_rows(logits), index.contiguous(), temperature, ignore_index, rows, torch.get_num_threads()
     )
     return rows
 
 
 def _native_bwd(out, logits, index, temperature, ignore_index, rows, d_logprob, d_entropy):
     native.selective_log_softmax_bwd(
-        logits if logits.stride(-1) == 1 else logits.contiguous(),
+        dense_rows(logits),
         index.contiguous(),
         temperature,
         ignore_index,

@@ -28,6 +28,7 @@ from flashpo.ops._check import (
     check_that,
 )
 from flashpo.ops._first_order import first_order
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 
 
@@ -180,7 +181,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap):
     out = q.new_empty((*q.shape[:2], v.shape[2]))
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     scratch = lse.new_empty(native.tree_attention_scratch(*inputs, *tree, window, False, threads))
-    sinks = None if sinks is None else sinks.float()
+    sinks = None if sinks is None else sinks.float().contiguous()
     native.tree_attention_fwd(*inputs, sinks, *tree, scale, window, softcap, out, lse, scratch, threads)
     return out, lse
 
@@ -201,7 +202,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
 
 def _laid_out(*tensors: Tensor) -> list[Tensor]:
     """With the last dimension dense."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return [dense_rows(x) for x in tensors]
 
 
 def _for_triton(q: Tensor, v: Tensor) -> bool:
