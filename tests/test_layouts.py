@@ -94,6 +94,24 @@ def run(op, arguments):
     return [x.detach() for x in (*found, *grads) if x is not None]
 
 
+def memory_of(tensors):
+    return {x.untyped_storage().data_ptr() for x in tensors if x.numel() > 0}
+
+
+@pytest.mark.parametrize("op", RIGHT)
+@pytest.mark.parametrize("grad", [True, False])
+def test_results_are_not_arguments(op, grad):
+    """Nor do two results that could be written over share a number: each call's are the caller's own."""
+    arguments = RIGHT[op]
+    with torch.set_grad_enabled(grad):
+        found = [x for x in flatten(getattr(flashpo, op)(**arguments)) if isinstance(x, torch.Tensor)]
+    assert not memory_of(found) & memory_of(tensors_of(arguments).values())
+    before = [x.clone() for x in found]
+    for i, x in enumerate(found):
+        x.detach().zero_()
+        assert all(torch.equal(y, z) for y, z in zip(found[i + 1 :], before[i + 1 :]))
+
+
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("case", CASES)
 def test_layouts(case, backend):

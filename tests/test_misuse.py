@@ -110,7 +110,7 @@ MISUSE = {
         "old_logprob": (rows, SAME),
         "advantage": (torch.ones(B), SAME, NONE),
         "mask": (ones, MASK, NONE),
-        "loss": ("ppo", values(3, "nonsense", ["ppo"]), NONE),
+        "loss": ("ppo", values(3, "nonsense", "{", "{'a': 1}", ["ppo"]), NONE),
         "cu_seqlens": (None, (lambda _: [[0, 2], cu.float(), cu.int(), cu[None], cu.to_sparse(), 3],)),
         "ref_logprob": (rows, SAME, NONE),
         "rollout_logprob": (rows, SAME),

@@ -258,7 +258,10 @@ def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> 
 def _resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...], types: tuple[type, ...]) -> LossSpec:
     """`types` are for the cache, to which True and 1.0 are the same."""
     if isinstance(loss, str) and loss.startswith("{"):
-        loss = LossSpec.from_key(loss)
+        try:
+            loss = LossSpec.from_key(loss)
+        except (SyntaxError, TypeError, ValueError) as error:
+            raise ValueError(f"loss is not the key of a LossSpec: {error}") from error
     elif isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a LossSpec, got {loss!r}")
