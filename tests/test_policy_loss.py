@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from inputs import backends
 from policy_inputs import PRESETS, random_spec
 from torch.utils.checkpoint import checkpoint
 from two_processes import in_two_processes, needs_gloo
@@ -284,6 +285,30 @@ def test_sequences_of_one_masked_token_have_their_surrogate():
     wide[2][:, 1] = False
     losses.append(policy_loss(wide[0], wide[1], advantage, wide[2], **options).loss)
     assert all(torch.equal(x, losses[0]) for x in losses)
+
+
+@pytest.mark.parametrize("loss", ["gspo", "rloo", "vespo", "ppo"])
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "torch"])
+def test_statistics_of_sequences_without_live_tokens(loss, backend):
+    """An empty part of a flat batch counts as a row of padding does."""
+    lengths, width = torch.tensor([3, 0, 5, 0]), 5
+    mask = torch.arange(width) < lengths[:, None]
+    logprob, old, advantage = -torch.rand(4, width), -torch.rand(4, width), torch.randn(4)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    seen = []
+    for used in (backend, "torch"):
+        with flashpo.backend(used):
+            seen.append(policy_loss(logprob, old, advantage, mask, loss=loss).stats.values)
+            live = [x[mask] for x in (logprob, old)]
+            flat = policy_loss(*live, advantage, mask[mask], cu_seqlens=cu_seqlens, loss=loss)
+            seen.append(flat.stats.values)
+            nothing = [x[:0] for x in live]
+            empty = policy_loss(*nothing, advantage, mask[mask][:0], cu_seqlens=0 * cu_seqlens, loss=loss)
+            padding = policy_loss(logprob, old, advantage, mask & False, loss=loss)
+            torch.testing.assert_close(empty.stats.values, padding.stats.values)
+    for values in seen:
+        torch.testing.assert_close(values, seen[0])
+    assert flat.stats.ratios == (8 if loss in ("vespo", "ppo") else 4)
 
 
 def test_compiles_into_one_graph(graphs, counting):

@@ -17,7 +17,7 @@ struct Sum {
   void add(vf x) {
     const vf y = x + low;
     const vf next = value + y;
-    low = next - next == 0.0f ? y - (next - value) : vf{};  // of an infinite sum, as -inf logits make it, nothing is left
+    low = next - next == 0.0f ? y - (next - value) : vf{};  // an infinite sum, of -inf logits, leaves nothing over
     value = next;
   }
   void scale(vf by) {
