@@ -163,7 +163,8 @@ def forward_kernel(
     weights, weight_sum, weight_squared = zeros, zeros, zeros
     smallest, largest, lightest, heaviest = infinite, -infinite, infinite, -infinite
     bins = tl.zeros((WIDTH,), tl.int32)
-    for first in range(begin, stop, BLOCK):
+    # A sequence without tokens has a block, too, whose first place stands for it in the statistics of sequences
+    for first in range(begin, tl.where(exists & (part == 0), tl.maximum(stop, start + 1), stop), BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = at < stop
         t = load_tokens(

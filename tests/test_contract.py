@@ -187,6 +187,28 @@ def test_parts_of_the_vocabulary_make_the_whole(backend):
 
 
 @every_backend
+@pytest.mark.parametrize("vocab", [5, 17, 300])
+@pytest.mark.parametrize("hidden", [None, 8], ids=["logits", "head"])
+def test_impossible_tokens_in_every_statistic(backend, vocab, hidden):
+    """Sums over the vocabulary that compensate for rounding meet infinities, alone or many, first or last."""
+    target = torch.tensor([1, 2, 1])
+    for places in ([0], [vocab - 1], [vocab // 2, vocab - 1], list(range(3, vocab))):
+        gone = torch.zeros(vocab).index_fill_(0, torch.tensor(places), -torch.inf)
+        logits = torch.randn(3, vocab)
+        h, w = (logits, torch.eye(vocab)) if hidden is None else (torch.randn(3, hidden), torch.randn(vocab, hidden))
+        with flashpo.backend("torch"):
+            expected = selective_log_softmax(h @ w.t() + gone, target, outputs=ALL)
+        with flashpo.backend(backend):
+            if hidden is None:
+                out = selective_log_softmax(logits + gone, target, outputs=ALL)
+            else:
+                out = linear_logprob(h, w, target, gone, outputs=ALL)
+        assert (out.mean_logit == -torch.inf).all()
+        for name, x, y in zip(ALL, out, expected):
+            torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@every_backend
 def test_autocast_chooses_the_compute_dtype(backend):
     case = Case("", (12,), 32, 301)
     (h, w), target = case.make()

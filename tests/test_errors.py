@@ -6,6 +6,9 @@ from inputs import backends
 
 import flashpo
 from flashpo import linear_logprob, selective_log_softmax
+from flashpo._op import OPS
+from flashpo.ops.decode_layer import rope_append
+from flashpo.ops.packed_linear import pack_linear
 from flashpo.packing import split_by_tokens
 
 H, V = 8, 20
@@ -111,6 +114,74 @@ def test_a_target_outside_the_vocabulary(backend, bad):
         with pytest.raises(ValueError, match=r"index.* outside \[0, (20|V)\)"):
             selective_log_softmax(logits, wrong)
         assert linear_logprob(hidden, weight, torch.tensor([0, 1, bad]), ignore_index=bad).logprob[2] == 0
+
+
+def overlapping(x):
+    """Tensors of x's shape of which elements share memory: all along one dimension, or neighbours."""
+    for dim, size in enumerate(x.shape):
+        if size > 1:
+            yield x.narrow(dim, 0, 1).expand(x.shape)
+    yield torch.randn(x.numel()).as_strided(x.shape, [1] * x.dim())
+
+
+def append(k_cache=None, v_cache=None):
+    given = [y if x is None else x for x, y in zip((k_cache, v_cache), caches)]
+    flashpo.kv_append(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), *given, torch.zeros(1, dtype=torch.int64))
+
+
+def rotate(k_cache=None, v_cache=None):
+    given = [y if x is None else x for x, y in zip((k_cache, v_cache), caches)]
+    x, slot = torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
+    rope_append(x, x, x, x, x, *given, slot)
+
+
+WRITTEN = {  # operator -> its arguments that are written over -> (a right value, the public call)
+    "selective_log_softmax_bwd_": {
+        "logits": (logits, lambda logits: selective_log_softmax(logits, target, inplace_backward=True))
+    },
+    "kv_append_": {
+        "k_cache": (caches[0], lambda k_cache: append(k_cache=k_cache)),
+        "v_cache": (caches[1], lambda v_cache: append(v_cache=v_cache)),
+    },
+    "rope_append_": {
+        "k_cache": (caches[0], lambda k_cache: rotate(k_cache=k_cache)),
+        "v_cache": (caches[1], lambda v_cache: rotate(v_cache=v_cache)),
+    },
+    "pack_linear_": {"out": (torch.zeros(1, 8, 48), lambda out: pack_linear(weight, out=out))},
+    "gae_whiten_": {},  # gae's own tensor
+    "decode_layers_": {},  # the rollout engine's own caches
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_memory_that_is_written_over_is_nobody_elses(name):
+    """Two elements at one address cannot both get their values: refused, not written."""
+    for argument, (right, call) in WRITTEN[name].items():
+        call(right)
+        for wrong in overlapping(right):
+            with pytest.raises(ValueError, match=f"{argument} "):
+                call(wrong)
+
+
+def test_every_operator_that_writes_over_an_argument_is_here():
+    schemas = {name: op.overload._schema for name, op in OPS.items()}
+    assert set(WRITTEN) == {name for name, schema in schemas.items() if schema.is_mutable}
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (2, 3, 20)])
+def test_parts_of_tensors_can_be_written_over(shape):
+    """Without a copy: no two elements of them lie at one address."""
+    whole = torch.randn(*shape[:-1], 2 * shape[-1])
+    where = torch.zeros(shape[:-1], dtype=torch.int64)
+    whole = torch.cat([whole, whole])
+    parts = (whole[: shape[0], ..., : shape[-1]], whole[::2, ..., ::2], whole.mT.contiguous().mT[: shape[0], ..., 20:])
+    for part in parts:
+        x = part.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(selective_log_softmax(x, where[: len(x)]).logprob.sum(), x)
+        logits = part.detach().requires_grad_()
+        out = selective_log_softmax(logits, where[: len(x)], inplace_backward=True)
+        (grad,) = torch.autograd.grad(out.logprob.sum(), logits)
+        torch.testing.assert_close(grad, expected)
 
 
 def test_forbidden_tokens_have_finite_neighbours():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from inputs import backends
 from policy_inputs import PRESETS, random_spec
 from torch.utils.checkpoint import checkpoint
 from two_processes import in_two_processes, needs_gloo
@@ -234,9 +235,8 @@ def test_upstream_gradients_and_repeated_backward():
     torch.testing.assert_close(twice, 3 * kept)
     (again,) = torch.autograd.grad(loss, logprob, retain_graph=True)
     assert torch.equal(again, kept)
-    once.mul_(0)  # with an upstream gradient of 1 it is the saved tensor itself
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    once.mul_(0)  # the caller's own, not what backward needs again
+    assert torch.equal(torch.autograd.grad(loss, logprob, retain_graph=True)[0], kept)
     made["logprob"] = None
 
     def f(x):
@@ -244,6 +244,71 @@ def test_upstream_gradients_and_repeated_backward():
 
     (recomputed,) = torch.autograd.grad(checkpoint(f, logprob, use_reentrant=False), logprob)
     assert torch.equal(recomputed, kept)
+
+
+def of_each(advantage, lengths, **options):
+    """The loss of a flat batch of log-ratios 0.1, 0.2, ..., and its gradient."""
+    logprob = (-1 + 0.1 * torch.arange(sum(lengths), dtype=torch.float64)).requires_grad_()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    mask = options.pop("mask", torch.ones_like(logprob, dtype=torch.bool))
+    old = torch.full_like(logprob.detach(), -1)
+    loss = policy_loss(logprob, old, advantage, mask, cu_seqlens=cu_seqlens, **options).loss
+    return loss.detach(), torch.autograd.grad(loss, logprob)[0]
+
+
+@pytest.mark.parametrize("argument", ["advantage", "importance_ratio"])
+def test_as_many_tokens_as_sequences(argument):
+    """A flat (N,) could be of either then: it raises, unless both readings agree. Other shapes say which is meant."""
+    given = torch.tensor([5.0, 2.0, 7.0], dtype=torch.float64)
+
+    def run(x, lengths):
+        return of_each(**{"advantage": torch.ones_like(given)[:, None], argument: x}, lengths=lengths, loss="grpo")
+
+    with pytest.raises(ValueError, match=rf"{argument} \(3,\) could be of the 3 sequences or of the 3 tokens"):
+        run(given, [0, 2, 1])
+    of_sequences, of_tokens = run(given[:, None], [0, 2, 1]), run(given[None], [0, 2, 1])
+    assert not torch.equal(of_sequences[1], of_tokens[1])
+    assert all(torch.equal(x, y) for x, y in zip(of_sequences, run(given[[1, 1, 2]][None], [0, 2, 1])))
+    alike = [run(x, [1, 1, 1]) for x in (given, given[:, None], given[None])]
+    assert all(torch.equal(x, y) for one in alike for x, y in zip(one, alike[0]))
+
+
+def test_sequences_of_one_masked_token_have_their_surrogate():
+    """The loss at ratio 1 of a sequence without live tokens counts, in whatever shape its advantage comes."""
+    mask, advantage = torch.tensor([True, False, True]), torch.tensor([1.0, 5.0, 2.0], dtype=torch.float64)
+    options = dict(loss="rloo")
+    losses = [of_each(x, [1, 1, 1], mask=mask, **options)[0] for x in (advantage, advantage[:, None])]
+    logprob, old = torch.full((3, 1), -1.0, dtype=torch.float64), torch.full((3, 1), -1.0, dtype=torch.float64)
+    logprob[:, 0] += 0.1 * torch.arange(3)
+    losses += [policy_loss(logprob, old, x, mask[:, None], **options).loss for x in (advantage, advantage[:, None])]
+    wide = [torch.cat([x, x], 1) for x in (logprob, old, mask[:, None])]  # a column of padding more
+    wide[2][:, 1] = False
+    losses.append(policy_loss(wide[0], wide[1], advantage, wide[2], **options).loss)
+    assert all(torch.equal(x, losses[0]) for x in losses)
+
+
+@pytest.mark.parametrize("loss", ["gspo", "rloo", "vespo", "ppo"])
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "torch"])
+def test_statistics_of_sequences_without_live_tokens(loss, backend):
+    """An empty part of a flat batch counts as a row of padding does."""
+    lengths, width = torch.tensor([3, 0, 5, 0]), 5
+    mask = torch.arange(width) < lengths[:, None]
+    logprob, old, advantage = -torch.rand(4, width), -torch.rand(4, width), torch.randn(4)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    seen = []
+    for used in (backend, "torch"):
+        with flashpo.backend(used):
+            seen.append(policy_loss(logprob, old, advantage, mask, loss=loss).stats.values)
+            live = [x[mask] for x in (logprob, old)]
+            flat = policy_loss(*live, advantage, mask[mask], cu_seqlens=cu_seqlens, loss=loss)
+            seen.append(flat.stats.values)
+            nothing = [x[:0] for x in live]
+            empty = policy_loss(*nothing, advantage, mask[mask][:0], cu_seqlens=0 * cu_seqlens, loss=loss)
+            padding = policy_loss(logprob, old, advantage, mask & False, loss=loss)
+            torch.testing.assert_close(empty.stats.values, padding.stats.values)
+    for values in seen:
+        torch.testing.assert_close(values, seen[0])
+    assert flat.stats.ratios == (8 if loss in ("vespo", "ppo") else 4)
 
 
 def test_compiles_into_one_graph(graphs, counting):

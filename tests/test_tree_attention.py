@@ -235,7 +235,7 @@ q, k, end = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.full((5,), 5, dtyp
         ("end must lie behind its token", {"end": end - 1}),
         ("end must lie behind its token", {"end": end + 1}),
         ("neither nested nor disjoint", {"end": torch.tensor([3, 2, 4, 4, 5], dtype=torch.int32)}),
-        ("window must be an integer of at least 0, got -1", {"window": -1}),
+        ("window must be an integer of at least 0 and fit into 64 bits, got -1", {"window": -1}),
         ("window must be an integer of at least 0, got 2.5", {"window": 2.5}),
         ("softcap must be positive", {"softcap": -1.0}),
         ("scale must be positive", {"scale": 0.0}),

@@ -17,7 +17,7 @@ struct Sum {
   void add(vf x) {
     const vf y = x + low;
     const vf next = value + y;
-    low = y - (next - value);
+    low = next - next == 0.0f ? y - (next - value) : vf{};  // an infinite sum, of -inf logits, leaves nothing over
     value = next;
   }
   void scale(vf by) {

@@ -61,7 +61,7 @@ Partial run_sequence(const Batch& b, int64_t sequence, Sequence q) {
   out[LIVE_SEQUENCES] = live;
   out[KL] = total(sums.kl);
   out[APPROX_KL] = -total(sums.approx_kl);
-  out[RATIOS] = of_sequences ? length > 0 : out[TOKENS];
+  out[RATIOS] = of_sequences ? 1 : out[TOKENS];
   out[RATIO] = total(sums.ratio);
   out[RATIO_SQUARED] = total(sums.ratio_squared);
   bins.finish(s.of_tokens() ? out[RATIOS] : 0, out + LOG_RATIO_BINS);
@@ -87,8 +87,8 @@ Partial run_sequence(const Batch& b, int64_t sequence, Sequence q) {
   out[WEIGHT_MIN] = one_weight ? q.rho : smallest(counts.weight_min);
   out[WEIGHT_MAX] = one_weight ? q.rho : largest(counts.weight_max);
   const bool vespo = s.surrogate == Surrogate::vespo, one_phi = vespo && b.advantage_of_sequence;
-  out[PHIS] = one_phi ? length > 0 : vespo ? out[TOKENS] : 0;
-  out[PHI] = one_phi && length > 0 ? q.phi[q.advantage >= 0 ? 0 : 1] : one_phi ? 0 : total(sums.phi);
+  out[PHIS] = one_phi ? 1 : vespo ? out[TOKENS] : 0;
+  out[PHI] = one_phi ? q.phi[q.advantage >= 0 ? 0 : 1] : total(sums.phi);
   return p;
 }
 
@@ -113,9 +113,10 @@ void policy_loss_fwd(const Tensor& logprob, const Tensor& old_logprob, const Ten
   const int64_t n = logprob.dim() == 1 ? logprob.size(0) : -1;
   const int64_t sequences = cu_seqlens.dim() == 1 ? cu_seqlens.size(0) - 1 : -1;
   expect(n >= 0 && sequences >= 0, "logprob must be (N,) and cu_seqlens (S + 1,)");
-  const auto flat = [&](const char* name, const Tensor& x, bool optional) {
+  static float nothing;  // where the tensors of a batch without tokens are: a null pointer stands for None
+  const auto flat = [&](const char* name, const Tensor& x, bool optional) -> const float* {
     expect_dense(name, x, DType::f32, {n}, optional);
-    return x.data<const float>();
+    return x.defined() && n == 0 ? &nothing : x.data<const float>();
   };
   const auto of_sequences = [](const Tensor& x) { return x.defined() && x.dim() == 2; };
   const auto either = [&](const char* name, const Tensor& x, bool optional) -> const float* {
@@ -141,12 +142,13 @@ void policy_loss_fwd(const Tensor& logprob, const Tensor& old_logprob, const Ten
   b.tokens.in[ROLLOUT] = flat("rollout_logprob", rollout_logprob, b.spec.importance == Importance::none);
   b.tokens.in[IMPORTANCE_RATIO] = either("importance_ratio", importance_ratio, true);
   b.tokens.in[ENTROPY] = flat("entropy", entropy, !has_d_entropy && !entropy_threshold.defined());
-  b.tokens.mask = mask.data<const char>();
+  b.tokens.mask = n == 0 ? reinterpret_cast<const char*>(&nothing) : mask.data<const char>();
   b.tokens.mask_bytes = mask.dtype() == DType::boolean ? 1 : mask.dtype() == DType::i32 ? 4 : 8;
   expect(mask.dtype() == DType::boolean || mask.dtype() == DType::i32 || mask.dtype() == DType::i64,
          "mask must be bool, int32 or int64");
-  b.tokens.out[D_LOGPROB] = grads.data<float>();
-  b.tokens.out[D_ENTROPY] = has_d_entropy ? grads.data<float>() + n : nullptr;
+  float* const out = n == 0 ? &nothing : grads.data<float>();
+  b.tokens.out[D_LOGPROB] = out;
+  b.tokens.out[D_ENTROPY] = has_d_entropy ? out + n : nullptr;
   b.advantage_of_sequence = of_sequences(advantage) ? advantage.data<const float>() : nullptr;
   b.importance_ratio_of_sequence = of_sequences(importance_ratio) ? importance_ratio.data<const float>() : nullptr;
   b.starts = cu_seqlens.data<const int64_t>();

@@ -104,14 +104,15 @@ struct Batch {
   }
 };
 
-// pass(tokens, first, vectors) over blocks of whole vectors; what is left over comes in a padded copy.
+// pass(tokens, first, vectors) over blocks of whole vectors; what is left over comes in a padded copy. A sequence
+// without tokens has a copy of nothing but padding, whose first token stands for it in the statistics of sequences.
 template <typename Pass>
 static inline void over(const Tokens& t, int64_t length, Pass pass) {
   alignas(64) float in[INPUTS][W] = {}, out[OUTPUTS][W];
   alignas(64) char mask[8 * W] = {};
   Tokens part = t;
-  int64_t vectors;
-  for (int64_t first = 0; first < length; first += vectors * W) {
+  int64_t vectors, first = 0;
+  do {
     const int64_t left = length - first;
     vectors = left < W ? 1 : std::min(BLOCK, left / W);
     if (left < W) {
@@ -125,7 +126,8 @@ static inline void over(const Tokens& t, int64_t length, Pass pass) {
     if (left < W)
       for (int j = 0; j < OUTPUTS; ++j)
         if (t.out[j]) std::memcpy(t.out[j] + first, out[j], left * sizeof(float));
-  }
+    first += vectors * W;
+  } while (first < length);
 }
 
 static inline void count_tokens(const Batch& b, const Tokens& t, int64_t length, Sequence& q) {

@@ -8,6 +8,7 @@ made inside the operator, so `torch.compile` sees one opaque node whatever the b
 import contextlib
 import functools
 import importlib.util
+import inspect
 import logging
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from flashpo import _C as native  # type: ignore[attr-defined]  # CPU kernels, CUDA ones where built with them
@@ -53,6 +55,7 @@ class Op:
 
     def __init__(self, reference: Callable, mutates: tuple[str, ...]):
         self.name, self.reference = reference.__name__, reference
+        self.names = tuple(inspect.signature(reference).parameters)
         self.kernels: dict[str, Callable] = {"torch": reference}  # in the order in which they are tried
         LIB.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
         LIB.impl(self.name, self._run, "CompositeExplicitAutograd")  # below autograd, for every device
@@ -92,7 +95,21 @@ class Op:
         )
 
     def __call__(self, *args):
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+            self._refuse_derivatives(args)
         return self.overload(*args)
+
+    def _refuse_derivatives(self, args: tuple) -> None:
+        """An operator is a constant to autograd: what asks for a derivative here would get none, without an error."""
+        for name, x in zip(self.names, args):
+            if not isinstance(x, torch.Tensor):
+                continue
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name} requires grad, but {self.name} has no gradient: call it under torch.no_grad()"
+                )
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(f"{name} has a tangent, but {self.name} has no forward-mode derivative")
 
 
 def op(reference: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Any:

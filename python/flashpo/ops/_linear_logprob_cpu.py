@@ -63,7 +63,7 @@ class Tiles:
         self.target = self.pick(target).contiguous()
         self.inv_temperature = None if token_temperature is None else self.pick(token_temperature).float().reciprocal()
         self.weight, self.start, self.dtype = weight, start, dtype
-        self.bias = None if bias is None else bias.float()
+        self.bias = None if bias is None else bias.float().contiguous()
         self.scalars = 1 / temperature, logit_scale, softcap or 0.0
         self.tokens = max(min(len(self.hidden), MAX_TOKENS), 1)
         # A part's rows of the head, converted or summed up in fp32, are held to two tiles' size as well.

@@ -1,7 +1,7 @@
 """The definition of `policy_loss` in plain torch: what every backend computes."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,21 @@ def policy_loss_fwd(
     (1 or 2, N); a factor for each row (1 or 2,): what a kernel knows only after its pass, 1 here."""
     s, dtype = LossSpec.from_key(spec), logprob.dtype
     clip_low, clip_high = _or(s.clip_low, math.inf), _or(s.clip_high, math.inf)
-    segment = torch.repeat_interleave(cu_seqlens.diff(), output_size=logprob.shape[0])
     sequences = cu_seqlens.shape[0] - 1
+    # Each sequence has a masked token more at its end: one without tokens is like one of masked tokens alone
+    segment = torch.repeat_interleave(cu_seqlens.diff(), output_size=logprob.shape[0])
+    given = segment + torch.arange(logprob.shape[0], device=logprob.device)
+
+    def ended(x: Any) -> Any:  # (N,) -> (N + S,); None and (S, 1) stay
+        if x is None or x.dim() == 2:
+            return x
+        return x.new_zeros(x.shape[0] + sequences).index_copy_(0, given, x)
+
+    logprob, old_logprob, mask, advantage, ref_logprob, rollout_logprob, importance_ratio, entropy = map(
+        ended, (logprob, old_logprob, mask, advantage, ref_logprob, rollout_logprob, importance_ratio, entropy)
+    )
+    cu_seqlens = cu_seqlens + torch.arange(sequences + 1, device=logprob.device)
+    segment = torch.repeat_interleave(cu_seqlens.diff(), output_size=logprob.shape[0])
     m = mask != 0
 
     def live(x: Tensor | None) -> Tensor:  # what None stands for is needed by no spec that comes here without it
@@ -157,8 +170,7 @@ def policy_loss_fwd(
     # statistics: over tokens, or over sequences where ratios and advantages are theirs
     per_sequence = s.ratio in ("sequence", "sequence_sum") and advantage.dim() == 2 and s.surrogate != "gmpo"
     first = torch.zeros_like(m)
-    starts = cu_seqlens[:-1][cu_seqlens.diff() > 0]
-    first[starts] = True
+    first[cu_seqlens[:-1]] = True
     one_each = first if per_sequence else m
     one_each_float = one_each.to(dtype)
 
@@ -214,9 +226,9 @@ def policy_loss_fwd(
         weight_min=_extreme(rhos, of_weight, False),
         weight_max=_extreme(rhos, of_weight, True),
     )
-    grads = scale * torch.stack([d_logprob, d_entropy] if s.entropy_coef != 0 else [d_logprob])
+    grads = scale * torch.stack([d_logprob, d_entropy] if s.entropy_coef != 0 else [d_logprob])[:, given]
     stats = torch.stack([values[name] for name in NAMES])
-    return values["loss"].clone(), stats, grads, torch.ones_like(grads[:, 0])
+    return values["loss"].clone(), stats, grads, grads.new_ones(grads.shape[0])
 
 
 class Term(NamedTuple):

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
+
+from flashpo.ops._first_order import first_order
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -221,12 +222,13 @@ class OddsRatio(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, c, w):
+        ctx.inputs = c, w
         c, w = (x.where(x < 0, -torch.finfo(x.dtype).eps) for x in (c, w))
         ctx.save_for_backward(c, w)
         return -logsigmoid(c - w - log1mexp(c) + log1mexp(w))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_out):
         c, w = ctx.saved_tensors
         log_q_c, log_q_w = log1mexp(c), log1mexp(w)

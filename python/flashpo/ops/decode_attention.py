@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import KERNEL_DTYPES, check_device, check_positive, check_tensor, check_that
+from flashpo.ops._check import (
+    KERNEL_DTYPES,
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_positive,
+    check_tensor,
+    check_that,
+)
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 from flashpo.ops.kv_append import BLOCK, check_caches
 
@@ -64,8 +74,7 @@ def decode_attention(
     for name, x in (("q", q), ("rows", rows), ("blocks", blocks)):
         check_tensor(name, x)
     check_positive("scale", scale)
-    if not isinstance(window, int) or window < 0:
-        raise ValueError(f"window must be an int >= 0, got {window!r}")
+    check_int("window", window, 0)
     if softcap != 0:
         check_positive("softcap", softcap)
     if q.requires_grad and torch.is_grad_enabled():
@@ -84,20 +93,16 @@ def decode_attention(
         ("blocks", blocks, (*segments, *blocks.shape[-1:])),
         ("position", position, q.shape[:1]),
     ):
-        check_tensor(name, table)
-        if table.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {table.dtype}")
+        check_dtype(name, table, torch.int32)
         if table.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(table.shape)}")
         check_device(name, table, "q", q)
     if sinks is not None:
-        check_tensor("sinks", sinks)
-        if not sinks.is_floating_point():
-            raise TypeError(f"sinks must be of a float dtype, got {sinks.dtype}")
+        check_float("sinks", sinks)
         if sinks.shape != q.shape[1:2]:
             raise ValueError(f"sinks must be ({q.shape[1]},), got {tuple(sinks.shape)}")
         check_device("sinks", sinks, "q", q)
-        sinks = sinks.to(wide_dtype(q.dtype))
+        sinks = sinks.to(wide_dtype(q.dtype)).contiguous()
     tables = rows, start, length, blocks, position
     return decode_attention_fwd(q, k_cache, v_cache, *tables, float(scale), window, float(softcap), sinks)
 
@@ -170,8 +175,7 @@ def _(q, k_cache, v_cache, rows, start, length, blocks, position, scale, window,
     out = q.new_empty((*q.shape[:2], v_cache.shape[3]))
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     scratch = lse.new_empty(native.decode_attention_scratch(plan, k_cache, v_cache))
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    native.decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch)
+    native.decode_attention(plan, dense_rows(q), k_cache, v_cache, scale, softcap, sinks, out, lse, scratch)
     return out, lse
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_float, check_positive
+from flashpo.ops._check import check_beside, check_float, check_positive
 from flashpo.ops._wide import wide_dtype
 
 
@@ -31,9 +31,7 @@ def direct_advantage_loss(logprob: Tensor, ref_logprob: Tensor, advantage: Tenso
         raise ValueError(f"logprob must have shape (N,), got {tuple(logprob.shape)}")
     for name, x in (("ref_logprob", ref_logprob), ("advantage", advantage)):
         check_float(name, x)
-        if x.shape != logprob.shape:
-            raise ValueError(f"{name} must have the shape of logprob, {tuple(logprob.shape)}, got {tuple(x.shape)}")
-        check_device(name, x, "logprob", logprob)
+        check_beside(name, x, "logprob", logprob)
     wide = wide_dtype(logprob.dtype)
     missing = advantage.to(wide) / beta - (logprob.to(wide) - ref_logprob.to(wide))
     return 0.5 * (missing * missing).sum() / max(missing.shape[0], 1)

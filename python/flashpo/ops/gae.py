@@ -11,7 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_cu_seqlens, check_device, check_float, check_mask, check_share
+from flashpo.ops._check import (
+    check_cu_seqlens,
+    check_device,
+    check_flag,
+    check_float,
+    check_group,
+    check_mask,
+    check_share,
+)
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 
 EPS = 1e-8  # added to the variance of whitening
@@ -59,8 +68,10 @@ def gae(
     mask = check_mask("mask", mask, "rewards", rewards)
     check_share("gamma", gamma)
     check_share("lam", lam)
+    check_flag("whiten", whiten)
     if group is not None and not whiten:
         raise ValueError("group is used by whiten=True alone")
+    check_group("group", group)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rewards)
     rewards, values = rewards.detach(), values.detach()
@@ -175,8 +186,7 @@ def _(*args):
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T) with unit stride along T, or (1, N): what the kernels take."""
     x = x.to(dtype)
-    x = x if x.dim() == 2 else x[None]
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return dense_rows(x if x.dim() == 2 else x[None])
 
 
 @gae_fwd.backend("native")  # csrc/cpu/gae.cpp, csrc/cuda/gae.cu
@@ -210,7 +220,7 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, with_moments):
 def _(advantages, mask, moments):
     if advantages.dtype != torch.float32 or not advantages.is_contiguous():
         return NotImplemented
-    args = advantages.view(-1), mask.reshape(-1), moments.contiguous(), EPS
+    args = advantages.view(-1), mask.reshape(-1).contiguous(), moments.contiguous(), EPS
     if advantages.device.type == "cuda":
         with torch.cuda.device_of(advantages):
             native.gae_whiten_cuda(*args, torch.cuda.current_stream().cuda_stream)

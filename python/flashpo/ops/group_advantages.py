@@ -3,7 +3,6 @@
 Every statistic is taken relative to a reward of the group itself, so equal rewards give exactly 0 and are reported.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import check_choice, check_device, check_float
+from flashpo.ops._check import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_float,
+    check_group,
+    check_number,
+    check_tensor,
+    check_that,
+)
 from flashpo.ops._wide import wide
 
 BASELINES = ("mean", "leave_one_out", "second_best", "none")
@@ -97,6 +105,7 @@ def group_advantages(
     check_choice("scale", scale, SCALES)
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_choice("convention", convention, tuple(CONVENTIONS))
+    check_group("process_group", process_group)
     _check_combination(baseline, scale, aggregation, convention, lengths)
     rows = slice(None)
     if process_group is not None:
@@ -113,8 +122,7 @@ def _check(rewards, group, lengths, reward_weights) -> tuple[Tensor, list[float]
     for name, x in (("group", group), ("lengths", lengths)):
         if x is None and name == "lengths":
             continue
-        if not isinstance(x, Tensor) or x.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        check_dtype(name, x, torch.int64)
         if x.shape != rewards.shape[:1]:
             raise ValueError(f"{name} must be ({rewards.shape[0]},) beside rewards, got {tuple(x.shape)}")
         check_device(name, x, "rewards", rewards)
@@ -124,15 +132,17 @@ def _check(rewards, group, lengths, reward_weights) -> tuple[Tensor, list[float]
     if reward_weights is None:
         return rewards, [1.0] * functions
     if isinstance(reward_weights, Tensor):
+        check_tensor("reward_weights", reward_weights)
         if reward_weights.device.type != "cpu":
             raise ValueError(f"reward_weights must be on the host, got a tensor on {reward_weights.device}")
         reward_weights = reward_weights.tolist()
     if not isinstance(reward_weights, (tuple, list)):
         raise TypeError(f"reward_weights must be {functions} numbers, got {type(reward_weights).__name__}")
-    weights = [float(w) for w in reward_weights]
-    if len(weights) != functions or not all(map(math.isfinite, weights)):
-        raise ValueError(f"reward_weights must be {functions} finite numbers, one for each function, got {weights}")
-    return rewards, weights
+    if len(reward_weights) != functions:
+        raise ValueError(f"reward_weights must be {functions} numbers, one for each function, got {reward_weights}")
+    for weight in reward_weights:
+        check_number("reward_weights", weight)
+    return rewards, [float(weight) for weight in reward_weights]
 
 
 def _check_combination(baseline, scale, aggregation, convention, lengths) -> None:
@@ -226,15 +236,10 @@ def _(rewards, *rest):
 
 
 def _check_values(rewards: Tensor, total: Tensor, lengths: Tensor | None) -> None:
-    finite = "rewards must be finite, or NaN where there is none; so must their weighted sum"
-    values = [(finite, ~(rewards.isinf().any() | total.isinf().any()))]
+    infinite = rewards.isinf().any() | total.isinf().any()
+    check_that(~infinite, "rewards must be finite, or NaN where there is none; so must their weighted sum")
     if lengths is not None:
-        values.append(("lengths must be positive", (lengths > 0).all()))
-    for message, fine in values:
-        if fine.device.type != "cpu":
-            torch._assert_async(fine, message)
-        elif not fine:
-            raise ValueError(message)
+        check_that((lengths > 0).all(), "lengths must be positive")
 
 
 def _dense(group: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_float, check_positive, check_tensor
+from flashpo.ops._check import check_beside, check_choice, check_device, check_dtype, check_float, check_positive
 from flashpo.ops._wide import wide_dtype
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
@@ -46,8 +46,7 @@ def kto_loss(
         TypeError: a dtype is wrong. ValueError: shapes or devices disagree, a name is unknown, kl is missing, empty,
         or given where it is not read.
     """
-    if loss not in KTO_LOSSES:
-        raise ValueError(f"loss: unknown name {loss!r}; known are {', '.join(KTO_LOSSES)}; see also preference_loss")
+    check_choice("loss", loss, KTO_LOSSES, "; see also preference_loss")
     for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):
         check_positive(name, value)
     check_positive("undesirable_weight", undesirable_weight)
@@ -76,12 +75,8 @@ def _estimate(kl: Tensor, logprob: Tensor) -> Tensor:
 def _check_sequences(logprob: Tensor, ref_logprob: Tensor, desirable: Tensor) -> None:
     check_float("logprob", logprob)
     check_float("ref_logprob", ref_logprob)
-    check_tensor("desirable", desirable)
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be bool, got {desirable.dtype}")
+    check_dtype("desirable", desirable, torch.bool)
     if logprob.dim() != 1:
         raise ValueError(f"logprob must have shape (B,), got {tuple(logprob.shape)}")
     for name, x in (("ref_logprob", ref_logprob), ("desirable", desirable)):
-        if x.shape != logprob.shape:
-            raise ValueError(f"{name} must have the shape of logprob, {tuple(logprob.shape)}, got {tuple(x.shape)}")
-        check_device(name, x, "logprob", logprob)
+        check_beside(name, x, "logprob", logprob)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_tensor, check_that
+from flashpo.ops._check import KERNEL_DTYPES, check_device, check_dtype, check_float, check_tensor, check_that
+from flashpo.ops._layout import dense_rows
 
 BLOCK = 64  # tokens
 
@@ -48,9 +49,7 @@ def kv_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tens
         slot is beyond the cache (on CUDA: an asynchronous device assertion).
     """
     check_caches(k_cache, v_cache)
-    check_tensor("slot", slot)
-    if slot.dtype != torch.int64:
-        raise TypeError(f"slot must be int64, got {slot.dtype}")
+    check_dtype("slot", slot, torch.int64)
     if slot.dim() != 1:
         raise ValueError(f"slot must be (N,), got {tuple(slot.shape)}")
     for name, x, cache_name, cache, features in (("k", k, "k_cache", k_cache, 2), ("v", v, "v_cache", v_cache, 3)):
@@ -91,8 +90,7 @@ def _(*args):
 def _(k, v, k_cache, v_cache, slot):
     if k.device.type != "cpu" or k.dtype not in KERNEL_DTYPES:
         return NotImplemented
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    native.kv_append(k, v, k_cache, v_cache, slot.contiguous(), torch.get_num_threads())
+    native.kv_append(dense_rows(k), dense_rows(v), k_cache, v_cache, slot.contiguous(), torch.get_num_threads())
 
 
 @kv_append_.backend("triton")  # kernels/kv_append.py

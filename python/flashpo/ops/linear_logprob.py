@@ -19,7 +19,16 @@ from torch import Tensor
 
 from flashpo._op import op
 from flashpo.ops import _linear_logprob_cpu as cpu
-from flashpo.ops._check import check_device, check_float, check_index, check_positive, check_range
+from flashpo.ops._check import (
+    check_device,
+    check_float,
+    check_group,
+    check_index,
+    check_int,
+    check_positive,
+    check_range,
+)
+from flashpo.ops._first_order import first_order
 from flashpo.ops._wide import wide_dtype
 from flashpo.ops.token_stats import (
     ENTROPY,
@@ -73,6 +82,8 @@ def linear_logprob(
     """
     side = check_outputs(outputs)
     _check(hidden, weight, target, bias, logit_scale, softcap)
+    check_int("ignore_index", ignore_index)
+    check_group("group", group)
     token_temperature = _token_temperature(temperature, target)
     results = LinearLogprob.apply(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -283,11 +294,12 @@ class LinearLogprob(torch.autograd.Function):
             rows = rows.masked_fill(target == ignore_index, 0.0)
         ctx.save_for_backward(hidden, weight, target, bias, token_temperature, rows)
         ctx.options = (temperature, logit_scale, softcap, ignore_index, start, dtype), group, gather
-        logprob, entropy, *side_rows = split(rows)
+        logprob, entropy, *side_rows = (x.clone() for x in split(rows))  # whose caller may write over them
         ctx.mark_non_differentiable(*side_rows)
         return logprob, entropy, *side_rows
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_):
         hidden, weight, target, bias, token_temperature, rows = ctx.saved_tensors
         head, group, gather = ctx.options

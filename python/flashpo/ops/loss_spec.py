@@ -18,12 +18,13 @@ averages over tokens, and subtracts an entropy bonus. Sources are named beside e
 
 import ast
 import functools
-import math
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
+
+from flashpo.ops._check import check_flag, check_number
 
 Ratio = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 Surrogate = Literal["clip", "cispo", "sapo", "vespo", "gmpo", "dppo_tv", "dppo_kl", "reinforce"]
@@ -188,16 +189,18 @@ class LossSpec:
 
 
 def _check_numbers(name: str, value: object, like: object) -> None:
-    """A finite number of Python, which `key` can write; where `like` is a tuple, one of as many."""
+    """A finite number of Python, which `key` can write, or a bool if `like` is one; for a tuple, one of as many."""
     if isinstance(like, tuple):
         if not isinstance(value, tuple) or len(value) != len(like):
             raise ValueError(f"{name} must be a tuple like {like}, got {value!r}")
         for each, other in zip(value, like):
             _check_numbers(name, each, other)
-    elif type(value) not in (bool, int, float):
+    elif isinstance(like, bool):
+        check_flag(name, value)  # type: ignore[arg-type]
+    elif type(value) not in (int, float):
         raise TypeError(f"{name} must be a number of Python, got {type(value).__name__}")
-    elif not math.isfinite(value):  # type: ignore[arg-type]  # a number
-        raise ValueError(f"{name} must be finite, got {value}")
+    else:
+        check_number(name, value)  # type: ignore[arg-type]
 
 
 FIELDS = tuple(field.name for field in fields(LossSpec))
@@ -248,13 +251,17 @@ def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> 
     for name, value in (("loss", loss), *overrides):
         if not isinstance(value, Hashable):
             raise TypeError(f"{name} must not be a {type(value).__name__}")
-    return _resolve(loss, overrides)
+    return _resolve(loss, overrides, tuple(type(value) for _, value in overrides))
 
 
 @functools.lru_cache(maxsize=256)
-def _resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> LossSpec:
+def _resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...], types: tuple[type, ...]) -> LossSpec:
+    """`types` are for the cache, to which True and 1.0 are the same."""
     if isinstance(loss, str) and loss.startswith("{"):
-        loss = LossSpec.from_key(loss)
+        try:
+            loss = LossSpec.from_key(loss)
+        except (SyntaxError, TypeError, ValueError) as error:
+            raise ValueError(f"loss is not the key of a LossSpec: {error}") from error
     elif isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a LossSpec, got {loss!r}")

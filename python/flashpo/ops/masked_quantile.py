@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_float, check_share, check_tensor
+from flashpo.ops._check import check_beside, check_float, check_group, check_share, check_tensor
 
 HALF = 1 << 16
 
@@ -26,15 +26,22 @@ def masked_quantile(
         TypeError, ValueError: the message names the argument.
     """
     check_float("x", x)
-    check_tensor("mask", mask)
-    if x.shape != mask.shape:
-        raise ValueError(f"mask must have the shape of x {tuple(x.shape)}, got {tuple(mask.shape)}")
-    check_device("mask", mask, "x", x)
+    _check(x, "x", mask, group)
     wanted = tuple(quantiles) if isinstance(quantiles, (tuple, list)) else (quantiles,)
     if not wanted:
         raise ValueError("quantiles is empty")
     for q in wanted:
         check_share("quantiles", q)
+    return _quantiles(x, mask, wanted, group)
+
+
+def _check(x: Tensor, name: str, mask: Tensor, group: dist.ProcessGroup | None) -> None:
+    check_tensor("mask", mask)
+    check_beside("mask", mask, name, x)
+    check_group("group", group)
+
+
+def _quantiles(x: Tensor, mask: Tensor, wanted: tuple[float, ...], group: dist.ProcessGroup | None) -> Tensor:
     live = (mask != 0).flatten().to(torch.int64)
     bits = (x.detach().flatten().float() + 0.0).view(torch.int32).to(torch.int64)  # + 0: no -0
     keys = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) + (1 << 31)  # 0 ... 2^32 - 1, in the floats' order
@@ -72,7 +79,10 @@ def entropy_threshold(
     entropy: Tensor, mask: Tensor, quantile: float, *, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The entropy above which the share 1 - `quantile` of the live tokens is, (1,); without one: inf, none is above."""
-    return masked_quantile(entropy, mask, quantile, group=group).nan_to_num(nan=torch.inf)
+    check_float("entropy", entropy)
+    _check(entropy, "entropy", mask, group)
+    check_share("quantile", quantile)
+    return _quantiles(entropy, mask, (quantile,), group).nan_to_num(nan=torch.inf)
 
 
 def ratio_quantiles(
@@ -90,7 +100,6 @@ def ratio_quantiles(
     """
     for name, x in (("logprob", logprob), ("old_logprob", old_logprob)):
         check_float(name, x)
-        check_device(name, x, "logprob", logprob)
-        if x.shape != logprob.shape:
-            raise ValueError(f"{name} must have the shape of logprob {tuple(logprob.shape)}, got {tuple(x.shape)}")
+        check_beside(name, x, "logprob", logprob)
+    _check(logprob, "logprob", mask, group)
     return masked_quantile(logprob - old_logprob, mask, quantiles, group=group).exp()

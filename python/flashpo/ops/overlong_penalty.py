@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from flashpo.ops._check import check_finite, check_positive, check_tensor
+from flashpo.ops._check import check_lengths, check_number, check_positive
 
 
 def overlong_penalty(
@@ -25,14 +25,14 @@ def overlong_penalty(
     Raises:
         TypeError, ValueError: the message names the argument.
     """
-    check_tensor("lengths", lengths)
+    check_lengths("lengths", lengths)
     check_positive("factor", factor)
     for name, value in (("max_length", max_length), ("buffer", buffer)):
-        check_finite(name, value)
+        check_number(name, value)
     if not 0 < buffer <= max_length:
         raise ValueError(f"buffer must be in (0, max_length = {max_length}], got {buffer}")
     if floor is not None:
-        check_finite("floor", floor)
+        check_number("floor", floor)
         if floor > 0:
             raise ValueError(f"floor must not be positive, got {floor}")
     penalty = ((max_length - buffer - lengths.to(torch.float32)) / buffer).clamp(max=0)

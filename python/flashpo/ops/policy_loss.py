@@ -14,7 +14,16 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops import _policy_loss_reference
-from flashpo.ops._check import check_cu_seqlens, check_device, check_finite, check_float, check_tensor
+from flashpo.ops._check import (
+    check_cu_seqlens,
+    check_device,
+    check_float,
+    check_group,
+    check_number,
+    check_tensor,
+    check_that,
+)
+from flashpo.ops._first_order import first_order
 from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve
 from flashpo.ops.masked_quantile import entropy_threshold
 from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
@@ -53,7 +62,8 @@ def policy_loss(
         logprob: (B, T), or flat (N,) with `cu_seqlens`; fp32 (fp64: reference only), of the policy. Besides entropy the
             only argument that is differentiated.
         old_logprob: the same shape, of the policy that acted; None: the policy itself, every ratio is 1.
-        advantage: (B,) or (B, T); flat: one a sequence, (S,), or one a token, (N,).
+        advantage: one for each sequence, (B,) or (B, 1), or for each token, (B, T). Flat: (S,) or (S, 1), and (N,) or
+            (1, N). A flat tensor (N,) of as many tokens as sequences is refused, unless each sequence is one token.
         mask: bool or integers, not 0 at the live tokens; what other tensors hold elsewhere is never looked at. That it
             holds 0 and 1 only is not checked, as other operators do: on a CPU it would take as long as the loss.
         loss: a name in `LOSSES` or a LossSpec; `overrides` replace fields of it: `clip_high=0.3`.
@@ -61,7 +71,7 @@ def policy_loss(
         ref_logprob: of the reference policy; needed where kl_coef is not 0.
         rollout_logprob: of the sampler, NaN where unknown; needed for `importance`, used by `off_policy_threshold`, and
             read for nothing else.
-        importance_ratio: (B, T), (B,) or (B, 1): finished weights, in place of `importance` and `rollout_logprob`.
+        importance_ratio: in the shapes of advantage: finished weights, in place of `importance` and `rollout_logprob`.
         entropy: of the policy; needed for entropy_coef (differentiable) and top_entropy, else a statistic.
         entropy_group: process group over whose ranks the share `top_entropy` is taken.
         num_items: denominator of the aggregation instead of this call's own count: live tokens of the global batch for
@@ -79,7 +89,8 @@ def policy_loss(
     spec = resolve(loss, tuple(overrides.items()))
     given = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
     _check(spec, logprob, {**given, "entropy": entropy}, advantage, mask, importance_ratio, cu_seqlens, num_items)
-    check_finite("scale", scale)
+    check_number("scale", scale)
+    check_group("entropy_group", entropy_group)
     shape = logprob.shape
     if cu_seqlens is None:
         cu_seqlens = _padded_starts(shape[0], shape[1], logprob)
@@ -89,15 +100,16 @@ def policy_loss(
         None if x is None else x.detach().reshape(-1) for x in (old_logprob, ref_logprob, rollout_logprob)
     )
     mask = mask.reshape(-1)
-    advantage = _per_token_or_sequence(advantage, shape)
+    sequences = cu_seqlens.shape[0] - 1
+    advantage = _per_token_or_sequence(advantage, sequences)
     if importance_ratio is not None:
-        importance_ratio = _per_token_or_sequence(importance_ratio, shape)
+        importance_ratio = _per_token_or_sequence(importance_ratio, sequences)
     threshold = None
     if spec.top_entropy < 1 and entropy is not None:
         threshold = entropy_threshold(entropy.detach(), mask, 1 - spec.top_entropy, group=entropy_group)
     if num_items is not None:
         if isinstance(num_items, Tensor):
-            num_items = num_items.to(logprob).reshape(1)
+            num_items = num_items.detach().to(logprob).reshape(1)
         else:  # filled there: a copy of a host's number would be waited for
             num_items = logprob.new_full((1,), num_items)
     args = (
@@ -124,10 +136,26 @@ def _kept_starts(sequences: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(sequences + 1, device=device) * length
 
 
-def _per_token_or_sequence(x: Tensor, shape: torch.Size) -> Tensor:
-    """(N,) where x has a value for each token, (S, 1) where it has one for each sequence."""
-    per_token = x.shape == shape
-    return x.detach().reshape(-1) if per_token else x.detach().reshape(-1, 1)
+def _per_token_or_sequence(x: Tensor, sequences: int) -> Tensor:
+    """(S, 1) where x has a value for each sequence, or may be read so, else (N,)."""
+    per_sequence = x.shape == (sequences,) or x.shape == (sequences, 1)
+    return x.detach().reshape(-1, 1) if per_sequence else x.detach().reshape(-1)
+
+
+def _check_per_token_or_sequence(name, x, logprob, sequences, cu_seqlens) -> None:
+    """One value for each sequence or for each token, without a doubt which; where in doubt, both readings agree."""
+    flat = logprob.dim() == 1
+    if x.shape not in (logprob.shape, (sequences,), (sequences, 1)) and not (flat and x.shape == (1, *logprob.shape)):
+        raise ValueError(
+            f"{name} must have one value for each of the {sequences} sequences or for each token, "
+            f"{tuple(logprob.shape)}, got {tuple(x.shape)}"
+        )
+    if flat and x.dim() == 1 and sequences == logprob.shape[0]:
+        check_that(
+            (cu_seqlens.diff() == 1).all(),
+            f"{name} ({sequences},) could be of the {sequences} sequences or of the {sequences} tokens: "
+            f"pass ({sequences}, 1) for sequences, (1, {sequences}) for tokens",
+        )
 
 
 def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens, num_items) -> None:
@@ -154,11 +182,7 @@ def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens,
         if x is None and name != "advantage":
             continue
         check_tensor(name, x)
-        if x.shape not in (logprob.shape, (sequences,), (sequences, 1)):
-            raise ValueError(
-                f"{name} must have one value for each of the {sequences} sequences or for each token, "
-                f"{tuple(logprob.shape)}, got {tuple(x.shape)}"
-            )
+        _check_per_token_or_sequence(name, x, logprob, sequences, cu_seqlens)
         if x.dtype != logprob.dtype:
             raise TypeError(f"{name} must be {logprob.dtype} like logprob, got {x.dtype}")
         check_device(name, x, "logprob", logprob)
@@ -176,10 +200,14 @@ def _check(spec, logprob, others, advantage, mask, importance_ratio, cu_seqlens,
     if others["ref_logprob"] is not None and spec.kl_coef == 0:
         raise ValueError("ref_logprob is given, but kl_coef is 0")
     if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be a number or a scalar tensor, got {tuple(num_items.shape)}")
+        check_tensor("num_items", num_items)
+        if num_items.numel() != 1 or num_items.is_complex():
+            got = f"{num_items.dtype} {tuple(num_items.shape)}"
+            raise ValueError(f"num_items must be a number or a scalar tensor, got {got}")
+        if num_items.device.type != "cpu":
+            check_device("num_items", num_items, "logprob", logprob)
     elif num_items is not None:
-        check_finite("num_items", num_items)
+        check_number("num_items", num_items)
         if num_items < 0:
             raise ValueError(f"num_items must not be negative, got {num_items}")
     if num_items is not None and spec.aggregation in ("local_token_mean", "token_sum"):
@@ -267,18 +295,16 @@ class PolicyLossFunction(torch.autograd.Function):
         tensors = logprob, old, advantage, mask, cu, ref, rollout, ratio, entropy
         loss, stats, grads, factors = policy_loss_fwd(*tensors, *rest)
         ctx.save_for_backward(grads, factors)
+        ctx.inputs = logprob, entropy
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
         return loss, stats
 
     @staticmethod
+    @first_order
     def backward(ctx, d_loss, _):
         if d_loss is None:
             return (None,) * 13
-        grads, factors = ctx.saved_tensors
-        # On a GPU one would have to wait for these numbers
-        eager_cpu = grads.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (eager_cpu and d_loss.item() == 1 and set(factors.tolist()) == {1.0}):
-            grads = policy_loss_bwd(grads, factors, d_loss)
+        grads = policy_loss_bwd(*ctx.saved_tensors, d_loss)
         d_entropy = grads[1] if ctx.needs_input_grad[8] and grads.shape[0] == 2 else None
         return grads[0], *[None] * 7, d_entropy, *[None] * 4

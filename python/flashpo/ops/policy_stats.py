@@ -70,7 +70,8 @@ class PolicyStats:
     `stats.kl`, `stats.entropy`, `stats.clip_low` ...: the names of OVER are means; the other names of SUMS are sums;
     those of EXTREMES are extremes (inf or -inf where there was nothing). `effective_sample_size` is
     (sum w)^2 / sum w^2 of the ratios as a share of their number, `weight_sample_size` that of the importance weights.
-    `ratio_quantile(q)` is any quantile of the ratios.
+    `ratio_quantile(q)` is any quantile of the ratios. Where ratios are of sequences, one without live tokens has the
+    ratio 1, as in TRL, whether it is a row of padding or an empty part of a flat batch.
     """
 
     def __init__(self, values: Tensor):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_finite, check_float, check_positive, check_tensor
+from flashpo.ops._check import check_beside, check_choice, check_float, check_lengths, check_number, check_positive
 from flashpo.ops._preference_terms import (
     F_DIVERGENCES,
     OF_MEANS,
@@ -83,7 +83,7 @@ def preference_loss(
     check_positive("beta", beta)
     check_positive("discopop_tau", discopop_tau)
     for name, value in (("label_smoothing", label_smoothing), ("f_alpha", f_alpha), ("gamma", gamma)):
-        check_finite(name, value)
+        check_number(name, value)
     _check_options(names, label_smoothing, f_divergence, f_alpha, gamma, discopop_tau)
     _check_tensors(
         chosen,
@@ -132,10 +132,7 @@ def _names(loss: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise ValueError("loss names no loss")
     for name in names:
-        if name not in PREFERENCE_LOSSES:
-            raise ValueError(
-                f"loss: unknown name {name!r}; known are {', '.join(PREFERENCE_LOSSES)}; see also kto_loss"
-            )
+        check_choice("loss", name, PREFERENCE_LOSSES, "; see also kto_loss")
     return names
 
 
@@ -147,7 +144,7 @@ def _weights(loss_weights: Sequence[float] | None, names: tuple[str, ...]) -> Se
     if len(loss_weights) != len(names):
         raise ValueError(f"loss_weights has {len(loss_weights)} numbers for {len(names)} losses")
     for weight in loss_weights:
-        check_finite("loss_weights", weight)
+        check_number("loss_weights", weight)
     return loss_weights
 
 
@@ -157,8 +154,7 @@ def _check_options(names, label_smoothing, f_divergence, f_alpha, gamma, discopo
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if "exo_pair" in names and label_smoothing == 0:
         raise ValueError("label_smoothing must be positive for exo_pair; its paper recommends 1e-3")
-    if f_divergence not in F_DIVERGENCES:
-        raise ValueError(f"f_divergence: unknown name {f_divergence!r}; known are {', '.join(F_DIVERGENCES)}")
+    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
     if f_divergence != "reverse_kl" and set(names) - OF_SCORES - {"sft"}:
         raise ValueError(f"f_divergence {f_divergence!r} is for {sorted(OF_SCORES)}, got {names}")
     if f_alpha != 0.5 and f_divergence != "alpha_divergence":
@@ -179,12 +175,11 @@ def _check_tensors(chosen: Tensor, rejected: Tensor, **optional: Tensor | None) 
         raise ValueError(f"chosen must have shape (B,), got {tuple(chosen.shape)}")
     given = {name: x for name, x in optional.items() if x is not None}
     for name, x in {"rejected": rejected, **given}.items():
-        check_tensor(name, x)
-        if not name.endswith("_length"):
+        if name.endswith("_length"):
+            check_lengths(name, x)
+        else:
             check_float(name, x)
-        if x.shape != chosen.shape:
-            raise ValueError(f"{name} must have the shape of chosen, {tuple(chosen.shape)}, got {tuple(x.shape)}")
-        check_device(name, x, "chosen", chosen)
+        check_beside(name, x, "chosen", chosen)
 
 
 def _check_needs(names, ref_chosen, ref_rejected, chosen_length, rejected_length, pair_weight, sft, sft_length) -> None:

@@ -13,17 +13,26 @@ The token is the first, in order of id, with which the mass of the kept tokens e
 [0, 1) is 53 bits of Philox4x32-10 (Salmon et al. 2011) with key `seed` and counter `offset`: it depends on these alone.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_share, check_that
+from flashpo.ops._check import (
+    KERNEL_DTYPES,
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_number,
+    check_share,
+    check_that,
+)
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 
-SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Sample(NamedTuple):
@@ -80,8 +89,8 @@ def sample(
     for name, share in (("top_p", top_p), ("min_p", min_p)):
         if not isinstance(share, Tensor):
             check_share(name, share)
-    if not isinstance(top_k, Tensor) and _check_int("top_k", top_k) < 0:
-        raise ValueError(f"top_k must not be negative, got {top_k}")
+    if not isinstance(top_k, Tensor):
+        check_int("top_k", top_k, 0)
     token, numbers = sample_rows(
         logits.detach(),
         _per_row("temperature", temperature, logits, torch.float32),
@@ -95,29 +104,22 @@ def sample(
 
 
 def _check_temperature(value: float) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
-    if value != 0 and not SMALLEST_TEMPERATURE <= value < math.inf:
+    if isinstance(value, (int, float)) and value != 0 and not SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
         raise ValueError(f"temperature must be 0 or a normal positive number, got {value}")
-
-
-def _check_int(name: str, value: int) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an int or a tensor, got {type(value).__name__}")
-    return value
+    check_number("temperature", value)
 
 
 def _per_row(name: str, value, logits: Tensor, dtype: torch.dtype, absent: float | None = None) -> Tensor | None:
     """The parameter as a dense (B,) tensor of `dtype`; None where it is the number `absent`, which filters nothing."""
     rows = logits.shape[0]
     if not isinstance(value, Tensor):
-        if dtype == torch.int64 and not -(2**63) <= _check_int(name, value) < 2**63:
-            raise ValueError(f"{name} must fit into int64, got {value}")
+        if dtype == torch.int64:
+            check_int(name, value)
         return None if value == absent else logits.new_full((rows,), value, dtype=dtype)
     if dtype == torch.float32:
         check_float(name, value)
-    elif value.dtype != dtype and not (name == "top_k" and value.dtype == torch.int32):
-        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    else:
+        check_dtype(name, value, *((torch.int64, torch.int32) if name == "top_k" else (torch.int64,)))
     if value.shape != (rows,):
         raise ValueError(f"{name} must be a number or (B,) = ({rows},), got {tuple(value.shape)}")
     check_device(name, value, "logits", logits)
@@ -197,8 +199,7 @@ def _(logits, *parameters):
         return NotImplemented
     rows = logits.shape[0]
     token, numbers = logits.new_empty(rows, dtype=torch.int64), logits.new_empty((3, rows), dtype=torch.float32)
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    logits = dense_rows(logits)
     if logits.device.type == "cuda":
         with torch.cuda.device_of(logits):
             native.sample_cuda(logits, *parameters, token, numbers, torch.cuda.current_stream().cuda_stream)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
-from flashpo.ops._check import KERNEL_DTYPES, check_index, check_positive, check_range
+from flashpo.ops._check import (
+    KERNEL_DTYPES,
+    check_disjoint,
+    check_flag,
+    check_index,
+    check_int,
+    check_positive,
+    check_range,
+)
+from flashpo.ops._first_order import first_order
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.token_stats import (
     ENTROPY,
@@ -42,7 +52,8 @@ def selective_log_softmax(
         temperature: a positive number.
         outputs: names of the `TokenStats` fields wanted besides `logprob`.
         inplace_backward: let backward write the gradient over `logits`, which saves a tensor of their size. Nothing
-            else may need their values afterwards; autograd raises if it does.
+            else may need their values afterwards; autograd raises if it does. Logits of which several lie in the same
+            memory, as those of an expanded tensor do, are refused.
 
     Returns:
         TokenStats of shape (...), fp32, in nats; `logprob` and `entropy` are differentiable.
@@ -53,8 +64,12 @@ def selective_log_softmax(
     """
     check_index("logits", logits, "index", index)
     check_positive("temperature", temperature)
-    if inplace_backward and torch.compiler.is_compiling():
-        raise ValueError("inplace_backward cannot be honoured under torch.compile")
+    check_int("ignore_index", ignore_index)
+    check_flag("inplace_backward", inplace_backward)
+    if inplace_backward:
+        if torch.compiler.is_compiling():
+            raise ValueError("inplace_backward cannot be honoured under torch.compile")
+        check_disjoint("logits", logits)
     side = check_outputs(outputs)
     if logits.dim() != 3:
         logits = logits.unsqueeze(0) if logits.dim() == 2 else logits.reshape(1, -1, logits.shape[-1])
@@ -145,17 +160,15 @@ def _(logits, index, temperature, ignore_index, side):
     if logits.device.type != "cpu" or logits.dtype not in KERNEL_DTYPES:
         return NotImplemented
     rows = logits.new_empty((result_rows(side), len(index)), dtype=torch.float32)
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
     native.selective_log_softmax_fwd(
-        logits, index.contiguous(), temperature, ignore_index, rows, torch.get_num_threads()
+        dense_rows(logits), index.contiguous(), temperature, ignore_index, rows, torch.get_num_threads()
     )
     return rows
 
 
 def _native_bwd(out, logits, index, temperature, ignore_index, rows, d_logprob, d_entropy):
     native.selective_log_softmax_bwd(
-        logits if logits.stride(-1) == 1 else logits.contiguous(),
+        dense_rows(logits),
         index.contiguous(),
         temperature,
         ignore_index,
@@ -217,11 +230,12 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         rows = selective_log_softmax_fwd(logits, index, temperature, ignore_index, side)
         ctx.save_for_backward(logits, index, rows)
         ctx.options = temperature, ignore_index, inplace_backward
-        logprob, entropy, *side_rows = split(rows)
+        logprob, entropy, *side_rows = (x.clone() for x in split(rows))  # whose caller may write over them
         ctx.mark_non_differentiable(*side_rows)
         return logprob, entropy, *side_rows
 
     @staticmethod
+    @first_order
     def backward(ctx, d_logprob, d_entropy, *_):
         logits, index, rows = ctx.saved_tensors
         temperature, ignore_index, inplace = ctx.options

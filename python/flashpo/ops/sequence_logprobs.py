@@ -5,7 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_float, check_share, check_tensor, check_that
+from flashpo.ops._check import (
+    check_beside,
+    check_device,
+    check_dtype,
+    check_float,
+    check_share,
+    check_tensor,
+    check_that,
+)
 from flashpo.ops._wide import wide
 
 
@@ -46,10 +54,11 @@ def sequence_logprobs(
         sequences is odd and `ld_alpha` given, cu_seqlens does not ascend from 0 to N (on CUDA: a device assertion).
     """
     check_float("logprob", logprob)
-    _check_like_logprob("mask", mask, logprob)
+    check_tensor("mask", mask)
+    check_beside("mask", mask, "logprob", logprob)
     if log_sum_sq_probs is not None:
         check_float("log_sum_sq_probs", log_sum_sq_probs)
-        _check_like_logprob("log_sum_sq_probs", log_sum_sq_probs, logprob)
+        check_beside("log_sum_sq_probs", log_sum_sq_probs, "logprob", logprob)
     check_that(((mask == 0) | (mask == 1)).all(), "mask must hold 0 and 1 only")
     rows = Rows(logprob) if cu_seqlens is None else Segments(logprob, cu_seqlens)
 
@@ -93,9 +102,7 @@ class Segments:
     """Sequences one after the other in (N,). Sums are taken in fp64: the order in which a GPU adds does not show."""
 
     def __init__(self, flat: Tensor, cu_seqlens: Tensor):
-        check_tensor("cu_seqlens", cu_seqlens)
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
         if flat.dim() != 1:
             raise ValueError(f"logprob must be (N,) beside cu_seqlens, got {tuple(flat.shape)}")
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -118,10 +125,3 @@ class Segments:
     def position(self, mask: Tensor) -> Tensor:
         before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
         return before[1:] - self.spread(before[self.starts])
-
-
-def _check_like_logprob(name: str, x: Tensor, logprob: Tensor) -> None:
-    check_tensor(name, x)
-    if x.shape != logprob.shape:
-        raise ValueError(f"{name} must have the shape of logprob, {tuple(logprob.shape)}, got {tuple(x.shape)}")
-    check_device(name, x, "logprob", logprob)

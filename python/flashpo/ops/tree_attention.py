@@ -18,7 +18,17 @@ from torch import Tensor
 
 from flashpo._op import native, op
 from flashpo.ops import _masked_attention as masked
-from flashpo.ops._check import KERNEL_DTYPES, check_device, check_float, check_positive, check_tensor, check_that
+from flashpo.ops._check import (
+    KERNEL_DTYPES,
+    check_device,
+    check_dtype,
+    check_float,
+    check_int,
+    check_positive,
+    check_that,
+)
+from flashpo.ops._first_order import first_order
+from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 
 
@@ -88,14 +98,11 @@ def _check(q, k, v, end, position, window, softcap, sinks) -> None:
             f"head dimensions of q and k must agree, and none be 0: {q.shape[2]}, {k.shape[2]}, {v.shape[2]}"
         )
     for name, x in (("end", end), ("position", position)):
-        check_tensor(name, x)
-        if x.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {x.dtype}")
+        check_dtype(name, x, torch.int32)
         if x.shape != q.shape[:1]:
             raise ValueError(f"{name} must have the shape of q's tokens, {tuple(q.shape[:1])}, got {tuple(x.shape)}")
         check_device(name, x, "q", q)
-    if not isinstance(window, int) or window < 0:
-        raise ValueError(f"window must be an integer of at least 0, got {window!r}")
+    check_int("window", window, 0)
     if softcap != 0:
         check_positive("softcap", softcap)
     if sinks is not None:
@@ -174,7 +181,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap):
     out = q.new_empty((*q.shape[:2], v.shape[2]))
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     scratch = lse.new_empty(native.tree_attention_scratch(*inputs, *tree, window, False, threads))
-    sinks = None if sinks is None else sinks.float()
+    sinks = None if sinks is None else sinks.float().contiguous()
     native.tree_attention_fwd(*inputs, sinks, *tree, scale, window, softcap, out, lse, scratch, threads)
     return out, lse
 
@@ -195,7 +202,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
 
 def _laid_out(*tensors: Tensor) -> list[Tensor]:
     """With the last dimension dense."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return [dense_rows(x) for x in tensors]
 
 
 def _for_triton(q: Tensor, v: Tensor) -> bool:
@@ -229,6 +236,7 @@ class TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *tensors, out, lse = ctx.saved_tensors
         grads = tree_attention_bwd(*tensors, ctx.scale, ctx.window, ctx.softcap, out, lse, d_out)

@@ -6,9 +6,9 @@ d loss / d v_t = m_t (v_t - R_t) / num_items, and 0 where only the clipped error
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flashpo.ops._check import check_device, check_float, check_mask, check_positive
+from flashpo.ops._check import check_device, check_float, check_mask, check_positive, check_tensor
+from flashpo.ops._first_order import first_order
 from flashpo.ops._wide import wide_dtype
 
 
@@ -50,6 +50,7 @@ def value_loss(
     if num_items is None:
         num_items = mask.sum().clamp(min=1)
     elif isinstance(num_items, Tensor):
+        check_tensor("num_items", num_items)
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be a number or a scalar tensor, got {tuple(num_items.shape)}")
         check_device("num_items", num_items, "values", values)
@@ -71,11 +72,11 @@ class ValueLoss(torch.autograd.Function):
             square = torch.where(stopped, clipped.square(), square)
             gradient = error.masked_fill(stopped, 0.0)
         ctx.save_for_backward(gradient / num_items)
-        ctx.dtype = values.dtype
+        ctx.dtype, ctx.inputs = values.dtype, (values,)
         return (0.5 * square.sum() / num_items).to(dtype).reshape(())
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_loss):
         (gradient,) = ctx.saved_tensors
         return (gradient * d_loss).to(ctx.dtype), None, None, None, None, None

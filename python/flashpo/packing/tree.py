@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashpo.ops._check import check_device, check_tensor
+from flashpo.ops._check import check_device, check_flag, check_tensor
 
 MIN_SAVED = 16
 
@@ -120,6 +120,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, prune: bool) -> "Rows":
+        check_flag("prune", prune)
         batch, live, scored = _on_host(input_ids, attention_mask, completion_mask)
         first = live.int().argmax(1, keepdim=True)
         if (live.int().diff(dim=1) == 1).sum(1).add(live[:, 0]).max() > 1:
