@@ -23,6 +23,7 @@ from flashpo.kernels.token_stats import (
     store_partial,
 )
 from flashpo.ops._check import check_range
+from flashpo.ops._product import add_product, product
 
 # Columns of the vocabulary a program folds. It depends on nothing, so that neither does the order in which a token's
 # logits are added up; enough parts to fill a GPU with a single tile of tokens.
@@ -402,11 +403,11 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32; cuBLAS left to itself may add up parts of a 16-bit product in 16 bits."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return product(a.float(), b.float())
 
 
 def _add_mm(acc: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
     else:
-        acc.addmm_(a.float(), b.float())
+        add_product(acc, a.float(), b.float())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
+from accuracy import assert_as_accurate, assert_equal_to_rounding
 from inputs import ALL, CASES, DTYPES, IGNORED, Case, backends, sanitized
 from op_examples import EXAMPLES, Recorder
 
@@ -73,8 +73,7 @@ def test_each_gradient_alone(case: Case, backend, used):
             assert torch.equal(torch.autograd.grad(out, alone[i], d)[0], whole)
 
 
-@every_backend
-def test_gradcheck_in_float64(backend):
+def test_gradcheck_in_float64():
     case = Case("", (5,), 7, 19, True, 0.8, 0.7, 3.0, "some")
     inputs, target = case.make()
     with flashpo.backend("torch"):  # the only one that takes float64: what every other is measured against
@@ -123,14 +122,18 @@ def test_compiles_into_one_graph(backend, hidden, graphs, counting):
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_its_batch(backend, dtype):
-    """Bitwise: from logits, where our own code fixes the order of everything."""
+    """From logits, where our own code fixes the order of everything: bitwise. Torch may sum one row in other parts."""
     case = Case("", (40,), None, 5003)
     (logits,), target = case.make()
     logits = logits.to(dtype)
     with flashpo.backend(backend):
         together = selective_log_softmax(logits, target, outputs=ALL)
         alone = selective_log_softmax(logits[7:8].clone(), target[7:8], outputs=ALL)
-    assert all(torch.equal(a[7:8], b) for a, b in zip(together, alone))
+    if backend != "torch":
+        assert all(torch.equal(a[7:8], b) for a, b in zip(together, alone))
+    exact, plain = (case.plain([logits[7:8].to(x)], target[7:8]) for x in (torch.float64, torch.float32))
+    for a, b, true, baseline in zip(together, alone, exact, plain):
+        assert_equal_to_rounding(a[7:8], b, true, baseline)
 
 
 @sanitized
@@ -261,4 +264,5 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
         )
         tile = tiles.buffer.numel() * dtype.itemsize
         part = tiles.width * features * 4
-        assert 2 * tile + part <= 64 << 20
+        other = tile if dtype.itemsize == 2 else tiles.buffer_of_products().numel() * 4
+        assert tile + other + part <= 64 << 20

@@ -32,12 +32,56 @@ def test_norm(backend, dtype, rows, features, unit_offset, poisoned):
             assert_as_accurate(out, norm.double()(wanted.double()), norm.to(dtype)(wanted))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@sanitized
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("features", [32, 27])
+@pytest.mark.parametrize("wide", ["weight", "residual", "weight and residual"])
+def test_norm_of_mixed_dtypes(backend, dtype, unit_offset, features, wide, poisoned):
+    """What is not fp32 has x's dtype. Bit for bit what the reference gives, but for the order of a sum in fp32."""
+    x, residual = 3 * torch.randn(2, 7, features)
+    weight = torch.randn(features)
+    residual = residual if "residual" in wide else residual.to(dtype)
+    weight = weight if "weight" in wide else weight.to(dtype)
+    for given in (residual, None):
+        with flashpo.backend("torch"):
+            expected = add_rms_norm(x.to(dtype), given, weight, eps=1e-5, unit_offset=unit_offset)
+        with flashpo.backend(backend):
+            out, total = add_rms_norm(x.to(dtype), given, weight, eps=1e-5, unit_offset=unit_offset)
+        assert (out.dtype, total.dtype) == (expected[0].dtype, expected[1].dtype)
+        assert torch.equal(total, expected[1])
+        torch.testing.assert_close(out, expected[0], rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@sanitized
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("wide", ["angles", "weights", "angles and weights"])
+@pytest.mark.parametrize(("features", "turned"), [(32, 32), (27, 10)])
+def test_rope_of_mixed_dtypes(backend, dtype, unit_offset, wide, features, turned, poisoned):
+    rows, heads = 5, 3
+    q, k, v = torch.randn(3, rows, heads * features).to(dtype)
+    weights = torch.randn(2, features).to(torch.float32 if "weights" in wide else dtype)
+    angles = turns(rows, turned, torch.float32 if "angles" in wide else dtype)
+    results = []
+    for name in ("torch", backend):
+        caches = torch.zeros(1, heads, features, 64, dtype=dtype), torch.zeros(1, heads, 64, features, dtype=dtype)
+        for of_q, of_k in ((None, None), weights):
+            options = dict(q_weight=of_q, k_weight=of_k, unit_offset=unit_offset)
+            with flashpo.backend(name):
+                results.append((rope_append(q, k, v, *angles, *caches, torch.arange(rows), **options), *caches))
+                caches = tuple(x.clone() for x in caches)
+    for expected, got in zip(results[:2], results[2:]):
+        for x, y in zip(got, expected):
+            assert x.dtype == dtype
+            # a sum of two products: as exact as its terms are
+            torch.testing.assert_close(x, y, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@sanitized
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_under_autocast(backend, dtype):
     """Products in 16 bit, all else in fp32: bit for bit what transformers' modules give, rounded where a product is."""
-    if reason := flashpo._op.why_unavailable(backend, "cpu"):
-        pytest.skip(reason)
     rows, heads, features = 5, 3, 32
     norm, of_head = LlamaRMSNorm(heads * features), LlamaRMSNorm(features)
     for module in (norm, of_head):

@@ -49,37 +49,40 @@ float sum_of(vf x) {
   return sum;
 }
 
-template <typename T>
+// A number of the norm: H is h's type, P the one that the product with the weight is rounded to.
+template <typename H, typename P>
 vf scaled(vf x, float inverse, vf weight, bool unit_offset) {
-  return unit_offset ? rounded<T>(x * inverse * (1.0f + weight)) : rounded<T>(rounded<T>(x * inverse) * weight);
+  return unit_offset ? rounded<H>(x * inverse * (1.0f + weight)) : rounded<P>(rounded<H>(x * inverse) * weight);
 }
 
-template <typename T>
-void norm_row(const T* x, const T* residual, const T* weight, int64_t n, float eps, bool unit_offset, T* out,
-              T* total) {
+// H, the type of `total`, and P, the weight's, are T or float.
+template <typename T, typename H, typename P>
+void norm_row(const T* x, const H* residual, const P* weight, int64_t n, float eps, bool unit_offset, T* out,
+              H* total) {
   vf squares{};
   each_vector(n, [&](int64_t j, int count) {
     vf h = load_some(x + j, count);
-    if (residual) h = rounded<T>(h + load_some(residual + j, count));
+    if (residual) h = rounded<H>(h + load_some(residual + j, count));
     store_some(total + j, h, count);
     squares += h * h;
   });
   const float inverse = 1 / std::sqrt(sum_of(squares) / n + eps);
   each_vector(n, [&](int64_t j, int count) {
-    const vf h = load_some(total + j, count);
-    store_some(out + j, scaled<T>(h, inverse, load_some(weight + j, count), unit_offset), count);
+    const vf h = load_some(total + j, count);  // the result is rounded to T once more where it is stored
+    store_some(out + j, scaled<H, float>(h, inverse, load_some(weight + j, count), unit_offset), count);
   });
 }
 
-template <typename T>
+// T is the heads' type, N that of a head behind its norm, R the one that the rotation is rounded to.
+template <typename T, typename N, typename R>
 struct Rope {
-  const T *cos, *sin;  // of one token
+  const float *cos, *sin;  // of one token
   int64_t turned, features;
   float eps;
   bool unit_offset;
 
   // One head from x to out, which hold `features` numbers and W more.
-  void operator()(const T* x, const T* weight, float* out) const {
+  void operator()(const T* x, const float* weight, float* out) const {
     alignas(64) float head[MAX_FEATURES + W];
     vf squares{};
     each_vector(features, [&](int64_t j, int count) {
@@ -90,7 +93,7 @@ struct Rope {
     if (weight) {
       const float inverse = 1 / std::sqrt(sum_of(squares) / features + eps);
       each_vector(features, [&](int64_t j, int count) {
-        store(head + j, scaled<T>(load(head + j), inverse, load_some(weight + j, count), unit_offset));
+        store(head + j, scaled<T, N>(load(head + j), inverse, load_some(weight + j, count), unit_offset));
       });
     }
     std::copy(head + turned, head + features, out + turned);
@@ -98,7 +101,7 @@ struct Rope {
     each_vector(half, [&](int64_t j, int count) {
       const vf first = load(head + j), second = load_some(head + half + j, count);
       const auto turn = [&](vf a, vf b, int64_t at) {
-        return rounded<T>(rounded<T>(a * load_some(cos + at, count)) + rounded<T>(b * load_some(sin + at, count)));
+        return rounded<R>(rounded<R>(a * load_some(cos + at, count)) + rounded<R>(b * load_some(sin + at, count)));
       };
       store_some(out + j, turn(first, -second, j), count);
       store_some(out + half + j, turn(second, first, half + j), count);
@@ -106,9 +109,10 @@ struct Rope {
   }
 };
 
-template <typename T>
-void rope_row(const T* q, const T* k, const T* v, const Rope<T>& rope, const T* q_weight, const T* k_weight,
-              int64_t q_heads, int64_t kv_heads, int64_t slot, T* out, T* k_cache, T* v_cache) {
+template <typename T, typename N, typename R>
+void rope_row(const T* q, const T* k, const T* v, const Rope<T, N, R>& rope, const float* q_weight,
+              const float* k_weight, int64_t q_heads, int64_t kv_heads, int64_t slot, T* out, T* k_cache,
+              T* v_cache) {
   alignas(64) float head[MAX_FEATURES + W];
   const int64_t n = rope.features, block = slot / 64, offset = slot % 64;
   if (slot >= 0)  // a key is a column: a line of the cache for each of its features, which arrive behind the queries
@@ -149,23 +153,50 @@ const T* row_of(const Tensor& x, int64_t i) {
   return x.data<const T>() + i * x.stride(0);
 }
 
+// What two tensors of x's type T, or of float32, are: run(first's, second's).
+template <typename T, typename F>
+void for_wider(bool first_wide, bool second_wide, F&& run) {
+  if (first_wide)
+    second_wide ? run(float{}, float{}) : run(float{}, T{});
+  else
+    second_wide ? run(T{}, float{}) : run(T{}, T{});
+}
+
+bool is_wide(const Tensor& x) { return x.defined() && x.dtype() == DType::f32; }
+
+// n numbers from `at` on as floats: where they lie, or in `copy`.
+const float* as_floats(const Tensor& x, int64_t at, int64_t n, float* copy) {
+  if (!x.defined()) return nullptr;
+  if (x.dtype() == DType::f32) return x.data<const float>() + at;
+  for_dtype("cos, sin and weights", x, [&](auto element) {
+    const auto* from = x.data<const decltype(element)>() + at;
+    each_vector(n, [&](int64_t j, int count) { store_some(copy + j, load_some(from + j, count), count); });
+  });
+  return copy;
+}
+
 }  // namespace
 
 void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, bool unit_offset,
                   const Tensor& out, const Tensor& total, int threads) {
   const int64_t rows = x.size(0), n = x.size(1);
   expect_dense("x", x, x.dtype(), {rows, n});
-  expect_dense("residual", residual, x.dtype(), {rows, n}, true);
-  expect_dense("weight", weight, x.dtype(), {n});
+  const DType sum = is_wide(residual) ? DType::f32 : x.dtype();
+  expect_dense("residual", residual, sum, {rows, n}, true);
+  expect_dense("weight", weight, is_wide(weight) ? DType::f32 : x.dtype(), {n});
   expect_dense("out", out, x.dtype(), {rows, n});
-  expect_dense("total", total, x.dtype(), {rows, n});
+  expect_dense("total", total, sum, {rows, n});
   for_dtype("x", x, [&](auto element) {
     using T = decltype(element);
-    const T* from = residual.data<const T>();
-    parallel_for(rows, rows * n < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        norm_row(x.data<const T>() + i * n, from ? from + i * n : nullptr, weight.data<const T>(), n,
-                 static_cast<float>(eps), unit_offset, out.data<T>() + i * n, total.data<T>() + i * n);
+    for_wider<T>(is_wide(residual), is_wide(weight), [&](auto of_sum, auto of_weight) {
+      using H = decltype(of_sum);
+      using P = decltype(of_weight);
+      const H* from = residual.data<const H>();
+      parallel_for(rows, rows * n < SMALL ? 1 : threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          norm_row(x.data<const T>() + i * n, from ? from + i * n : nullptr, weight.data<const P>(), n,
+                   static_cast<float>(eps), unit_offset, out.data<T>() + i * n, total.data<H>() + i * n);
+      });
     });
   });
 }
@@ -181,10 +212,11 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   expect_rows("q", q, dtype, rows, q_heads * n);
   expect_rows("k", k, dtype, rows, kv_heads * n);
   expect_rows("v", v, dtype, rows, kv_heads * n);
-  expect_dense("cos", cos, dtype, {rows, turned});
-  expect_dense("sin", sin, dtype, {rows, turned});
-  expect_dense("q_weight", q_weight, dtype, {n}, true);
-  expect_dense("k_weight", k_weight, dtype, {n}, true);
+  const DType of_angle = is_wide(cos) ? DType::f32 : dtype, of_weight = is_wide(q_weight) ? DType::f32 : dtype;
+  expect_dense("cos", cos, of_angle, {rows, turned});
+  expect_dense("sin", sin, of_angle, {rows, turned});
+  expect_dense("q_weight", q_weight, of_weight, {n}, true);
+  expect_dense("k_weight", k_weight, of_weight, {n}, true);
   expect_dense("k_cache", k_cache, dtype, {blocks, kv_heads, n, 64});
   expect_dense("v_cache", v_cache, dtype, {blocks, kv_heads, 64, n});
   expect_dense("slot", slot, DType::i64, {rows});
@@ -192,17 +224,23 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   const int64_t* slots = slot.data<const int64_t>();
   expect(std::all_of(slots, slots + rows, [&](int64_t s) { return s < blocks * 64; }),
          "slot holds values beyond the cache");
+  alignas(64) float q_floats[MAX_FEATURES], k_floats[MAX_FEATURES];
+  const float *const of_q = as_floats(q_weight, 0, n, q_floats), *const of_k = as_floats(k_weight, 0, n, k_floats);
+  const bool wide_heads = is_wide(q_weight) && !unit_offset;
   for_dtype("q", q, [&](auto element) {
     using T = decltype(element);
-    const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;  // a key's each in a line of its own: that costs more
-    parallel_for(rows, numbers < SMALL / 4 ? 1 : threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Rope<T> rope{cos.data<const T>() + i * turned, sin.data<const T>() + i * turned, turned, n,
-                           static_cast<float>(eps), unit_offset};
-        rope_row(row_of<T>(q, i), row_of<T>(k, i), row_of<T>(v, i), rope, q_weight.data<const T>(),
-                 k_weight.data<const T>(), q_heads, kv_heads, slots[i], out.data<T>() + i * q_heads * n,
-                 k_cache.data<T>(), v_cache.data<T>());
-      }
+    for_wider<T>(wide_heads, wide_heads || is_wide(cos), [&](auto of_head, auto of_turned) {
+      using R = Rope<T, decltype(of_head), decltype(of_turned)>;
+      const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;  // a key's each in a line of its own: that costs more
+      parallel_for(rows, numbers < SMALL / 4 ? 1 : threads, [&](int64_t begin, int64_t end) {
+        alignas(64) float cos_floats[MAX_FEATURES], sin_floats[MAX_FEATURES];
+        for (int64_t i = begin; i < end; ++i) {
+          const R rope{as_floats(cos, i * turned, turned, cos_floats), as_floats(sin, i * turned, turned, sin_floats),
+                       turned, n, static_cast<float>(eps), unit_offset};
+          rope_row(row_of<T>(q, i), row_of<T>(k, i), row_of<T>(v, i), rope, of_q, of_k, q_heads, kv_heads, slots[i],
+                   out.data<T>() + i * q_heads * n, k_cache.data<T>(), v_cache.data<T>());
+        }
+      });
     });
   });
 }

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from flashpo._op import native
 from flashpo.ops._check import check_range
+from flashpo.ops._product import add_product
 from flashpo.ops.token_stats import neutral_partial
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_BYTES = 16 << 20  # two tiles and what else a pass needs stay below 64 MB
+PRODUCT_BYTES = 8 << 20  # of a product in fp32, before it is added to others
 MAX_TOKENS = 2048  # in a tile
 
 
@@ -88,6 +90,11 @@ class Tiles:
         n = len(self.hidden)
         return [slice(begin, min(begin + self.tokens, n)) for begin in range(0, n, self.tokens)]
 
+    def buffer_of_products(self) -> Tensor:
+        columns = self.weight.shape[1]
+        rows = min(max(self.tokens, self.width), max(PRODUCT_BYTES // (4 * columns), 1))
+        return workspace("product", (rows * columns,), torch.float32)
+
     def logits(self, rows: Tensor, block: slice) -> Tensor:
         tile = self.buffer[: len(rows) * (block.stop - block.start)].view(len(rows), -1)
         return torch.mm(rows, self.hidden[block].t(), out=tile)
@@ -136,9 +143,10 @@ def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tenso
     d_hidden = torch.zeros(tiles.hidden.shape) if want_hidden else none
     d_weight = (torch.empty_like if of_blocks else torch.zeros_like)(weight) if want_weight else none.clone()
     d_bias = torch.zeros(len(weight)) if want_bias else none.clone()
-    # A sum over several blocks of tokens is kept in fp32 and rounded once.
-    in_fp32 = len(of_blocks) > 1 and weight.dtype != torch.float32
+    # Products of fp32, and sums over several blocks of tokens, are kept in fp32 and rounded once.
+    in_fp32 = weight.dtype != torch.float32 and (tiles.dtype == torch.float32 or len(of_blocks) > 1)
     d_rows = torch.empty(tiles.width, weight.shape[1]) if want_weight and in_fp32 else None
+    buffer = tiles.buffer_of_products() if tiles.dtype == torch.float32 else None
     for part, rows in tiles.parts():
         d_part = d_weight[part] if d_rows is None else d_rows[: len(rows)]
         for block, of_block in of_blocks:
@@ -146,9 +154,9 @@ def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tenso
             flipped = None if transposed is None else transposed[: tile.shape[1], : len(rows)]
             native.linear_logprob_grad(tile, *tiles.describe(part, block), *of_block, flipped, torch.get_num_threads())
             if want_hidden:
-                add_product(d_hidden[block], tile.t() if flipped is None else flipped, rows, part.start == 0)
+                add(d_hidden[block], tile.t() if flipped is None else flipped, rows, part.start == 0, buffer)
             if want_weight:
-                add_product(d_part, tile, tiles.hidden[block], block.start == 0)
+                add(d_part, tile, tiles.hidden[block], block.start == 0, buffer)
             if want_bias:
                 d_bias[part] += tile.sum(1, dtype=torch.float32)
         if d_rows is not None:
@@ -158,10 +166,12 @@ def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tenso
     return d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype) if want_bias else d_bias
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or = where it is the first."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+def add(total: Tensor, a: Tensor, b: Tensor, first: bool, buffer: Tensor | None) -> None:
+    """total += a @ b, or = where it is the first. A product in 16 bits is rounded as a whole before it is added."""
+    if a.dtype == torch.float32:
+        add_product(total, a, b, first=first, buffer=buffer)
+    elif total.dtype == a.dtype:  # the only one
+        torch.mm(a, b, out=total)
     else:
         product = torch.mm(a, b)
         total.copy_(product) if first else total.add_(product)

@@ -67,7 +67,7 @@ def _like(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @add_rms_norm_fwd.backend("native")  # csrc/cpu/decode_layer.cpp
 def _(x, residual, weight, eps, unit_offset):
-    if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES or _mixed(x, residual, weight):
+    if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES:
         return NotImplemented
     x, residual, weight = (None if t is None else t.contiguous() for t in (x, residual, weight))
     out, total = _like(x, residual)
@@ -85,11 +85,6 @@ def _(x, residual, weight, eps, unit_offset):
     out, total = _like(x, residual)
     kernels.add_rms_norm(x, residual, weight, eps, unit_offset, out, total)
     return out, total
-
-
-def _mixed(x: Tensor, *others: Tensor | None) -> bool:
-    """As under autocast, which the C++ kernels have no code for."""
-    return any(other is not None and other.dtype != x.dtype for other in others)
 
 
 def rope_append(
@@ -191,7 +186,10 @@ def _(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache,
 
 @rope_append_.backend("native")  # csrc/cpu/decode_layer.cpp
 def _(q, *rest):
-    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES or _mixed(q, *rest[2:6]):
+    _, _, cos, sin, q_weight, k_weight, *_ = rest
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES or cos.dtype != sin.dtype:
+        return NotImplemented
+    if q_weight is not None and q_weight.dtype != k_weight.dtype:
         return NotImplemented
     arguments, out = _laid_out(q, *rest)
     native.rope_append(*arguments, out, torch.get_num_threads())

@@ -29,6 +29,7 @@ from flashpo.ops._check import (
     check_range,
 )
 from flashpo.ops._first_order import first_order
+from flashpo.ops._product import product
 from flashpo.ops._wide import wide_dtype
 from flashpo.ops.token_stats import (
     ENTROPY,
@@ -218,8 +219,8 @@ def linear_logprob_bwd(
     dx = (dx * slope).masked_fill((target == ignore_index)[:, None], 0.0)
     none = hidden.new_empty(0)
     return (
-        (dx @ weight.to(dtype).to(dx.dtype)).to(hidden.dtype) if want_hidden else none,
-        (dx.t() @ hidden.to(dtype).to(dx.dtype)).to(weight.dtype) if want_weight else none.clone(),
+        product(dx, weight.to(dtype).to(dx.dtype)).to(hidden.dtype) if want_hidden else none,
+        product(dx.t(), hidden.to(dtype).to(dx.dtype)).to(weight.dtype) if want_weight else none.clone(),
         dx.sum(0).to(hidden.dtype if bias is None else bias.dtype) if want_bias else none.clone(),
     )
 

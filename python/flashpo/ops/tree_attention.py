@@ -191,8 +191,9 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
         return NotImplemented
     inputs, threads = _laid_out(q, k, v, end, position), torch.get_num_threads()
+    d_out = d_out.contiguous()  # before torch's sum, whose order depends on the layout
     delta = (out.float() * d_out).sum(-1)
-    results = lse, delta, d_out.contiguous()
+    results = lse, delta, d_out
     grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
     scratch = lse.new_empty(native.tree_attention_scratch(*inputs, window, True, threads))
     native.tree_attention_bwd(*inputs, scale, window, softcap, *results, *grads, scratch, threads)
