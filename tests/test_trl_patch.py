@@ -16,6 +16,7 @@ from trl_models import CONFIGS, VOCAB, assert_ran, model_path
 
 import flashpo
 from flashpo.trl import PatchError, patch, patched, unpatch
+from flashpo.trl._replaced import replaced
 from flashpo.trl.patch import check, stock
 from flashpo.trl.verify import tolerance_for
 
@@ -83,6 +84,113 @@ def test_blocks_in_many_threads():
         thread.join()
     assert not failures
     assert not is_patched()
+
+
+def in_another_thread(look):
+    """What `look()` returns in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(look()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def kernels_for_logits():
+    """Which of our operators a call of TRL's scoring of logits ran in this thread."""
+    before = flashpo.stats().get("selective_log_softmax_fwd", {})
+    utils.selective_log_softmax(torch.randn(2, 7), torch.zeros(2, dtype=torch.long))
+    return flashpo.stats().get("selective_log_softmax_fwd", {}) != before
+
+
+def test_blocks_are_for_their_own_thread():
+    """A stock trainer in another thread stays stock, and a comparison there does not change what this thread runs."""
+    with patched():
+        assert kernels_for_logits()
+        assert not in_another_thread(kernels_for_logits)
+
+        def compare():
+            with stock():
+                inside = here.wait(10), kernels_for_logits()
+            return inside
+
+        here = threading.Event()
+        found = []
+        other = threading.Thread(target=lambda: found.append(compare()))
+        other.start()
+        assert kernels_for_logits()
+        here.set()
+        other.join()
+        assert found == [(True, False)]
+    patch()
+    assert in_another_thread(kernels_for_logits)
+    with stock():
+        assert not kernels_for_logits()
+        assert in_another_thread(kernels_for_logits)
+
+
+class Module(types.ModuleType):
+    """A module with a function that says who has answered."""
+
+    def __init__(self):
+        super().__init__("module")
+        self.function = self.original = lambda: "original"
+
+
+def answers(name):
+    return lambda original: lambda: f"{name} before {original()}"
+
+
+def test_a_replaced_function_is_for_its_own_thread():
+    module = Module()
+    with replaced(module, "function", answers("ours")):
+        assert module.function() == "ours before original"
+        assert in_another_thread(module.function) == "original"
+        with replaced(module, "function", answers("inner")):
+            assert module.function() == "inner before original"
+        assert module.function() == "ours before original"
+    assert module.function is module.original
+
+
+def test_a_replaced_function_comes_back_whatever_the_order_of_exits():
+    """Blocks of two threads that overlap: the first to open is the first to close."""
+    module = Module()
+    opened, closed, found = threading.Event(), threading.Event(), []
+
+    def overlap():
+        with replaced(module, "function", answers("theirs")):
+            opened.set()
+            closed.wait(10)
+            found.append(module.function())
+
+    other = threading.Thread(target=overlap)
+    with replaced(module, "function", answers("ours")):
+        other.start()
+        opened.wait(10)
+    assert module.function() == "original"
+    closed.set()
+    other.join()
+    assert found == ["theirs before original"]
+    assert module.function is module.original
+
+
+def test_a_replaced_function_comes_back_after_errors():
+    module = Module()
+    with pytest.raises(RuntimeError), replaced(module, "function", answers("ours")):
+        raise RuntimeError("in the block")
+    assert module.function is module.original
+    with pytest.raises(ZeroDivisionError), replaced(module, "function", lambda original: 1 / 0):
+        pass
+    assert module.function is module.original
+
+
+def test_who_replaces_ours_keeps_that():
+    module = Module()
+    with replaced(module, "function", answers("ours")):
+        inner = module.function
+        module.function = theirs = lambda: f"theirs before {inner()}"
+        assert module.function() == "theirs before ours before original"
+    assert module.function is theirs
+    assert module.function() == "theirs before original"
 
 
 def test_a_changed_signature_is_refused_by_name_and_version():

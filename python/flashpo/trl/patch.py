@@ -7,6 +7,9 @@
 All five are looked up in that module at every call, so models made before the patch are reached too, and nothing of a
 trainer's own mathematics is restated. What our ops do not take (other devices, float64, an index of K tokens a
 position) goes to TRL's own code, as before.
+
+`patch()` is for the whole process. The blocks `patched()` and `stock()` are for the thread that opens them: while any
+thread needs our objects they are in place, and each asks whether the thread that calls it wants them.
 """
 
 import contextlib
@@ -69,7 +72,7 @@ def unpatch() -> None:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """`patch()` for the length of a block; blocks nest, also across threads."""
+    """`patch()` for the length of a block and for this thread; blocks nest."""
     _state.update(users=+1)
     try:
         yield
@@ -79,7 +82,7 @@ def patched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
-    """TRL's own code for the length of a block, whoever else wants the patch. For comparisons (`verify`)."""
+    """TRL's own code for the length of a block in this thread, whatever else is open. For comparisons (`verify`)."""
     _state.update(suspended=+1)
     try:
         yield
@@ -87,28 +90,47 @@ def stock() -> Iterator[None]:
         _state.update(suspended=-1)
 
 
+@torch.compiler.disable  # a graph would keep the answer of the call that traced it
 def active() -> bool:
-    """Whether TRL scores with FlashPO now. What our trainers do beyond that asks it, so that `stock` is stock."""
-    return bool(_state.originals)
+    """Whether TRL scores with FlashPO in this thread now. What our trainers do beyond that asks it, so that `stock` is
+    stock."""
+    here = _state.here
+    return bool(_state.originals) and (_state.wanted or here.users > 0) and here.suspended == 0
+
+
+class _Blocks(threading.local):
+    """How many blocks of each kind are open in the calling thread."""
+
+    users = 0
+    suspended = 0
 
 
 class _State:
     def __init__(self):
         self.lock = threading.RLock()
-        self.wanted, self.users, self.suspended = False, 0, 0
+        self.wanted = False  # by patch()
+        self.here = _Blocks()
+        self.threads = 0  # that have a `patched` block open which no `stock` block suspends
         self.originals: dict[str, object] = {}  # of the names replaced; empty: nothing is replaced
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
-            before = self.wanted, self.users, self.suspended
+            before = self.wanted, self.threads
+            wanted_here = self._wanted_here()
             self.wanted = self.wanted if wanted is None else wanted
-            self.users += users
-            self.suspended += suspended
+            self.here.users += users
+            self.here.suspended += suspended
+            self.threads += self._wanted_here() - wanted_here
             try:
-                self._apply((self.wanted or self.users > 0) and not self.suspended)
+                self._apply(self.wanted or self.threads > 0)
             except BaseException:
-                self.wanted, self.users, self.suspended = before
+                self.wanted, self.threads = before
+                self.here.users -= users
+                self.here.suspended -= suspended
                 raise
+
+    def _wanted_here(self) -> bool:
+        return self.here.users > 0 and self.here.suspended == 0
 
     def _apply(self, active: bool) -> None:
         if active == bool(self.originals):
@@ -190,7 +212,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
             logit_scale: float = 1.0,
             outputs: tuple[str, ...] = OUTPUTS,
         ) -> TokenStats:
-            if hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
+            if not active() or hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
                 head = temperature, chunk_size, final_logit_softcapping, logit_scale
                 return stock_head.apply(hidden, weight, bias, targets, *head, outputs)
             if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
@@ -217,11 +239,12 @@ def _seams(utils: ModuleType) -> dict[str, object]:
 
     def compact(device: torch.device) -> bool:
         """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
-        return device.type in DEVICES or stock_compact(device)
+        return (active() and device.type in DEVICES) or stock_compact(device)
 
     def ours(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) -> bool:
         return (
-            logits.device.type in DEVICES
+            active()
+            and logits.device.type in DEVICES
             and logits.dtype in DTYPES
             and logits.dim() > 0
             and logits.shape[-1] > 0
@@ -254,7 +277,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
         "_ChunkedLogProbFunction": Head,
         "_use_triton": compact,
         # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
-        "is_triton_available": lambda *min_version: True,
+        "is_triton_available": lambda *min_version: active() or stock_triton(*min_version),
         "_supports_trl_loss_kernel": supports,
         "_fused_logprob_entropy": logprob_entropy,
     }
