@@ -14,11 +14,10 @@ thread needs our objects they are in place, and each asks whether the thread tha
 
 import contextlib
 import importlib
-import inspect
 import threading
 from collections.abc import Iterator
-from types import CodeType, ModuleType
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,34 +25,14 @@ from torch import Tensor
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.token_stats import TokenStats, select
+from flashpo.trl._host import OUTPUTS, check
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -(2**31)  # an index that no caller has by mistake, unlike -100, which must go on raising
 
-# What this file was written for: the parameters of each seam, and the function that has to read it.
-SIGNATURES = {
-    "_ChunkedLogProbFunction.forward": "ctx hidden weight bias targets temperature chunk_size "
-    "final_logit_softcapping logit_scale outputs",
-    "_use_triton": "device",
-    "_supports_trl_loss_kernel": "logits index row_mask",
-    "_fused_logprob_entropy": "logits index temperature row_mask",
-    "maybe_gather_lm_head_ctx": "params",
-    "add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
-}
-READERS = {
-    "add_fused_lm_head": ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx"),
-    "selective_log_softmax": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
-    "selective_log_softmax_and_entropy": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
-    "entropy_from_logits": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
-}
 MISSING = object()  # `_fused_logprob_entropy` where Triton is not installed
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 FIELDS = dict(zip(("log_probs", *OUTPUTS), TokenStats._fields))  # ours by TRL's names
-
-
-class PatchError(RuntimeError):
-    """The installed TRL is not the one that FlashPO knows."""
 
 
 def patch() -> None:
@@ -151,46 +130,6 @@ class _State:
 
 
 _state = _State()
-
-
-def check(utils: ModuleType) -> None:
-    """Raise PatchError unless the seams of `trl.trainer.utils` are the ones that this file was written for."""
-    import trl
-    from trl.kernels import chunked_logprob
-
-    def refuse(what: str, found: object, wanted: object) -> NoReturn:
-        raise PatchError(
-            f"TRL {trl.__version__}: trl.trainer.utils.{what} is {found}, FlashPO was written for {wanted}. "
-            "Install trl 1.16, or a FlashPO that knows this TRL."
-        )
-
-    for name, wanted in SIGNATURES.items():
-        seam: Any = utils
-        for part in name.split("."):
-            seam = getattr(seam, part, None)
-        if seam is None:
-            if name == "_fused_logprob_entropy" and not utils.is_triton_available():
-                continue  # TRL defines it only where Triton is installed
-            refuse(name, "missing", f"({wanted})")
-        found = " ".join(inspect.signature(seam).parameters)
-        if found != wanted:
-            refuse(name, f"({found})", f"({wanted})")
-    for name, names in READERS.items():
-        reader: Any = getattr(utils, name, None)
-        if reader is None:
-            refuse(name, "missing", "a function")
-        if unread := set(names) - _global_names(inspect.unwrap(reader).__code__):
-            refuse(name, f"without {unread}", f"one that reads {names}")
-    if chunked_logprob.OPTIONAL_OUTPUTS != OUTPUTS:
-        refuse("_ChunkedLogProbFunction's outputs", chunked_logprob.OPTIONAL_OUTPUTS, OUTPUTS)
-
-
-def _global_names(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            names |= _global_names(const)
-    return names
 
 
 def _seams(utils: ModuleType) -> dict[str, object]:
