@@ -120,6 +120,17 @@ def test_a_batch_made_in_trls_way_trains_rloo():
     assert_users_train_alike("RLOO", theirs, "leaves the loss to TRL: Users's batch has old log-probs of sequences")
 
 
+def test_weights_that_trls_loss_does_not_read():
+    """A ratio of importance in the batch is for vLLM's rollouts, and for vespo."""
+
+    def batch(self, inputs):
+        made = super(type(self), self)._generate_and_score_completions(inputs)
+        return made | {"importance_sampling_ratio": torch.full_like(made["completion_mask"], 0.5, dtype=torch.float)}
+
+    for loss in ("dapo", "vespo"):
+        assert_users_train_alike("GRPO", {"_generate_and_score_completions": batch}, loss_type=loss)
+
+
 HELPERS = {
     "get_high_entropy_mask": (dict(top_entropy_quantile=0.5), lambda self, entropies, mask, threshold: mask.bool()),
     "get_off_policy_mask": (

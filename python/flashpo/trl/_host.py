@@ -88,7 +88,14 @@ TRAINERS = {
     "DPOTrainer": _WITH_REFERENCE,
     "KTOTrainer": _WITH_REFERENCE,
     "GRPOTrainer": Seams(
-        methods=_POLICY_METHODS | {"_generate_single_turn": "self prompt_ids images multimodal_fields ..."},
+        methods=_POLICY_METHODS
+        | {
+            "_generate_single_turn": "self prompt_ids images multimodal_fields ...",
+            "get_high_entropy_mask": "self entropies mask threshold",
+            "get_off_policy_mask": "advantages per_token_logps sampling_per_token_logps mask off_policy_threshold",
+            "get_gamma_weights": "advantages log_ratio_per_token mask importance_sampling_ratio k_pos lambda_pos "
+            "k_neg lambda_neg",
+        },
         returns=_SCORES
         | {
             "_generate": "prompt_ids completion_ids tool_mask completions logprobs extra_fields images tool_images",

@@ -94,6 +94,9 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         mode, accumulation = self._mode, self._accumulation()
         logprob, entropy, aux_loss = self._score_to_train(model, inputs, mask, spec)
         self._note_mismatch(inputs, logprob, mask)
+        weighted = self.loss_type == "vespo" or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )  # as in TRL
         num_items, scale = None, 1 / accumulation
         if spec.aggregation == "token_mean":
             num_items = self._tokens_of_a_step(inputs)
@@ -106,7 +109,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             loss=spec,
             ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
             rollout_logprob=inputs.get("sampling_per_token_logps"),
-            importance_ratio=inputs.get("importance_sampling_ratio"),
+            importance_ratio=inputs.get("importance_sampling_ratio") if weighted else None,
             entropy=entropy,
             entropy_group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
             num_items=num_items,
