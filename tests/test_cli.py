@@ -1,6 +1,7 @@
 """The command line: help, errors, `doctor` and its check."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -37,10 +38,21 @@ def test_unknown_command(capsys):
     assert "'accelerate'" in capsys.readouterr().err
 
 
-def test_unknown_backend_says_which_there_are():
-    result = python_m("doctor", FLASHPO_BACKEND="cuda")
-    assert result.returncode == 1
-    assert "backend must be one of ('native', 'triton', 'torch') or None, got 'cuda'" in result.stderr
+UNKNOWN_BACKEND = "FLASHPO_BACKEND must be one of ('native', 'triton', 'torch') or None, got 'cuda'"
+
+
+@pytest.mark.parametrize("command", ["doctor", "run", "bench"])
+def test_unknown_backend_says_which_there_are(command):
+    result = python_m(command, FLASHPO_BACKEND="cuda")
+    assert result.returncode == 2
+    assert result.stderr == f"flashpo: {UNKNOWN_BACKEND}\n"
+
+
+def test_an_operator_says_it_too(monkeypatch):
+    """Of a script that imports flashpo, which does not raise."""
+    monkeypatch.setattr(_op, "forced", "cuda")
+    with pytest.raises(ValueError, match=re.escape(UNKNOWN_BACKEND)):
+        flashpo.linear_logprob(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long))
 
 
 def test_run_without_a_script(capsys):

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("trl")
 from trl_models import model_path
 
+from flashpo.run import main
+
 # Its end: a process that leaves its group at exit may be aborted by gloo's threads, and where DDP's reducer is the last
 # to leave a group, the group is destroyed with the GIL held, for which gloo's threads may be waiting.
 SCRIPT = """
@@ -115,12 +117,57 @@ def test_report_comes_after_an_exception_too(script, tmp_path):
 
 def test_warns_when_nothing_ran(tmp_path):
     path = tmp_path / "plain.py"
-    path.write_text("import sys; print(sys.argv[1:]); sys.exit(7)")
+    path.write_text("import sys; print(sys.argv[1:]); sys.exit()")
     done = run(path, "--flag", "-m")
-    assert done.returncode == 7
+    assert done.returncode == 0
     assert "['--flag', '-m']" in done.stdout
     assert "WARNING: none of its operators ran" in done.stderr
     assert "did not import a TRL trainer" in done.stderr
+
+
+@pytest.mark.parametrize(("end", "status"), [("sys.exit('wrong')", 1), ("1 / 0", 1)])
+def test_no_diagnosis_of_a_script_that_failed(tmp_path, end, status):
+    """Its own error is the cause that nothing ran."""
+    path = tmp_path / "fails.py"
+    path.write_text(f"import sys; {end}")
+    done = run(path)
+    assert done.returncode == status
+    assert "none of its operators ran in this process before the script ended with an error" in done.stderr
+    assert "did not import" not in done.stderr
+    assert "WARNING" not in done.stderr
+
+
+WRONG = {
+    "a command that TRL does not have": (["trl", "foo"], "trl has no command 'foo'; it has "),
+    "a helper of TRL's": (["trl", "utils"], "trl has no command 'utils'"),
+    "no backend": (["script.py"], "FLASHPO_BACKEND must be one of ('native', 'triton', 'torch') or None, got 'cuda'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_command_line_is_one_line(case, monkeypatch, capsys):
+    args, message = WRONG[case]
+    if case == "no backend":
+        monkeypatch.setenv("FLASHPO_BACKEND", "cuda")
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"flashpo run: {message}")
+    assert len(said.splitlines()) == 1
+
+
+def test_no_such_module():
+    done = run("-m", "json.such")
+    assert done.returncode == 2
+    assert done.stderr == "flashpo run: no such module: json.such\n"
+
+
+def test_an_option_that_only_our_configurations_have(tmp_path):
+    """TRL's script refuses it; a line says where it belongs."""
+    settings = ["--use_cpu", "--bf16", "false", "--output_dir", tmp_path, "--dataset_name", "x"]
+    done = run("trl", "grpo", "--model_name_or_path", "x", *settings, "--rollout", "generate")
+    assert done.returncode == 1
+    assert "flashpo: --rollout is an option of the configurations in flashpo.trl" in done.stderr
+    assert "did not import" not in done.stderr
 
 
 def test_module(tmp_path):

@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 import trl
-from trl_models import Recorder, assert_ran, make_trainer, train
+from datasets import Dataset
+from trl_models import DATA, Recorder, assert_ran, make_trainer, train
 
 import flashpo
 import flashpo.trl
@@ -109,7 +110,10 @@ REWARDS = {
     ("name", "options"),
     [
         *[("GRPO", {"scale_rewards": scale}) for scale in ("group", "batch", "none")],
-        ("GRPO", {"multi_objective_aggregation": "normalize_then_sum"}),
+        *[
+            ("GRPO", {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": scale})
+            for scale in ("group", "batch", "none", False)
+        ],
         *[("RLOO", {"normalize_advantages": n, "beta": b}) for n in (False, True) for b in (0.0, 0.3)],
         ("RLOO", {"reward_clip_range": (0.3, 3.5)}),
     ],
@@ -139,6 +143,17 @@ def test_equal_rewards_teach_nothing_and_are_counted():
     assert (batch["advantages"][4:] != 0).all()
     assert ours._metrics["train"]["frac_reward_zero_std"] == [0.5]
     assert list(ours._logs["advantages"]) == batch["advantages"][-4:].tolist()  # it keeps as many as a step has rows
+
+
+def test_one_generation_of_a_prompt_in_evaluation():
+    """It is compared with none: TRL counts its group as one of equal rewards."""
+    rows = DATA["GRPO"][:4]
+    settings = dict(num_generations_eval=1, per_device_eval_batch_size=4, eval_strategy="steps", eval_steps=1)
+    found = []
+    for package in (trl, flashpo.trl):
+        trainer = make_trainer("GRPO", package, eval_dataset=Dataset.from_list(rows), **settings)
+        found.append(trainer.evaluate()["eval_frac_reward_zero_std"])
+    assert found == [1.0, 1.0]
 
 
 def test_groups_by_columns():

@@ -10,13 +10,17 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
+import trl
 import trl.trainer.utils as utils
 from transformers import AutoModelForCausalLM
 from trl_models import CONFIGS, VOCAB, assert_ran, model_path
 
 import flashpo
-from flashpo.trl import PatchError, patch, patched, unpatch
-from flashpo.trl.patch import check, stock
+import flashpo.trl
+from flashpo.trl import PatchError, _host, patch, patched, unpatch
+from flashpo.trl._host import check, check_trainer
+from flashpo.trl._replaced import replaced
+from flashpo.trl.patch import stock
 from flashpo.trl.verify import tolerance_for
 
 FP32 = tolerance_for(torch.float32)
@@ -85,6 +89,113 @@ def test_blocks_in_many_threads():
     assert not is_patched()
 
 
+def in_another_thread(look):
+    """What `look()` returns in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(look()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def kernels_for_logits():
+    """Which of our operators a call of TRL's scoring of logits ran in this thread."""
+    before = flashpo.stats().get("selective_log_softmax_fwd", {})
+    utils.selective_log_softmax(torch.randn(2, 7), torch.zeros(2, dtype=torch.long))
+    return flashpo.stats().get("selective_log_softmax_fwd", {}) != before
+
+
+def test_blocks_are_for_their_own_thread():
+    """A stock trainer in another thread stays stock, and a comparison there does not change what this thread runs."""
+    with patched():
+        assert kernels_for_logits()
+        assert not in_another_thread(kernels_for_logits)
+
+        def compare():
+            with stock():
+                inside = here.wait(10), kernels_for_logits()
+            return inside
+
+        here = threading.Event()
+        found = []
+        other = threading.Thread(target=lambda: found.append(compare()))
+        other.start()
+        assert kernels_for_logits()
+        here.set()
+        other.join()
+        assert found == [(True, False)]
+    patch()
+    assert in_another_thread(kernels_for_logits)
+    with stock():
+        assert not kernels_for_logits()
+        assert in_another_thread(kernels_for_logits)
+
+
+class Module(types.ModuleType):
+    """A module with a function that says who has answered."""
+
+    def __init__(self):
+        super().__init__("module")
+        self.function = self.original = lambda: "original"
+
+
+def answers(name):
+    return lambda original: lambda: f"{name} before {original()}"
+
+
+def test_a_replaced_function_is_for_its_own_thread():
+    module = Module()
+    with replaced(module, "function", answers("ours")):
+        assert module.function() == "ours before original"
+        assert in_another_thread(module.function) == "original"
+        with replaced(module, "function", answers("inner")):
+            assert module.function() == "inner before original"
+        assert module.function() == "ours before original"
+    assert module.function is module.original
+
+
+def test_a_replaced_function_comes_back_whatever_the_order_of_exits():
+    """Blocks of two threads that overlap: the first to open is the first to close."""
+    module = Module()
+    opened, closed, found = threading.Event(), threading.Event(), []
+
+    def overlap():
+        with replaced(module, "function", answers("theirs")):
+            opened.set()
+            closed.wait(10)
+            found.append(module.function())
+
+    other = threading.Thread(target=overlap)
+    with replaced(module, "function", answers("ours")):
+        other.start()
+        opened.wait(10)
+    assert module.function() == "original"
+    closed.set()
+    other.join()
+    assert found == ["theirs before original"]
+    assert module.function is module.original
+
+
+def test_a_replaced_function_comes_back_after_errors():
+    module = Module()
+    with pytest.raises(RuntimeError), replaced(module, "function", answers("ours")):
+        raise RuntimeError("in the block")
+    assert module.function is module.original
+    with pytest.raises(ZeroDivisionError), replaced(module, "function", lambda original: 1 / 0):
+        pass
+    assert module.function is module.original
+
+
+def test_who_replaces_ours_keeps_that():
+    module = Module()
+    with replaced(module, "function", answers("ours")):
+        inner = module.function
+        module.function = theirs = lambda: f"theirs before {inner()}"
+        assert module.function() == "theirs before ours before original"
+    assert module.function is theirs
+    assert module.function() == "theirs before original"
+
+
 def test_a_changed_signature_is_refused_by_name_and_version():
     fake = types.ModuleType("trl.trainer.utils")
     fake.__dict__.update(utils.__dict__)
@@ -119,6 +230,56 @@ def test_a_refused_patch_changes_nothing(monkeypatch):
     with pytest.raises(PatchError), patched():
         pass
     assert utils.__dict__ == before
+
+
+HOSTS = [(name, seam) for name, seams in _host.TRAINERS.items() for seam in seams.methods if seam != "__init__"]
+
+
+def changed(name: str, **attributes) -> type:
+    """A trainer class of a TRL that is not the one we know."""
+    cls = getattr(trl, name)
+    return type(name, (cls,), {"__module__": cls.__module__} | attributes)
+
+
+@pytest.mark.parametrize(("name", "method"), HOSTS)
+def test_a_changed_method_of_a_trainer_is_refused(name, method):
+    with pytest.raises(PatchError, match=rf"TRL 1\.16.*{name}\.{method} is \(self other\)"):
+        check_trainer(changed(name, **{method: lambda self, other: None}))
+
+
+def one_value_more(self, prompts):
+    prompt_ids = completion_ids = tool_mask = completions = logprobs = extra_fields = images = tool_images = more = 0
+    return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images, more
+
+
+def reference_first(self, inputs):
+    ref_per_token_logps = inputs
+    old_per_token_logps = inputs
+    return old_per_token_logps, ref_per_token_logps
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes", "what"),
+    [
+        ("GRPOTrainer", {"_generate": one_value_more}, "what .*GRPOTrainer._generate returns"),
+        ("GRPOTrainer", {"_generate_and_score_completions": reference_first}, "the order of scoring"),
+        ("RLOOTrainer", {"_prepare_inputs": lambda self, generation_batch: None}, "without shuffle_sequence_dict"),
+        ("RLOOTrainer", {"__init__": lambda self: None}, "without .*_buffered_inputs"),
+        ("SFTTrainer", {"__init__": lambda self: None}, "without add_fused_lm_head"),
+        ("DPOTrainer", {"__init__": lambda self, model, args: None}, r"__init__ is \(self model args\)"),
+    ],
+    ids=str,
+)
+def test_other_changes_of_a_trainer_are_refused(name, attributes, what):
+    with pytest.raises(PatchError, match=what):
+        check_trainer(changed(name, **attributes))
+
+
+def test_a_trainer_is_checked_when_it_is_made(monkeypatch):
+    """And not made; the class that TRL really has is checked once."""
+    monkeypatch.setattr(flashpo.trl.SFTTrainer, "_trl_class", changed("SFTTrainer", compute_loss=lambda self: None))
+    with pytest.raises(PatchError, match=r"SFTTrainer\.compute_loss"):
+        flashpo.trl.SFTTrainer("no model")
 
 
 def test_flashpo_does_not_import_trl():

@@ -273,7 +273,7 @@ def test_verify():
     trainer = make(num_iterations=2)
     report = flashpo.trl.verify(trainer, steps=2)
     assert any(line.name == "grad critic.head.weight" and line.stock > 0 for line in report.lines)
-    assert trainer._pending_sums == {"train": [], "eval": []}
+    assert trainer._pending.sums == {"train": [], "eval": []}
 
 
 def test_evaluation():

@@ -239,7 +239,7 @@ def test_the_mismatch_is_corrected_by_trls_options_for_it(monkeypatch):
     batch["advantages"] = torch.tensor([1.0, -0.5, 2.0, 0.3])
     trainer.current_gradient_accumulation_steps = 1
     batch["sampling_per_token_logps"] = batch["sampling_per_token_logps"] - 0.5
-    spec = trainer._corrected(trainer._loss_spec(), batch["sampling_per_token_logps"])
+    spec = trainer._spec_of(batch)
     assert (spec.importance, spec.importance_max) == ("token_truncate", trainer.vllm_importance_sampling_clip_max)
     corrected = trainer._compute_loss(trainer.model, batch)
     trainer.flush_metrics()

@@ -2,19 +2,24 @@
 
 import copy
 import sys
+from collections import deque
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("trl")
 import trl
 from peft import LoraConfig
-from trl_models import make_trainer, train
+from transformers import TrainerCallback
+from trl_models import CLOCKS, make_trainer, train
 
 import flashpo.trl
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.trl import VerificationError, verify
 from flashpo.trl.verify import Step, compare, tolerance_for
+
+verification = sys.modules["flashpo.trl.verify"]  # the package has a function of that name
 
 OPTIONS = {
     "SFT": {},
@@ -71,6 +76,91 @@ def test_training_after_it_is_as_if_it_had_not_been(name):
         assert stock.metrics == ours.metrics
         assert all(torch.equal(g, ours.gradients[n]) for n, g in stock.gradients.items())
     for a, b in zip(plain.model.parameters(), verified.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Verifies(TrainerCallback):
+    """Runs `verify` at the end of a step in the middle of a run; what it may have changed, before and after."""
+
+    def __init__(self, at: int = 2):
+        self.at, self.before, self.after = at, None, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            self.before = everything(self.trainer)
+            verify(self.trainer, steps=1)
+            self.after = everything(self.trainer)
+
+
+def everything(trainer) -> dict:
+    """All that a trainer keeps, deep, as text; the model, the optimizer and random states by their numbers."""
+    apart = ("model", "model_wrapped", "ref_model", "optimizer", "lr_scheduler", "accelerator", "critic")
+    attributes = {name: value for name, value in trainer.__dict__.items() if name not in apart}
+    models = [m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None]
+    return {
+        "attributes": {name: deep(value) for name, value in attributes.items()},
+        "models": [deep(dict(m.state_dict())) for m in models],
+        "gradients": [deep([p.grad for p in m.parameters()]) for m in models],
+        "modes": [[module.training for module in m.modules()] for m in models],
+        "forwards": [[id(module.__dict__.get("forward")) for module in m.modules()] for m in models],
+        "optimizer": deep(trainer.optimizer.state_dict()),
+        "random": deep(list(verification._random_state())),
+    }
+
+
+def deep(value, seen=()):
+    """Comparable with ==: numbers of tensors and arrays, and the attributes of our own objects."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if id(value) in seen:
+        return "itself"
+    seen = (*seen, id(value))
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.detach().cpu().flatten().tolist()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): deep(x, seen) for key, x in value.items()}
+    if isinstance(value, list | tuple | set | deque):
+        return [deep(x, seen) for x in value]
+    ours = type(value).__module__.startswith(("flashpo.trl", "flashpo.ops", "transformers.trainer_callback"))
+    if ours and not isinstance(value, type) and not callable(value):
+        return {name: deep(x, seen) for name, x in vars(value).items() if name != "trainer"}
+    return id(value)
+
+
+MID_RUN = {
+    "GRPO": dict(num_iterations=2, steps_per_generation=2, gradient_accumulation_steps=2, beta=0.04),
+    "RLOO": dict(beta=0.04, num_iterations=2),
+    "PPO": dict(num_iterations=2),
+    "SFT": {},
+    "DPO": {},
+    "KTO": {},
+}
+
+
+@pytest.mark.parametrize("name", MID_RUN)
+def test_in_the_middle_of_a_run(name):
+    """Statistics that wait for the log, generations in use and the engine are as before; so is the rest of the run."""
+    options = MID_RUN[name] | dict(max_steps=4, logging_steps=3)
+    expected = make_trainer(name, flashpo.trl, **options)
+    expected.train()
+    trainer = make_trainer(name, flashpo.trl, **options)
+    callback = Verifies()
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    trainer.train()
+    for part, before in callback.before.items():
+        assert callback.after[part] == before, part
+    if name in ("GRPO", "RLOO", "PPO"):
+        assert callback.before["attributes"]["_pending"]["stats"]["train"], "nothing was waiting"
+        assert callback.before["attributes"]["_pending"]["turns"] == [True], "TRL generated"
+    logs = [
+        [{k: v for k, v in log.items() if k not in CLOCKS and "per_second" not in k} for log in t.state.log_history]
+        for t in (expected, trainer)
+    ]
+    assert logs[0] == logs[1]
+    for a, b in zip(expected.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -88,6 +88,7 @@ class Op:
                 if CALLS[self.name, name] == 1:
                     log.info("%s runs on %s for %s tensors", self.name, name, device)
                 return out
+        _check_backend("FLASHPO_BACKEND", forced)
         reason = why_unavailable(forced, device) if forced else None
         raise NotImplementedError(
             f"flashpo::{self.name}: backend {forced!r} cannot run on {args[0].dtype} {device} tensors"
@@ -120,9 +121,19 @@ def op(reference: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> A
 def force(backend: str | None) -> None:
     """Let every op run on `backend` alone, and raise where it cannot; None: choose again."""
     global forced
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    _check_backend("backend", backend)
     forced = backend
+
+
+def _check_backend(name: str, backend: str | None) -> None:
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"{name} must be one of {BACKENDS} or None, got {backend!r}")
+
+
+def check_environment() -> None:
+    """Raise a ValueError where the variable FLASHPO_BACKEND names no backend. Importing flashpo does not raise it, so
+    that the command line can say it in one line; an op that runs with such a value does."""
+    _check_backend("FLASHPO_BACKEND", os.environ.get("FLASHPO_BACKEND") or None)
 
 
 @contextlib.contextmanager
@@ -146,4 +157,4 @@ def stats(reset: bool = False) -> dict[str, dict[str, int]]:
     return counts
 
 
-force(os.environ.get("FLASHPO_BACKEND") or None)
+forced = os.environ.get("FLASHPO_BACKEND") or None

@@ -2,6 +2,8 @@
 
 import sys
 
+from flashpo import _op
+
 USAGE = """usage: flashpo <command> ...
 
   run script.py [args]    run an unmodified TRL script, accelerated; also: run trl grpo [args]
@@ -22,6 +24,11 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    try:
+        _op.check_environment()
+    except ValueError as error:
+        print(f"flashpo: {error}", file=sys.stderr)
+        return 2
     if command == "run":
         from flashpo.run import main as run
 

@@ -4,6 +4,7 @@ For several processes: `accelerate launch -m flashpo.run script.py [args]`. At t
 says what ran on which backend and how often.
 """
 
+import dataclasses
 import importlib.abc
 import importlib.util
 import os
@@ -11,9 +12,10 @@ import runpy
 import sys
 from typing import Any
 
-from flashpo._op import stats
+from flashpo._op import check_environment, stats
 
 MODULES = ("trl", "trl.trainer", "trl.trainer.utils")
+TRLS_SCRIPTS = "trl.scripts."
 USAGE = """usage: flashpo run script.py [args ...]
        flashpo run -m module [args ...]
        flashpo run trl grpo|sft|dpo ... [args ...]    a script of TRL's command line, in this process"""
@@ -51,8 +53,13 @@ class AccelerateOnImport(importlib.abc.MetaPathFinder):
 
 def main(argv: list[str]) -> int:
     """Run `argv[0]` with the arguments after it as if it were `python argv[0] ...`, with TRL patched."""
-    if argv[:1] == ["trl"] and len(argv) > 1 and not os.path.isfile("trl"):
-        argv = ["-m", f"trl.scripts.{argv[1]}", *argv[2:]]
+    try:
+        check_environment()
+        if argv[:1] == ["trl"] and len(argv) > 1 and not os.path.isfile("trl"):
+            argv = ["-m", _script_of_trl(argv[1]), *argv[2:]]
+    except ValueError as error:
+        print(f"flashpo run: {error}", file=sys.stderr)
+        return 2
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return 0
@@ -72,22 +79,70 @@ def main(argv: list[str]) -> int:
     sys.meta_path.insert(0, finder)
     sys.argv = [script, *arguments]
     sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.abspath(script))
+    if module and not _exists(script):
+        print(f"flashpo run: no such module: {script}", file=sys.stderr)
+        return 2
+    finished = False
     try:
         if module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(script, run_name="__main__")
+        finished = True
+    except SystemExit as end:
+        finished = not end.code
+        raise
     finally:
         if os.environ.get("RANK", "0") == "0":
-            print(summary(), file=sys.stderr)
+            print(summary(finished), file=sys.stderr)
+            if not finished and module and script.startswith(TRLS_SCRIPTS):
+                print(*_notes_on(arguments), sep="\n", end="", file=sys.stderr)
     return 0
 
 
-def summary() -> str:
-    """What of ours ran in this process, one line an operator."""
+def _script_of_trl(command: str) -> str:
+    """The module of `trl COMMAND`, found without importing TRL."""
+    package = importlib.util.find_spec("trl")
+    if package is None or package.origin is None:
+        raise ValueError("trl is not installed")
+    folder = os.path.join(os.path.dirname(package.origin), "scripts")
+    names = sorted(name for name, extension in map(os.path.splitext, os.listdir(folder)) if extension == ".py")
+    commands = [name for name in names if not name.startswith("_") and name != "utils"]
+    if (name := command.replace("-", "_")) not in commands:
+        raise ValueError(f"trl has no command {command!r}; it has {', '.join(commands)}")
+    return TRLS_SCRIPTS + name
+
+
+def _exists(module: str) -> bool:
+    """Imports the packages that the module is in, as running it does."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise  # of a package that exists and imports something that does not
+
+
+def _notes_on(arguments: list[str]) -> list[str]:
+    """A line for each option that only FlashPO's configurations have: TRL's scripts do not read those."""
+    from flashpo.trl.config import PolicyOptions
+
+    given = {argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")}
+    return [
+        f"flashpo: --{field.name} is an option of the configurations in flashpo.trl, which TRL's own scripts do not "
+        "read: set it in a script of your own (from flashpo.trl import GRPOConfig)\n"
+        for field in dataclasses.fields(PolicyOptions)
+        if field.name in given
+    ]
+
+
+def summary(finished: bool = True) -> str:
+    """What of ours ran in this process, one line an operator; `finished`: the script came to its end."""
     from flashpo.trl.replace import handed_out
 
     counts = stats()
+    if not counts and not finished:
+        return "flashpo: none of its operators ran in this process before the script ended with an error"
     if not counts:
         why = "TRL scored no token" if "trl.trainer.utils" in sys.modules else "the script did not import a TRL trainer"
         return f"flashpo: WARNING: none of its operators ran in this process: {why}; nothing was accelerated"

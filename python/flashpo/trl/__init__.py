@@ -5,7 +5,8 @@ Importing this package does not import TRL yet: a script may still want to set i
 
 import importlib
 
-from flashpo.trl.patch import PatchError, patch, patched, unpatch
+from flashpo.trl._host import PatchError
+from flashpo.trl.patch import patch, patched, unpatch
 from flashpo.trl.verify import VerificationError, verify
 
 _MODULES = {  # where the classes are

@@ -7,6 +7,8 @@ import trl
 
 from flashpo.ops.loss_spec import LossSpec, resolve
 from flashpo.rollout import RolloutEngine
+from flashpo.trl import options
+from flashpo.trl.options import Known, unknown_fields
 
 # TRL's options that a spec says in their stead
 GRPO_LOSS_OPTIONS = (
@@ -141,7 +143,7 @@ class PolicyOptions(EngineOptions):
         },
     )
 
-    def _check_options(self, loss_options: tuple[str, ...]) -> None:
+    def _check_options(self, loss_options: tuple[str, ...], known: Known) -> None:
         if self.old_logprobs not in ("trainer", "rollout"):
             raise ValueError(f"old_logprobs must be 'trainer' or 'rollout', got {self.old_logprobs!r}")
         if self.old_logprobs == "rollout" and self.rollout == "generate":
@@ -157,6 +159,7 @@ class PolicyOptions(EngineOptions):
         resolve(self.loss, ())
         defaults = {f.name: f.default for f in fields(type(self)) if f.name in loss_options}
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        changed += unknown_fields(self, known)
         if changed:
             raise ValueError(f"loss={self.loss!r} and {', '.join(changed)} exclude each other: a LossSpec says it all")
 
@@ -174,7 +177,7 @@ class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_options(GRPO_LOSS_OPTIONS)
+        self._check_options(GRPO_LOSS_OPTIONS, options.GRPO)
         if self.loss is not None:
             self.beta = self.loss_spec().kl_coef  # TRL loads a reference model by it
 
@@ -196,7 +199,7 @@ class RLOOConfig(PolicyOptions, trl.RLOOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_options(RLOO_LOSS_OPTIONS)
+        self._check_options(RLOO_LOSS_OPTIONS, options.RLOO)
         if self.loss is not None:
             self.loss_spec()
 

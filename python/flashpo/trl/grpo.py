@@ -11,9 +11,11 @@ from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
+from flashpo.trl import options
+from flashpo.trl._metrics import clip_metrics
 from flashpo.trl.noise import RandomDraws
 from flashpo.trl.patch import active
-from flashpo.trl.policy import PolicyTrainer, clip_metrics, scorable
+from flashpo.trl.policy import PolicyTrainer, scorable
 from flashpo.trl.rollout import importance_fields
 
 
@@ -21,6 +23,8 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
     """TRL's GRPOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.GRPOConfig` has their options."""
 
     _trl_class = grpo_trainer.GRPOTrainer
+    _options = options.GRPO
+    _loss_helpers = ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
     _entropy_window_stats: Any
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
@@ -37,18 +41,25 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         every = self.args.steps_per_generation * self.num_iterations
         return super()._takes_old_logprobs() and self.args.gradient_accumulation_steps % every != 0
 
-    def _corrected(self, spec: LossSpec, sampled: Tensor | None) -> LossSpec:
-        """`spec` with weights against the mismatch of the engine, where it sampled and `sampled` tells the mismatch."""
-        if not self._rollouts.generated:
+    def _spec_of(self, inputs) -> LossSpec:
+        """The loss of a micro-batch: `_loss_spec`, corrected for the mismatch where the engine sampled it."""
+        spec = self._loss_spec()
+        sampled = self._rollouts.generated and inputs.get("sampling_per_token_logps") is not None
+        if not sampled or spec.importance != "none":
             return spec
-        if sampled is None:
-            return replace(spec, importance="none", importance_min=None, importance_max=None)
-        return spec if spec.importance != "none" else replace(spec, **importance_fields(self.args, spec.surrogate))
+        return replace(spec, **importance_fields(self.args, spec.surrogate))
+
+    def _weighed(self, spec: LossSpec, sampled: Tensor | None) -> LossSpec:
+        """`spec`, without its correction where the engine sampled and no log-probs of it can be compared."""
+        if sampled is not None or not self._rollouts.generated:
+            return spec
+        return replace(spec, importance="none", importance_min=None, importance_max=None)
 
     def _wants_quiet_logprobs(self, batch):
         if self._mode != "train" or not self._rollouts.generated or batch.get("sampling_per_token_logps") is None:
             return False
-        asked = getattr(self.args, "rollout_correction", "auto") == "scored" or self._loss_spec().importance != "none"
+        by_spec = getattr(self.args, "loss", None) and self._loss_spec().importance != "none"
+        asked = by_spec or getattr(self.args, "rollout_correction", "auto") == "scored"
         return asked and self._trains_with_noise is not False
 
     def _loss_spec(self) -> LossSpec:
@@ -57,11 +68,18 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             return self.args.loss_spec()
         args, loss = self.args, self.loss_type
         surrogate: Any = loss if loss in ("cispo", "sapo", "vespo") else "clip"
-        clip: dict[str, Any] = {"clip_low": self.epsilon_low, "clip_high": self.epsilon_high, "ratio_cap": args.delta}
+        numbers: dict[str, Any] = {
+            "clip_low": self.epsilon_low,
+            "clip_high": self.epsilon_high,
+            "ratio_cap": args.delta,
+        }
         if loss == "cispo":
-            clip = {"clip_low": None, "clip_high": self.epsilon_high - 1}  # TRL's epsilon_high is the cap itself
-        elif loss in ("sapo", "vespo"):
-            clip = {}
+            numbers = {"clip_low": None, "clip_high": self.epsilon_high - 1}  # TRL's epsilon_high is the cap itself
+        elif loss == "sapo":
+            numbers = {"sapo_temperatures": (args.sapo_temperature_pos, args.sapo_temperature_neg)}
+        elif loss == "vespo":
+            of_signs = (args.vespo_k_pos, args.vespo_lambda_pos), (args.vespo_k_neg, args.vespo_lambda_neg)
+            numbers = {"vespo_gamma": of_signs}
         aggregations: dict[str, Any] = {
             "grpo": "sequence_mean", "sapo": "sequence_mean", "luspo": "sequence_sum", "bnpo": "local_token_mean",
             "dr_grpo": "fixed_length",
@@ -72,14 +90,9 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return LossSpec(
             ratio=self.importance_sampling_level,  # type: ignore[arg-type]  # checked by LossSpec
             surrogate=surrogate,
-            **clip,
-            sapo_temperatures=(args.sapo_temperature_pos, args.sapo_temperature_neg),
-            vespo_gamma=(
-                (args.vespo_k_pos, args.vespo_lambda_pos),
-                (args.vespo_k_neg, args.vespo_lambda_neg),
-            ),
+            **numbers,
             kl_coef=self.beta,
-            kl_ratio_correction=self.beta != 0 and args.use_bias_correction_kl,
+            kl_ratio_correction=self.beta != 0 and bool(args.use_bias_correction_kl),
             off_policy_threshold=self.off_policy_mask_threshold,
             top_entropy=self.top_entropy_quantile,
             aggregation=aggregations.get(loss, "token_mean"),
@@ -88,14 +101,18 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         )
 
     def _compute_loss(self, model, inputs):
-        if not active():
+        spec = self._spec_or_none(inputs) if active() else None
+        if spec is None:
             return super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        mode, accumulation, spec = self._mode, self._accumulation(), self._loss_spec()
+        mode, accumulation = self._mode, self._accumulation()
         draws = RandomDraws(self.accelerator.device)
         logprob, entropy, aux_loss = self._score_to_train(model, inputs, mask, spec)
         sampled = self._sampler_logprobs(inputs, logprob, mask, bool(draws))
-        spec = self._corrected(spec, sampled)
+        spec = self._weighed(spec, sampled)
+        weighted = self.loss_type == "vespo" or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )  # as in TRL
         num_items, scale = None, 1 / accumulation
         if spec.aggregation == "token_mean":
             num_items = self._tokens_of_a_step(inputs)
@@ -108,13 +125,13 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             loss=spec,
             ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
             rollout_logprob=sampled,
-            importance_ratio=inputs.get("importance_sampling_ratio"),
+            importance_ratio=inputs.get("importance_sampling_ratio") if weighted else None,
             entropy=entropy,
             entropy_group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None,
             num_items=num_items,
             scale=scale,
         )
-        self._pending_stats[mode].append(result.stats)
+        self._pending.stats[mode].append(result.stats)
         if self._entropy_bonus_enabled:
             self._control_entropy(mode, result)
         return self._add_aux_loss(result.loss, aux_loss, 1 / accumulation)
@@ -165,14 +182,17 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return metrics
 
     def compute_advantages(self, rewards, group, inputs, batch):
+        summed_first = self.multi_objective_aggregation == "sum_then_normalize"
         found = group_advantages(
             rewards,
             group,
-            scale=self.scale_rewards,
+            scale=self.scale_rewards if summed_first else "group",  # TRL normalises then, whatever scale_rewards says
             reward_weights=self.reward_weights.tolist(),
             aggregation=self.multi_objective_aggregation,
         )
-        if self.scale_rewards != "batch" and self.multi_objective_aggregation == "sum_then_normalize":
-            dead = found.degenerate & (scorable(rewards.isnan().all(dim=1), group) > 1)  # TRL misses equal 0.9s
+        if self.scale_rewards != "batch" and summed_first:
+            compared = scorable(rewards.isnan().all(dim=1), group) > 1
+            alone = (self.num_generations if self._mode == "train" else self.num_generations_eval) == 1
+            dead = found.degenerate & (compared | alone)  # TRL misses equal 0.9s
             self._metrics[self._mode]["frac_reward_zero_std"][-1] = dead.float().mean().item()
         return found.advantage

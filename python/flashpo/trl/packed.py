@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from flashpo.packing import pack, packable, prepare, split_by_tokens
 from flashpo.packing.attention import install
 from flashpo.packing.support import why_not_packable
+from flashpo.trl._replaced import replaced
 from flashpo.trl.sharing import Sharing
 
 
@@ -90,8 +91,6 @@ class PackedScoring:
 @contextlib.contextmanager
 def groups_stay_together(trainer_class: type, groups_of: int) -> Iterator[None]:
     """Within it, what TRL's module of that class shuffles keeps the completions of a prompt side by side."""
-    module: Any = importlib.import_module(trainer_class.__module__)
-    shuffle = module.shuffle_sequence_dict
 
     def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
         prompts = batch["prompt_ids"]
@@ -108,8 +107,6 @@ def groups_stay_together(trainer_class: type, groups_of: int) -> Iterator[None]:
 
         return {name: permuted(value) for name, value in batch.items()}
 
-    module.shuffle_sequence_dict = shuffle_groups
-    try:
+    module = importlib.import_module(trainer_class.__module__)
+    with replaced(module, "shuffle_sequence_dict", lambda original: shuffle_groups):
         yield
-    finally:
-        module.shuffle_sequence_dict = shuffle

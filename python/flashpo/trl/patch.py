@@ -7,15 +7,17 @@
 All five are looked up in that module at every call, so models made before the patch are reached too, and nothing of a
 trainer's own mathematics is restated. What our ops do not take (other devices, float64, an index of K tokens a
 position) goes to TRL's own code, as before.
+
+`patch()` is for the whole process. The blocks `patched()` and `stock()` are for the thread that opens them: while any
+thread needs our objects they are in place, and each asks whether the thread that calls it wants them.
 """
 
 import contextlib
 import importlib
-import inspect
 import threading
 from collections.abc import Iterator
-from types import CodeType, ModuleType
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,34 +25,14 @@ from torch import Tensor
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.token_stats import TokenStats, select
+from flashpo.trl._host import OUTPUTS, check
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IGNORED = -(2**31)  # an index that no caller has by mistake, unlike -100, which must go on raising
 
-# What this file was written for: the parameters of each seam, and the function that has to read it.
-SIGNATURES = {
-    "_ChunkedLogProbFunction.forward": "ctx hidden weight bias targets temperature chunk_size "
-    "final_logit_softcapping logit_scale outputs",
-    "_use_triton": "device",
-    "_supports_trl_loss_kernel": "logits index row_mask",
-    "_fused_logprob_entropy": "logits index temperature row_mask",
-    "maybe_gather_lm_head_ctx": "params",
-    "add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
-}
-READERS = {
-    "add_fused_lm_head": ("_ChunkedLogProbFunction", "_use_triton", "maybe_gather_lm_head_ctx"),
-    "selective_log_softmax": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
-    "selective_log_softmax_and_entropy": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
-    "entropy_from_logits": ("is_triton_available", "_supports_trl_loss_kernel", "_fused_logprob_entropy"),
-}
 MISSING = object()  # `_fused_logprob_entropy` where Triton is not installed
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 FIELDS = dict(zip(("log_probs", *OUTPUTS), TokenStats._fields))  # ours by TRL's names
-
-
-class PatchError(RuntimeError):
-    """The installed TRL is not the one that FlashPO knows."""
 
 
 def patch() -> None:
@@ -69,7 +51,7 @@ def unpatch() -> None:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """`patch()` for the length of a block; blocks nest, also across threads."""
+    """`patch()` for the length of a block and for this thread; blocks nest."""
     _state.update(users=+1)
     try:
         yield
@@ -79,7 +61,7 @@ def patched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
-    """TRL's own code for the length of a block, whoever else wants the patch. For comparisons (`verify`)."""
+    """TRL's own code for the length of a block in this thread, whatever else is open. For comparisons (`verify`)."""
     _state.update(suspended=+1)
     try:
         yield
@@ -87,28 +69,47 @@ def stock() -> Iterator[None]:
         _state.update(suspended=-1)
 
 
+@torch.compiler.disable  # a graph would keep the answer of the call that traced it
 def active() -> bool:
-    """Whether TRL scores with FlashPO now. What our trainers do beyond that asks it, so that `stock` is stock."""
-    return bool(_state.originals)
+    """Whether TRL scores with FlashPO in this thread now. What our trainers do beyond that asks it, so that `stock` is
+    stock."""
+    here = _state.here
+    return bool(_state.originals) and (_state.wanted or here.users > 0) and here.suspended == 0
+
+
+class _Blocks(threading.local):
+    """How many blocks of each kind are open in the calling thread."""
+
+    users = 0
+    suspended = 0
 
 
 class _State:
     def __init__(self):
         self.lock = threading.RLock()
-        self.wanted, self.users, self.suspended = False, 0, 0
+        self.wanted = False  # by patch()
+        self.here = _Blocks()
+        self.threads = 0  # that have a `patched` block open which no `stock` block suspends
         self.originals: dict[str, object] = {}  # of the names replaced; empty: nothing is replaced
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
-            before = self.wanted, self.users, self.suspended
+            before = self.wanted, self.threads
+            wanted_here = self._wanted_here()
             self.wanted = self.wanted if wanted is None else wanted
-            self.users += users
-            self.suspended += suspended
+            self.here.users += users
+            self.here.suspended += suspended
+            self.threads += self._wanted_here() - wanted_here
             try:
-                self._apply((self.wanted or self.users > 0) and not self.suspended)
+                self._apply(self.wanted or self.threads > 0)
             except BaseException:
-                self.wanted, self.users, self.suspended = before
+                self.wanted, self.threads = before
+                self.here.users -= users
+                self.here.suspended -= suspended
                 raise
+
+    def _wanted_here(self) -> bool:
+        return self.here.users > 0 and self.here.suspended == 0
 
     def _apply(self, active: bool) -> None:
         if active == bool(self.originals):
@@ -131,46 +132,6 @@ class _State:
 _state = _State()
 
 
-def check(utils: ModuleType) -> None:
-    """Raise PatchError unless the seams of `trl.trainer.utils` are the ones that this file was written for."""
-    import trl
-    from trl.kernels import chunked_logprob
-
-    def refuse(what: str, found: object, wanted: object) -> NoReturn:
-        raise PatchError(
-            f"TRL {trl.__version__}: trl.trainer.utils.{what} is {found}, FlashPO was written for {wanted}. "
-            "Install trl 1.16, or a FlashPO that knows this TRL."
-        )
-
-    for name, wanted in SIGNATURES.items():
-        seam: Any = utils
-        for part in name.split("."):
-            seam = getattr(seam, part, None)
-        if seam is None:
-            if name == "_fused_logprob_entropy" and not utils.is_triton_available():
-                continue  # TRL defines it only where Triton is installed
-            refuse(name, "missing", f"({wanted})")
-        found = " ".join(inspect.signature(seam).parameters)
-        if found != wanted:
-            refuse(name, f"({found})", f"({wanted})")
-    for name, names in READERS.items():
-        reader: Any = getattr(utils, name, None)
-        if reader is None:
-            refuse(name, "missing", "a function")
-        if unread := set(names) - _global_names(inspect.unwrap(reader).__code__):
-            refuse(name, f"without {unread}", f"one that reads {names}")
-    if chunked_logprob.OPTIONAL_OUTPUTS != OUTPUTS:
-        refuse("_ChunkedLogProbFunction's outputs", chunked_logprob.OPTIONAL_OUTPUTS, OUTPUTS)
-
-
-def _global_names(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            names |= _global_names(const)
-    return names
-
-
 def _seams(utils: ModuleType) -> dict[str, object]:
     """Our object for each name, around the one that is there now."""
     stock_head, stock_compact = utils._ChunkedLogProbFunction, utils._use_triton
@@ -190,7 +151,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
             logit_scale: float = 1.0,
             outputs: tuple[str, ...] = OUTPUTS,
         ) -> TokenStats:
-            if hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
+            if not active() or hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
                 head = temperature, chunk_size, final_logit_softcapping, logit_scale
                 return stock_head.apply(hidden, weight, bias, targets, *head, outputs)
             if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
@@ -217,11 +178,12 @@ def _seams(utils: ModuleType) -> dict[str, object]:
 
     def compact(device: torch.device) -> bool:
         """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
-        return device.type in DEVICES or stock_compact(device)
+        return (active() and device.type in DEVICES) or stock_compact(device)
 
     def ours(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) -> bool:
         return (
-            logits.device.type in DEVICES
+            active()
+            and logits.device.type in DEVICES
             and logits.dtype in DTYPES
             and logits.dim() > 0
             and logits.shape[-1] > 0
@@ -254,7 +216,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
         "_ChunkedLogProbFunction": Head,
         "_use_triton": compact,
         # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
-        "is_triton_available": lambda *min_version: True,
+        "is_triton_available": lambda *min_version: active() or stock_triton(*min_version),
         "_supports_trl_loss_kernel": supports,
         "_fused_logprob_entropy": logprob_entropy,
     }

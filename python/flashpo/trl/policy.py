@@ -5,8 +5,8 @@ TRL's own there are `ratio/q01` and `ratio/q99`, between which 98 % of the ratio
 """
 
 import contextlib
+import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,15 @@ from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.packing.attention import uninstalled
 from flashpo.rollout.seam import eval_mode
+from flashpo.trl import options
+from flashpo.trl._fallback import Fallback
+from flashpo.trl._metrics import ratio_metrics
+from flashpo.trl._pending import Pending
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
 from flashpo.trl.rollout import TrainerRollouts, mismatch, mismatch_metrics
-from flashpo.trl.trainers import Accelerated
+from flashpo.trl.trainers import Accelerated, overridden
 
 SCORING_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -41,38 +45,88 @@ else:
 class PolicyTrainer(Accelerated, Base):
     """What the two share; beside a TRL class."""
 
-    _trl_class: type
+    _options: options.Known  # of the TRL class
     args: Any  # GRPOConfig or RLOOConfig, TRL's or ours
     model: Any
     router_aux_loss_coef: Any
     _logs: dict[str, Any]
     _trains_with_noise: bool | None = None  # whether the last training forward drew random numbers, None before it
+    _loss_helpers: tuple[str, ...] = ()  # methods that TRL's `_compute_loss` calls and ours does not
+    _to_score: tuple[Tensor, Tensor | None] | None = None  # while `_score` runs: its token ids, and which of them
 
-    def __init__(self, *args, **kwargs):
-        self._pending_stats: dict[str, list[PolicyStats]] = {"train": [], "eval": []}
-        self._pending_mismatch: dict[str, list[Tensor]] = {"train": [], "eval": []}
-        super().__init__(*args, **kwargs)
-        self._rollouts = TrainerRollouts(self)
-        self._packed = PackedScoring(self)
+    # made when they are first needed: a trainer may run before its constructor has, or without it
+
+    @functools.cached_property
+    def _pending(self) -> Pending:
+        return Pending()
+
+    @functools.cached_property
+    def _rollouts(self) -> TrainerRollouts:
+        return TrainerRollouts(self)
+
+    @functools.cached_property
+    def _packed(self) -> PackedScoring:
+        return PackedScoring(self)
+
+    @functools.cached_property
+    def _keep_trls(self) -> Fallback:
+        return Fallback("FlashPO leaves {reason}.")
 
     # loss
+
+    def _loss_spec(self) -> LossSpec:
+        """The loss that the configuration asks for, by TRL's options or ours.
+
+        Raises:
+            TypeError, ValueError: there is no such LossSpec.
+        """
+        raise NotImplementedError
+
+    def _spec_of(self, inputs) -> LossSpec:
+        """The loss of one micro-batch."""
+        return self._loss_spec()
+
+    def _spec_or_none(self, inputs) -> LossSpec | None:
+        """`_spec_of`; None, after a warning, where TRL's own `_compute_loss` must run."""
+        if getattr(self.args, "loss", None):
+            return self._spec_of(inputs)
+        reason = self._why_trls_loss(inputs)
+        if not reason:
+            try:
+                return self._spec_of(inputs)
+            except (TypeError, ValueError) as error:  # a value with which TRL's own code may train
+                reason = str(error)
+        self._keep_trls(f"the loss to TRL: {reason}")
+        return None
+
+    def _why_trls_loss(self, inputs) -> str:
+        """Why no LossSpec stands for TRL's loss of this micro-batch; empty where nothing is against it."""
+        reason = options.why_trls_loss(self, self._options)
+        theirs = [name for name in self._loss_helpers if overridden(self, name)]
+        return reason or ", ".join(f"{type(self).__name__} has a {name} of its own" for name in theirs)
 
     def _score(
         self, model, inputs, batch_size: int | None = None, scored: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs, entropies and auxiliary loss of `batch_size` rows at once or of all; of tokens that are `scored`
         (rows, completion tokens): by default of all that are no padding."""
-        return self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].shape[1],
-            batch_size=batch_size,
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            scored=scored,
-            **{name: inputs.get(name) for name in SCORING_INPUTS},
-        )
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        rows = {} if batch_size is None else {"batch_size": batch_size}
+        self._to_score = input_ids, scored  # not an argument: a subclass may have TRL's signature
+        try:
+            return self._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                inputs["completion_ids"].shape[1],
+                **rows,
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                **{name: inputs.get(name) for name in SCORING_INPUTS},
+            )
+        finally:
+            self._to_score = None
 
     def _score_to_train(self, model, inputs, mask: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
         """`_score` of the tokens under `mask`, in one forward or, where there are idle rows, in two.
@@ -98,16 +152,19 @@ class PolicyTrainer(Accelerated, Base):
             and spec.zero_advantage_is_zero_gradient
             and not self.aux_loss_enabled
             and torch.is_grad_enabled()
+            and not overridden(self, "_get_per_token_logps_and_entropies")  # which then has all rows, once
             and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS})
         )
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
-        compute_aux_loss=False, scored: Tensor | None = None, **multimodal,
+        compute_aux_loss=False, **multimodal,
     ):  # fmt: skip
         old = self._rollouts.take_old()
         if old is not None:
             return old, None, None
+        of_ids, scored = self._to_score or (None, None)
+        scored = scored if of_ids is input_ids else None  # a subclass may have others scored on the way
         if active() and self._packed.takes(multimodal):
             scored = attention_mask[:, -logits_to_keep:] if scored is None else scored
             return self._packed.score(
@@ -151,7 +208,7 @@ class PolicyTrainer(Accelerated, Base):
             self._rollouts.say_uncorrected()
             return None
         if not self._takes_old_logprobs():
-            self._pending_mismatch[self._mode].append(mismatch(trained, sampled, mask))
+            self._pending.mismatch[self._mode].append(mismatch(trained, sampled, mask))
         return sampled
 
     def _accumulation(self) -> float:
@@ -169,7 +226,7 @@ class PolicyTrainer(Accelerated, Base):
 
     def flush_metrics(self) -> None:
         """Move the pending statistics into `_metrics`: two collectives and one copy for all micro-batches together."""
-        for mode, pending in self._pending_stats.items():
+        for mode, pending in self._pending.stats.items():
             if not pending:
                 continue
             table = PolicyStats(torch.stack([stats.values for stats in pending], dim=1))
@@ -180,7 +237,7 @@ class PolicyTrainer(Accelerated, Base):
                 for name, value in (self._metrics_of(stats) | ratio_metrics(stats)).items():
                     self._metrics[mode][name].append(value)
             pending.clear()
-        for mode, compared in self._pending_mismatch.items():
+        for mode, compared in self._pending.mismatch.items():
             if compared:
                 rows = self.accelerator.gather(torch.stack(compared))
                 for name, value in mismatch_metrics(rows).items():
@@ -190,6 +247,12 @@ class PolicyTrainer(Accelerated, Base):
     def log(self, logs, *args, **kwargs):
         self.flush_metrics()
         return super().log(logs, *args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if overridden(self, "log"):
+            self.flush_metrics()  # theirs may read `_metrics` before it calls ours, or not call it
+        return loss
 
     # advantages
 
@@ -208,8 +271,12 @@ class PolicyTrainer(Accelerated, Base):
         raise NotImplementedError
 
     def _generate(self, prompts):
-        # a session for the turns of a conversation with tools; continuous batching knows attentions by name
-        with self._rollouts.session(), uninstalled(self.model):
+        self._rollouts.forget_turns()
+        with contextlib.ExitStack() as stack:
+            if active():
+                stack.enter_context(self._rollouts.session())  # for the turns of a conversation with tools
+            if isinstance(self.model, torch.nn.Module):
+                stack.enter_context(uninstalled(self.model))  # continuous batching knows attentions by name
             result = super()._generate(prompts)
         if self._rollouts.generated and self._takes_old_logprobs():
             self._rollouts.keep_as_old(self._sampled_logprobs(result))
@@ -236,6 +303,8 @@ class PolicyTrainer(Accelerated, Base):
         """TRL's batch with our advantages; rewards and group keys of the rows of all ranks."""
         rewards: list[Tensor] = []
         scored: list[Tensor] = []  # by the policy, then by the reference
+        self._rollouts.forget_turns()
+        self._rollouts.take_old()
         with (
             _seen(self, "_calculate_rewards", rewards.append),
             _seen(self, "_get_per_token_logps_and_entropies", lambda result: scored.append(result[0])),
@@ -245,6 +314,8 @@ class PolicyTrainer(Accelerated, Base):
         if self._wants_quiet_logprobs(batch):
             batch[QUIET] = self._quiet_logprobs(batch)
         group = self._group_keys(inputs)
+        if self._keeps_trls_advantages():
+            return batch, rewards[0], group
         advantages = self.compute_advantages(rewards[0], group, inputs, batch)
         if advantages.dim() == 1:
             self._log_advantages(advantages.tolist())  # TRL's own differ in groups of equal rewards
@@ -252,6 +323,16 @@ class PolicyTrainer(Accelerated, Base):
             advantages = advantages[here : here + len(inputs)]
         batch["advantages"] = advantages
         return batch, rewards[0], group
+
+    def _keeps_trls_advantages(self) -> bool:
+        """Whether an option asks for advantages that `compute_advantages` does not know; says so."""
+        reason = options.why_trls_advantages(self, self._options)
+        if not reason or overridden(self, "compute_advantages"):
+            return False
+        if getattr(self.args, "group_by", None):
+            raise ValueError(f"group_by={self.args.group_by} needs FlashPO's advantages, but {reason}")
+        self._keep_trls(f"the advantages to TRL: {reason}")
+        return True
 
     def _log_advantages(self, of_rows: list[float]) -> None:
         """In the table of completions, in place of those that TRL has just logged for the same rows of all ranks."""
@@ -334,20 +415,6 @@ def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
     _, group = prompts.unique(dim=0, return_inverse=True)
     of_group = torch.zeros_like(group).index_add_(0, group, trains.long())
     return (of_group[group] == 0) & (mask != 0).any(1)
-
-
-def ratio_metrics(stats: PolicyStats) -> dict[str, float]:
-    return {"ratio/q01": stats.ratio_quantile(0.01).item(), "ratio/q99": stats.ratio_quantile(0.99).item()}
-
-
-def clip_metrics(stats: PolicyStats) -> dict[str, float]:
-    extremes = {"low_min": stats.clip_low_min.item(), "high_max": stats.clip_high_max.item()}
-    return {
-        "clip_ratio/low_mean": stats.clip_low.item(),
-        "clip_ratio/high_mean": stats.clip_high.item(),
-        "clip_ratio/region_mean": (stats.clip_low + stats.clip_high).item(),
-        **{f"clip_ratio/{name}": x if math.isfinite(x) else math.nan for name, x in extremes.items()},
-    }
 
 
 def without_tokens(model, dead: Tensor):

@@ -21,9 +21,9 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 from flashpo.ops import LossSpec, gae, policy_loss, value_loss
 from flashpo.ops._check import check_that
 from flashpo.trl import critic as critics
+from flashpo.trl._metrics import clip_metrics
 from flashpo.trl.grpo import GRPOTrainer
 from flashpo.trl.noise import RandomDraws
-from flashpo.trl.policy import clip_metrics
 from flashpo.trl.ppo_config import PPOConfig
 
 if TYPE_CHECKING:
@@ -73,8 +73,6 @@ class PPOTrainer(GRPOTrainer):
             raise ValueError(f"critic_model and PPOConfig.critic={args.critic!r} exclude each other")
         if optimizers[0] is not None:
             raise ValueError("optimizers: an optimizer made before the critic does not train it; set PPOConfig.optim")
-        self._values_of_forwards: list[Any] = []  # of each scoring of completions; None: by a model without a critic
-        self._pending_sums: dict[str, list[Tensor]] = {"train": [], "eval": []}  # beside _pending_stats
         super().__init__(model, reward_funcs, args, optimizers=optimizers, **kwargs)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         backbone: Any = self._load_backbone(policy) if critic_model is None else critic_model.base_model
@@ -108,23 +106,23 @@ class PPOTrainer(GRPOTrainer):
         found = self._packed.take_values()
         if found is None and None not in values:
             found = torch.cat(values)[:, -result[0].shape[1] :]
-        self._values_of_forwards.append(found)
+        self._pending.values.append(found)
         return result
 
     def _generate_and_score_completions(self, inputs):
-        self._values_of_forwards.clear()
+        self._pending.values.clear()
         return self._generate_batch(inputs)[0]
 
     def compute_advantages(self, rewards, group, inputs, batch):
         """GAE of this rank's completions; old log-probs, old values and returns join them in the batch."""
         if "old_per_token_logps" in batch:
-            values = self._values_of_forwards[0]  # the policy is scored before the reference
+            values = self._pending.values[0]  # the policy is scored before the reference
         else:
             training, args = self._mode == "train", self.args
             size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size
             with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
                 batch["old_per_token_logps"] = self._score(self.model, batch, size)[0]
-            values = self._values_of_forwards[-1]
+            values = self._pending.values[-1]
         here = self.accelerator.process_index * len(inputs)
         rewards = rewards[here : here + len(inputs)]
         mask = batch["completion_mask"] * batch.get("tool_mask", 1) * ~rewards.isnan().all(1, keepdim=True)
@@ -180,9 +178,9 @@ class PPOTrainer(GRPOTrainer):
         mask, clip = inputs["mask"], self.args.cliprange_value
         draws = RandomDraws(self.accelerator.device)
         logprob, entropy, aux_loss = self._score(model, inputs, scored=mask)
-        values = self._values_of_forwards.pop()
+        values = self._pending.values.pop()
         sampled = self._sampler_logprobs(inputs, logprob, mask, bool(draws))
-        spec = self._corrected(self._loss_spec(), sampled)
+        spec = self._weighed(self._spec_of(inputs), sampled)
         num_items = self._tokens_of_a_step(inputs)
         policy = policy_loss(
             logprob,
@@ -199,14 +197,14 @@ class PPOTrainer(GRPOTrainer):
         critic = value_loss(values, old_values, returns, mask, clip=clip, num_items=num_items)
         moved = (values.detach() - old_values).abs() > (math.inf if clip is None else clip)
         sums = [policy.stats.policy_loss * num_items, critic.detach() * num_items, (moved & mask).sum(), mask.sum()]
-        self._pending_stats[self._mode].append(policy.stats)
-        self._pending_sums[self._mode].append(torch.stack([x.float() for x in sums]))
+        self._pending.stats[self._mode].append(policy.stats)
+        self._pending.sums[self._mode].append(torch.stack([x.float() for x in sums]))
         loss = policy.loss + self.args.vf_coef * critic
         return self._add_aux_loss(loss, aux_loss, 1 / self._accumulation())
 
     def flush_metrics(self) -> None:
         super().flush_metrics()
-        for mode, pending in self._pending_sums.items():
+        for mode, pending in self._pending.sums.items():
             table = self.accelerator.reduce(torch.stack(pending), reduction="sum").tolist() if pending else []
             for *totals, tokens in table:
                 for name, total in zip(("policy_loss", "value_loss", "value_clip_fraction"), totals):

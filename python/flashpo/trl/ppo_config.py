@@ -5,6 +5,7 @@ from typing import Any
 
 import trl
 
+from flashpo.trl import options
 from flashpo.trl.config import GRPO_LOSS_OPTIONS, CorrectionOptions
 
 # GRPO's own mathematics: (option, why PPO has no use for it)
@@ -68,6 +69,8 @@ class PPOConfig(CorrectionOptions, trl.GRPOConfig):
             value: Any = getattr(self, name)
             if value != defaults[name]:
                 raise ValueError(f"{name}={value!r} is not supported by PPO: {reason}")
+        for name in options.unknown_fields(self, options.GRPO):
+            raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO, which does not know it")
 
         def need(fine: bool, name: str, wanted: str) -> None:
             if not fine:

@@ -9,24 +9,27 @@ from trl.trainer.utils import nanstd
 from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 from flashpo.ops.policy_loss import policy_loss
+from flashpo.trl import options
+from flashpo.trl._metrics import clip_metrics
 from flashpo.trl.patch import active
-from flashpo.trl.policy import PolicyTrainer, clip_metrics, scorable
+from flashpo.trl.policy import PolicyTrainer, scorable
 
 
 class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
     """TRL's RLOOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.RLOOConfig` has their options."""
 
     _trl_class = rloo_trainer.RLOOTrainer
+    _options = options.RLOO
 
     def _generate_single_turn(self, *turn):  # type: ignore[override]  # prompt_ids, images, multimodal_fields
         rollouts = self._rollouts.generate(*turn) if active() else None
         if rollouts is None:
             return super()._generate_single_turn(*turn)
-        self._sampled = rollouts.logprobs
+        self._pending.sampled = rollouts.logprobs
         return rollouts.completion_ids
 
     def _sampled_logprobs(self, generated):
-        return self._sampled  # TRL's RLOO has no place for them
+        return self._pending.sampled  # TRL's RLOO has no place for them
 
     def _keep_scored(self, batch, scored):
         batch["old_per_token_logps"] = scored[0]
@@ -38,10 +41,15 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
             return self.args.loss_spec()
         return replace(LOSSES["rloo"], clip_low=self.epsilon_low, clip_high=self.epsilon_high)
 
+    def _why_trls_loss(self, inputs):
+        if "old_per_token_logps" not in inputs:
+            return f"{type(self).__name__}'s batch has old log-probs of sequences only"
+        return super()._why_trls_loss(inputs)
+
     def _compute_loss(self, model, inputs):
-        if not active():
+        spec = self._spec_or_none(inputs) if active() else None
+        if spec is None:
             return super()._compute_loss(model, inputs)
-        spec = self._loss_spec()
         logprob, entropy, aux_loss = self._score_to_train(model, inputs, inputs["completion_mask"], spec)
         result = policy_loss(
             logprob,
@@ -52,7 +60,7 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
             ref_logprob=inputs["ref_per_token_logps"] if spec.kl_coef != 0 else None,
             entropy=entropy,
         )
-        self._pending_stats[self._mode].append(result.stats)
+        self._pending.stats[self._mode].append(result.stats)
         return self._add_aux_loss(result.loss, aux_loss, 1.0)  # the Trainer divides by the accumulation steps
 
     def _metrics_of(self, stats):

@@ -7,7 +7,6 @@ distinct one once. What it cannot do goes to TRL's own generation, with one warn
 import contextlib
 import logging
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from trl.trainer.utils import pad
 
 from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
+from flashpo.trl._fallback import Fallback
 
 log = logging.getLogger("flashpo")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "eos_token_id", "stop_strings", "do_sample")
@@ -41,21 +41,28 @@ class TrainerRollouts:
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.mode: str = getattr(trainer.args, "rollout", "auto")
+        self.mode: str = getattr(_args(trainer), "rollout", "auto")
         self.engine: RolloutEngine | None = None
-        self.refused: set[str] = set()  # reasons that have been said
         self._said_uncorrected = False
-        self._turns: list[bool] = []  # of the last batch: whether the engine answered
-        self._old: Tensor | None = None
+        strict = "rollout='engine', but {reason}" if self.mode == "engine" else None
+        self._refuse = Fallback("FlashPO's rollout engine does not generate here: {reason}. TRL does.", strict)
         self._session: contextlib.ExitStack | None = None  # open, whether or not there is an engine yet
 
     def generate(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
         """One completion of each prompt, in their order; None: TRL has to generate."""
         rollouts = None if self.mode == "generate" else self._by_engine(prompt_ids, images, multimodal_fields)
         if self._session is None:
-            self._turns = []
+            self.forget_turns()
         self._turns.append(rollouts is not None)
         return rollouts
+
+    @property
+    def _turns(self) -> list[bool]:
+        return self.trainer._pending.turns
+
+    def forget_turns(self) -> None:
+        """A new batch of generations begins."""
+        self._turns.clear()
 
     @property
     def generated(self) -> bool:
@@ -82,11 +89,7 @@ class TrainerRollouts:
             with self._model() as model:
                 rollouts = self._generate(model, prompt_ids)
         except Unsupported as reason:
-            if self.mode == "engine":
-                raise ValueError(f"rollout='engine', but {reason}") from None
-            if str(reason) not in self.refused:
-                self.refused.add(str(reason))
-                warnings.warn(f"FlashPO's rollout engine does not generate here: {reason}. TRL does.", stacklevel=2)
+            self._refuse(str(reason))
             return None
         self._log(rollouts)
         return rollouts
@@ -123,9 +126,9 @@ class TrainerRollouts:
             found = support(model)
             if not found.ok:
                 raise Unsupported(found.reason)
-            options = getattr(trainer.args, "rollout_options", None) or {}
-            autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+            options = getattr(_args(trainer), "rollout_options", None) or {}
             fallback = "error" if self.mode == "engine" else "generate"  # where memory runs out
+            autocast = autocast_dtype(trainer.accelerator)
             options = {"tokenizer": trainer._tokenizer, "autocast": autocast, "fallback": fallback} | options
             self.engine = RolloutEngine(model, **options)
             if self._session is not None:
@@ -152,23 +155,24 @@ class TrainerRollouts:
         Behind it nothing does with `rollout_release`, nor any copy of weights.
         """
         with contextlib.ExitStack() as self._session:
-            self._turns = []
+            self.forget_turns()
             if self.engine is not None:
                 self._session.enter_context(self.engine.session())
             try:
                 yield
             finally:
                 self._session = None
-        if self.engine is not None and getattr(self.trainer.args, "rollout_release", False):
+        if self.engine is not None and getattr(_args(self.trainer), "rollout_release", False):
             self.engine.release()
 
     def keep_as_old(self, logprobs: list[list[float]]) -> None:
         """Let the scoring of these completions that comes next be answered by what they were sampled with."""
         rows = [torch.tensor(row, device=self.trainer.accelerator.device) for row in logprobs]
-        self._old = pad(rows, padding_value=0, pad_to_multiple_of=self.trainer.pad_to_multiple_of)
+        self.trainer._pending.old = pad(rows, padding_value=0, pad_to_multiple_of=self.trainer.pad_to_multiple_of)
 
     def take_old(self) -> Tensor | None:
-        old, self._old = self._old, None
+        pending = self.trainer._pending
+        old, pending.old = pending.old, None
         return old
 
     def _log(self, rollouts: Rollouts) -> None:
@@ -179,6 +183,18 @@ class TrainerRollouts:
         metrics["rollout/nan_completions"].append(rollouts.finish_reasons.count("nan"))
 
 
+def _args(trainer) -> Any:
+    """None of a trainer whose constructor did not run."""
+    return getattr(trainer, "args", None)
+
+
+def autocast_dtype(accelerator) -> torch.dtype | None:
+    """What the accelerator's autocast casts to. Its `mixed_precision` is a wish: fp16 on a CPU, say, is not granted."""
+    device = accelerator.device.type
+    with accelerator.autocast():
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> SamplingParams:
     """What `model.generate(generation_config=config)` would do, or Unsupported naming the option."""
     prepare: Any = model._prepare_generation_config
@@ -187,6 +203,9 @@ def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> Samplin
     for name, value in merged.to_diff_dict().items():
         if name not in SAMPLING + STORAGE and value not in (None, False, neutral.get(name)):
             raise Unsupported(f"the generation option {name}={value!r} is set")
+    total = config.max_length, model.generation_config.max_length  # None: the default counts new tokens
+    if merged.max_new_tokens is None and any(length is not None for length in total):
+        raise Unsupported("max_length is set without max_new_tokens: it counts the padded prompt, too")
     stop = merged.eos_token_id
     stop_strings = merged.stop_strings or ()
     return SamplingParams(
@@ -194,7 +213,7 @@ def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> Samplin
         top_k=merged.top_k or 0,
         top_p=1.0 if merged.top_p is None else merged.top_p,
         min_p=merged.min_p or 0.0,
-        max_new_tokens=merged.max_new_tokens,
+        max_new_tokens=merged.max_length if merged.max_new_tokens is None else merged.max_new_tokens,
         stop_token_ids=() if stop is None else tuple(torch.as_tensor(stop).reshape(-1).tolist()),
         stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
     )

@@ -1,6 +1,6 @@
 """`share_prefix` of a trainer's arguments: whether it runs on token trees, and what it says where it cannot."""
 
-import warnings
+from flashpo.trl._fallback import Fallback
 
 
 class Sharing:
@@ -11,7 +11,8 @@ class Sharing:
         self.mode = getattr(args, "share_prefix", "auto")  # TRL's own configurations have no such field
         noise = getattr(args, "neftune_noise_alpha", None)
         self._against = "neftune_noise_alpha: its noise depends on the length of a padded row" if noise else ""
-        self._said: set[str] = set()
+        strict = "share_prefix=True, but {reason}" if self.mode is True else None
+        self.refuse = Fallback("FlashPO scores padded rows here, prompts are not shared: {reason}.", strict)
 
     def allowed(self, reason: str) -> bool:
         """Whether to run packed; `reason`: what is against it, empty where nothing is."""
@@ -19,11 +20,3 @@ class Sharing:
         if self.mode is not False and reason:
             self.refuse(reason)
         return self.mode is not False and not reason
-
-    def refuse(self, reason: str) -> None:
-        """Say why rows are padded, each reason once, or raise."""
-        if self.mode is True:
-            raise ValueError(f"share_prefix=True, but {reason}")
-        if reason not in self._said:
-            self._said.add(reason)
-            warnings.warn(f"FlashPO scores padded rows here, prompts are not shared: {reason}.", stacklevel=3)

@@ -9,13 +9,28 @@ from collections.abc import Iterator
 import transformers
 from trl.trainer import dpo_trainer, kto_trainer, sft_trainer  # not trl's names: `flashpo run` replaces them
 
+from flashpo.trl._host import check_trainer
 from flashpo.trl.patch import patched
 from flashpo.trl.sharing import Sharing
 from flashpo.trl.tree_head import heads_take_trees
 
 
+def overridden(trainer, name: str) -> bool:
+    """Whether a method is neither ours nor of the TRL class: a subclass or the instance has one of its own."""
+    if name in vars(trainer):
+        return True
+    owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls))
+    return owner not in trainer._trl_class.__mro__ and owner.__module__.partition(".")[0] != "flashpo"
+
+
 class Accelerated(transformers.Trainer):
     """Opens the patch around the methods in which a TRL trainer runs its model on labels."""
+
+    _trl_class: type
+
+    def __new__(cls, *args, **kwargs):
+        check_trainer(cls._trl_class)  # before all constructors
+        return super().__new__(cls)
 
     def training_step(self, *args, **kwargs):
         with patched():
@@ -32,8 +47,6 @@ class Accelerated(transformers.Trainer):
 
 class Packed(Accelerated):
     """Its models run on token trees, see `flashpo.trl.tree_head`; `share_prefix` of its arguments says whether."""
-
-    _trl_class: type
 
     def __init__(self, *args, **kwargs):
         with heads_take_trees(self, self._trl_class):

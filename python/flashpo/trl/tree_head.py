@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from flashpo.packing import TokenTree, forward_here, pack, packable
 from flashpo.packing.attention import install
 from flashpo.packing.norms import fuse_norms
+from flashpo.trl._replaced import replaced
 from flashpo.trl.patch import DEVICES, FIELDS, active
 from flashpo.trl.sharing import Sharing
 
@@ -36,21 +37,19 @@ def heads_take_trees(trainer: Any, trl_class: type) -> Iterator[None]:
 
     That moment lies behind everything that changes a model, and before all that wraps it or runs it.
     """
-    module: Any = importlib.import_module(trl_class.__module__)
-    add_fused_lm_head = module.add_fused_lm_head
     sharing = functools.cache(lambda: Sharing(trainer.args))  # TRL has made its arguments by then
 
-    def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
-        add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
-        with_adapters = trainer.model if any(x is model for x in trainer.model.modules()) else model
-        if sharing().allowed(packable(with_adapters).reason):
-            take_trees(model, sharing(), temperature, cast_lm_head_to_fp32, outputs)
+    def taking_trees(add_fused_lm_head: Callable) -> Callable:
+        def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
+            add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
+            with_adapters = trainer.model if any(x is model for x in trainer.model.modules()) else model
+            if sharing().allowed(packable(with_adapters).reason):
+                take_trees(model, sharing(), temperature, cast_lm_head_to_fp32, outputs)
 
-    module.add_fused_lm_head = add
-    try:
+        return add
+
+    with replaced(importlib.import_module(trl_class.__module__), "add_fused_lm_head", taking_trees):
         yield
-    finally:
-        module.add_fused_lm_head = add_fused_lm_head
 
 
 def take_trees(

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from flashpo._op import stats
 from flashpo.packing.norms import original_norms
 from flashpo.trl.patch import patched, stock
+from flashpo.trl.rollout import autocast_dtype
 
 # What a step writes to besides parameters: the trainer's records, copied for each run. Plain numbers are rebound.
 RECORDS = (
-    "_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_pending_stats", "_pending_sums",
-    "state", "control",
+    "_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "state", "control",  # TRL's
+    "_pending",  # ours
 )  # fmt: skip
 # Random or slow, and not ours: done once, the second run gets the same results. Their own metrics are left out.
 REPLAYED = ("_generate", "_calculate_rewards")
 CLOCKS = ("step_time", "profiling")  # metrics that are never the same twice
-ADDED = "ratio/"  # metrics that TRL does not have begin so
+ADDED = ("ratio/", "rollout/")  # metrics that TRL does not have begin so
 
 
 class VerificationError(AssertionError):
@@ -126,9 +127,8 @@ def verify(trainer, steps: int = 2) -> Report:
 def compute_dtype(trainer, model: nn.Module) -> torch.dtype:
     """The narrowest dtype on the way from tokens to log-probs: autocast's, else the parameters'."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if trainer.accelerator.mixed_precision in autocast:
-        dtypes.add(autocast[trainer.accelerator.mixed_precision])
+    if (autocast := autocast_dtype(trainer.accelerator)) is not None:
+        dtypes.add(autocast)
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
@@ -193,6 +193,8 @@ def _run(trainer, model: nn.Module, batches: list, tapes: dict[str, list], repla
         trainer.compute_loss = _autocast(trainer, trainer.compute_loss)
         if hasattr(trainer, "_buffered_inputs"):  # begin with a generation
             trainer._buffered_inputs, trainer._step = None, 0
+        if hasattr(trainer, "flush_metrics"):
+            trainer.flush_metrics()  # those of earlier steps, which the loop then clears
         for micro_batches, items in batches:
             trainer.current_gradient_accumulation_steps = len(micro_batches)
             trainer._metrics["train"].clear()
