@@ -186,7 +186,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     inputs, threads = _laid_out(q, k, v, end, position), torch.get_num_threads()
     delta = (out.float() * d_out).sum(-1)
     results = lse, delta, d_out.contiguous()
-    grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+    grads = [x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
     scratch = lse.new_empty(native.tree_attention_scratch(*inputs, window, True, threads))
     native.tree_attention_bwd(*inputs, scale, window, softcap, *results, *grads, scratch, threads)
     dq, dk, dv = (x.to(q.dtype) for x in grads)
