@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo.ops.tree_attention import release as release_tree_tiles
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity, sharded
 from flashpo.rollout.adapters import active_adapter, adapter_states
@@ -249,6 +250,7 @@ class RolloutEngine:
             raise RuntimeError("release() within a session")
         self.runner = None
         self.view.release()
+        release_tree_tiles()
 
     def _roll(self, model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollouts:
         """For the self-check: a rollout of the model, or of a small twin of it, that is not checked itself."""

@@ -34,7 +34,8 @@ def is_hybrid(config: PreTrainedConfig) -> bool:
 
 def cache_keyword(backbone: nn.Module) -> str:
     """The name under which its forward takes a cache: "past_key_values" in older transformers."""
-    return _cache_keyword(type(backbone))
+    kind: Any = type(backbone)
+    return _cache_keyword(kind)
 
 
 @functools.cache
