@@ -116,9 +116,16 @@ def _kept(end: Tensor, position: Tensor) -> Lists:
         return {}
     stream = torch.cuda.current_stream(end.device) if end.is_cuda else None
     identity = stream, *((x.data_ptr(), len(x), x._version) for x in (end, position))
-    if _last is None or _last[0] != identity:
-        _last = identity, (end, position), {}
-    return _last[2]
+    kept = _last  # looked at once: another thread may put its own tree there at any moment
+    if kept is None or kept[0] != identity:
+        kept = _last = identity, (end, position), {}
+    return kept[2]
+
+
+def release() -> None:
+    """Forgets the last tree and its lists."""
+    global _last
+    _last = None
 
 
 def _made(

@@ -20,7 +20,12 @@ from transformers import (
 )
 from transformers.models.qwen3 import modeling_qwen3
 
+from flashpo.ops.sample import uniform
+from flashpo.rollout import SamplingParams, parity
+from flashpo.rollout.runner import stream
+
 VOCAB = 120
+TIE = 1e-5  # of probability mass, in fp32
 # weights large enough for peaked distributions: with almost equal logits every mistake would look small
 SIZES = {
     "hidden_size": 64,
@@ -84,3 +89,39 @@ def with_ligers_layers(net: Qwen3ForCausalLM, monkeypatch) -> Qwen3ForCausalLM:
     liger._apply_liger_kernel_to_instance(net, fused_linear_cross_entropy=False)
     assert "forward" in net.base_model.norm.__dict__
     return net
+
+
+@torch.no_grad()
+def assert_same_draws(model, ours, theirs, params) -> None:
+    """Two rollouts of the same random streams: all that may differ is rounding, by the measure of the self-check.
+
+    A row's tokens are compared up to the first that differs. There the random number must lie so near to the border of
+    both tokens that rounding decides; what comes after it follows another text.
+    """
+    assert (ours.prompt_ids, ours.prompt_index) == (theirs.prompt_ids, theirs.prompt_index)
+    params = [params] * (1 + max(ours.prompt_index)) if isinstance(params, SamplingParams) else params
+    indices: dict[int, int] = {}
+    for row, of in enumerate(ours.prompt_index):
+        index = indices[of] = indices.get(of, -1) + 1
+        prompt, first, second = ours.prompt_ids[row], ours.completion_ids[row], theirs.completion_ids[row]
+        same = next((i for i, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), None)
+        if same is None:
+            assert len(first) == len(second), row
+        else:
+            _assert_a_tie(model, prompt + first[:same], {first[same], second[same]}, params[of], of, index)
+        for rollouts in (ours, theirs):
+            ids = rollouts.completion_ids[row][:same]
+            if ids:
+                logprobs = torch.tensor([rollouts.logprobs[row][:same]], dtype=torch.float64)
+                found = parity.judged(model, logprobs, [prompt + ids])
+                assert found.distance <= found.allowed, (row, found)
+
+
+def _assert_a_tie(model, text, tokens, params, prompt_index, index) -> None:
+    logits = model(torch.tensor([text])).logits[0, -1].double() / (params.temperature or 1.0)
+    assert params.temperature, "greedy choices are compared by their logits"
+    low, high = sorted(tokens)
+    border = logits.softmax(-1)[: low + 1].sum()
+    u = uniform(*(torch.tensor([x]) for x in (stream(params.seed, prompt_index, index), len(text))))
+    assert high == low + 1 or logits.softmax(-1)[low + 1 : high].sum() < TIE, tokens
+    assert (u - border).abs() < TIE, (u, border)

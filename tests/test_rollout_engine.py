@@ -140,7 +140,7 @@ def test_bad_requests(prompt, params, message):
     ("asked", "params", "message"),
     [
         ([1, 2], SamplingParams(), "prompts must be lists of token ids"),
-        ("abc", SamplingParams(), "prompts must be lists of token ids"),
+        ("abc", SamplingParams(), "prompts must be a sequence, not str"),
         ([[1.0, 2.0]], SamplingParams(), "prompts must be lists of token ids"),
         (3, SamplingParams(), "prompts must be a sequence, not int"),
         ([[1]], None, "params must be a sequence, not NoneType"),

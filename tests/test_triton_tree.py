@@ -114,3 +114,26 @@ def test_skips_what_nobody_sees():
     tree = Tree.of(group(64, *[32] * 8))
     _, counts = tree_tiles.lists(tree.end, tree.position, None, 32, 32, rows_are_keys=False)
     assert counts.tolist() == [[0, 1], [1, 1]] + 8 * [[2, 1]]
+
+
+def test_lists_are_those_of_the_tree_that_asks(monkeypatch):
+    """Another thread may come with its own tree at any moment: here, while ours is compared with the kept one."""
+    mine, other = (Tree.of(group(n, 32)) for n in (64, 32))
+    kept = tree_tiles._kept(mine.end, mine.position)
+    assert tree_tiles._kept(mine.end, mine.position) is kept
+
+    class Address(int):
+        def __eq__(self, value):
+            monkeypatch.undo()
+            tree_tiles._kept(other.end, other.position)
+            return int(self) == value
+
+        __hash__ = int.__hash__
+
+    identity, tree, lists = tree_tiles._last
+    monkeypatch.setattr(
+        tree_tiles, "_last", ((identity[0], (Address(identity[1][0]), *identity[1][1:]), identity[2]), tree, lists)
+    )
+    assert tree_tiles._kept(mine.end, mine.position) is kept
+    tree_tiles.release()
+    assert tree_tiles._last is None

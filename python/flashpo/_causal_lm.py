@@ -1,5 +1,6 @@
 """A causal language model of transformers taken apart: logits = cap(scale * head(backbone(...)))."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +34,7 @@ class CausalLM(NamedTuple):
         """
         from transformers import PreTrainedModel
 
-        base: Any = model
-        while (inner := _wrapped(base)) is not None:
-            base = inner
+        *_, base = layers_of_wrapping(model)
         if not isinstance(base, PreTrainedModel):
             raise Unsupported(f"{type(base).__name__} is no model of transformers")
         backbone, head = base.base_model, base.get_output_embeddings()
@@ -45,6 +44,13 @@ class CausalLM(NamedTuple):
             raise Unsupported(f"{type(base).__name__} has no language model head")
         config = base.config.get_text_config()
         return cls(base, backbone, head, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def layers_of_wrapping(model: Any) -> Iterator[Any]:
+    """The model, what it wraps, and so on to the innermost one."""
+    while model is not None:
+        yield model
+        model = _wrapped(model)
 
 
 def _wrapped(model: Any) -> nn.Module | None:

@@ -251,7 +251,7 @@ def _run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wi
     cast = [x.to(dtype).to(device, wide).requires_grad_() if x.dtype == torch.float64 else x.to(device) for x in inputs]
     results = fn(*cast)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(r.shape, generator=generator).to(r) for r in results]
+    upstream = [torch.randn(r.shape, generator=generator, dtype=torch.float32).to(r) for r in results]
     wanted = [x for x in cast if x.requires_grad]
     differentiable = any(r.requires_grad for r in results)
     grads = torch.autograd.grad(results, wanted, upstream, allow_unused=True) if differentiable else ()

@@ -32,7 +32,7 @@ def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     kept = getattr(_kept, name, None)
     if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=torch.uint8)
+        kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         setattr(_kept, name, kept)
     return kept[:size].view(dtype).view(shape)
 
@@ -112,14 +112,17 @@ def partial(hidden, weight, target, *rest) -> Tensor:
     check_range("target", target, vocab, ignore_index)
     tiles = Tiles(hidden, weight, target, *(*head, dtype))
     threads, state_rows = torch.get_num_threads(), 12 if side else 6
-    states = [(block, torch.empty(state_rows, block.stop - block.start)) for block in tiles.blocks()]
+    states = [
+        (block, torch.empty(state_rows, block.stop - block.start, dtype=torch.float32, device="cpu"))
+        for block in tiles.blocks()
+    ]
     for part, rows in tiles.parts():
         for block, state in states:
             tile = tiles.logits(rows, block)
             native.linear_logprob_fold(tile, *tiles.describe(part, block), state, part.start == 0, threads)
     whole = neutral_partial(side, len(target), tiles.buffer)
     for block, state in states:
-        column = torch.empty(len(whole), state.shape[1])
+        column = state.new_empty(len(whole), state.shape[1])
         native.linear_logprob_finish(state, *tiles.describe(slice(0, 0), block)[2:], column)
         whole[:, block if tiles.live is None else tiles.live[block]] = column
     return whole
@@ -140,12 +143,12 @@ def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tenso
         transposed[:, tiles.width :] = 0
 
     none = hidden.new_empty(0)
-    d_hidden = torch.zeros(tiles.hidden.shape) if want_hidden else none
+    d_hidden = hidden.new_zeros(tiles.hidden.shape, dtype=torch.float32) if want_hidden else none
     d_weight = (torch.empty_like if of_blocks else torch.zeros_like)(weight) if want_weight else none.clone()
-    d_bias = torch.zeros(len(weight)) if want_bias else none.clone()
+    d_bias = hidden.new_zeros(len(weight), dtype=torch.float32) if want_bias else none.clone()
     # Products of fp32, and sums over several blocks of tokens, are kept in fp32 and rounded once.
     in_fp32 = weight.dtype != torch.float32 and (tiles.dtype == torch.float32 or len(of_blocks) > 1)
-    d_rows = torch.empty(tiles.width, weight.shape[1]) if want_weight and in_fp32 else None
+    d_rows = weight.new_empty(tiles.width, weight.shape[1], dtype=torch.float32) if want_weight and in_fp32 else None
     buffer = tiles.buffer_of_products() if tiles.dtype == torch.float32 else None
     for part, rows in tiles.parts():
         d_part = d_weight[part] if d_rows is None else d_rows[: len(rows)]

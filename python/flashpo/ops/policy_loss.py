@@ -231,7 +231,7 @@ def _numbers(key: str) -> Tensor:
     numbers: list[float] = []
     for name, value in asdict(LossSpec.from_key(key)).items():
         value = CHOICES[name].index(value) if name in CHOICES else math.nan if value is None else value
-        numbers += torch.tensor(value, dtype=torch.float64).flatten().tolist()
+        numbers += torch.tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 

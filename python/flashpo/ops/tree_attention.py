@@ -11,6 +11,7 @@ dq_i = sum_j ds_ij k_j         dk_j = sum_i ds_ij q_i         dv_j = sum_i p_ij 
 d sink = -sum_i exp(sink - lse_i) delta_i
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -77,6 +78,12 @@ def attend(q, k, v, sinks, end, position, scale: float, window: int, softcap: fl
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:4]):
         return TreeAttention.apply(*args)
     return tree_attention_fwd(*args)[0]
+
+
+def release() -> None:
+    """Frees what Triton's kernels keep of the last tree."""
+    if (tiles := sys.modules.get("flashpo.kernels.tree_tiles")) is not None:
+        tiles.release()
 
 
 def _check(q, k, v, end, position, window, softcap, sinks) -> None:
@@ -194,7 +201,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
     d_out = d_out.contiguous()  # before torch's sum, whose order depends on the layout
     delta = (out.float() * d_out).sum(-1)
     results = lse, delta, d_out
-    grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+    grads = [x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
     scratch = lse.new_empty(native.tree_attention_scratch(*inputs, window, True, threads))
     native.tree_attention_bwd(*inputs, scale, window, softcap, *results, *grads, scratch, threads)
     dq, dk, dv = (x.to(q.dtype) for x in grads)

@@ -73,9 +73,9 @@ def _formula(module: nn.Module) -> Formula | None:
     known = type(module).__module__.startswith("transformers.") and type(module).__name__.endswith("RMSNorm")
     if not known or weight is None or weight.dim() != 1 or eps is None:
         return None
-    x = torch.linspace(-1, 1, 24, device="cpu").view(3, 8) * eps**0.5  # so that eps counts
+    x = torch.linspace(-1, 1, 24, dtype=torch.float32, device="cpu").view(3, 8) * eps**0.5  # so that eps counts
     trial = copy.copy(module)
-    trial_weight = nn.Parameter(torch.linspace(0.5, 2, 8, device="cpu"))
+    trial_weight = nn.Parameter(torch.linspace(0.5, 2, 8, dtype=torch.float32, device="cpu"))
     trial._parameters = {"weight": trial_weight}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:

@@ -85,10 +85,11 @@ def pack(
     rows = Rows.of(input_ids, attention_mask, completion_mask, prune)
     sorted_ids, of_row = rows.distinct()
     length = (sorted_ids >= 0).sum(1)
-    branch = torch.tensor(branches(shared_with_previous(sorted_ids), min_saved))
+    branch = torch.tensor(branches(shared_with_previous(sorted_ids), min_saved), device="cpu")
     begin = F.pad((length - branch).cumsum(0), (1, 0))  # of each sorted row's own tokens; the last is N
 
-    count, depth = torch.arange(len(length))[:, None], torch.arange(sorted_ids.shape[1])
+    count, depth = (torch.arange(n, device="cpu") for n in sorted_ids.shape)
+    count = count[:, None]
     brings = branch[:, None] <= depth  # a token of its own at this depth, not one of the row before
     owner = count.where(brings, 0).cummax(0).values
     index = begin[owner] + depth - branch[owner]
@@ -100,7 +101,7 @@ def pack(
     tokens, position, end = sorted_ids[own], depth.expand_as(own)[own], begin[successor][own]
     before = F.pad(index, (1, 0), value=-1)[:, :-1][own]
     if len(tokens) == 0:
-        tokens, position, end, before = (torch.tensor([x]) for x in (0, 0, 1, -1))
+        tokens, position, end, before = (torch.tensor([x], device="cpu") for x in (0, 0, 1, -1))
     index = index[of_row]
     copies = torch.bincount(index[index >= 0], minlength=len(tokens))
     pairs = rows.pairs(index)
@@ -133,9 +134,9 @@ class Rows(NamedTuple):
             raise ValueError("input_ids must be at least 0 wherever attention_mask is 1")
         length = live.sum(1, keepdim=True)
         if prune:
-            columns = torch.arange(batch.shape[1])
+            columns = torch.arange(batch.shape[1], device="cpu")
             length = (columns.where(scored, 0).amax(1, keepdim=True) - first).clamp(min=0)
-        depth = torch.arange(max(int(length.max()), 1))
+        depth = torch.arange(max(int(length.max()), 1), device="cpu")
         ids = batch.gather(1, (first + depth).clamp(max=batch.shape[1] - 1)).where(depth < length, -1)
         return cls(batch, scored, completion_mask.shape[1], first, ids)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashpo._huge_pages import HugePages
+from flashpo._memory import available_bytes
 from flashpo.ops import kv_append
 from flashpo.rollout.support import Layer
 
@@ -77,12 +78,11 @@ def allocate(layers: Sequence[Layer], blocks: int, at_least: int, dtype: torch.d
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that can be had now, what torch holds in reserve included."""
+    """Memory of the device that can be had now: on a GPU what torch holds in reserve included."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    return available_bytes()
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import operator
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -12,9 +11,11 @@ import torch
 from torch import nn
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo.ops.tree_attention import release as release_tree_tiles
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity, sharded
-from flashpo.rollout.adapters import adapter_states
+from flashpo.rollout.adapters import active_adapter, adapter_states
+from flashpo.rollout.arguments import choice, flag, integer, items, kind, number, token_ids
 from flashpo.rollout.cache import BLOCK, allocate, block_bytes, free_bytes, out_of_memory
 from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.generation import Completion, Generation
@@ -23,8 +24,8 @@ from flashpo.rollout.prefix_tree import blocks_for
 from flashpo.rollout.runner import Runner
 from flashpo.rollout.scheduler import Counts, Row, Scheduler
 from flashpo.rollout.seam import eval_mode, rollout_mode
-from flashpo.rollout.support import support
-from flashpo.rollout.weights import WeightView
+from flashpo.rollout.support import structure, support
+from flashpo.rollout.weights import LORA, MODES, WeightView
 
 log = logging.getLogger("flashpo")
 MEMORY_SHARE = 0.5  # of what is free, for the pool where `kv_memory` is not given
@@ -55,7 +56,9 @@ class RolloutEngine:
             the only way to know of a model that does something unheard of.
 
     Raises:
+        TypeError, ValueError: naming the argument.
         Unsupported: with fallback="error", naming the reason.
+        ModelInUse: a rollout of the model has not ended.
     """
 
     def __init__(
@@ -73,27 +76,50 @@ class RolloutEngine:
         fallback: str = "generate",
         check: bool = True,
     ):
-        if fallback not in ("generate", "error"):
-            raise ValueError(f'fallback must be "generate" or "error", not {fallback!r}')
-        sizes: dict[str, float | None] = {"kv_memory": kv_memory, "max_sequences": max_sequences}
-        sizes |= {"expected_tokens": expected_tokens, "prefill_tokens": prefill_tokens}
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {kind(model)}")
+        if next(model.parameters(), None) is None:
+            raise ValueError(f"model must have parameters, {kind(model)} has none")
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            raise TypeError(f"tokenizer must have a method decode, {kind(tokenizer)} has none")
+        if autocast is not None and not isinstance(autocast, torch.dtype):
+            raise TypeError(f"autocast must be a torch.dtype or None, not {autocast!r}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, not {autocast}")
+        choice("weights", weights, MODES)
+        choice("lora", lora, LORA)
         self.model: Any = model
-        self.tokenizer, self.fallback, self.autocast = tokenizer, fallback, autocast
-        self.kv_memory, self.max_sequences, self.prefill_tokens = kv_memory, max_sequences, prefill_tokens
-        self.expected_tokens = expected_tokens
-        self.device = next(model.parameters()).device
+        self.tokenizer, self.autocast = tokenizer, autocast
+        self.fallback, self.check = choice("fallback", fallback, ("generate", "error")), flag("check", check)
+        self.kv_memory = None if kv_memory is None else integer("kv_memory", kv_memory, 1)
+        self.max_sequences = None if max_sequences is None else integer("max_sequences", max_sequences, 1)
+        self.expected_tokens = None if expected_tokens is None else number("expected_tokens", expected_tokens, 1)
+        self.prefill_tokens = integer("prefill_tokens", prefill_tokens, 1)
         self.view = WeightView(model, weights, dtype=autocast, lora=lora)
-        self.support = support(model)
-        self.checked = not check
-        self._said = False  # that something else answers
-        if not self.support.ok:
-            self._refuse(self.support.reason)
         self.runner: Runner | None = None
         self.scheduler: Scheduler | None = None  # of the session, in one
         self.open_session: contextlib.ExitStack | None = None
+        self._said = ""  # why something else answers
+        self._structure: Hashable = None
+        self._look_at_the_model()
+        if not self.support.ok:
+            self._refuse(self.support.reason)
+
+    def _look_at_the_model(self) -> None:
+        """Finds out what the engine knows of its model, unless that still holds."""
+        now = structure(self.model)
+        if now == self._structure:
+            return
+        if self.open_session is not None and self._structure is not None:
+            raise RuntimeError("the model's modules or config have changed within a session")
+        self.support, self.checked = support(self.model), not self.check
+        self.runner = None
+        self.view.release()
+        self._structure = now
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def generate(
         self,
@@ -112,15 +138,23 @@ class RolloutEngine:
             progress: show a progress bar.
 
         Raises:
-            TypeError: prompts or params are none.
+            TypeError: prompts, params or adapters are none.
             ValueError: a prompt is empty, holds ids outside the vocabulary or leaves no place for its new tokens.
+            ModelInUse: another rollout of the model has not ended, in another thread or further up in this one.
             Unsupported, MemoryError: with fallback="error". A prompt that with its max_new_tokens does not fit into the
                 cache is told in bytes.
         """
-        prompts = _token_ids(prompts)
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else _sequence("params", params)
-        if wrong := next((p for p in params if not isinstance(p, SamplingParams)), None):
-            raise TypeError(f"params must be SamplingParams, not {type(wrong).__name__}")
+        prompts = token_ids("prompts", prompts)
+        flag("progress", progress)
+        self._look_at_the_model()
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else items("params", params)
+        for p in params:
+            if not isinstance(p, SamplingParams):
+                raise TypeError(f"params must be SamplingParams, not {kind(p)}")
+        adapters = None if adapters is None else items("adapters", adapters)
+        for name in adapters or ():
+            if not isinstance(name, str):
+                raise TypeError(f"adapters must be names, not {kind(name)}")
         self._check(prompts, params, adapters)
         groups = [[Completion.of(p, i, index) for index in range(p.n)] for i, p in enumerate(params)]
         with _progress(sum(p.n for p in params), progress) as ended:
@@ -136,6 +170,7 @@ class RolloutEngine:
 
     def why_not(self) -> str | None:
         """Why the engine cannot run its model, None if it can. Compares with a plain forward when it is first asked."""
+        self._look_at_the_model()
         if self.support.ok and not self.checked:
             try:
                 reason = parity.check(self.model, self._roll, self.autocast)
@@ -215,6 +250,7 @@ class RolloutEngine:
             raise RuntimeError("release() within a session")
         self.runner = None
         self.view.release()
+        release_tree_tiles()
 
     def _roll(self, model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollouts:
         """For the self-check: a rollout of the model, or of a small twin of it, that is not checked itself."""
@@ -227,8 +263,8 @@ class RolloutEngine:
     def _refuse(self, reason: str) -> None:
         if self.fallback == "error":
             raise Unsupported(reason)
-        if not self._said:
-            self._said = True
+        if self._said != reason:
+            self._said = reason
             log.warning("rollouts by transformers' generate: %s", reason)
 
     def _plain_view(self):
@@ -249,6 +285,9 @@ class RolloutEngine:
             raise ValueError(f"params must be one SamplingParams or one for each of {len(prompts)} prompts")
         if adapters is not None and len(adapters) != len(prompts):
             raise ValueError(f"adapters must have a name for each of {len(prompts)} prompts, not {len(adapters)}")
+        for name in set(adapters or ()):
+            with eval_mode(self.model), active_adapter(self.model, name):
+                pass  # it exists
         vocabulary = self.model.get_input_embeddings().num_embeddings
         longest = self.support.longest
         for i, (prompt, p) in enumerate(zip(prompts, params)):
@@ -357,21 +396,6 @@ class _Call:
             finish_reasons=[c.reason for c in completions],
             stats=stats,
         )
-
-
-def _sequence(name: str, value: Any) -> list:
-    if not hasattr(value, "__iter__"):
-        raise TypeError(f"{name} must be a sequence, not {type(value).__name__}")
-    return list(value)
-
-
-def _token_ids(prompts: Any) -> list[list[int]]:
-    """As plain numbers, whatever they come in: the cache compares them."""
-    rows = _sequence("prompts", prompts)
-    try:
-        return [[operator.index(token) for token in _sequence("prompts", row)] for row in rows]
-    except TypeError:
-        raise TypeError("prompts must be lists of token ids, one for each prompt") from None
 
 
 def _by_adapter(adapters: Sequence[str] | None, prompts: int) -> list[tuple[str | None, list[int]]]:

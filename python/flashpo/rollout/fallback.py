@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from flashpo._causal_lm import Unsupported
 from flashpo.ops import sample
 from flashpo.rollout.generation import Completion
 from flashpo.rollout.runner import Draw
@@ -28,6 +29,10 @@ def generate(model: Any, prompt: Sequence[int], completions: Sequence[Completion
     with _own_config(model, GenerationConfig(max_new_tokens=longest, pad_token_id=0)):
         mask = torch.ones_like(ids)
         model.generate(input_ids=ids, attention_mask=mask, logits_processor=[draws], stopping_criteria=[_Ended(draws)])
+    if not all(completion.reason for completion in completions):
+        raise Unsupported(
+            f"the generate of {type(model).__name__} does not sample with the logits processor it is given"
+        )
 
 
 class _Draws(LogitsProcessor):

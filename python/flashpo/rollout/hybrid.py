@@ -4,11 +4,13 @@ Such a layer keeps a state of fixed size in place of keys and values. A prompt's
 that starts from it, and moves with its row when rows of the batch come and go.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
@@ -28,6 +30,17 @@ State = dict[tuple[int, str, int], Tensor]  # (layer, kind, number) -> the layer
 
 def is_hybrid(config: PreTrainedConfig) -> bool:
     return any(kind in STATEFUL for kind in get_layer_types_and_kwargs(config)[0])
+
+
+def cache_keyword(backbone: nn.Module) -> str:
+    """The name under which its forward takes a cache: "past_key_values" in older transformers."""
+    kind: Any = type(backbone)
+    return _cache_keyword(kind)
+
+
+@functools.cache
+def _cache_keyword(kind: Any) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 class States(Cache):

@@ -1,11 +1,12 @@
 """What a rollout is asked for and what it returns: SamplingParams, Rollouts, RolloutStats."""
 
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from flashpo.rollout.arguments import SMALLEST_NORMAL, integer, items, kind, number
+
+MOST_COMPLETIONS = 2**20  # of one prompt: each is an object from the beginning
 FINISH_REASONS = ("stop", "length", "nan")
 
 
@@ -19,12 +20,12 @@ class SamplingParams:
     within its prompt) and by the token's position: they do not depend on what else runs.
 
     Args:
-        n: completions of the prompt.
+        n: completions of the prompt, up to 2^20.
         temperature: divides the logits; 0: the most probable token (greedy).
-        top_k: keep this many tokens; 0: all.
+        top_k: keep this many tokens, below 2^63; 0: all.
         top_p: keep the most probable tokens until they hold this mass, in (0, 1]; 1: all.
         min_p: keep tokens at least this times as probable as the most probable, in [0, 1]; 0: all.
-        max_new_tokens: longest completion, at least 1.
+        max_new_tokens: longest completion, in [1, 2^31).
         stop_token_ids: ids that end a completion.
         stop_strings: texts that end a completion; they need the engine's tokenizer.
         seed: in [0, 2^63).
@@ -44,23 +45,26 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self):
-        for name, low in (("n", 1), ("top_k", 0), ("max_new_tokens", 1), ("seed", 0)):
-            self._set(name, _integer(name, getattr(self, name), low))
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2^63, not {self.seed}")
-        for name in ("temperature", "top_p", "min_p"):
-            self._set(name, _number(name, getattr(self, name)))
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
+        for name, low, high in (
+            ("n", 1, MOST_COMPLETIONS),
+            ("top_k", 0, 2**63 - 1),
+            ("max_new_tokens", 1, 2**31 - 1),
+            ("seed", 0, 2**63 - 1),
+        ):
+            self._set(name, integer(name, getattr(self, name), low, high))
+        self._set("temperature", number("temperature", self.temperature, 0))
+        if 0 < self.temperature < SMALLEST_NORMAL:
+            raise ValueError(f"temperature must be 0 or at least {SMALLEST_NORMAL}, not {self.temperature}")
+        self._set("top_p", number("top_p", self.top_p, 0, 1))
+        if self.top_p < SMALLEST_NORMAL:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
-        self._set("stop_token_ids", tuple(_integer("stop_token_ids", x, 0) for x in _items(self, "stop_token_ids")))
-        self._set("stop_strings", _items(self, "stop_strings"))
+        self._set("min_p", number("min_p", self.min_p, 0, 1))
+        stop = items("stop_token_ids", self.stop_token_ids)
+        self._set("stop_token_ids", tuple(integer("stop_token_ids", token, 0) for token in stop))
+        self._set("stop_strings", tuple(items("stop_strings", self.stop_strings)))
         for text in self.stop_strings:
             if not isinstance(text, str):
-                raise TypeError(f"stop_strings must be strings, not {type(text).__name__}")
+                raise TypeError(f"stop_strings must be strings, not {kind(text)}")
             if not text:
                 raise ValueError("stop_strings must not be empty: an empty string would stop everything")
 
@@ -75,30 +79,6 @@ class SamplingParams:
     def truncated(self) -> bool:
         """Whether some tokens can never be drawn, so that `Rollouts.truncated_logprobs` differ from `logprobs`."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-
-def _items(params: SamplingParams, name: str) -> tuple:
-    value = getattr(params, name)
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name} must be a sequence, not {type(value).__name__}")
-    return tuple(value)
-
-
-def _integer(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    value = operator.index(value)
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, not {value}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value}")
-    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)

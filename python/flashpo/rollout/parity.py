@@ -3,13 +3,18 @@
 Two rollouts are scored again by a plain forward: one of the model itself, whose differences may be those of rounding,
 and one of its small fp32 twin on the same device, in which a window that is off by one or a scale that is off by 1 %
 stands out. For the time of the check fp32 products are fp32: TF32 would hide that.
+
+What rounding may do is measured on the model itself: its plain forward runs again with the outputs of its layers and
+projections rounded otherwise. How far the log-probs move then depends on the model and its dtype alone. Forwards of
+other shapes are no such measure: some machines' GEMMs round alike in all of them.
 """
 
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +22,37 @@ from transformers import PreTrainedModel
 
 from flashpo._causal_lm import CausalLM
 from flashpo.rollout.cache import BLOCK, out_of_memory
-from flashpo.rollout.hybrid import is_hybrid
 from flashpo.rollout.params import Rollouts, SamplingParams
-from flashpo.rollout.support import longest
+from flashpo.rollout.seam import ModelInUse, eval_mode
+from flashpo.rollout.support import facts, longest
 from flashpo.rollout.twin import small_config, small_model
 
 log = logging.getLogger("flashpo")
 Roll = Callable[[nn.Module, Sequence[Sequence[int]], SamplingParams], Rollouts]
 _answers: dict[Hashable, str | None] = {}
+_checking = threading.RLock()  # of the answers, the precision of products and the random state that twins are made from
 
 PROMPTS = (BLOCK + 6, BLOCK + 3, 3)  # tokens: the first two share a block and split behind it
 SAMPLED = SamplingParams(n=2, max_new_tokens=12, seed=7)
-NOISE = 8.0  # times what rounding does to the model's own forward
-# Of the largest logit, below which no forward can be told from another one: in root mean square, in the median.
-ROUNDINGS = 4.0, 2.0
+STIRS = 3  # forwards that are rounded otherwise
+# A right engine's difference from the plain forward, in units of what the other roundings do: how it is averaged over
+# the tokens, and the most that is allowed. In 16 bits a router may take another expert for a token, and that token's
+# log-prob leaps: the median ignores it.
+RMS = "root mean square", 8.0
+MEDIAN = "median", 2.0
+LOGPROB_ROUNDINGS = 4.0  # rollouts return log-probs in fp32
 LAYER_ROUNDINGS = 8.0  # by which a layer's output differs, in root mean square, before it is named
 
 
 def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
-    """`why_wrong`, asked once a process for each class, config, dtype and kind of device."""
+    """`why_wrong`, asked once a process for each class, config, set of dtypes and kind of device."""
     base: Any = CausalLM.of(model).base
-    dtype = _coarsest(base, autocast)
-    key = type(model), type(base), base.config.to_json_string(), dtype, base.device.type, autocast
-    if key not in _answers:
-        _answers[key] = why_wrong(model, roll, autocast)
-    return _answers[key]
+    dtypes = frozenset(_dtypes(model, autocast))
+    key = type(model), type(base), facts(base.config), dtypes, base.device.type, autocast
+    with _checking:
+        if key not in _answers:
+            _answers[key] = why_wrong(model, roll, autocast)
+        return _answers[key]
 
 
 def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None) -> str | None:
@@ -56,11 +67,21 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        if twin is not None and (reason := _difference(twin.to(base.device), roll, None)) is not None:
+        if twin is not None and (reason := _twice(twin.to(base.device), roll, None)) is not None:
             return f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
-        return _difference(model, roll, autocast)
+        return _twice(model, roll, autocast)
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def _twice(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | None:
+    """A router's near tie can make one rollout of a right engine differ; a wrong one differs in the next, too."""
+    reason = None
+    for seed in range(2):
+        reason = _difference(model, roll, autocast, seed)
+        if reason is None:
+            break
+    return reason
 
 
 def _twin(base: PreTrainedModel) -> nn.Module | None:
@@ -72,10 +93,10 @@ def _twin(base: PreTrainedModel) -> nn.Module | None:
         return None
 
 
-def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | None:
+def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed: int = 0) -> str | None:
     base: Any = CausalLM.of(model).base
     vocabulary = base.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     room = (longest(base.config.get_text_config()) or math.inf) - SAMPLED.max_new_tokens
     if room <= SAMPLED.max_new_tokens:
         return None  # too little to say anything
@@ -85,43 +106,89 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> s
     )
     try:
         rollouts = roll(model, [first, first[:BLOCK] + second[BLOCK:], third], SAMPLED)
+    except ModelInUse:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:  # of the model's own code
         if out_of_memory(error):
             raise
         return f"{type(error).__name__}: {error}"
     if "nan" in rollouts.finish_reasons:  # an untrained or broken model has them, too: then nothing can be said
-        with _evaluating(model, autocast):
-            finite = _logprobs(model, [first])[0].isfinite().all()
+        with eval_mode(model, autocast):
+            finite = _logprobs(model, [first]).isfinite().all()
         return "its log-probs are not finite" if finite else None
-    rolled = torch.tensor(rollouts.logprobs, device="cpu").double()
+    rolled = torch.tensor(rollouts.logprobs, dtype=torch.float64, device="cpu")
     sequences = [p + c for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids)]
-    with _evaluating(model, autocast):
-        rows = [_logprobs(model, [sequence]) for sequence in sequences]
-        together, largest = _logprobs(model, sequences)
-    single = torch.cat([logprobs for logprobs, _ in rows])
-    dtype = _coarsest(model, autocast)
-    # In 16 bits a router may take another expert for a token, and that token's log-prob leaps: the median ignores it,
-    # and tells a window that is off by one or sinks that are dropped from rounding, of which they are 6 to 40 times as
-    # much. A scale off by 1 % is not more than rounding there; it shows in the twin.
-    fine = _rms, "root mean square", ROUNDINGS[0]
-    coarse = _median, "median", ROUNDINGS[1]
-    size, of_all, roundings = fine if dtype == torch.float32 else coarse
-    distance, noises = size(rolled - single), [size(together - single)]
-    if is_hybrid(base.config.get_text_config()):  # a recurrence rounds otherwise than its chunked form
-        noises.append(size(_stepwise(model, sequences[0], autocast) - single[:1]))
-    eps = torch.finfo(dtype).eps
-    noise = max((x for x in noises if x < math.sqrt(eps)), default=0.0)  # more is no rounding
-    if distance <= NOISE * noise + roundings * eps * max(largest, 1.0):
+    found = judged(model, rolled, sequences, autocast)
+    if found.distance <= found.allowed:
         return None
+    rounding = f"what rounding does to its own forward is {found.noise:.1e}"
     where = _first_layer(model, roll, autocast, first)
-    rounding = f"what rounding does to its own forward is {noise:.1e}"
-    return f"log-probs differ by {distance:.1e} ({of_all}, {dtype}), {rounding}; {where}"
+    return f"log-probs differ by {found.distance:.1e} ({found.average}, {found.dtype}), {rounding}; {where}"
+
+
+class Judgement(NamedTuple):
+    """How far log-probs are from a plain forward's, how far rounding moves that, and how far they may be."""
+
+    distance: float
+    noise: float
+    allowed: float
+    average: str  # over the tokens, of all three
+    dtype: torch.dtype
+
+
+def judged(
+    model: nn.Module, rolled: Tensor, sequences: Sequence[Sequence[int]], autocast: torch.dtype | None = None
+) -> Judgement:
+    """Of log-probs (sequences, tokens) that somebody gives the sequences' ends."""
+    last = rolled.shape[1]
+    with eval_mode(model, autocast):
+        plain = torch.cat([_logprobs(model, [sequence], last) for sequence in sequences])
+        together = _logprobs(model, sequences, last)
+        stirred = []
+        for seed in range(STIRS):
+            with _rounded_otherwise(model, seed):
+                stirred.append(_logprobs(model, sequences, last) - together)
+    dtype = max(_dtypes(model, autocast), key=lambda x: torch.finfo(x).eps)
+    average, most = RMS if torch.finfo(dtype).bits >= 32 else MEDIAN
+    size = _rms if average == RMS[0] else _median
+    noise = sorted(size(x) for x in stirred)[STIRS // 2]
+    noise = min(noise, math.sqrt(torch.finfo(dtype).eps))  # more is no rounding
+    stored = LOGPROB_ROUNDINGS * torch.finfo(torch.float32).eps * max(_rms(plain), 1.0)
+    return Judgement(size(rolled - plain), noise, most * noise + stored, average, dtype)
+
+
+@contextlib.contextmanager
+def _rounded_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within it the outputs of layers and projections are moved by up to one rounding of their dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(x: Tensor) -> Tensor:
+        step = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x.device) * 2 - 1
+        return (x.double() * (1 + torch.finfo(x.dtype).eps * step)).to(x.dtype)
+
+    def hook(module, inputs, out):
+        if isinstance(out, Tensor):
+            return moved(out) if out.is_floating_point() else out
+        return (moved(out[0]), *out[1:]) if isinstance(out, tuple) and isinstance(out[0], Tensor) else out
+
+    backbone = CausalLM.of(model).backbone
+    linears = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(hook) for module in [*_layers(backbone), *linears]]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _layers(backbone: nn.Module) -> nn.ModuleList:
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
 
 
 def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, prompt: list[int]) -> str:
     """Where a prefill first leaves the plain forward."""
-    lists = [m for m in CausalLM.of(model).backbone.modules() if isinstance(m, nn.ModuleList)]
-    layers = max(lists, key=len, default=nn.ModuleList())
+    layers = _layers(CausalLM.of(model).backbone)
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, out: outputs.append(out if isinstance(out, Tensor) else out[0]))
@@ -129,7 +196,7 @@ def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, pro
     ]
     try:
         roll(model, [prompt], SamplingParams(max_new_tokens=1))
-        with _evaluating(model, autocast):
+        with eval_mode(model, autocast):
             _logprobs(model, [prompt])
     finally:
         for hook in hooks:
@@ -141,11 +208,10 @@ def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, pro
     return "every layer agrees in a prefill"
 
 
-def _coarsest(model: nn.Module, autocast: torch.dtype | None) -> torch.dtype:
-    """Of the dtypes that a forward computes in; a quantised layer's is no parameter's."""
+def _dtypes(model: nn.Module, autocast: torch.dtype | None) -> set[torch.dtype]:
+    """That a forward computes in; a quantised layer's is no parameter's."""
     dtypes = [p.dtype for p in model.parameters()] + [getattr(m, "compute_dtype", None) for m in model.modules()]
-    floating = [x for x in (autocast, *dtypes) if isinstance(x, torch.dtype) and x.is_floating_point]
-    return max(floating, key=lambda x: torch.finfo(x).eps)
+    return {x for x in (autocast, *dtypes) if isinstance(x, torch.dtype) and x.is_floating_point}
 
 
 def _rms(x: Tensor) -> float:
@@ -156,44 +222,16 @@ def _median(x: Tensor) -> float:
     return x.abs().median().item()
 
 
-@contextlib.contextmanager
-def _evaluating(model: Any, autocast: torch.dtype | None) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device.type
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _stepwise(model: Any, sequence: Sequence[int], autocast: torch.dtype | None) -> Tensor:
-    """(1, max_new_tokens) by the model's own cache, a token at a time behind the prompt."""
-    ids = torch.tensor([sequence], device=next(model.parameters()).device)
-    prompt = len(sequence) - SAMPLED.max_new_tokens
-    rows, cache = [], None
-    with _evaluating(model, autocast):
-        for begin, end in ((0, prompt), *((i, i + 1) for i in range(prompt, len(sequence) - 1))):
-            out = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
-            cache = out.get("past_key_values")  # None where a model keeps its state elsewhere
-            rows.append(out.logits[:, -1].double().log_softmax(-1).gather(1, ids[:, end, None]))
-    return torch.cat(rows, 1).cpu()
-
-
-def _logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, float]:
-    """Log-probs (B, max_new_tokens) of the sequences' ends by one plain forward, and the largest logit in it."""
-    lengths, last = [len(sequence) for sequence in sequences], SAMPLED.max_new_tokens
+def _logprobs(model: Any, sequences: Sequence[Sequence[int]], last: int = SAMPLED.max_new_tokens) -> Tensor:
+    """Log-probs (B, last) of the sequences' last tokens by one plain forward."""
+    lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths)
     device = next(model.parameters()).device
     ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=device)
     mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths], device=device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    rows, largest = [], 0.0
+    rows = []
     for i, n in enumerate(lengths):
         scores = logits[i, n - last - 1 : n - 1].double()
         rows.append(scores.log_softmax(-1).gather(1, ids[i, n - last : n, None])[:, 0])
-        largest = max(largest, scores.abs().max().item())
-    return torch.stack(rows).cpu(), largest
+    return torch.stack(rows).cpu()

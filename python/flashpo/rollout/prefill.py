@@ -17,7 +17,7 @@ from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.ops.tree_attention import attend
 from flashpo.rollout.cache import KVCache, Run
 from flashpo.rollout.fused import FusedBackbone
-from flashpo.rollout.hybrid import States
+from flashpo.rollout.hybrid import States, cache_keyword
 from flashpo.rollout.seam import in_charge
 
 TILE = 512  # queries whose scores against all of their keys exist at a time, where a kernel of torch cannot be used
@@ -60,8 +60,8 @@ def prefill(
             hidden = parts.backbone(
                 input_ids=packed.token[None],
                 position_ids=packed.position[None],
-                past_key_values=states,
                 use_cache=states is not None,
+                **({} if states is None else {cache_keyword(parts.backbone): states}),
             ).last_hidden_state[0]
     if packed.visited != set(cache.layers):
         raise Unsupported(f"prefill attended in layers {sorted(packed.visited)}, expected {sorted(cache.layers)}")

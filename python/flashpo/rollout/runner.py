@@ -15,7 +15,7 @@ from flashpo._causal_lm import CausalLM
 from flashpo.ops import decode_attention, sample
 from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
 from flashpo.rollout.fused import FusedBackbone
-from flashpo.rollout.hybrid import State, States
+from flashpo.rollout.hybrid import State, States, cache_keyword
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.scheduler import Row, Shared
 from flashpo.rollout.seam import in_charge
@@ -143,7 +143,7 @@ class Step:
         self.live.zero_()
         self.readers.zero_()
         for field, values in fields:
-            field[: len(values)].copy_(torch.tensor(values, dtype=field.dtype))
+            field[: len(values)].copy_(torch.tensor(values, dtype=field.dtype, device="cpu"))
         self.at.zero_()
 
     def take(self) -> Iterator[tuple[list[int], list[list[float]]]]:
@@ -176,8 +176,8 @@ class Step:
             return self.parts.backbone(
                 input_ids=self.token[:, None],
                 position_ids=self.position[:, None].long(),
-                past_key_values=self.states,
                 use_cache=self.states is not None,
+                **({} if self.states is None else {cache_keyword(self.parts.backbone): self.states}),
             ).last_hidden_state[:, -1]
 
     def __call__(self) -> None:

@@ -52,7 +52,10 @@ def in_charge(attention: Attention) -> Iterator[None]:
 def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **keywords):
     attention = getattr(_thread, "attention", None)
     if attention is None:
-        raise RuntimeError(f"{ATTENTION} was called outside of a rollout: it is not a training attention")
+        raise RuntimeError(
+            f"{ATTENTION} was called outside of a rollout: it is not a training attention. While one thread rolls a "
+            "model out, no other can run its forward"
+        )
     if isinstance(attention, _Probe):
         attention.check(module, query, key, attention_mask, keywords)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -62,37 +65,78 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
 AttentionInterface.register(ATTENTION, _attention)
 
 
+class ModelInUse(RuntimeError):
+    """A rollout of the model, or of one that shares a module or a config with it, has not ended yet."""
+
+
+_taken: dict[int, threading.Thread] = {}  # id of a module or a config -> the thread whose rollout has changed it
+_taking = threading.Lock()
+
+
 @contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, no gradients, no autocast; undone at the end.
+def _alone(model: nn.Module) -> Iterator[None]:
+    """The model is this rollout's until the end: flags, forwards, adapters and configs have one state for all threads.
+
+    Raises:
+        ModelInUse: another rollout has it, of another thread or further up in this one.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    mine = {id(x) for x in (*model.modules(), *configs) if x is not None}
+    with _taking:
+        if (other := next((_taken[x] for x in mine if x in _taken), None)) is not None:
+            where = "this thread" if other is threading.current_thread() else f"thread {other.name!r}"
+            raise ModelInUse(
+                f"{type(model).__name__} is in the middle of a rollout in {where}, which changes the model until it "
+                "ends: rollouts of one model have to run one after the other"
+            )
+        _taken.update(dict.fromkeys(mine, threading.current_thread()))
+    try:
+        yield
+    finally:
+        with _taking:
+            for x in mine:
+                del _taken[x]
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Every module in eval mode, no gradients, no autocast but the one given; undone at the end.
 
     Eval mode also switches dropout and gradient checkpointing off: both look at `training`. The flags are set one by
     one because `train()` and `eval()` would give all modules the same.
+
+    Raises:
+        ModelInUse: another rollout has the model.
     """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with _alone(model):
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            own = next((p.device.type for p in model.parameters()), "cpu")
+            with torch.no_grad(), contextlib.ExitStack() as regions:
+                for device in {"cpu", "cuda", own}:
+                    wanted = autocast if device == own else None
+                    regions.enter_context(torch.autocast(device, wanted, enabled=wanted is not None))
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @contextlib.contextmanager
 def rollout_mode(model: nn.Module) -> Iterator[None]:
     """`eval_mode` with every config on our attention; undone at the end."""
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, ATTRIBUTE)}
-    before = [(config, getattr(config, ATTRIBUTE)) for config in configs.values()]
-    try:
-        for config, _ in before:
-            setattr(config, ATTRIBUTE, ATTENTION)
-        with eval_mode(model):
+    with eval_mode(model):
+        configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, ATTRIBUTE)}
+        before = [(config, getattr(config, ATTRIBUTE)) for config in configs.values()]
+        try:
+            for config, _ in before:
+                setattr(config, ATTRIBUTE, ATTENTION)
             yield
-    finally:
-        for config, implementation in before:
-            setattr(config, ATTRIBUTE, implementation)
+        finally:
+            for config, implementation in before:
+                setattr(config, ATTRIBUTE, implementation)
 
 
 class Call(NamedTuple):

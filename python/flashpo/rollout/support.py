@@ -1,20 +1,23 @@
 """Which models the engine can run, why it refuses the others, and what layers ask of the cache."""
 
 import inspect
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._causal_lm import CausalLM, Unsupported, layers_of_wrapping
 from flashpo.rollout import seam, sharded
 from flashpo.rollout.hybrid import STATEFUL, WITH_ATTENTION, is_hybrid
 
 CACHED = ("full_attention", "sliding_attention")  # layer types whose keys and values are all that a next token needs
+# What trainers set in a config while they run, and what no forward of ours depends on.
+NO_FACTS = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 FIXED_UP_TO = ("dynamic", "longrope")  # rope whose frequencies change with the longest row, from a length on
 
 
@@ -54,6 +57,8 @@ def support(model: nn.Module) -> Support:
         calls = seam.probe(model)
     except Unsupported as error:
         return Support(False, str(error))
+    except seam.ModelInUse:
+        raise
     except Exception as error:  # of any kind: it is the model's own code
         return Support(False, f"{type(error).__name__} in a forward of two tokens: {error}")
     types, details = get_layer_types_and_kwargs(config)
@@ -72,6 +77,27 @@ def support(model: nn.Module) -> Support:
     return Support(True, "", tuple(layers), longest(config), is_hybrid(config))
 
 
+def structure(model: nn.Module) -> Hashable:
+    """What `support` and the self-check were told by: differs after another module, config, dtype or device is in it.
+
+    Cheap enough for every call. Modules are held weakly, so that a replaced one is freed and never mistaken for another
+    at its address.
+    """
+    modules = list(model.modules())
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if isinstance(c, PreTrainedConfig)}
+    return (
+        tuple(map(weakref.ref, modules)),
+        _own_generate(model),
+        tuple(facts(config) for config in configs.values()),
+        frozenset((p.dtype, p.device, p.shape) for p in model.parameters()),
+    )
+
+
+def facts(config: PreTrainedConfig) -> str:
+    """All of a config that a forward may depend on."""
+    return str({name: value for name, value in config.to_dict().items() if name not in NO_FACTS})
+
+
 def _refusals(model: nn.Module) -> Iterator[str]:
     """Reasons that need no forward."""
     adapter: Any = getattr(model, "active_peft_config", None)
@@ -83,6 +109,8 @@ def _refusals(model: nn.Module) -> Iterator[str]:
         yield str(error)
         return
     config = base.config.get_text_config()
+    if owner := _own_generate(model):
+        yield f"{owner} has a generate of its own"
     if base.config.is_encoder_decoder:
         yield "encoder-decoder models are not supported"
     if reason := sharded.why_no_view(model):
@@ -96,6 +124,23 @@ def _refusals(model: nn.Module) -> Iterator[str]:
     types, _ = get_layer_types_and_kwargs(config)
     if other := sorted(set(types) - {*CACHED, *STATEFUL, "dummy"}):
         yield f"layers of type {', '.join(other)} are no attention to all earlier keys and values or a window of them"
+
+
+def _own_generate(model: nn.Module) -> str | None:
+    """What is called in the place of transformers' `generate`: a method of the model's class, or set on an instance."""
+    for module in layers_of_wrapping(model):
+        kind: Any = type(module)
+        if "generate" in vars(module):
+            return f"this {kind.__name__}"
+        if getattr(kind, "generate", None) not in (None, GenerationMixin.generate) and not _is_peft(kind):
+            return kind.__name__
+    return None
+
+
+def _is_peft(kind: type) -> bool:
+    """PEFT's wrappers have a `generate` that calls the base model's."""
+    generate: Any = kind.generate  # type: ignore[attr-defined]
+    return generate.__module__.startswith("peft.")
 
 
 def longest(config: PreTrainedConfig) -> int | None:

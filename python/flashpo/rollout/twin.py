@@ -34,6 +34,8 @@ SIZES: dict[str, Any] = dict(
     num_kv_shared_layers=2, lru_width=32, attention_window_size=9,
     sliding_window=9, attention_chunk_size=9, attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
 )  # fmt: skip
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+SHARED_HEADS = ("num_key_value_heads", "multi_query_kv_heads", "num_kv_heads")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
 
 
@@ -44,10 +46,14 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
         value = _value(config, name) if name in values or name in config.attribute_map else None
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             values[name] = min(value, size)
-    for name in ("num_key_value_heads", "multi_query_kv_heads"):  # the ratio says what kind of attention it is
-        heads, shared = _value(config, "num_attention_heads"), _value(config, name)
-        if isinstance(shared, int) and isinstance(heads, int):
-            values[name] = SIZES["num_attention_heads"] if shared == heads else min(shared, 2)
+    heads = _value(config, "num_attention_heads")
+    if isinstance(heads, int):
+        few = max(n for n in (1, 2, 4) if n <= max(heads, 1))  # divides every width
+        values |= {name: few for name in HEADS if name in values}
+        for name in SHARED_HEADS:  # the ratio says what kind of attention it is
+            shared = _value(config, name)
+            if isinstance(shared, int) and not isinstance(shared, bool):
+                values[name] = few if shared == heads else max(min(shared, few // 2), 1)
     count = _value(config, "num_hidden_layers")
     if isinstance(count, int):
         kept = _kept_layers(values.get("layer_types") or [""] * count)

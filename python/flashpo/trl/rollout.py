@@ -167,7 +167,7 @@ class TrainerRollouts:
 
     def keep_as_old(self, logprobs: list[list[float]]) -> None:
         """Let the scoring of these completions that comes next be answered by what they were sampled with."""
-        rows = [torch.tensor(row, device=self.trainer.accelerator.device) for row in logprobs]
+        rows = [torch.tensor(row, dtype=torch.float32, device=self.trainer.accelerator.device) for row in logprobs]
         self.trainer._pending.old = pad(rows, padding_value=0, pad_to_multiple_of=self.trainer.pad_to_multiple_of)
 
     def take_old(self) -> Tensor | None:

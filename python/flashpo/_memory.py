@@ -1,0 +1,75 @@
+"""How much of the host's memory this process can still have: what is free, within the limits of its control groups.
+
+A container's limit is a control group's: beyond it the kernel kills the process, however much of the host is free.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path("/")
+
+
+class Files(NamedTuple):
+    """What a version of control groups calls things."""
+
+    limit: str
+    used: str
+    reclaimable: str  # in memory.stat: pages of files, which the kernel drops before it lets anything fail
+
+
+V1 = Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = Files("memory.max", "memory.current", "inactive_file")
+
+
+def available_bytes(root: Path = ROOT) -> int:
+    """The least of what the host and each of the process's control groups have left."""
+    with open(root / "proc/meminfo") as file:
+        free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+    return max(min([free, *_left_in_groups(root)]), 0)
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    for top, path, files in _hierarchies(root):
+        for group in (path, *path.parents):
+            left = _left(top / group, files)
+            if left is not None:
+                yield left
+
+
+def _hierarchies(root: Path) -> Iterator[tuple[Path, Path, Files]]:
+    """Where groups that count memory are mounted, and the process's own below it.
+
+    Within a container the path may be the host's, of which nothing is mounted but the own group, at the top.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        below = Path(path.lstrip("/"))
+        if "memory" in controllers.split(","):
+            yield root / "sys/fs/cgroup/memory", below, V1
+        elif number == "0":
+            yield root / "sys/fs/cgroup", below, V2
+
+
+def _left(group: Path, files: Files) -> int | None:
+    try:
+        limit = (group / files.limit).read_text().strip()
+        if limit == "max":
+            return None
+        used = int((group / files.used).read_text())
+        reclaimable = _stat(group, files.reclaimable)
+    except (OSError, ValueError):  # no such group, or the top one, which has no limit
+        return None
+    return int(limit) - used + reclaimable
+
+
+def _stat(group: Path, name: str) -> int:
+    for line in (group / "memory.stat").read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
