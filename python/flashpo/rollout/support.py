@@ -4,13 +4,13 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._peft import why_not_by_layers
 from flashpo.rollout import seam, sharded
 from flashpo.rollout.hybrid import STATEFUL, WITH_ATTENTION, is_hybrid
 
@@ -74,15 +74,14 @@ def support(model: nn.Module) -> Support:
 
 def _refusals(model: nn.Module) -> Iterator[str]:
     """Reasons that need no forward."""
-    adapter: Any = getattr(model, "active_peft_config", None)
-    if adapter is not None and adapter.is_prompt_learning:
-        yield f"PEFT's {adapter.peft_type.value} acts outside of the model's layers"
     try:
         base = CausalLM.of(model).base
     except Unsupported as error:
         yield str(error)
         return
     config = base.config.get_text_config()
+    if adapters := why_not_by_layers(model):
+        yield adapters
     if base.config.is_encoder_decoder:
         yield "encoder-decoder models are not supported"
     if reason := sharded.why_no_view(model):
