@@ -2,7 +2,7 @@
 
 Every causal language model family that can be made small is built with random weights, and tried: the engine's own
 self-check (flashpo.rollout.parity) and that of packed training (flashpo.packing.parity) compare it with plain forwards.
-Writes docs/models.md.
+So is every kind of adapter of PEFT, on one of them (flashpo.bench.adapters). Writes docs/models.md.
 """
 
 import argparse
@@ -12,10 +12,12 @@ import re
 import warnings
 from typing import NamedTuple
 
+import peft
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from flashpo.bench import adapters
 from flashpo.bench.tiny_models import FAMILIES, tiny_model
 from flashpo.packing.parity import worst_difference
 from flashpo.packing.support import packable
@@ -41,19 +43,22 @@ this page.
 transformers' `generate` with the same sampler (`fallback="error"` raises instead). The self-check runs before the first
 rollout of every class and config, on the model itself and on a small fp32 twin of it, so that a family that is not in
 this table, or a model with code of its own, is refused rather than sampled from wrongly.
-Refused for any family: prompt-learning adapters of PEFT, weights on several devices, tensor parallelism, FSDP1, ZeRO-3
-weights that have not been gathered, weights that are offloaded. Sequences must not be longer than the positions that
-the model has, nor, with dynamic or longrope scaling, than the length from which rotary frequencies depend on the
-longest row of a batch.
+Refused for any family: adapters of PEFT that do more than change layers (see below), weights on several devices,
+tensor parallelism, FSDP1, ZeRO-3 weights that have not been gathered, weights that are offloaded. Sequences must not
+be longer than the positions that the model has, nor, with dynamic or longrope scaling, than the length from which
+rotary frequencies depend on the longest row of a batch.
 Layers of quantised bases (bitsandbytes, torchao and others) compute as they do in training, also below LoRA.
 
 **Packed training.** A model that cannot run on token trees trains on padded rows, as in TRL, after one warning that
-names the reason (`share_prefix=True` raises instead). Refused for any family: dropout in attention, prompt-learning
-adapters of PEFT, a head that ZeRO-3 shards, `neftune_noise_alpha`; an adapter on the language model head raises, as it
-does in TRL. SFT, DPO and
+names the reason (`share_prefix=True` raises instead). Refused for any family: dropout in attention, adapters of PEFT
+that do more than change layers (see below), a head that ZeRO-3 shards, `neftune_noise_alpha`; an adapter on the
+language model head raises, as it does in TRL. SFT, DPO and
 KTO ask of every batch, too: refused are images and any other input beside token ids, mask and labels, a mask with gaps
 or of more than two dimensions, position ids that do not count each row of a padding-free batch from 0, a label on
 padding or on the first token of a row that is padded on the left.
+
+{adapters}
+## Families
 
 | family | rollout engine | packed training |
 |---|---|---|
@@ -61,6 +66,28 @@ padding or on the first token of a row that is padded on the left.
 
 Not built small: {names}.
 """
+
+ADAPTERS = """## Adapters
+
+All {total} kinds of adapters of PEFT {version}, types and options of LoRA, on a small model in fp32 with random
+adapter weights: most adapters are the identity before training, so that no mistake with them would show. "yes" says
+that log-probs, and in training every gradient, are those of the forward of `PeftModel`. A model under an adapter that
+is refused still trains: its rollouts come from transformers' `generate`, its rows are padded, after one warning that
+names the reason.
+
+What is refused is not looked up in a list. FlashPO calls a model's layers by itself, so it asks PEFT's own forward what
+it does beside that: whether it changes the input, puts hooks on layers, switches adapters. And it tries one layer of
+each kind on a copy with random weights: whether the output for a token depends on other tokens. The engine's self-check
+is made again for every set of adapters.
+
+| adapter | rollout engine | packed training | head of padded rows |
+|---|---|---|---|
+{rows}
+
+Not tried: {untried}.
+
+"""
+BEHIND = "## Families"  # what follows the section on adapters
 
 
 class Row(NamedTuple):
@@ -101,7 +128,25 @@ def cell(text: str) -> str:
     return " ".join(re.sub(r"\d\.\de[-+]\d+", "...", text).replace("|", "\\|").split())[:200]
 
 
-def page(rows: list[Row], untried: list[str]) -> str:
+def try_adapters() -> str:
+    """The section of the page."""
+    rows, untried = [], []
+    for name in adapters.NAMES:
+        try:
+            rows.append(adapters.try_adapter(name))
+            print(*rows[-1], sep=": ", flush=True)
+        except adapters.Untried as error:
+            untried.append(f"{name} ({error})")
+            print(untried[-1], flush=True)
+    return ADAPTERS.format(
+        total=len(adapters.NAMES),
+        version=peft.__version__,
+        rows="\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows),
+        untried="; ".join(untried),
+    )
+
+
+def page(rows: list[Row], untried: list[str], about_adapters: str) -> str:
     return TEXT.format(
         total=len(rows) + len(untried),
         version=transformers.__version__,
@@ -113,16 +158,23 @@ def page(rows: list[Row], untried: list[str]) -> str:
         untried=len(untried),
         rows="\n".join(f"| {row.family} | {cell(row.rollout)} | {cell(row.packed)} |" for row in rows),
         names=", ".join(untried),
+        adapters=about_adapters,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="print these; default: try all and write docs/models.md")
-    chosen = parser.parse_args().families
+    parser.add_argument("--adapters", action="store_true", help="try adapters only, and write their section")
+    args = parser.parse_args()
+    chosen = args.families
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    if args.adapters:
+        before, rest = PAGE.read_text().split("## Adapters\n")
+        PAGE.write_text(before + try_adapters() + BEHIND + rest.split(BEHIND)[1])
+        return
     rows, untried = [], []
     for family in chosen or FAMILIES:
         try:
@@ -133,7 +185,7 @@ def main() -> None:
             print(f"{family}: not built: {type(error).__name__}: {error}", flush=True)
     if not chosen:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows, untried))
+        PAGE.write_text(page(rows, untried, try_adapters()))
 
 
 if __name__ == "__main__":

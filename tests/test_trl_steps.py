@@ -115,7 +115,7 @@ def test_a_trained_copy_of_the_head_beside_an_adapter(name):
 def test_prompt_tuning():
     """Virtual tokens lengthen the labels."""
     adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.warns(UserWarning, match="puts learned tokens before the prompt"):
+    with pytest.warns(UserWarning, match="PROMPT_TUNING acts outside of the model's layers"):
         assert_same_training("DPO", packed=False, peft_config=adapter)
 
 

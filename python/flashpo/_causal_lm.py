@@ -25,6 +25,14 @@ class CausalLM(NamedTuple):
             logits = logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model embeds."""
+        layer = self.base.get_input_embeddings()
+        while not hasattr(layer, "num_embeddings"):  # wrapped by PEFT
+            layer = layer.base_layer if hasattr(layer, "base_layer") else layer.original_module
+        return layer.num_embeddings
+
     @classmethod
     def of(cls, model: nn.Module) -> "CausalLM":
         """Looks through torch.compile, DistributedDataParallel, DeepSpeed and PEFT.

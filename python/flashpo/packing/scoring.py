@@ -104,8 +104,8 @@ def forward_here(
         install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
     states = lm.backbone(**tree.inputs(), use_cache=False, **router)
-    # FSDP2 keeps the head as a DTensor
-    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (lm.head.weight, lm.head.bias))
+    head: list[Any] = [getattr(lm.head, name, None) for name in ("weight", "bias")]  # PEFT's wrappers lack a bias
+    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in head)  # FSDP2 keeps DTensors
     hidden = states.last_hidden_state.squeeze(0)
     hidden = hidden[tree.source.to(hidden.device)].to(weight.device)
     with torch.autocast(hidden.device.type, enabled=False) if fp32_head else contextlib.nullcontext():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
 
 # They mix tokens in ways that neither configuration nor modules tell
 FAMILIES = {
@@ -45,7 +46,7 @@ def check_packable(model: nn.Module) -> None:
 
 
 def _head(head: Any) -> Iterator[str]:
-    if hasattr(head, "lora_A"):
+    if is_tuner_layer(head):
         yield "there is an adapter on the language model head, which a fused head does not apply"
     elif not hasattr(head, "weight"):
         yield f"the language model head is a {type(head).__name__} without a weight"
@@ -53,12 +54,9 @@ def _head(head: Any) -> Iterator[str]:
         yield "DeepSpeed ZeRO-3 shards the language model head"
 
 
-def _adapters(model: Any) -> Iterator[str]:
-    """Of a PEFT model, also below other wrappers."""
-    for module in model.modules():
-        for name, adapter in getattr(module, "peft_config", {}).items():
-            if getattr(adapter, "is_prompt_learning", False):
-                yield f"the adapter {name!r} puts learned tokens before the prompt"
+def _adapters(model: nn.Module) -> Iterator[str]:
+    if reason := why_not_trained_by_layers(model):
+        yield reason
 
 
 def _configuration(config: Any) -> Iterator[str]:

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._peft import active_adapter, adapter_states, why_not_by_layers
 from flashpo.ops.tree_attention import release as release_tree_tiles
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity, sharded
-from flashpo.rollout.adapters import active_adapter, adapter_states
 from flashpo.rollout.arguments import choice, flag, integer, items, kind, number, token_ids
 from flashpo.rollout.cache import BLOCK, allocate, block_bytes, free_bytes, out_of_memory
 from flashpo.rollout.fused import fused_backbone
@@ -160,8 +160,8 @@ class RolloutEngine:
         with _progress(sum(p.n for p in params), progress) as ended:
             call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
             if prompts:
-                reason = self.why_not()
-                if reason is None:
+                reason = self._why_not_with(adapters)
+                if not reason:
                     self._generate(call)
                 else:
                     self._refuse(reason)
@@ -181,7 +181,16 @@ class RolloutEngine:
             self.checked = True
             if reason is not None:
                 self.support = dataclasses.replace(self.support, ok=False, reason=reason)
-        return None if self.support.ok else self.support.reason
+        reason = why_not_by_layers(self.model) if self.support.ok else self.support.reason
+        return reason or None
+
+    def _why_not_with(self, adapters: Sequence[str] | None) -> str | None:
+        """`why_not`, or why not under one of the adapters that are to answer."""
+        reason = self.why_not()
+        for name in dict.fromkeys(adapters or ()):
+            with active_adapter(self.model, name):
+                reason = reason or why_not_by_layers(self.model)
+        return reason
 
     def _generate(self, call: "_Call") -> None:
         """As far as memory allows."""
@@ -288,7 +297,7 @@ class RolloutEngine:
         for name in set(adapters or ()):
             with eval_mode(self.model), active_adapter(self.model, name):
                 pass  # it exists
-        vocabulary = self.model.get_input_embeddings().num_embeddings
+        vocabulary = CausalLM.of(self.model).vocabulary
         longest = self.support.longest
         for i, (prompt, p) in enumerate(zip(prompts, params)):
             if len(prompt) == 0:

@@ -21,6 +21,7 @@ from flashpo.rollout.weights import ShadowLinear, joined
 
 # Decoder layers that are: h += attention(norm(h)); h += mlp(norm(h)), with rotation by halves.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
+ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
 ACTIVATION_OF = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 PIECES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
@@ -64,8 +65,7 @@ class _Layer:
     def __init__(self, layer: Any):
         self.attn, self.module = layer.self_attn, layer.mlp
         self.index, self.scale = self.attn.layer_idx, self.attn.scaling
-        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self.head_norms = [self.attn.q_norm, self.attn.k_norm] if hasattr(self.attn, "q_norm") else []
+        self.norms, self.head_norms = _norms(layer)[:2], _norms(layer)[2:]
         self.eps = [*(_eps(norm) for norm in self.norms), _eps(self.attn.q_norm) if self.head_norms else 0.0]
         name = ACTIVATION_OF.get(type(getattr(self.module, "act_fn", None)).__name__)
         self.activation = name if type(self.module).__name__ in MLPS and name in ACTIVATIONS else None
@@ -153,13 +153,25 @@ class _Stack(_Modules):
         return decode_layers_(x, residual, *options, self.layers[0].scale, windows)
 
 
+def _norms(layer: Any) -> list[Any]:
+    """Before attention, behind it, and those of queries and keys where a family has them."""
+    attn = layer.self_attn
+    heads = [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
+    return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
+
+
 def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | None:
-    """None for a model of another shape, with other dtypes than the cache's `dtype`, or with hooks we would pass by."""
+    """None for a model of another shape, with other dtypes than the cache's `dtype`, or with hooks or adapters on
+    modules that we would pass by."""
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or any(type(layer).__name__ not in LAYERS for layer in layers):
         return None
     pieces = [getattr(layer, name) for layer in layers for name in PIECES]
-    norms = [m for m in backbone.modules() if type(m).__name__.endswith("RMSNorm")]
+    if any(type(layer.self_attn).__name__ not in ATTENTIONS for layer in layers):
+        return None
+    norms = [backbone.norm, *(norm for layer in layers for norm in _norms(layer))]
+    if not all(type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon") for norm in norms):
+        return None
     bypassed = [backbone, *layers, *pieces, *norms]
     if any(m._forward_hooks or m._forward_pre_hooks or _does_something_else(m) for m in bypassed):
         return None

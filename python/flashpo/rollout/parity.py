@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flashpo._causal_lm import CausalLM
+from flashpo._peft import adapters_of
 from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode
@@ -45,10 +46,10 @@ LAYER_ROUNDINGS = 8.0  # by which a layer's output differs, in root mean square,
 
 
 def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
-    """`why_wrong`, asked once a process for each class, config, set of dtypes and kind of device."""
+    """`why_wrong`, asked once a process for each class, config, set of adapters and dtypes, and kind of device."""
     base: Any = CausalLM.of(model).base
     dtypes = frozenset(_dtypes(model, autocast))
-    key = type(model), type(base), facts(base.config), dtypes, base.device.type, autocast
+    key = type(model), type(base), facts(base.config), dtypes, base.device.type, autocast, adapters_of(model)
     with _checking:
         if key not in _answers:
             _answers[key] = why_wrong(model, roll, autocast)
@@ -95,7 +96,7 @@ def _twin(base: PreTrainedModel) -> nn.Module | None:
 
 def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed: int = 0) -> str | None:
     base: Any = CausalLM.of(model).base
-    vocabulary = base.get_input_embeddings().num_embeddings
+    vocabulary = CausalLM.of(model).vocabulary
     generator = torch.Generator().manual_seed(seed)
     room = (longest(base.config.get_text_config()) or math.inf) - SAMPLED.max_new_tokens
     if room <= SAMPLED.max_new_tokens:

@@ -5,13 +5,13 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from flashpo._causal_lm import CausalLM, Unsupported, layers_of_wrapping
+from flashpo._peft import why_not_by_layers
 from flashpo.rollout import seam, sharded
 from flashpo.rollout.hybrid import STATEFUL, WITH_ATTENTION, is_hybrid
 
@@ -100,15 +100,14 @@ def facts(config: PreTrainedConfig) -> str:
 
 def _refusals(model: nn.Module) -> Iterator[str]:
     """Reasons that need no forward."""
-    adapter: Any = getattr(model, "active_peft_config", None)
-    if adapter is not None and adapter.is_prompt_learning:
-        yield f"PEFT's {adapter.peft_type.value} acts outside of the model's layers"
     try:
         base = CausalLM.of(model).base
     except Unsupported as error:
         yield str(error)
         return
     config = base.config.get_text_config()
+    if adapters := why_not_by_layers(model):
+        yield adapters
     if owner := _own_generate(model):
         yield f"{owner} has a generate of its own"
     if base.config.is_encoder_decoder:

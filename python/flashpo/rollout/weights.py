@@ -21,15 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashpo._huge_pages import HugePages
+from flashpo._peft import active_adapter, adapter_states, is_tuner_layer
 from flashpo.rollout import sharded
-from flashpo.rollout.adapters import (
-    active_adapter,
-    adapter_states,
-    is_plain_linear,
-    is_tuner_layer,
-    lora_linear,
-    vanilla_lora,
-)
+from flashpo.rollout.adapters import is_plain_linear, lora_linear, vanilla_lora
 from flashpo.rollout.packed_linear import packed_linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -143,10 +137,15 @@ class WeightView:
         Equal fingerprints: CUDA graphs captured at the one may run at the other. They do not prove equal values: see
         the head of this file.
         """
-        return _tensor_states(self._parameters()), adapter_states(self.model)
+        return _tensor_states(self._parameters(), self._rewritten()), adapter_states(self.model)
 
     def _parameters(self) -> list[Tensor]:
         return self._sharded or list(self.model.parameters())
+
+    def _rewritten(self) -> set[int]:
+        """Parameters that PEFT swaps for their sum with an adapter, and back, in every forward of their layer."""
+        layers: list[Any] = [layer for layer in self.model.modules() if is_tuner_layer(layer)]
+        return {id(layer.get_param()) for layer in layers if hasattr(layer, "get_param")}
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -202,8 +201,10 @@ class WeightView:
             if self.lora == "merged":
                 raise ValueError(f"lora: no merged form of {type(layer).__name__}; use lora='live'")
             return None, False
+        if not adapters:
+            return None, False  # of other layers' adapters PEFT may hand this one arguments
         base = layer.base_layer
-        if not adapters or not self._merges(base.weight):
+        if not self._merges(base.weight):
             return functools.partial(lora_linear, base, adapters), False
         whole = base.weight.detach().float() + sum(s * (b.float() @ a.float()) for a, b, s in adapters)
         return self._linear(layer, whole, base.weight, base.bias), True
@@ -288,6 +289,7 @@ def _autocast_off() -> Iterator[None]:
         yield
 
 
-def _tensor_states(tensors: list[Tensor]) -> tuple:
-    local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors)  # of a DTensor
-    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in local)
+def _tensor_states(tensors: list[Tensor], rewritten: set[int]) -> tuple:
+    """Place, version and dtype of each; the version of a tensor that is rewritten with its own values says nothing."""
+    local = ((getattr(tensor, "_local_tensor", tensor), id(tensor) in rewritten) for tensor in tensors)  # of a DTensor
+    return tuple((x.data_ptr(), None if own else x._version, x.dtype) for x, own in local)
