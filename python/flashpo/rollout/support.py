@@ -5,6 +5,7 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
