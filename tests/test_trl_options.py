@@ -17,8 +17,8 @@ import flashpo
 import flashpo.rollout
 import flashpo.trl
 from flashpo.trl import options
+from flashpo.trl._precision import autocast_dtype
 from flashpo.trl.patch import patched
-from flashpo.trl.rollout import autocast_dtype
 
 SAMPLED_BY_TRL = {"rollout": "generate"}
 

@@ -21,6 +21,7 @@ from trl.trainer.utils import pad
 from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
 from flashpo.trl._fallback import Fallback
+from flashpo.trl._precision import autocast_dtype
 
 log = logging.getLogger("flashpo")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "eos_token_id", "stop_strings", "do_sample")
@@ -186,13 +187,6 @@ class TrainerRollouts:
 def _args(trainer) -> Any:
     """None of a trainer whose constructor did not run."""
     return getattr(trainer, "args", None)
-
-
-def autocast_dtype(accelerator) -> torch.dtype | None:
-    """What the accelerator's autocast casts to. Its `mixed_precision` is a wish: fp16 on a CPU, say, is not granted."""
-    device = accelerator.device.type
-    with accelerator.autocast():
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> SamplingParams:

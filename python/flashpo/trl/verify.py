@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from flashpo._op import stats
 from flashpo.packing.norms import original_norms
+from flashpo.trl._precision import autocast_dtype
 from flashpo.trl.patch import patched, stock
-from flashpo.trl.rollout import autocast_dtype
 
 # What a step writes to besides parameters: the trainer's records, copied for each run. Plain numbers are rebound.
 RECORDS = (
