@@ -202,7 +202,6 @@ REFUSED = {  # family -> (overrides of its tiny configuration, part of the reaso
     "bloom": ({}, "interface"),
     "doge": ({}, "mask"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "bidirectional"),
-    "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic rope"),
     "mamba": ({}, "linear_attention"),
     "modernbert-decoder": ({}, "between its backbone and its head"),
     "moshi": ({}, "window"),

@@ -96,6 +96,7 @@ def forward_here(
 ) -> TreeScores:
     """For code that already is inside of the wrapped model's forward; `model` is prepared."""
     from flashpo.packing.attention import install, installed
+    from flashpo.packing.support import follows_width
 
     if aux_loss and tree.pruned:
         raise ValueError("aux_loss: the tree lacks tokens that count in it, pack with prune=False")
@@ -103,7 +104,8 @@ def forward_here(
     if not installed(lm.backbone):
         install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
-    states = lm.backbone(**tree.inputs(), use_cache=False, **router)
+    inputs = tree.inputs(follows_width(lm.backbone.config))
+    states = lm.backbone(**inputs, use_cache=False, **router)
     # FSDP2 keeps the head as a DTensor
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (lm.head.weight, lm.head.bias))
     hidden = states.last_hidden_state.squeeze(0)

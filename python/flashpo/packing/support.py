@@ -37,6 +37,13 @@ def why_not_packable(backbone: nn.Module) -> str:
     return next(iter((*_configuration(backbone.config), *_layers(backbone), "")))
 
 
+def follows_width(config: Any) -> bool:
+    """Whether rotary frequencies depend on how many positions a forward has."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
+
+
 def check_packable(model: nn.Module) -> None:
     """Raise Unsupported, with the reason, unless `packable(model)`."""
     lm = CausalLM.of(model)
@@ -75,10 +82,6 @@ def _configuration(config: Any) -> Iterator[str]:
             yield f"it has layers of {kind}"
     if getattr(config, "alibi", False):
         yield "its attention adds a bias for the distance (ALiBi)"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):
-        if isinstance(parameters, dict) and parameters.get("rope_type") == "dynamic":
-            yield "its rotary frequencies depend on the longest row so far (dynamic rope)"
 
 
 def _layers(backbone: nn.Module) -> Iterator[str]:
