@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl_models import SMALL
 
 from flashpo.packing import forward, pack
+from flashpo.packing.scoring import accept_trees
 
 WINDOW = 5  # far shorter than the rows
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -47,6 +48,8 @@ def make(kind: str, dtype: torch.dtype = torch.float64, attention: str | None = 
     for name, parameter in model.named_parameters():
         if "sinks" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter)
+    if dtype == torch.float64 and model.config._attn_implementation == "eager":
+        accept_trees(model)  # unasked: eager attention in fp64 makes NaN of padding
     return model
 
 

@@ -43,6 +43,10 @@ CONFIGS = {
     "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
     "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
     "phi": lambda: transformers.PhiConfig(**{**SMALL, "num_key_value_heads": 2}),  # a head with a bias
+    "gpt2": lambda: transformers.GPT2Config(  # its dropouts are those that it was published with
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3,
+        pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    ),
     # batches of a few words are on both sides of its limit
     "longrope": lambda: transformers.Phi3Config(
         **SMALL, original_max_position_embeddings=LIMIT, rope_parameters=LONGROPE

@@ -61,18 +61,35 @@ def forward(model: nn.Module, tree: TokenTree, *, aux_loss: bool = False, **opti
 
 def prepare(model: nn.Module) -> None:
     """Let `model` take token trees, and run its norms as one operator each on GPUs; `score` does it, too. Later calls
-    do nothing."""
-    from flashpo.packing.attention import install
-    from flashpo.packing.norms import fuse_norms
+    do nothing.
+
+    Raises:
+        Unsupported: with the reason that `packable(model, check=True)` gives.
+    """
+    from flashpo.packing.parity import check_parity
     from flashpo.packing.support import check_packable
 
-    lm = CausalLM.of(model)
-    original = lm.base.forward.__func__
-    if getattr(original, "takes_trees", False):
+    if getattr(CausalLM.of(model).base.forward, "takes_trees", False):
         return
     check_packable(model)
-    install(lm.backbone)
-    fuse_norms(lm.backbone)
+    check_parity(model)
+    accept_trees(model)
+
+
+def accept_trees(model: nn.Module, head: bool = True) -> None:
+    """`prepare` without a question, also of a backbone (`head=False`), which takes a tree in the place of its mask."""
+    from flashpo.packing.attention import install
+    from flashpo.packing.norms import fuse_norms
+
+    backbone = CausalLM.of(model).backbone if head else model
+    install(backbone)
+    fuse_norms(backbone)
+    if not head:
+        return
+    base = CausalLM.of(model).base
+    original = base.forward.__func__
+    if getattr(original, "takes_trees", False):
+        return
 
     @functools.wraps(original)  # `generate` reads the signature
     def forward(self, *args, flashpo_tree: TokenTree | None = None, **keywords):
@@ -82,7 +99,7 @@ def prepare(model: nn.Module) -> None:
         return forward_here(self, flashpo_tree, **given)
 
     forward.takes_trees = True  # type: ignore[attr-defined]
-    lm.base.forward = types.MethodType(forward, lm.base)
+    base.forward = types.MethodType(forward, base)
 
 
 def forward_here(

@@ -51,6 +51,8 @@ class PolicyTrainer(Accelerated, Base):
         super().__init__(*args, **kwargs)
         self._rollouts = TrainerRollouts(self)
         self._packed = PackedScoring(self)
+        if self._has_whole_models:
+            self._packed.takes({})
 
     # loss
 
