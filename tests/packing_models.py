@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl_models import SMALL
 
 from flashpo.packing import forward, pack
+from flashpo.packing.scoring import accept_trees
 
 WINDOW = 5  # far shorter than the rows
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -47,6 +48,8 @@ def make(kind: str, dtype: torch.dtype = torch.float64, attention: str | None = 
     for name, parameter in model.named_parameters():
         if "sinks" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter)
+    if dtype == torch.float64 and model.config._attn_implementation == "eager":
+        accept_trees(model)  # unasked: eager attention in fp64 makes NaN of padding
     return model
 
 
@@ -58,9 +61,9 @@ class Batch:
     upstream: Tensor  # (2, B, C): gradients of the log-probs and entropies
 
     @classmethod
-    def of(cls, rows: list[list[int]], scored: list[int], left: bool = True) -> "Batch":
+    def of(cls, rows: list[list[int]], scored: list[int], left: bool = True, padding: int = 3) -> "Batch":
         """The last `scored` tokens of each row are, padding in between left out at random."""
-        width = max(map(len, rows)) + 3
+        width = max(map(len, rows)) + padding
         ids, live, mask = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(3))
         for i, (row, n) in enumerate(zip(rows, scored)):
             begin = width - len(row) if left else 0
@@ -98,7 +101,7 @@ def padded(model, batch: Batch, temperature: float, aux_loss: bool = False) -> t
     live = batch.attention_mask
     positions = (live.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=batch.input_ids, attention_mask=live, position_ids=positions, use_cache=False, **router)
-    rows = _statistics(out.logits, batch, temperature)
+    rows = statistics(out.logits, batch, temperature)
     if not aux_loss:
         return *rows, None
     experts = model.config.num_experts, model.config.num_experts_per_tok
@@ -111,10 +114,10 @@ def alone(model, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, None
     for ids, live in zip(batch.input_ids, batch.attention_mask.bool()):
         logits = model(input_ids=ids[live][None], use_cache=False).logits[0]
         rows.append(logits.new_zeros(len(ids), logits.shape[1]).index_put((live.nonzero()[:, 0],), logits))
-    return *_statistics(torch.stack(rows), batch, temperature), None
+    return *statistics(torch.stack(rows), batch, temperature), None
 
 
-def _statistics(logits: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def statistics(logits: Tensor, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     z = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logp = z.log_softmax(-1)
     scored = batch.completion_mask[:, 1:].bool()

@@ -5,7 +5,6 @@ import torch
 from packing_models import CONFIGS, Batch, alone, backward, batch, make, packed, padded
 
 from flashpo.packing import forward, packable
-from flashpo.packing.parity import worst_difference
 
 TEMPERATURE = 0.9
 
@@ -40,11 +39,10 @@ def assert_same_gradients(ours, expected, tolerance: float = 3e-6) -> None:
 def test_family(kind):
     model = make(kind)
     assert packable(model) == (True, "")
-    if model.config._attn_implementation == "eager":
+    if "eager" in model.config._attn_implementation:
         assert_same(model, batch(), alone, tolerance=3e-7)  # its softmax is fp32
     else:
         assert_same(model, batch())
-    assert worst_difference(model) < 3e-6
 
 
 def test_eager_attention():

@@ -200,13 +200,8 @@ REFUSED = {  # family -> (overrides of its tiny configuration, part of the reaso
     "bart": ({}, "takes no position_ids"),
     "bert": ({}, "not causal"),
     "bloom": ({}, "interface"),
-    "doge": ({}, "mask"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "bidirectional"),
-    "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic rope"),
     "mamba": ({}, "linear_attention"),
-    "modernbert-decoder": ({}, "between its backbone and its head"),
-    "moshi": ({}, "window"),
-    "qwen3": ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
     "qwen3_next": ({}, "linear_attention"),
 }
 

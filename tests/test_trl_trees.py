@@ -262,7 +262,7 @@ def dropout(tmp_path):
 
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
 def test_a_model_that_cannot_be_packed(name, dropout):
-    reason = "qwen3: attention_dropout is 0.1"
+    reason = "qwen3: Qwen3Attention has a dropout of 0.1 in its attention"
     with pytest.warns(UserWarning, match="FlashPO") as said:
         trainer = make_trainer(name, flashpo.trl, model=dropout)
     (warning,) = [str(w.message) for w in said if "FlashPO" in str(w.message)]  # one for policy and reference

@@ -29,6 +29,11 @@ SMALL = dict(
     num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.3,
     pad_token_id=0, eos_token_id=1, bos_token_id=1,
 )  # fmt: skip
+LIMIT = 10  # tokens, behind which rotary frequencies are others
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": LIMIT, "factor": 4.0,
+    "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)],
+}  # fmt: skip
 CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False),
     "qwen3_tied": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
@@ -38,6 +43,14 @@ CONFIGS = {
     "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
     "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
     "phi": lambda: transformers.PhiConfig(**{**SMALL, "num_key_value_heads": 2}),  # a head with a bias
+    "gpt2": lambda: transformers.GPT2Config(  # its dropouts are those that it was published with
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3,
+        pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    ),
+    # batches of a few words are on both sides of its limit
+    "longrope": lambda: transformers.Phi3Config(
+        **SMALL, original_max_position_embeddings=LIMIT, rope_parameters=LONGROPE
+    ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, tie_word_embeddings=False
     ),

@@ -19,7 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from flashpo.ops.tree_attention import attend
 
 PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
+NAME = (
+    "_attn_implementation_internal"  # of a config's attribute; the public property walks sub-configs and checks names
+)
 EAGER: dict[type[nn.Module], Callable] = {}  # each module class's own: no registry has these
+_dropouts: list[tuple[str, float]] | None = None
 
 
 def install(backbone: nn.Module) -> None:
@@ -29,12 +33,23 @@ def install(backbone: nn.Module) -> None:
             EAGER[type(module)] = eager
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and not config._attn_implementation.startswith(PREFIX):
-            config._attn_implementation_internal = _register(config._attn_implementation)
+            setattr(config, NAME, _register(config._attn_implementation))
 
 
 def installed(backbone: Any) -> bool:
     """False before `install`, and after one has given the model another attention by transformers' own methods."""
     return backbone.config._attn_implementation.startswith(PREFIX)
+
+
+@contextlib.contextmanager
+def recorded_dropout() -> Iterator[list[tuple[str, float]]]:
+    """Within it a dropout that an attention asks for is noted, with the name of its class, and left out."""
+    global _dropouts
+    before, _dropouts = _dropouts, []
+    try:
+        yield _dropouts
+    finally:
+        _dropouts = before
 
 
 @contextlib.contextmanager
@@ -45,11 +60,11 @@ def uninstalled(model: nn.Module) -> Iterator[None]:
     before = [c._attn_implementation for c in ours]
     try:
         for config, name in zip(ours, before):
-            config._attn_implementation_internal = name.removeprefix(PREFIX)
+            setattr(config, NAME, name.removeprefix(PREFIX))
         yield
     finally:
         for config, name in zip(ours, before):
-            config._attn_implementation_internal = name
+            setattr(config, NAME, name)
 
 
 def _register(original: str) -> str:
@@ -90,7 +105,9 @@ def _attend_tree(
 ) -> Tensor:
     name = type(module).__name__
     if dropout:
-        raise NotImplementedError(f"{name}: a token tree has no dropout in attention, set attention_dropout to 0")
+        if _dropouts is None:
+            raise NotImplementedError(f"{name}: a token tree has no dropout in attention, which asks for {dropout:g}")
+        _dropouts.append((name, dropout))
     if position_bias is not None:
         raise NotImplementedError(f"{name} adds a position_bias to its scores")
     if is_causal is False or not getattr(module, "is_causal", True):

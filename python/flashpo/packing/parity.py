@@ -1,33 +1,159 @@
-"""A token tree against rows run one by one, on the model itself: what no configuration can promise."""
+"""Does a model give on a token tree what it gives on padded rows? Asked once for every kind of model.
+
+A few short rows are scored both ways, with their gradients: by the model itself, and by its small fp32 twin on the same
+device, in which a window that is off by one or a wrong gradient stands out from rounding. What rounding does is
+measured on the model's own forward: of the rows in two batches, and with embeddings that are off by a rounding.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from flashpo._causal_lm import CausalLM
-from flashpo.packing.scoring import score
-from flashpo.packing.tree import pack
+from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo.packing.attention import PREFIX
+from flashpo.packing.trial import Scored, Trial, is_plain, on_trial
+from flashpo.rollout.cache import out_of_memory
+from flashpo.rollout.twin import small_config, small_model
+
+log = logging.getLogger("flashpo")
+_answers: dict[Hashable, str] = {}
+
+NOISE = {4: 8.0, 2: 3.0}  # by bytes of the dtype: times what rounding does to the model's own forward
+ROUNDINGS = 2.0  # of the largest number, below which no forward can be told from another one
+MOST_NOISE = 1e-3  # of the largest log-prob: what another batch changes by more may be no rounding
+QUANTILE = 0.9
+Size = Callable[[Tensor], float]
 
 
-@torch.no_grad()
-def worst_difference(model: nn.Module, tokens: int = 12) -> float:
-    """The largest difference, in nats, between log-probs by `score` and by the model's own forward of each row.
+def check_parity(model: nn.Module) -> None:
+    """Raise Unsupported, with the reason, where `parity(model)` has one."""
+    if reason := parity(model):
+        raise Unsupported(reason)
 
-    Three rows of up to `tokens` tokens, which branch twice: a fraction of a training step. Every rank of a sharded
-    model has to call it.
+
+def parity(model: nn.Module, head: bool = True, agree: Callable[[list], list] = list) -> str:
+    """`why_wrong`, asked once a process for what makes models alike: classes, options and dtypes of all modules.
+
+    Args:
+        head: False for a backbone.
+        agree: in a distributed run that has to go on together whatever one rank finds: gathers a list of every rank's
+            into one list. All ranks then have the same answer, and run the model together where one has to.
     """
-    lm = CausalLM.of(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.base.config.get_text_config().vocab_size, (3, tokens), generator=generator, device="cpu")
-    ids[1, : tokens // 2], ids[2, : tokens // 4] = ids[0, : tokens // 2], ids[0, : tokens // 4]
-    ids = ids.to(next(lm.base.parameters()).device)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    key = _kind(model), head
+    if not all(agree([key in _answers])):
+        reasons = agree([why_wrong(model, head)])
+        _answers[key] = next(filter(None, reasons), "")
+    return _answers[key]
+
+
+def why_wrong(model: nn.Module, head: bool = True) -> str:
+    """Empty where token trees are right for `model`, else what is wrong."""
+    base: Any = CausalLM.of(model).base if head else model
     try:
-        everything = torch.ones_like(ids)
-        packed = score(model, pack(ids, everything, everything[:, 1:], min_saved=1)).logprob
-        logits = torch.cat([model(input_ids=row[None], use_cache=False).logits for row in ids])[:, :-1]
-    finally:
-        for module in training:
-            module.training = True
-    alone = logits.to(packed.dtype).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return float((packed - alone).abs().max())
+        with on_trial(model, head):
+            trial = Trial(model, head)
+            reason = trial.dropout() or _twin_differs(base, head) or _differs(trial)
+    except Exception as error:  # of any kind: it is the model's own code
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__} on a few short rows: {error}"
+    return reason and f"{base.config.model_type}: {reason}"
+
+
+def _twin_differs(base: Any, head: bool) -> str:
+    device = next(base.parameters()).device
+    try:
+        twin: Any = small_model(small_config(base.config), type(base)).to(device)
+        twin(input_ids=torch.arange(2, device=device)[None], use_cache=False)
+    except Exception as error:  # some configs cannot be made small: the model itself is tried all the same
+        log.debug("no small %s: %s", type(base).__name__, error)
+        return ""
+    with on_trial(twin, head), torch.autocast(device.type, enabled=False):
+        reason = _differs(Trial(twin, head, parameters=True))
+    return reason and f"in a small {type(base).__name__} of the same config {reason}"
+
+
+def _differs(trial: Trial) -> str:
+    dtype = _coarsest(trial.model)
+    exact, eps, times = dtype == torch.float32, _eps(dtype), NOISE[dtype.itemsize]
+    padded, packed, apart, nudged = trial.padded(), trial.packed(), trial.apart(), trial.nudged(eps)
+    if not padded.values.isfinite().all():
+        return "its own log-probs are not finite"
+
+    def compare(what: str, size: Size, largest: float, part: Callable[[Scored], Tensor]) -> str:
+        distance, by_shape, noise = (size(part(other) - part(padded)) for other in (packed, apart, nudged))
+        if what == "gradients" or by_shape <= max(times * noise, MOST_NOISE * largest):
+            noise = max(noise, by_shape)
+        if distance <= times * noise + ROUNDINGS * eps * largest:  # never with NaN
+            return ""
+        found = f"{what} of a token tree differ from those of padded rows by {distance:.1e} ({dtype})"
+        return f"{found}, where rounding makes {noise:.1e}"
+
+    # In 16 bits a router may take another expert for a token, and its log-prob leaps: the quantile ignores a few
+    what, largest = "log-probs" if trial.head else "hidden states", max(1.0, padded.values.abs().max().item())
+    if reason := compare(what, _root_mean_square if exact else _most, largest, lambda scored: scored.values):
+        return reason
+    size = _norm if exact else _most_of_tokens
+    largest = math.hypot(*(size(x) for x in padded.gradients))
+    for i in range(len(padded.gradients) if math.isfinite(largest) else 0):  # fp16 overflows without a scaled loss
+        if reason := compare("gradients", size, largest, lambda scored: scored.gradients[i]):  # noqa: B023
+            return reason
+    return ""
+
+
+def _kind(model: nn.Module) -> Hashable:
+    """What models have in common whose forwards are the same function of their parameters."""
+    modules = list(model.modules())
+    configs = {id(c): c for m in modules if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    texts = frozenset(c.to_json_string() + str(c._attn_implementation).removeprefix(PREFIX) for c in configs.values())
+    adapters = frozenset(str(m.peft_config) for m in modules if hasattr(m, "peft_config"))
+    tensors = frozenset((p.dtype, p.device.type, type(p)) for p in model.parameters())
+    device = next(model.parameters()).device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return texts, adapters, tensors, autocast, tuple((type(m), _own_forward(m), _options(m)) for m in modules)
+
+
+def _own_forward(module: nn.Module) -> Any:
+    forward = vars(module).get("forward")
+    forward = getattr(forward, "__func__", forward)
+    return getattr(forward, "__code__", type(forward))
+
+
+def _options(module: nn.Module) -> Hashable:
+    return frozenset((name, x) for name, x in vars(module).items() if name != "training" and is_plain(x))
+
+
+def _coarsest(model: nn.Module) -> torch.dtype:
+    """Of the dtypes that a forward computes in, of which fp32 is the finest: norms and rotary angles know no other."""
+    device = next(model.parameters()).device.type
+    dtypes: list[Any] = [p.dtype for p in model.parameters()] + [
+        getattr(m, "compute_dtype", None) for m in model.modules()
+    ]
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    return max((x for x in (torch.float32, torch.bfloat16, torch.float16) if x in [torch.float32, *dtypes]), key=_eps)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _most(x: Tensor) -> float:
+    return x.abs().flatten().quantile(QUANTILE).item()
+
+
+def _norm(x: Tensor) -> float:
+    return x.norm().item()
+
+
+def _most_of_tokens(x: Tensor) -> float:
+    return _most(x.norm(dim=-1))

@@ -61,18 +61,35 @@ def forward(model: nn.Module, tree: TokenTree, *, aux_loss: bool = False, **opti
 
 def prepare(model: nn.Module) -> None:
     """Let `model` take token trees, and run its norms as one operator each on GPUs; `score` does it, too. Later calls
-    do nothing."""
-    from flashpo.packing.attention import install
-    from flashpo.packing.norms import fuse_norms
+    do nothing.
+
+    Raises:
+        Unsupported: with the reason that `packable(model, check=True)` gives.
+    """
+    from flashpo.packing.parity import check_parity
     from flashpo.packing.support import check_packable
 
-    lm = CausalLM.of(model)
-    original = lm.base.forward.__func__
-    if getattr(original, "takes_trees", False):
+    if getattr(CausalLM.of(model).base.forward, "takes_trees", False):
         return
     check_packable(model)
-    install(lm.backbone)
-    fuse_norms(lm.backbone)
+    check_parity(model)
+    accept_trees(model)
+
+
+def accept_trees(model: nn.Module, head: bool = True) -> None:
+    """`prepare` without a question, also of a backbone (`head=False`), which takes a tree in the place of its mask."""
+    from flashpo.packing.attention import install
+    from flashpo.packing.norms import fuse_norms
+
+    backbone = CausalLM.of(model).backbone if head else model
+    install(backbone)
+    fuse_norms(backbone)
+    if not head:
+        return
+    base = CausalLM.of(model).base
+    original = base.forward.__func__
+    if getattr(original, "takes_trees", False):
+        return
 
     @functools.wraps(original)  # `generate` reads the signature
     def forward(self, *args, flashpo_tree: TokenTree | None = None, **keywords):
@@ -82,7 +99,7 @@ def prepare(model: nn.Module) -> None:
         return forward_here(self, flashpo_tree, **given)
 
     forward.takes_trees = True  # type: ignore[attr-defined]
-    lm.base.forward = types.MethodType(forward, lm.base)
+    base.forward = types.MethodType(forward, base)
 
 
 def forward_here(
@@ -96,6 +113,7 @@ def forward_here(
 ) -> TreeScores:
     """For code that already is inside of the wrapped model's forward; `model` is prepared."""
     from flashpo.packing.attention import install, installed
+    from flashpo.packing.support import follows_width
 
     if aux_loss and tree.pruned:
         raise ValueError("aux_loss: the tree lacks tokens that count in it, pack with prune=False")
@@ -103,7 +121,8 @@ def forward_here(
     if not installed(lm.backbone):
         install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
-    states = lm.backbone(**tree.inputs(), use_cache=False, **router)
+    inputs = tree.inputs(follows_width(lm.backbone.config))
+    states = lm.backbone(**inputs, use_cache=False, **router)
     head: list[Any] = [getattr(lm.head, name, None) for name in ("weight", "bias")]  # PEFT's wrappers lack a bias
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in head)  # FSDP2 keeps DTensors
     hidden = states.last_hidden_state.squeeze(0)

@@ -10,32 +10,40 @@ from torch import nn
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
 
-# They mix tokens in ways that neither configuration nor modules tell
-FAMILIES = {
-    "doge": "its layers compute with the attention mask",
-    "diffllama": "its attention is a difference of two",
-    "modernbert-decoder": "it has a layer between its backbone and its head",
-    "moshi": "its configuration has a sliding window that its attention has not",
-}
-
 
 class Packable(NamedTuple):
     ok: bool
     reason: str  # why not; empty where it can
 
 
-def packable(model: nn.Module) -> Packable:
-    """Whether `score` can run `model`, by what its configuration and modules say; `worst_difference` tries it."""
+def packable(model: nn.Module, *, check: bool = False) -> Packable:
+    """Whether `score` can run `model`, by what its configuration and modules say.
+
+    Args:
+        check: run it on a few short rows, too, and compare a token tree with padded rows, once for every kind of model:
+            what `score` does before it runs a model for the first time, and the trainers before they train. Every rank
+            of a sharded model has to ask.
+    """
+    from flashpo.packing.parity import parity
+
     try:
         check_packable(model)
     except Unsupported as error:
         return Packable(False, str(error))
-    return Packable(True, "")
+    reason = parity(model) if check else ""
+    return Packable(not reason, reason)
 
 
 def why_not_packable(backbone: nn.Module) -> str:
     """Of a model without a head; empty where it is."""
     return next(iter((*_configuration(backbone.config), *_layers(backbone), "")))
+
+
+def follows_width(config: Any) -> bool:
+    """Whether rotary frequencies depend on how many positions a forward has."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def check_packable(model: nn.Module) -> None:
@@ -64,8 +72,6 @@ def _configuration(config: Any) -> Iterator[str]:
         yield "it has more than a text model"
     if config.is_encoder_decoder:
         yield "it is an encoder and a decoder"
-    if config.model_type in FAMILIES:
-        yield FAMILIES[config.model_type]
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         yield "its attention is bidirectional"
     for kind in getattr(config, "layer_types", None) or ():
@@ -73,10 +79,6 @@ def _configuration(config: Any) -> Iterator[str]:
             yield f"it has layers of {kind}"
     if getattr(config, "alibi", False):
         yield "its attention adds a bias for the distance (ALiBi)"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):
-        if isinstance(parameters, dict) and parameters.get("rope_type") == "dynamic":
-            yield "its rotary frequencies depend on the longest row so far (dynamic rope)"
 
 
 def _layers(backbone: nn.Module) -> Iterator[str]:
@@ -90,6 +92,3 @@ def _layers(backbone: nn.Module) -> Iterator[str]:
             yield f"{type(module).__name__} is not causal"
         if isinstance(module, nn.Conv1d):
             yield "it has convolutions over its tokens"
-        dropout = getattr(module, "attention_dropout", 0.0)
-        if p := dropout.p if isinstance(dropout, nn.Dropout) else dropout:
-            yield f"attention_dropout is {p}"

@@ -37,15 +37,23 @@ class TokenTree(NamedTuple):
     segments: Tensor  # (S, 3) int64: begin, end, and end of all that descends from it
     parents: Tensor  # (S,) int64: a segment's parent, -1 for a root
     pruned: bool
+    width: int  # T: a forward of the padded batch has so many positions
 
     @property
     def mask(self) -> Tensor:
         """(1, 1, 2, N) int32, end and position: what the tree is to attention, in the place of a mask."""
         return torch.stack([self.end, self.position])[None, None]
 
-    def inputs(self) -> dict[str, Tensor]:
-        """What a backbone takes."""
-        return {"input_ids": self.tokens[None], "attention_mask": self.mask, "position_ids": self.position.long()[None]}
+    def inputs(self, follows_width: bool = False) -> dict[str, Tensor]:
+        """What a backbone takes.
+
+        follows_width: its rotary frequencies depend on the last position of a forward. All positions then move, so that
+        the last one is that of the padded batch; rotary embeddings tell only how far apart two tokens are.
+        """
+        position = self.position.long()
+        if follows_width:
+            position = position + (self.width - 1 - position.max())
+        return {"input_ids": self.tokens[None], "attention_mask": self.mask, "position_ids": position[None]}
 
     def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Values of the pairs (M, ...) at the places that they score (B, C, ...), `fill` at the others."""
@@ -107,7 +115,7 @@ def pack(
     pairs = rows.pairs(index)
     segments, parents = _segments(end, before)
     there = (x.to(input_ids.device) for x in (tokens, position.int(), end.int(), copies, rows.spread(index), *pairs))
-    return TokenTree(*there, segments, parents, prune)  # type: ignore[call-arg, arg-type]  # the number of tensors
+    return TokenTree(*there, segments, parents, prune, input_ids.shape[1])  # type: ignore[call-arg, arg-type]  # tensors' number
 
 
 class Rows(NamedTuple):

@@ -24,7 +24,7 @@ def why_no_view(model: nn.Module) -> str | None:
     states = list(_fsdp_states(model))
     if any(len(state._modules) > 1 for state in states):
         return "FSDP2 shards several modules as one group"
-    if not states and any(_is_dtensor(param) for param in model.parameters()):
+    if not states and any(is_dtensor(param) for param in model.parameters()):
         return "weights are DTensors, but not of FSDP2 (tensor parallelism)"
     return None
 
@@ -50,7 +50,7 @@ def gathered(model: nn.Module, buffer: Buffer) -> Iterator[None]:
     try:
         for module, dtype in _with_compute_dtype(model, states, None):
             for name, param in list(module._parameters.items()):
-                if not _is_dtensor(param):
+                if not is_dtensor(param):
                     continue
                 if id(param) not in whole:  # tied ones once
                     value = param.detach().full_tensor()
@@ -69,7 +69,7 @@ def gathered(model: nn.Module, buffer: Buffer) -> Iterator[None]:
             table.update(hooked)
 
 
-def _is_dtensor(param: Tensor | None) -> bool:
+def is_dtensor(param: Tensor | None) -> bool:
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(param, tensor.DTensor)
 

@@ -20,6 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from flashpo.ops.token_stats import TokenStats
 from flashpo.packing import TokenTree
+from flashpo.packing.support import follows_width
 
 NAME = "critic"  # of the policy's attribute
 FILE = "critic.safetensors"
@@ -78,7 +79,10 @@ def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = No
         try:
             out = score(*args, **kwargs)
             if critic.backbone is not None:
-                inputs = _text_inputs(args, kwargs) if flashpo_tree is None else flashpo_tree.inputs()
+                if flashpo_tree is None:
+                    inputs = _text_inputs(args, kwargs)
+                else:
+                    inputs = flashpo_tree.inputs(follows_width(critic.backbone.config))
                 critic.backbone(**inputs, use_cache=False)
         finally:
             hook.remove()

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flashpo.packing import pack, packable, prepare, split_by_tokens
-from flashpo.packing.attention import install
-from flashpo.packing.support import why_not_packable
+from flashpo.packing import pack, split_by_tokens
+from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
-from flashpo.trl.sharing import Sharing
+from flashpo.trl.sharing import Sharing, why_not_packed
 
 
 class PackedScoring:
@@ -32,17 +31,24 @@ class PackedScoring:
 
     def prepare(self, critic: PreTrainedModel | None = None) -> str:
         """Let the trainer's models, and the backbone of a critic, take token trees; or why one of them cannot."""
-        if self._reason is None:
-            models = [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
-            reasons = [packable(model).reason for model in models]
-            reasons += [] if critic is None else [why_not_packable(critic)]
-            self._reason = next(filter(None, reasons), "")
-            if not self._reason and self.sharing.mode is not False:
-                for model in models:
-                    prepare(model)
-                if critic is not None:
-                    install(critic)
+        if self.sharing.mode is False or self.sharing.against:
+            return ""
+        with self.trainer.accelerator.autocast():
+            if self._reason is None:
+                models = [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
+                self._reason = self._try(models, head=True)
+            if critic is not None and not self._reason:
+                self._reason = self._try([critic], head=False)
         return self._reason
+
+    @staticmethod
+    def _try(models: list[Any], head: bool) -> str:
+        for model in models:
+            if reason := why_not_packed(model, head):
+                return reason
+        for model in models:
+            accept_trees(model, head)
+        return ""
 
     def take_values(self) -> Tensor | None:
         """A critic's values (B, C) of the last scoring, None where that was padded or the model has no critic."""

@@ -54,6 +54,11 @@ class PolicyTrainer(Accelerated, Base):
     _loss_helpers: tuple[str, ...] = ()  # methods that TRL's `_compute_loss` calls and ours does not
     _to_score: tuple[Tensor, Tensor | None] | None = None  # while `_score` runs: its token ids, and which of them
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self._has_whole_models:
+            self._packed.takes({})
+
     # made when they are first needed: a trainer may run before its constructor has, or without it
 
     @functools.cached_property

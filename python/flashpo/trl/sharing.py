@@ -1,5 +1,10 @@
 """`share_prefix` of a trainer's arguments: whether it runs on token trees, and what it says where it cannot."""
 
+from accelerate.utils import gather_object
+from torch import nn
+
+from flashpo.packing.parity import parity
+from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl._fallback import Fallback
 
 
@@ -10,13 +15,22 @@ class Sharing:
     def __init__(self, args):
         self.mode = getattr(args, "share_prefix", "auto")  # TRL's own configurations have no such field
         noise = getattr(args, "neftune_noise_alpha", None)
-        self._against = "neftune_noise_alpha: its noise depends on the length of a padded row" if noise else ""
+        self.against = "neftune_noise_alpha: its noise depends on the length of a padded row" if noise else ""
         strict = "share_prefix=True, but {reason}" if self.mode is True else None
         self.refuse = Fallback("FlashPO scores padded rows here, prompts are not shared: {reason}.", strict)
 
     def allowed(self, reason: str) -> bool:
         """Whether to run packed; `reason`: what is against it, empty where nothing is."""
-        reason = reason or self._against
+        reason = self.against or reason
         if self.mode is not False and reason:
             self.refuse(reason)
         return self.mode is not False and not reason
+
+
+def why_not_packed(model: nn.Module, head: bool = True) -> str:
+    """What is against token trees on any rank, the same answer on all of them; empty where nothing is.
+
+    All ranks have to ask together, outside of a forward of `model`, and in the autocast in which it trains.
+    """
+    static = packable(model).reason if head else why_not_packable(model)
+    return next(filter(None, gather_object([static])), "") or parity(model, head, gather_object)

@@ -44,19 +44,31 @@ class Accelerated(transformers.Trainer):
         with patched():
             return super().compute_loss(*args, **kwargs)
 
+    @property
+    def _has_whole_models(self) -> bool:
+        """Whether models are on their devices when the trainer is made, not loaded and sharded later."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
 
 class Packed(Accelerated):
     """Its models run on token trees, see `flashpo.trl.tree_head`; `share_prefix` of its arguments says whether."""
 
     def __init__(self, *args, **kwargs):
-        with heads_take_trees(self, self._trl_class):
+        with heads_take_trees(self, self._trl_class) as self._heads:
             super().__init__(*args, **kwargs)
+        if self._has_whole_models:
+            self._heads.try_out()
+
+    def compute_loss(self, *args, **kwargs):
+        self._heads.try_out()
+        return super().compute_loss(*args, **kwargs)
 
 
 class PackedWithReference(Packed):
     """For trainers that can score the reference model for a whole dataset at once (`precompute_ref_log_probs`)."""
 
     def compute_ref_log_probs(self, *args, **kwargs):
+        self._heads.try_out()
         with patched():
             return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
 

@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from flashpo.packing import TokenTree, forward_here, pack, packable
-from flashpo.packing.attention import install
-from flashpo.packing.norms import fuse_norms
+from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
 from flashpo.trl.patch import DEVICES, FIELDS, active
-from flashpo.trl.sharing import Sharing
+from flashpo.trl.sharing import Sharing, why_not_packed
 
 ROWS = {"input_ids", "labels", "attention_mask"}
 FLATTENED = {"input_ids", "labels", "position_ids"}  # a padding-free batch: its rows one after the other
@@ -31,36 +30,68 @@ BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", 
 OPTIONS = {"use_cache", "output_router_logits"}
 
 
+class TreeHeads:
+    """The models of a trainer to which TRL gives a fused head; those run packed for which token trees are right."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.untried: list[PreTrainedModel] = []
+        self.packed: set[PreTrainedModel] = set()
+
+    @functools.cached_property
+    def sharing(self) -> Sharing:
+        return Sharing(self.trainer.args)  # TRL has made them when it adds a head
+
+    def add(self, model: PreTrainedModel, temperature: float, fp32_head: bool, outputs: tuple[str, ...]) -> None:
+        """The moment lies behind everything that changes a model, and before all that wraps it or runs it."""
+        self.untried.append(model)
+        if packable(self._whole(model)).ok:
+            take_trees(model, self.sharing, temperature, fp32_head, outputs, lambda: model in self.packed)
+
+    def try_out(self) -> None:
+        """Before the models first train: all ranks together, outside of a forward."""
+        untried, self.untried = self.untried, []
+        for model in untried if self.sharing.mode is not False else []:
+            with self.trainer.accelerator.autocast():
+                reason = self.sharing.against or why_not_packed(self._whole(model))
+            if self.sharing.allowed(reason):
+                accept_trees(model.base_model, head=False)
+                self.packed.add(model)
+
+    def _whole(self, model: PreTrainedModel) -> Any:
+        """With its adapters, and as it is sharded."""
+        wholes = [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
+        return next((m for m in wholes if any(x is model for x in m.modules())), model)
+
+
 @contextlib.contextmanager
-def heads_take_trees(trainer: Any, trl_class: type) -> Iterator[None]:
-    """Within it, the models to which TRL's module of that class gives a fused head run packed from then on.
+def heads_take_trees(trainer: Any, trl_class: type) -> Iterator[TreeHeads]:
+    """Within it, the models to which TRL's module of that class gives a fused head are added to the trainer's."""
+    heads = TreeHeads(trainer)
 
-    That moment lies behind everything that changes a model, and before all that wraps it or runs it.
-    """
-    sharing = functools.cache(lambda: Sharing(trainer.args))  # TRL has made its arguments by then
-
-    def taking_trees(add_fused_lm_head: Callable) -> Callable:
+    def adding(add_fused_lm_head: Callable) -> Callable:
         def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
             add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
-            with_adapters = trainer.model if any(x is model for x in trainer.model.modules()) else model
-            if sharing().allowed(packable(with_adapters).reason):
-                take_trees(model, sharing(), temperature, cast_lm_head_to_fp32, outputs)
+            heads.add(model, temperature, cast_lm_head_to_fp32, outputs)
 
         return add
 
-    with replaced(importlib.import_module(trl_class.__module__), "add_fused_lm_head", taking_trees):
-        yield
+    with replaced(importlib.import_module(trl_class.__module__), "add_fused_lm_head", adding):
+        yield heads
 
 
 def take_trees(
-    model: PreTrainedModel, sharing: Sharing, temperature: float, fp32_head: bool, outputs: tuple[str, ...]
+    model: PreTrainedModel,
+    sharing: Sharing,
+    temperature: float,
+    fp32_head: bool,
+    outputs: tuple[str, ...],
+    takes: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Let a model that has a fused head run its calls packed; the options are those of the head."""
+    """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's."""
     padded: Any = model.forward.__func__  # type: ignore[attr-defined]  # bound by add_fused_lm_head
     wanted = tuple(FIELDS[name] for name in outputs)
     config: Any = model.config.get_text_config()
-    install(model.base_model)
-    fuse_norms(model.base_model)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self, *args, fused_lm_head=False, **batch):
@@ -68,7 +99,7 @@ def take_trees(
             return padded(self, *args, **batch)
         # the call asks for the routers' loss, or the configuration does
         routers = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
-        tree = _tree_of(sharing, args, batch, prune=not routers) if active() else None
+        tree = _tree_of(sharing, args, batch, prune=not routers) if active() and takes() else None
         if tree is None:
             return padded(self, *args, fused_lm_head=True, **batch)
         options = {"temperature": temperature, "outputs": wanted, "fp32_head": fp32_head, "aux_loss": routers}

@@ -1,0 +1,210 @@
+"""A few short rows, scored as padded rows and as a token tree by a model that is afterwards as it was."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from flashpo._causal_lm import CausalLM
+from flashpo._op import CALLS
+from flashpo.packing.attention import NAME, recorded_dropout
+from flashpo.packing.scoring import accept_trees
+from flashpo.packing.support import follows_width
+from flashpo.packing.tree import TokenTree, pack
+from flashpo.rollout import sharded
+
+LONGEST = 24  # tokens: more than the windows of a small twin
+EVERY = 2  # tokens of the longest row another one leaves it, after which it has as many of its own
+COPIED = 1 << 20  # numbers; a larger buffer holds weights (of quantised layers), which no forward changes
+
+
+class Scored(NamedTuple):
+    values: Tensor  # of all scored tokens: log-probs, or a projection of the hidden states of a model without a head
+    gradients: list[Tensor]  # of the parameters asked for, else of the embeddings, summed over the places of a token
+
+
+class Trial:
+    """A causal language model, or a backbone (`head=False`), and its ways to score the rows.
+
+    Every rank of a sharded model has to run them, and these have no gradients: its hooks reduce what backward brings.
+    """
+
+    def __init__(self, model: nn.Module, head: bool = True, parameters: bool = False):
+        self.model, self.head = model, head
+        backbone: Any = CausalLM.of(model).backbone if head else model
+        self.backbone = backbone
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad] if parameters else []
+        self.differentiable = not is_sharded(model)
+        self.embedding: nn.Module = backbone.get_input_embeddings()
+        config = backbone.config
+        device = next(self.embedding.parameters()).device
+        self.ids, self.live, scored = (x.to(device) for x in _rows(config))
+        self.scored = scored[:, 1:].bool()
+        generator = torch.Generator().manual_seed(1)
+        options: Any = dict(generator=generator, device="cpu", dtype=torch.float64)
+        self.upstream = torch.randn(self.scored.shape, **options).to(device)
+        self.direction = torch.randn(config.hidden_size, **options).to(device)
+
+    def padded(self) -> Scored:
+        return self._score(lambda: self._plain(self.ids, self.live))
+
+    def apart(self) -> Scored:
+        """In two batches: products of other shapes round otherwise."""
+
+        def run() -> Tensor:
+            values = []
+            for ids, live in ((self.ids[i::2], self.live[i::2]) for i in (0, 1)):
+                width = int(live.sum(1).max())
+                values.append(pad(self._plain(ids[:, :width], live[:, :width]), (0, self.ids.shape[1] - width)))
+            order = torch.arange(len(self.ids), device="cpu")
+            return torch.cat(values)[torch.cat([order[0::2], order[1::2]]).argsort()]
+
+        return self._score(run)
+
+    def nudged(self, eps: float) -> Scored:
+        """The padded batch with embeddings that are off by a rounding each."""
+        generator = torch.Generator().manual_seed(2)
+
+        def nudge(x: Tensor) -> Tensor:
+            sign = torch.randint(2, x.shape, generator=generator, device="cpu").to(x.device) * 2 - 1
+            return (x * (1 + eps * sign)).to(x.dtype)
+
+        return self._score(lambda: self._plain(self.ids, self.live), nudge)
+
+    def packed(self) -> Scored:
+        return self._score(lambda: self._on_tree(self.ids, self.live, self.scored))
+
+    @torch.no_grad()
+    def dropout(self) -> str:
+        """Which attention has dropout in train mode; empty where none has."""
+        with recorded_dropout() as found:
+            for module in self.model.modules():
+                module.training = True
+            self._on_tree(self.ids[:1, :2], self.live[:1, :2], self.scored[:1, :1])
+            for module in self.model.modules():
+                module.training = False
+        return next((f"{name} has a dropout of {p:g} in its attention" for name, p in found), "")
+
+    def _plain(self, ids: Tensor, live: Tensor) -> Tensor:
+        out = self.model(input_ids=ids, attention_mask=live, use_cache=False)
+        if not self.head:
+            return self._projected(out.last_hidden_state[:, :-1])
+        return out.logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None].to(out.logits.device))[..., 0]
+
+    def _on_tree(self, ids: Tensor, live: Tensor, scored: Tensor) -> Tensor:
+        """Of the next tokens that are `scored` (rows, tokens - 1)."""
+        tree: TokenTree = pack(ids, live, pad(scored, (1, 0)), min_saved=1)
+        if self.head:
+            return self.model(flashpo_tree=tree, outputs=()).stats.logprob[:, 1:].double()
+        out = self.model(**tree.inputs(follows_width(self.backbone.config)), use_cache=False)
+        return tree.unpack(self._projected(out.last_hidden_state[0, tree.source]))[:, 1:]
+
+    def _projected(self, hidden: Tensor) -> Tensor:
+        return hidden.double() @ self.direction.to(hidden.device)
+
+    def _score(self, run: Callable[[], Tensor], nudge: Callable[[Tensor], Tensor] = lambda x: x) -> Scored:
+        embedded: list[tuple[Tensor, Tensor]] = []
+
+        def start_here(module: nn.Module, inputs: tuple, out: Tensor) -> Tensor:
+            if not self.differentiable or self.parameters:
+                return nudge(out)
+            leaf = nudge(out.detach()).requires_grad_()
+            embedded.append((inputs[0], leaf))
+            return leaf.clone()  # some models scale it in place
+
+        handle = self.embedding.register_forward_hook(start_here)
+        try:
+            with torch.set_grad_enabled(self.differentiable):
+                values = run()
+                scored = values[self.scored.to(values.device)]
+                if not self.differentiable:
+                    return Scored(scored, [])
+                wanted = self.parameters or [leaf for _, leaf in embedded]
+                loss = (scored * self.upstream[self.scored].to(values.device)).sum()
+                gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        finally:
+            handle.remove()
+        found = list(gradients) if self.parameters else [self._of_tokens(embedded, gradients)]
+        return Scored(scored.detach(), [x.double() for x in found])
+
+    def _of_tokens(self, embedded: list[tuple[Tensor, Tensor]], gradients: tuple[Tensor, ...]) -> Tensor:
+        """(distinct tokens, H), the same for a batch and its tree."""
+        distinct = self.ids.unique()
+        total = gradients[0].new_zeros(len(distinct), gradients[0].shape[-1], dtype=torch.float64)
+        for (ids, _), gradient in zip(embedded, gradients):
+            index = torch.searchsorted(distinct, ids.to(distinct.device).flatten()).to(total.device)
+            total.index_add_(0, index, gradient.flatten(0, -2).double())
+        return total
+
+
+def _rows(config: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask, and what is scored: every distinct token once. All (rows, tokens), padded on the right.
+
+    The tree branches so often that half of its tokens do not lie behind the one before them. None is the padding token,
+    whose embedding of zeros makes norms divide by next to nothing.
+    """
+    width = min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST)
+    shared = torch.tensor([0, *range(0, width - EVERY, EVERY)], device="cpu")[:, None]
+    length, depth = shared + EVERY, torch.arange(width, device="cpu")
+    length[0] = width
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (len(length), width), generator=generator, device="cpu")
+    if (padding := getattr(config, "pad_token_id", None)) is not None:
+        ids = ids.where(ids != padding, (ids + 1) % config.vocab_size)
+    live = depth < length
+    return ids[:1].where(depth < shared, ids), live.long(), (live & (depth >= shared.clamp(min=1))).long()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return sharded.why_no_view(model) is not None or any(sharded.is_dtensor(p) for p in model.parameters())
+
+
+@contextlib.contextmanager
+def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
+    """Within it the model takes trees, in eval mode and uncompiled; afterwards it is as before, whatever it ran."""
+    modules = [m for m in model.modules() if not type(m).__module__.startswith("torch.distributed")]
+    before = [{k: x for k, x in vars(m).items() if k == "forward" or is_plain(x)} for m in modules]
+    buffers = [
+        (m, k, x, x.clone()) for m in modules for k, x in m._buffers.items() if x is not None and x.numel() <= COPIED
+    ]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, NAME)}
+    attentions = [(config, getattr(config, NAME)) for config in configs.values()]
+    calls, precision = CALLS.copy(), torch.get_float32_matmul_precision()
+    gpus = range(torch.cuda.device_count()) if any(p.is_cuda for p in model.parameters()) else []
+    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for module in modules:
+                module.training = False
+                if getattr(module, "gradient_checkpointing", False):
+                    module.gradient_checkpointing = False  # type: ignore[assignment]
+            torch.set_float32_matmul_precision("highest")  # TF32 would hide a small mistake
+            accept_trees(model, head)
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            for module, plain in zip(modules, before):
+                for name in [k for k, x in vars(module).items() if k not in plain and (k in OURS or is_plain(x))]:
+                    del vars(module)[name]
+                vars(module).update(plain)
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+            for config, attention in attentions:
+                setattr(config, NAME, attention)
+            CALLS.clear()
+            CALLS.update(calls)
+            if is_sharded(model):
+                sharded.reshard(model)
+
+
+OURS = ("forward", "_flashpo_norm")
+
+
+def is_plain(x: Any) -> bool:
+    return x is None or isinstance(x, bool | int | float | str)
