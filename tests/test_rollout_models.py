@@ -11,8 +11,6 @@ import torch
 pytest.importorskip("transformers")
 from rollout_models import assert_same_draws, greedy
 from transformers import CONFIG_MAPPING, AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from flashpo._causal_lm import CausalLM
 from flashpo.bench.tiny_models import tiny_config, tiny_model
@@ -192,8 +190,7 @@ def spoil(monkeypatch, what, change):
         logits = CausalLM.logits
         monkeypatch.setattr(CausalLM, "logits", lambda self, hidden: logits(self._replace(softcap=None), hidden))
     elif what == "position":
-        for kind in (LlamaRotaryEmbedding, Qwen2RotaryEmbedding):
-            monkeypatch.setattr(kind, "forward", shifted_positions(kind.forward, change))
+        monkeypatch.setattr(Step, "_hidden", shifted_position(Step._hidden, change))
     elif what == "scale":
         for attention in (Packed, Step):  # with and without the modules' Python
             monkeypatch.setattr(attention, "attend_cached", scaled(attention.attend_cached))
@@ -201,9 +198,16 @@ def spoil(monkeypatch, what, change):
         monkeypatch.setitem(AttentionInterface._global_mapping, seam.ATTENTION, attention)
 
 
-def shifted_positions(forward, change):
-    """Those of a decode step, which has one token a row."""
-    return lambda self, x, position_ids: forward(self, x, position_ids + change * (position_ids.shape[-1] == 1))
+def shifted_position(hidden, change):
+    """Of decoded tokens only: keys and queries of prompts and completions that all move alike answer the same."""
+
+    def shifted(self):
+        self.position += change
+        out = hidden(self)
+        self.position -= change
+        return out
+
+    return shifted
 
 
 @pytest.mark.parametrize(("family", "what", "change"), CONTROLS)
