@@ -25,7 +25,6 @@ from flashpo.rollout import SamplingParams, parity
 from flashpo.rollout.runner import stream
 
 VOCAB = 120
-TIE = 1e-5  # of probability mass, in fp32
 # weights large enough for peaked distributions: with almost equal logits every mistake would look small
 SIZES = {
     "hidden_size": 64,
@@ -113,15 +112,19 @@ def assert_same_draws(model, ours, theirs, params) -> None:
             ids = rollouts.completion_ids[row][:same]
             if ids:
                 logprobs = torch.tensor([rollouts.logprobs[row][:same]], dtype=torch.float64)
-                found = parity.judged(model, logprobs, [prompt + ids])
+                found = parity.judged(model, logprobs, [prompt + ids], temperature=params[of].temperature or 1.0)
                 assert found.distance <= found.allowed, (row, found)
 
 
 def _assert_a_tie(model, text, tokens, params, prompt_index, index) -> None:
-    logits = model(torch.tensor([text])).logits[0, -1].double() / (params.temperature or 1.0)
-    assert params.temperature, "greedy choices are compared by their logits"
+    assert not params.truncated, "the border would be that of the filtered distribution"
     low, high = sorted(tokens)
-    border = logits.softmax(-1)[: low + 1].sum()
+    rounding = 4 * parity.judged(model, torch.zeros(1, 1), [[*text, low]]).allowed
+    logits = model(torch.tensor([text])).logits[0, -1].double()
+    if params.greedy:
+        assert (logits[low] - logits[high]).abs() < rounding
+        return
+    share = (logits / params.temperature).softmax(-1)
     u = uniform(*(torch.tensor([x]) for x in (stream(params.seed, prompt_index, index), len(text))))
-    assert high == low + 1 or logits.softmax(-1)[low + 1 : high].sum() < TIE, tokens
-    assert (u - border).abs() < TIE, (u, border)
+    assert share[low + 1 : high].sum() < rounding, "tokens between the two would have been drawn"
+    assert (u - share[: low + 1].sum()).abs() < rounding

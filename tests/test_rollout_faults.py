@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from rollout_models import forward_logprobs, model, prompts
+from rollout_models import assert_same_draws, forward_logprobs, model, prompts
 from transformers import BloomConfig, BloomForCausalLM
 
 from flashpo._causal_lm import CausalLM
@@ -41,7 +41,7 @@ def failing(monkeypatch, owner, name, when):
 def test_prefill_in_smaller_chunks(monkeypatch, whole):
     calls = failing(monkeypatch, generation, "prefill", lambda i, parts, cache, pieces, *rest: total(pieces) > 64)
     rollouts = RolloutEngine(model("qwen3"), prefill_tokens=1024, fallback="error").generate(prompts(40, 70), PARAMS)
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     sizes = [total(pieces) for _, _, pieces, *_ in calls]
     assert sizes == [110, 55, 55]
 
@@ -53,17 +53,15 @@ def total(pieces):
 def test_decode_with_fewer_rows(monkeypatch, whole):
     failing(monkeypatch, Step, "__call__", lambda i, step: step.sizes.rows > 2)
     rollouts = RolloutEngine(model("qwen3"), fallback="error").generate(prompts(40, 70), PARAMS)
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     assert rollouts.stats.preemptions > 0
 
 
 def test_in_the_middle_of_decoding(monkeypatch, whole):
     failing(monkeypatch, Step, "__call__", lambda i, step: i == 4)
     rollouts = RolloutEngine(model("qwen3"), fallback="error").generate(prompts(40, 70), PARAMS)
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     assert rollouts.stats.preemptions == 3
-    for ours, theirs in zip(rollouts.logprobs, whole.logprobs):
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-5, rtol=0)
 
 
 def test_no_memory_for_a_single_row(monkeypatch, whole, caplog):
@@ -74,7 +72,7 @@ def test_no_memory_for_a_single_row(monkeypatch, whole, caplog):
         rollouts = engine.generate(prompts(40, 70), PARAMS)
     assert "the rollout goes on with transformers' generate: no memory" in caplog.text
     assert len(calls) == 13  # 11 steps of the first completion, 1 of the second
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     with pytest.raises(torch.OutOfMemoryError):
         RolloutEngine(model("qwen3"), max_sequences=1, fallback="error").generate(prompts(40, 70), PARAMS)
 
@@ -83,7 +81,7 @@ def test_a_smaller_pool_than_wished(monkeypatch, whole):
     calls = failing(monkeypatch, cache, "KVCache", lambda i, layers, blocks, *rest: blocks > 6)
     rollouts = RolloutEngine(model("qwen3"), fallback="error").generate(prompts(40, 70), PARAMS)
     assert [blocks for _, blocks, *_ in calls] == [10, 5]
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     assert rollouts.stats.peak_rows == 3
 
 
@@ -93,7 +91,7 @@ def test_no_memory_for_any_pool(monkeypatch, whole, caplog):
     with caplog.at_level(logging.WARNING, logger="flashpo"):
         rollouts = engine.generate(prompts(40, 70), PARAMS)
     assert "the rollout goes on with transformers' generate: no memory" in caplog.text
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     assert rollouts.stats.cache_bytes == 0
     with pytest.raises(torch.OutOfMemoryError):
         RolloutEngine(model("qwen3"), fallback="error", check=False).generate(prompts(40, 70), PARAMS)
@@ -104,7 +102,7 @@ def test_a_request_that_never_fits_is_told_in_bytes(whole, caplog):
     with caplog.at_level(logging.WARNING, logger="flashpo"):
         rollouts = engine.generate(prompts(40, 70), PARAMS)
     assert "needs 131072 bytes of keys and values (4 blocks of 64 tokens), kv_memory allows 50000 bytes" in caplog.text
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
 
 
 def test_the_pool_is_free_before_generate_goes_on(monkeypatch, whole):
@@ -129,7 +127,7 @@ def test_the_pool_is_free_before_generate_goes_on(monkeypatch, whole):
     monkeypatch.setattr(plain, "generate", looking)
     rollouts = RolloutEngine(model("qwen3"), max_sequences=1, check=False).generate(prompts(40, 70), PARAMS)
     assert alive == [[False], [False]]
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     assert rollouts.stats.cache_bytes > 0
 
 
@@ -227,7 +225,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog, whole
     with caplog.at_level(logging.WARNING, logger="flashpo"):
         rollouts = engine.generate(prompts(40, 70), PARAMS)
     assert caplog.text.count("the decode step runs without a CUDA graph") == 1, "of one bucket"
-    assert rollouts.completion_ids == whole.completion_ids
+    assert_same_draws(model("qwen3"), rollouts, whole, PARAMS)
     assert rollouts.stats.steps == 15
 
 
@@ -242,11 +240,8 @@ def test_the_fallback_is_the_engine_in_all_but_speed(monkeypatch):
     config = net.generation_config
     slow = RolloutEngine(net).generate(prompts(30, 50), params)
     assert net.generation_config is config
-    assert slow.completion_ids == fast.completion_ids
-    assert slow.finish_reasons == fast.finish_reasons
+    assert_same_draws(net, fast, slow, params)
     assert "stop" in slow.finish_reasons
-    for ours, theirs in zip(fast.logprobs, slow.logprobs):
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-5, rtol=0)
 
 
 def test_an_unsupported_model(caplog):

@@ -11,8 +11,6 @@ import torch
 pytest.importorskip("transformers")
 from rollout_models import assert_same_draws, greedy
 from transformers import CONFIG_MAPPING, AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from flashpo._causal_lm import CausalLM
 from flashpo.bench.tiny_models import tiny_config, tiny_model
@@ -192,8 +190,7 @@ def spoil(monkeypatch, what, change):
         logits = CausalLM.logits
         monkeypatch.setattr(CausalLM, "logits", lambda self, hidden: logits(self._replace(softcap=None), hidden))
     elif what == "position":
-        for kind in (LlamaRotaryEmbedding, Qwen2RotaryEmbedding):
-            monkeypatch.setattr(kind, "forward", shifted_positions(kind.forward, change))
+        monkeypatch.setattr(Step, "_hidden", shifted_position(Step._hidden, change))
     elif what == "scale":
         for attention in (Packed, Step):  # with and without the modules' Python
             monkeypatch.setattr(attention, "attend_cached", scaled(attention.attend_cached))
@@ -201,9 +198,21 @@ def spoil(monkeypatch, what, change):
         monkeypatch.setitem(AttentionInterface._global_mapping, seam.ATTENTION, attention)
 
 
-def shifted_positions(forward, change):
-    """Those of a decode step, which has one token a row."""
-    return lambda self, x, position_ids: forward(self, x, position_ids + change * (position_ids.shape[-1] == 1))
+def where(what):
+    """The check can name a layer if a prefill is wrong, too."""
+    return "every layer agrees in a prefill" if what in ("position", "final softcap") else "is the first to differ"
+
+
+def shifted_position(hidden, change):
+    """Of decoded tokens only: keys and queries of prompts and completions that all move alike answer the same."""
+
+    def shifted(self):
+        self.position += change
+        out = hidden(self)
+        self.position -= change
+        return out
+
+    return shifted
 
 
 @pytest.mark.parametrize(("family", "what", "change"), CONTROLS)
@@ -215,7 +224,7 @@ def test_the_check_finds(family, what, change, dtype, monkeypatch):
     spoil(monkeypatch, what, change)
     reason = parity.why_wrong(model, roll)
     assert reason.startswith("a small ")
-    assert "is the first to differ" in reason
+    assert where(what) in reason
 
 
 @pytest.mark.parametrize(("family", "what", "change"), [c for c in CONTROLS if c[1] in COARSE])
@@ -225,7 +234,7 @@ def test_the_check_finds_it_in_16_bits(family, what, change, dtype, monkeypatch)
     model = tiny_model(family).to(dtype)
     monkeypatch.setattr(parity, "_twin", lambda base: None)
     spoil(monkeypatch, what, change)
-    assert "is the first to differ" in parity.why_wrong(model, roll)
+    assert where(what) in parity.why_wrong(model, roll)
 
 
 @pytest.mark.parametrize("family", FAMILIES + HYBRIDS)

@@ -2,6 +2,7 @@
 
 from flashpo.rollout.engine import RolloutEngine
 from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams
+from flashpo.rollout.seam import ModelInUse
 from flashpo.rollout.support import support
 
-__all__ = ["RolloutEngine", "RolloutStats", "Rollouts", "SamplingParams", "support"]
+__all__ = ["ModelInUse", "RolloutEngine", "RolloutStats", "Rollouts", "SamplingParams", "support"]

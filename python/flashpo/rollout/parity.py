@@ -138,17 +138,21 @@ class Judgement(NamedTuple):
 
 
 def judged(
-    model: nn.Module, rolled: Tensor, sequences: Sequence[Sequence[int]], autocast: torch.dtype | None = None
+    model: nn.Module,
+    rolled: Tensor,
+    sequences: Sequence[Sequence[int]],
+    autocast: torch.dtype | None = None,
+    temperature: float = 1.0,
 ) -> Judgement:
     """Of log-probs (sequences, tokens) that somebody gives the sequences' ends."""
-    last = rolled.shape[1]
+    options = rolled.shape[1], temperature
     with eval_mode(model, autocast):
-        plain = torch.cat([_logprobs(model, [sequence], last) for sequence in sequences])
-        together = _logprobs(model, sequences, last)
+        plain = torch.cat([_logprobs(model, [sequence], *options) for sequence in sequences])
+        together = _logprobs(model, sequences, *options)
         stirred = []
         for seed in range(STIRS):
             with _rounded_otherwise(model, seed):
-                stirred.append(_logprobs(model, sequences, last) - together)
+                stirred.append(_logprobs(model, sequences, *options) - together)
     dtype = max(_dtypes(model, autocast), key=lambda x: torch.finfo(x).eps)
     average, most = RMS if torch.finfo(dtype).bits >= 32 else MEDIAN
     size = _rms if average == RMS[0] else _median
@@ -223,7 +227,9 @@ def _median(x: Tensor) -> float:
     return x.abs().median().item()
 
 
-def _logprobs(model: Any, sequences: Sequence[Sequence[int]], last: int = SAMPLED.max_new_tokens) -> Tensor:
+def _logprobs(
+    model: Any, sequences: Sequence[Sequence[int]], last: int = SAMPLED.max_new_tokens, temperature: float = 1.0
+) -> Tensor:
     """Log-probs (B, last) of the sequences' last tokens by one plain forward."""
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths)
@@ -233,6 +239,6 @@ def _logprobs(model: Any, sequences: Sequence[Sequence[int]], last: int = SAMPLE
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     rows = []
     for i, n in enumerate(lengths):
-        scores = logits[i, n - last - 1 : n - 1].double()
+        scores = logits[i, n - last - 1 : n - 1].double() / temperature
         rows.append(scores.log_softmax(-1).gather(1, ids[i, n - last : n, None])[:, 0])
     return torch.stack(rows).cpu()
