@@ -14,9 +14,15 @@ SOURCES = $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt pyproject.toml constrai
 # A worker for each core; a file's tests share what they have built, in one of them.
 PYTEST = $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-SANITIZED = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
+# Tests of the C++ kernels: `make test` repeats them on every instruction set, `make sanitize` under sanitizers.
+NATIVE = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
 	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py \
 	tests/test_packed_linear.py tests/test_decode_step.py tests/test_tree_attention.py
+# What has kernels for AMX, which `make sanitize` runs with its instructions emulated.
+TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_attention.py tests/test_tree_attention.py
+
+SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider
 
 .PHONY: demo zoo test lint sanitize bench clean
 
@@ -32,6 +38,7 @@ test: $(VENV)/ready
 	tests/test_decode_attention.py tests/test_kv_append.py tests/test_decode_layer.py tests/test_layouts.py \
 	|| test $$? = 5 # no Triton, none of its tests
 	$(PYTEST) --durations=15 tests
+	$(RUN) tests/instruction_sets.py -q -n logical --maxprocesses 8 --dist loadfile -m native $(NATIVE)
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
@@ -53,9 +60,9 @@ sanitize: $(VENV)/ready
 	echo $(abspath $(SITE)) > $$($(VENV)-sanitize/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
 	$(VENV)-sanitize/bin/python -m pip install -q --no-deps --force-reinstall . \
 		--config-settings=cmake.define.FLASHPO_SANITIZE=ON --config-settings=cmake.define.FLASHPO_CUDA=OFF \
-		--config-settings=build-dir=build/sanitize
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider -m native $(SANITIZED)
+		--config-settings=cmake.define.FLASHPO_EMULATE_AMX=ON --config-settings=build-dir=build/sanitize
+	$(SANITIZED) -m native $(NATIVE)
+	FLASHPO_ISA=amx $(SANITIZED) -m native -k bfloat16 $(TILES)
 
 bench: $(VENV)/ready
 	$(RUN) -m flashpo bench

@@ -2,10 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdlib>
-#include <iterator>
 #include <string>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -25,7 +24,7 @@ namespace {
 enum class Isa { baseline, avx2, avx512, amx };
 constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "amx"};
 
-#ifdef FLASHPO_AMX
+#if defined(FLASHPO_AMX) && !defined(FLASHPO_EMULATE_AMX)
 // The system grants a process the registers of AMX when it asks for them.
 bool may_use_tiles() {
 #ifdef __linux__
@@ -37,35 +36,52 @@ bool may_use_tiles() {
 }
 #endif
 
-// The best set of this CPU; FLASHPO_ISA asks for a lesser one (to test it), never for one that cannot run.
-Isa choose_isa() {
-  Isa best = Isa::baseline;
+// The sets that run on this CPU, from the least to the best. Emulated, AMX runs everywhere, and is never the best.
+std::vector<Isa> isas_of_this_cpu() {
+  std::vector<Isa> isas{Isa::baseline};
 #ifdef FLASHPO_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    best = Isa::avx2;
-  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    best = Isa::avx512;
-#ifdef FLASHPO_AMX
-  if (best == Isa::avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) isas.push_back(Isa::avx2);
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512) isas.push_back(Isa::avx512);
+#if defined(FLASHPO_AMX) && !defined(FLASHPO_EMULATE_AMX)
+  if (avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
       __builtin_cpu_supports("avx512bf16") && may_use_tiles())
-    best = Isa::amx;
+    isas.push_back(Isa::amx);
 #endif
 #endif
+#ifdef FLASHPO_EMULATE_AMX
+  isas.insert(isas.begin(), Isa::amx);
+#endif
+  return isas;
+}
+
+std::vector<std::string> names_of(const std::vector<Isa>& isas) {
+  std::vector<std::string> names;
+  for (const Isa isa : isas) names.emplace_back(NAMES[static_cast<int>(isa)]);
+  return names;
+}
+
+// The best set; FLASHPO_ISA asks for another one (to test it), never for one that cannot run.
+Isa choose_isa(const std::vector<Isa>& isas) {
   const char* wanted = std::getenv("FLASHPO_ISA");
-  if (wanted == nullptr) return best;
-  const std::string name = wanted;
-  const auto* found = std::find(std::begin(NAMES), std::end(NAMES), name);
-  if (found == std::end(NAMES))
-    throw std::invalid_argument("FLASHPO_ISA must be baseline, avx2, avx512 or amx, got " + name);
-  const Isa isa = static_cast<Isa>(found - std::begin(NAMES));
-  if (isa > best) throw std::invalid_argument("FLASHPO_ISA=" + name + " cannot run on this CPU");
-  return isa;
+  if (wanted == nullptr || *wanted == 0) return isas.back();
+  std::string message = "FLASHPO_ISA=" + std::string(wanted) + " cannot run here: this CPU and build have";
+  for (const Isa isa : isas) {
+    const std::string name = NAMES[static_cast<int>(isa)];
+    if (name == wanted) return isa;
+    message += " " + name;
+  }
+  throw std::invalid_argument(message);
 }
 
 template <typename F>
 F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
+#ifdef FLASHPO_EMULATE_AMX
+  if (isa == Isa::amx) return baseline_form;  // the CPU may have no AVX-512
+#endif
   return isa >= Isa::avx512 ? avx512_form : isa == Isa::avx2 ? avx2_form : baseline_form;
 }
 
@@ -84,8 +100,10 @@ F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
 
 PYBIND11_MODULE(_C, m) {
   TorchExchange::instance().load();
-  const Isa isa = choose_isa();
+  const std::vector<Isa> isas = isas_of_this_cpu();
+  const Isa isa = choose_isa(isas);
   m.attr("isa") = NAMES[static_cast<int>(isa)];
+  m.attr("isas") = py::tuple(py::cast(names_of(isas)));
 
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;  // after the casters: they need it
   m.def("selective_log_softmax_fwd", CPU(selective_log_softmax_fwd), ReleaseGil());

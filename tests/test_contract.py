@@ -86,7 +86,7 @@ def test_gradcheck_in_float64():
 
 @every_backend
 def test_opcheck(backend):
-    """Schema, fake and aliasing of every operator, with arguments recorded from real calls."""
+    """Schema, fake and aliasing of every operator that has the backend, with arguments recorded from real calls."""
     calls = {}
     for example in EXAMPLES:
         with Recorder(calls):
@@ -94,8 +94,9 @@ def test_opcheck(backend):
     assert set(calls) == set(OPS)
     tests = ("test_schema", "test_faketensor")
     for name, args in calls.items():
-        with flashpo.backend(backend if backend in OPS[name].kernels else None):
-            torch.library.opcheck(OPS[name].overload, args, test_utils=tests)
+        if backend in OPS[name].kernels:
+            with flashpo.backend(backend):
+                torch.library.opcheck(OPS[name].overload, args, test_utils=tests)
 
 
 @every_backend

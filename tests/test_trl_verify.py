@@ -177,8 +177,8 @@ def test_after_training_too():
     assert all(torch.equal(v, after["state"][i][k]) for i, s in before["state"].items() for k, v in s.items())
 
 
-@pytest.mark.parametrize(("scale", "name"), [(1.001, "grad "), (0.0, "grad ")])
-def test_a_wrong_gradient_is_found(scale, name, monkeypatch):
+@pytest.mark.parametrize("scale", [1.001, 0.0])
+def test_a_wrong_gradient_is_found(scale, monkeypatch):
     """Forward right, backward wrong (Liger#968, #1298): loss and metrics agree."""
     backward = LinearLogprob.backward
     monkeypatch.setattr(LinearLogprob, "backward", staticmethod(lambda ctx, *g: _scaled(backward(ctx, *g), scale)))

@@ -74,6 +74,25 @@ def test_builds_without_a_cuda_compiler(tmp_path):
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+def test_no_instruction_set_leaks_into_another(wheel):
+    """Of a weak symbol, as of an inline function, the linker keeps one copy for all: it may be that for AVX-512."""
+    objects = [x for x in wheel.parent.rglob("*.o") if "cpu_" in str(x) and "cpu_baseline" not in str(x)]
+    assert objects
+    for path in objects:
+        symbols = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        weak = [line.split()[-1] for line in symbols.splitlines() if line.split()[-2] in "WVu"]
+        assert set(weak) <= {"DW.ref.__gxx_personality_v0"}, path.name
+
+
+def test_an_instruction_set_that_cannot_run_is_refused():
+    for isa in ({"avx2", "avx512", "amx"} - set(flashpo._op.native.isas)) | {"avx3"}:
+        run = subprocess.run(
+            [sys.executable, "-c", "import flashpo"], capture_output=True, text=True, env={"FLASHPO_ISA": isa}
+        )
+        assert run.returncode != 0
+        assert f"FLASHPO_ISA={isa} cannot run here" in run.stderr
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_every_instruction_set_gives_the_same(isa):
     """To rounding: the sets differ in how many sums run side by side."""

@@ -231,7 +231,8 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     using T = decltype(element);
     for_wider<T>(wide_heads, wide_heads || is_wide(cos), [&](auto of_head, auto of_turned) {
       using R = Rope<T, decltype(of_head), decltype(of_turned)>;
-      const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;  // a key's each in a line of its own: that costs more
+      // a key's numbers go into a line each: that costs more
+      const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;
       parallel_for(rows, numbers < SMALL / 4 ? 1 : threads, [&](int64_t begin, int64_t end) {
         alignas(64) float cos_floats[MAX_FEATURES], sin_floats[MAX_FEATURES];
         for (int64_t i = begin; i < end; ++i) {

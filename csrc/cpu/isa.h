@@ -12,10 +12,13 @@
 #ifndef FLASHPO_ISA
 #define FLASHPO_ISA baseline
 #endif
+#if defined(__AMX_BF16__) || defined(FLASHPO_EMULATE_AMX)
+#define FLASHPO_TILES  // products of bfloat16 in tiles
+#endif
 
 namespace flashpo::FLASHPO_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(FLASHPO_EMULATE_AMX)
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;

@@ -8,7 +8,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "product.h"
-#ifdef __AMX_BF16__
+#ifdef FLASHPO_TILES
 #include "product_amx.h"
 #endif
 
@@ -39,7 +39,7 @@ void write(const Problem<T>& p, const float* sums, int64_t sums_stride, int64_t 
   }
 }
 
-#ifndef __AMX_BF16__
+#ifndef FLASHPO_TILES
 
 // float32: a panel is (depth, 48).
 class Panels {
@@ -168,7 +168,7 @@ class Panels {
 
 }  // namespace
 
-#ifndef __AMX_BF16__
+#ifndef FLASHPO_TILES
 
 // Both layouts are of words of 4 bytes, a float or a pair of bfloat16: a panel's word (k, column) of `columns` columns
 // that lie beside each other stands at (k, column) of a tile of `depth` words k.
@@ -205,8 +205,8 @@ void pack_linear(const Tensor& weight, const Tensor& packed, int threads) {
 
 // packed: (panels, depth, 48) of float32; of bfloat16 (panels, depth / 32, 2, 16, 16, 2).
 void packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, const Tensor& out, int threads) {
-#ifdef __AMX_BF16__
-  if (x.dtype() != DType::bf16) return avx512::packed_linear(x, packed, bias, out, threads);
+#ifdef FLASHPO_TILES
+  if (x.dtype() != DType::bf16) return without_tiles::packed_linear(x, packed, bias, out, threads);
   constexpr DType dtype = DType::bf16;
   expect(packed.dim() == 6, "packed must have 6 dimensions");
   const int64_t depth = packed.size(1) * 32;

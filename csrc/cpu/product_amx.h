@@ -1,11 +1,23 @@
 // The same products of bfloat16 with AMX: 16 x 16 sums of 32 products each in one instruction, which takes b's rows in
 // pairs.
 #pragma once
+#ifdef FLASHPO_EMULATE_AMX
+#include "amx_emulated.h"
+#else
 #include <immintrin.h>
+#endif
 
+#include "../ops.h"
 #include "product.h"
 
 namespace flashpo::FLASHPO_ISA {
+
+// The kernels for all that is not bfloat16.
+#ifdef FLASHPO_EMULATE_AMX
+namespace without_tiles = flashpo::baseline;
+#else
+namespace without_tiles = flashpo::avx512;
+#endif
 
 // The tile registers, while it lives: 0 to 3 for sums, 4 and 5 for rows of a, 6 and 7 for 16 pairs of rows of b. 0, 1
 // and 4 have `upper` rows, 2, 3 and 5 `lower` ones.

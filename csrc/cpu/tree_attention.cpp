@@ -246,8 +246,8 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 }
 
 template <typename F>
-void for_element(const Tensor& q, F&& run) {
-#ifdef __AMX_BF16__
+void for_element([[maybe_unused]] const Tensor& q, F&& run) {
+#ifdef FLASHPO_TILES
   run(bf16{});
 #else
   for_dtype("q", q, run);
@@ -259,10 +259,10 @@ void for_element(const Tensor& q, F&& run) {
 void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks, const Tensor& end,
                         const Tensor& position, double scale, int64_t window, double softcap, const Tensor& out,
                         const Tensor& lse, const Tensor& scratch, int threads) {
-#ifdef __AMX_BF16__
+#ifdef FLASHPO_TILES
   if (q.dtype() != DType::bf16)
-    return avx512::tree_attention_fwd(q, k, v, sinks, end, position, scale, window, softcap, out, lse, scratch,
-                                      threads);
+    return without_tiles::tree_attention_fwd(q, k, v, sinks, end, position, scale, window, softcap, out, lse, scratch,
+                                             threads);
 #endif
   const Shape shape = shape_of(q, k, v, end);
   const int64_t query_heads = shape.heads * shape.rep;
@@ -293,10 +293,10 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
                         double scale, int64_t window, double softcap, const Tensor& lse, const Tensor& delta,
                         const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                         const Tensor& scratch, int threads) {
-#ifdef __AMX_BF16__
+#ifdef FLASHPO_TILES
   if (q.dtype() != DType::bf16)
-    return avx512::tree_attention_bwd(q, k, v, end, position, scale, window, softcap, lse, delta, d_out, dq, dk, dv,
-                                      scratch, threads);
+    return without_tiles::tree_attention_bwd(q, k, v, end, position, scale, window, softcap, lse, delta, d_out, dq, dk,
+                                             dv, scratch, threads);
 #endif
   const Shape shape = shape_of(q, k, v, end);
   const int64_t query_heads = shape.heads * shape.rep;
@@ -335,9 +335,9 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
 
 int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,
                                const Tensor& position, int64_t window, bool backward, int threads) {
-#ifdef __AMX_BF16__
+#ifdef FLASHPO_TILES
   if (q.dtype() != DType::bf16)
-    return avx512::tree_attention_scratch(q, k, v, end, position, window, backward, threads);
+    return without_tiles::tree_attention_scratch(q, k, v, end, position, window, backward, threads);
 #endif
   const Shape shape = shape_of(q, k, v, end);
   const Tiles tiles(end, position, window);

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "product.h"
-#ifdef __AMX_BF16__
+#ifdef FLASHPO_TILES
 #include "product_amx.h"
 #endif
 
@@ -28,7 +28,7 @@ static inline void turn(const float* from, int64_t rows, int64_t columns, float*
   }
 }
 
-#ifndef __AMX_BF16__
+#ifndef FLASHPO_TILES
 struct Math {
   static constexpr int64_t PACK = 1;
   static constexpr int64_t BLOCK = 1;  // to whose multiples `product` takes rows and depth
