@@ -9,6 +9,7 @@ Any other mask, or none, goes to the implementation that the model had before.
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ NAME = (
     "_attn_implementation_internal"  # of a config's attribute; the public property walks sub-configs and checks names
 )
 EAGER: dict[type[nn.Module], Callable] = {}  # each module class's own: no registry has these
-_dropouts: list[tuple[str, float]] | None = None
+_thread = threading.local()  # its `dropouts`: where this thread notes them, within `recorded_dropout`
 
 
 def install(backbone: nn.Module) -> None:
@@ -44,12 +45,12 @@ def installed(backbone: Any) -> bool:
 @contextlib.contextmanager
 def recorded_dropout() -> Iterator[list[tuple[str, float]]]:
     """Within it a dropout that an attention asks for is noted, with the name of its class, and left out."""
-    global _dropouts
-    before, _dropouts = _dropouts, []
+    before, found = getattr(_thread, "dropouts", None), []
+    _thread.dropouts = found
     try:
-        yield _dropouts
+        yield found
     finally:
-        _dropouts = before
+        _thread.dropouts = before
 
 
 @contextlib.contextmanager
@@ -105,9 +106,10 @@ def _attend_tree(
 ) -> Tensor:
     name = type(module).__name__
     if dropout:
-        if _dropouts is None:
+        recorded = getattr(_thread, "dropouts", None)
+        if recorded is None:
             raise NotImplementedError(f"{name}: a token tree has no dropout in attention, which asks for {dropout:g}")
-        _dropouts.append((name, dropout))
+        recorded.append((name, dropout))
     if position_bias is not None:
         raise NotImplementedError(f"{name} adds a position_bias to its scores")
     if is_causal is False or not getattr(module, "is_causal", True):
