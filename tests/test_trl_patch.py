@@ -268,7 +268,7 @@ def reference_first(self, inputs):
         ("SFTTrainer", {"__init__": lambda self: None}, "without add_fused_lm_head"),
         ("DPOTrainer", {"__init__": lambda self, model, args: None}, r"__init__ is \(self model args\)"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else ",".join(x),
 )
 def test_other_changes_of_a_trainer_are_refused(name, attributes, what):
     with pytest.raises(PatchError, match=what):
