@@ -1,7 +1,7 @@
 # make demo    stock TRL against FlashPO on a small model, in a few minutes; results in out/demo
 # make zoo     every algorithm from the same checkpoint learns the same task: table and curves in out/zoo
 # make test    everything that runs without a GPU
-# Each makes .venv first. Others: lint, sanitize, bench, clean.
+# Each makes .venv first. Others: lint, sanitize, fuzz, bench, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo zoo test lint sanitize bench clean
+.PHONY: demo zoo test lint sanitize fuzz bench clean
 
 demo: $(VENV)/ready
 	$(RUN) -m flashpo.bench.demo --out out/demo
@@ -63,6 +63,11 @@ sanitize: $(VENV)/ready
 		--config-settings=cmake.define.FLASHPO_EMULATE_AMX=ON --config-settings=build-dir=build/sanitize
 	$(SANITIZED) -m native $(NATIVE)
 	FLASHPO_ISA=amx $(SANITIZED) -m native -k bfloat16 $(TILES)
+
+# Random models, trees, rollouts and losses, other ones each time: as many of each as EXAMPLES says.
+EXAMPLES ?= 500
+fuzz: $(VENV)/ready
+	FLASHPO_FUZZ=$(EXAMPLES) $(RUN) -m pytest -q -n logical --maxprocesses 8 tests/test_fuzz.py
 
 bench: $(VENV)/ready
 	$(RUN) -m flashpo bench

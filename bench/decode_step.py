@@ -1,6 +1,7 @@
 """One step of decoding, from the tokens drawn last to the next ones: under a CUDA graph, and launched kernel by kernel.
 
-The floor is a copy of as many bytes as the step has to read: every weight, and every distinct key and value once. A
+The floor is the slower of two things that are measured in the same run: a copy of as many bytes as the step has to
+read (every weight, and every distinct key and value once), and its products at the rate of a large matrix product. A
 step is timed in a run of as many as the engine makes between two looks of the host: one on a CPU, sixteen on a GPU.
 """
 
@@ -23,7 +24,8 @@ from flashpo.rollout.seam import rollout_mode
 from flashpo.rollout.support import support
 from flashpo.rollout.weights import WeightView
 
-COPY = "copy of as many bytes"
+COPY, GEMM = "copy of as many bytes", "as many FLOPs in a large product"
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 class Case(NamedTuple):
@@ -33,15 +35,19 @@ class Case(NamedTuple):
     prompt: int  # tokens
     group: int = 8  # rows of each prompt
     own: int = 96  # tokens that each row has drawn
+    masters: torch.dtype | None = None  # of the weights, where `dtype` is autocast's
 
     @property
     def title(self) -> str:
-        name = f"{self.model} {dtype_name(self.dtype)}"
+        name = f"{self.model} {dtype_name(self.dtype)}" + (" by autocast" if self.masters else "")
         return f"decode step {name} batch={self.prompts * self.group} prompt={self.prompt} own={self.own}"
 
 
 CASES = {
-    "cpu": [Case("42M", dtype, 4, prompt) for dtype in (torch.float32, torch.bfloat16) for prompt in (256, 1024)],
+    "cpu": [
+        *(Case("42M", dtype, 4, prompt) for dtype in (torch.float32, torch.bfloat16) for prompt in (256, 1024)),
+        Case("42M", torch.bfloat16, 4, 256, masters=torch.float32),
+    ],
     "cuda": [
         Case(model, torch.bfloat16, prompts, prompt)
         for model in ("1.7B", "0.6B", "4B")
@@ -67,15 +73,16 @@ def loaded(runner: Runner, case: Case, vocabulary: int) -> tuple[Step, Callable]
 
 @torch.no_grad()
 def records(device: Device, case: Case) -> Iterator[dict]:
-    model = random_model(case.model, case.dtype, device.name)
+    model = random_model(case.model, case.masters or case.dtype, device.name)
     parts, layers = CausalLM.of(model), support(model).layers
     blocks = 1 + case.prompts * (blocks_for(case.prompt) + case.group * blocks_for(2 * case.own))
     cache = KVCache(layers, blocks, case.dtype, torch.device(device.name))
     for tensor in (*cache.keys.values(), *cache.values.values()):
         tensor.normal_()
-    runner, views = Runner(parts, cache), {"FlashPO": WeightView(model)}
+    autocast = case.dtype if case.masters else None
+    runner, views = Runner(parts, cache), {"FlashPO": WeightView(model, dtype=autocast)}
     if device.cuda:
-        views["FlashPO, weights='shadow'"] = WeightView(model, "shadow")
+        views["FlashPO, weights='shadow'"] = WeightView(model, "shadow", dtype=autocast)
     variants: dict[str, Callable] = {}
     for name, view in views.items():
         with rollout_mode(model), view:
@@ -86,24 +93,41 @@ def records(device: Device, case: Case) -> Iterator[dict]:
         variants[name]()
         if not step.logprobs.isfinite().all():
             raise AssertionError("the step draws nothing")
-    weights = sum(p.numel() for p in model.parameters()) * case.dtype.itemsize
+    parameters, rows = sum(p.numel() for p in model.parameters()), case.prompts * case.group
     tokens = case.prompts * (case.prompt + case.group * case.own)
-    moved = weights + tokens * (cache.bytes // (blocks * BLOCK))
+    moved = parameters * case.dtype.itemsize + tokens * (cache.bytes // (blocks * BLOCK))
     source = torch.zeros(moved // 2, dtype=torch.uint8, device=device.name)
     target = torch.empty_like(source)
+    size = GEMM_SIZE[device.name]
+    square = torch.randn(size, size, device=device.name).to(case.dtype)
     with rollout_mode(model), views["FlashPO"]:
         if device.cuda:
             variants["kernel by kernel"] = run_of_steps(step, step, runner.check_every)
-        seconds = compare(device, {COPY: lambda: target.copy_(source), **variants})
+        measured = {COPY: lambda: target.copy_(source), GEMM: lambda: square @ square, **variants}
+        seconds = compare(device, measured)
+    seconds[GEMM] *= _flops(model, case) / (2 * size**3)
+    floor = max(seconds[COPY], seconds[GEMM])
     for name, time in seconds.items():
-        time /= 1 if name == COPY else runner.check_every
+        time /= runner.check_every if name in variants else 1
         yield {
             "variant": name,
             "ms": time * 1e3,
-            "times_floor": time / seconds[COPY],
-            "tokens_per_s": None if name == COPY else case.prompts * case.group / time,
+            "times_floor": time / floor,
+            "tokens_per_s": rows / time if name in variants else None,
             "gb_per_s": moved / time / 1e9,
         }
+
+
+def _flops(model: torch.nn.Module, case: Case) -> int:
+    """Of a step's matrix products: a row's with every weight but the embeddings', and with what it attends to."""
+    embeddings = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters() if p is not embeddings or p is head)
+    attended = sum(layer.kv_heads for layer in support(model).layers) * (case.prompt + case.own)
+    config = model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * case.prompts * case.group * (weights + 2 * attended * groups * head_dim)
 
 
 def run_of_steps(step: Step, move: Callable, steps: int) -> Callable[[], None]:
