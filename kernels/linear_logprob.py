@@ -401,13 +401,15 @@ def backward(
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32; cuBLAS left to itself may add up parts of a 16-bit product in 16 bits."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
+    if a.is_cuda:
+        return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
     return product(a.float(), b.float())
 
 
 def _add_mm(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
-    else:
+    if not a.is_cuda:
         add_product(acc, a.float(), b.float())
+    elif a.dtype == torch.float32:
+        acc.addmm_(a, b)
+    else:
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)

@@ -1,5 +1,6 @@
 """The wheel that `pip wheel` makes: what it links, what it holds, and that it works where nothing else is installed."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -87,7 +88,10 @@ def test_no_instruction_set_leaks_into_another(wheel):
 def test_an_instruction_set_that_cannot_run_is_refused():
     for isa in ({"avx2", "avx512", "amx"} - set(flashpo._op.native.isas)) | {"avx3"}:
         run = subprocess.run(
-            [sys.executable, "-c", "import flashpo"], capture_output=True, text=True, env={"FLASHPO_ISA": isa}
+            [sys.executable, "-c", "import flashpo"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"FLASHPO_ISA": isa},
         )
         assert run.returncode != 0
         assert f"FLASHPO_ISA={isa} cannot run here" in run.stderr
@@ -113,4 +117,4 @@ assert flashpo._op.native.isa == sys.argv[1]
         pytest.skip(f"this CPU has {supported}")
     if isa == "amx" and flashpo._op.native.isa != "amx":
         pytest.skip("this CPU, compiler or system has no AMX")
-    subprocess.run([sys.executable, "-c", code, isa], check=True, env={"FLASHPO_ISA": isa})
+    subprocess.run([sys.executable, "-c", code, isa], check=True, env=os.environ | {"FLASHPO_ISA": isa})

@@ -96,7 +96,8 @@ def main(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(summary(finished), file=sys.stderr)
             if not finished and module and script.startswith(TRLS_SCRIPTS):
-                print(*_notes_on(arguments), sep="\n", end="", file=sys.stderr)
+                for note in _notes_on(arguments):
+                    print(note, file=sys.stderr)
     return 0
 
 
@@ -125,14 +126,17 @@ def _exists(module: str) -> bool:
 
 def _notes_on(arguments: list[str]) -> list[str]:
     """A line for each option that only FlashPO's configurations have: TRL's scripts do not read those."""
-    from flashpo.trl.config import PolicyOptions
+    import trl
 
+    from flashpo.trl.config import GRPOConfig
+
+    ours = {field.name for field in dataclasses.fields(GRPOConfig)}
+    ours -= {field.name for field in dataclasses.fields(trl.GRPOConfig)}
     given = {argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")}
     return [
-        f"flashpo: --{field.name} is an option of the configurations in flashpo.trl, which TRL's own scripts do not "
-        "read: set it in a script of your own (from flashpo.trl import GRPOConfig)\n"
-        for field in dataclasses.fields(PolicyOptions)
-        if field.name in given
+        f"flashpo: --{name} is an option of the configurations in flashpo.trl, which TRL's own scripts do not "
+        "read: set it in a script of your own (from flashpo.trl import GRPOConfig)"
+        for name in sorted(ours & given)
     ]
 
 

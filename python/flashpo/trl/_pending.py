@@ -25,3 +25,4 @@ class Pending:
     old: Tensor | None = None  # log-probs of the rollout that stand for the next scoring of completions
     sampled: list[list[float]] = field(default_factory=list)  # RLOO's last rollout, whose log-probs TRL drops
     values: list[Any] = field(default_factory=list)  # PPO's, of each scoring; None: the model has no critic
+    noisy: bool | None = None  # whether the last training forward drew random numbers, None before it

@@ -71,6 +71,9 @@ def _replace_groups(batch: dict, fresh: dict, pairs: list[tuple[int, int]], size
             continue  # a count of the whole batch, made anew
         if not isinstance(rows, Tensor) or rows.dim() > 2:
             raise ValueError(f"dynamic_sampling cannot replace rows of {name}: text prompts only")
+        if name not in fresh:  # log-probs of a sampler, where another one generated this round
+            del merged[name]
+            continue
         ours, theirs = rows, fresh[name]
         if rows.dim() == 2 and ours.shape[1] != theirs.shape[1]:
             pad = pad_token if name in TOKENS else 0

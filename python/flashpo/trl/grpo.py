@@ -56,11 +56,12 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return replace(spec, importance="none", importance_min=None, importance_max=None)
 
     def _wants_quiet_logprobs(self, batch):
-        if self._mode != "train" or not self._rollouts.generated or batch.get("sampling_per_token_logps") is None:
-            return False
         by_spec = getattr(self.args, "loss", None) and self._loss_spec().importance != "none"
-        asked = by_spec or getattr(self.args, "rollout_correction", "auto") == "scored"
-        return asked and self._trains_with_noise is not False
+        if self._mode != "train" or not (by_spec or getattr(self.args, "rollout_correction", "auto") == "scored"):
+            return False
+        sampled = self._rollouts.generated and batch.get("sampling_per_token_logps") is not None
+        wanted = torch.tensor(float(sampled and self._pending.noisy is not False), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wanted) > 0)  # all ranks run this forward, or none does
 
     def _loss_spec(self) -> LossSpec:
         """What the configuration asks for, with the entropy coefficient of this moment."""

@@ -26,7 +26,7 @@ from flashpo.trl._pending import Pending
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
-from flashpo.trl.rollout import TrainerRollouts, mismatch, mismatch_metrics
+from flashpo.trl.rollout import MISMATCH, TrainerRollouts, merged, mismatch, mismatch_metrics
 from flashpo.trl.trainers import Accelerated, overridden
 
 SCORING_INPUTS = (
@@ -50,7 +50,6 @@ class PolicyTrainer(Accelerated, Base):
     model: Any
     router_aux_loss_coef: Any
     _logs: dict[str, Any]
-    _trains_with_noise: bool | None = None  # whether the last training forward drew random numbers, None before it
     _loss_helpers: tuple[str, ...] = ()  # methods that TRL's `_compute_loss` calls and ours does not
     _to_score: tuple[Tensor, Tensor | None] | None = None  # while `_score` runs: its token ids, and which of them
 
@@ -202,7 +201,7 @@ class PolicyTrainer(Accelerated, Base):
             random: whether the trainer's forward drew random numbers.
         """
         if self._mode == "train":
-            self._trains_with_noise = random
+            self._pending.noisy = random
         sampled = inputs.get("sampling_per_token_logps")
         if sampled is None or not self._rollouts.generated:
             return sampled
@@ -230,7 +229,7 @@ class PolicyTrainer(Accelerated, Base):
         raise NotImplementedError
 
     def flush_metrics(self) -> None:
-        """Move the pending statistics into `_metrics`: two collectives and one copy for all micro-batches together."""
+        """Move the pending statistics into `_metrics`: two collectives for all micro-batches together."""
         for mode, pending in self._pending.stats.items():
             if not pending:
                 continue
@@ -242,12 +241,17 @@ class PolicyTrainer(Accelerated, Base):
                 for name, value in (self._metrics_of(stats) | ratio_metrics(stats)).items():
                     self._metrics[mode][name].append(value)
             pending.clear()
-        for mode, compared in self._pending.mismatch.items():
-            if compared:
-                rows = self.accelerator.gather(torch.stack(compared))
-                for name, value in mismatch_metrics(rows).items():
-                    self._metrics[mode][name].append(value)
-                compared.clear()
+            if self._rollouts.mode != "generate":
+                self._flush_mismatch(mode)
+
+    def _flush_mismatch(self, mode: str) -> None:
+        """One row of every rank, of no tokens where it has compared none: ranks may have generated differently."""
+        compared = self._pending.mismatch[mode]
+        none = torch.zeros(len(MISMATCH) + 1, device=self.accelerator.device)
+        rows = self.accelerator.gather(merged(torch.stack(compared or [none]))[None])
+        for name, value in mismatch_metrics(rows).items():
+            self._metrics[mode][name].append(value)
+        compared.clear()
 
     def log(self, logs, *args, **kwargs):
         self.flush_metrics()
@@ -352,6 +356,7 @@ class PolicyTrainer(Accelerated, Base):
 
     def _quiet_logprobs(self, batch: dict) -> Tensor:
         """Log-probs (B, C) of the completions by the function that the engine samples from: the model in eval mode."""
+        self._packed.prepare()  # it compares forwards of its own, outside of ours
         with eval_mode(self.model), self.accelerator.autocast():
             return self._score(self.model, batch, self.args.per_device_train_batch_size)[0]
 

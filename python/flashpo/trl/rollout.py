@@ -231,13 +231,19 @@ def mismatch(trained: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([error.sum() / tokens.clamp(min=1), error.max(), *quantiles, size, tokens.float()])
 
 
+def merged(rows: Tensor) -> Tensor:
+    """The row for several micro-batches or ranks: the maximum of the maxima, token-weighted means of the others."""
+    tokens = rows[:, -1].sum()
+    row = (rows * rows[:, -1:]).sum(0) / tokens.clamp(min=1)
+    row[MISMATCH.index("max")] = rows[:, MISMATCH.index("max")].max()
+    row[-1] = tokens
+    return row
+
+
 def mismatch_metrics(rows: Tensor) -> dict[str, float]:
-    """Of micro-batches and ranks, (rows, numbers): the maximum of the maxima, the token-weighted mean of the others."""
-    rows = rows.double().cpu()
-    weights = rows[:, -1] / rows[:, -1].sum() if rows[:, -1].sum() > 0 else torch.full_like(rows[:, -1], math.nan)
-    means = (rows[:, :-1] * weights[:, None]).sum(0).tolist()
-    found = dict(zip(MISMATCH, means)) | {"max": rows[:, 1].max().item()}
-    return {f"rollout/mismatch/{name}": value for name, value in found.items()}
+    """Of micro-batches or ranks, (rows, numbers); none where no token was compared."""
+    *values, tokens = merged(rows.double()).tolist()
+    return {f"rollout/mismatch/{name}": value for name, value in zip(MISMATCH, values)} if tokens else {}
 
 
 def importance_fields(args: Any, surrogate: str) -> dict[str, Any]:
