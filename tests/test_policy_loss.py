@@ -311,14 +311,20 @@ def test_statistics_of_sequences_without_live_tokens(loss, backend):
     assert flat.stats.ratios == (8 if loss in ("vespo", "ppo") else 4)
 
 
-def test_compiles_into_one_graph(graphs, counting):
-    def loss(made):
+@pytest.mark.parametrize("kl_coef", [0.1, 0.0])
+def test_compiles_into_one_graph(graphs, counting, kl_coef):
+    def with_override(made):
         return policy_loss(**made, loss="gspo", kl_coef=0.1, scale=0.5).loss
+
+    def without(made):
+        return policy_loss(**made, loss="gspo", scale=0.5).loss
+
+    loss = with_override if kl_coef else without
 
     compiled = torch.compile(loss, backend=counting, fullgraph=True, dynamic=True)
     for B, T in ((5, 8), (6, 11), (3, 9)):
         made = batch(B, T, torch.float32)
-        spec = replace(LOSSES["gspo"], kl_coef=0.1)
+        spec = replace(LOSSES["gspo"], kl_coef=kl_coef)
         inputs = {name: x.nan_to_num(nan=0.0) if x.is_floating_point() else x for name, x in made.items()}
         inputs = tensors_for(spec, inputs)
         inputs["logprob"].requires_grad_()

@@ -254,6 +254,12 @@ def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> 
     return _resolve(loss, overrides, tuple(type(value) for _, value in overrides))
 
 
+@torch.compiler.assume_constant_result  # Dynamo does not see through a cached property
+def resolved_key(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> str:
+    """The key of `resolve(loss, overrides)`."""
+    return resolve(loss, overrides).key
+
+
 @functools.lru_cache(maxsize=256)
 def _resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...], types: tuple[type, ...]) -> LossSpec:
     """`types` are for the cache, to which True and 1.0 are the same."""

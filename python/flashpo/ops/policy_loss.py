@@ -24,7 +24,7 @@ from flashpo.ops._check import (
     check_that,
 )
 from flashpo.ops._first_order import first_order
-from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve
+from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve, resolved_key
 from flashpo.ops.masked_quantile import entropy_threshold
 from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
 
@@ -114,7 +114,7 @@ def policy_loss(
             num_items = logprob.new_full((1,), num_items)
     args = (
         logprob, old, advantage, mask, cu_seqlens, ref, rollout, importance_ratio, entropy, threshold, num_items,
-        float(scale), spec.key,
+        float(scale), resolved_key(loss, tuple(overrides.items())),
     )  # fmt: skip
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (logprob, entropy)):
         value, stats = PolicyLossFunction.apply(*args)
