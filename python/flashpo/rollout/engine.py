@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -160,7 +160,7 @@ class RolloutEngine:
         with _progress(sum(p.n for p in params), progress) as ended:
             call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
             if prompts:
-                reason = self._why_not_with(adapters)
+                reason = self._why_not_with(dict.fromkeys(adapters or ()))
                 if not reason:
                     self._generate(call)
                 else:
@@ -169,7 +169,15 @@ class RolloutEngine:
         return call.rollouts()
 
     def why_not(self) -> str | None:
-        """Why the engine cannot run its model, None if it can. Compares with a plain forward when it is first asked."""
+        """Why the engine cannot run its model, None if it can. Compares with a plain forward when it is first asked.
+
+        Raises:
+            ModelInUse: the question changes the model for a moment, and a rollout of it has not ended.
+        """
+        return self._why_not_with(())
+
+    def _why_not_with(self, names: Iterable[str]) -> str | None:
+        """Why not under the active adapters, or under one of those that are named."""
         self._look_at_the_model()
         if self.support.ok and not self.checked:
             try:
@@ -181,16 +189,8 @@ class RolloutEngine:
             self.checked = True
             if reason is not None:
                 self.support = dataclasses.replace(self.support, ok=False, reason=reason)
-        reason = why_not_by_layers(self.model) if self.support.ok else self.support.reason
+        reason = why_not_by_layers(self.model, names) if self.support.ok else self.support.reason
         return reason or None
-
-    def _why_not_with(self, adapters: Sequence[str] | None) -> str | None:
-        """`why_not`, or why not under one of the adapters that are to answer."""
-        reason = self.why_not()
-        for name in dict.fromkeys(adapters or ()):
-            with active_adapter(self.model, name):
-                reason = reason or why_not_by_layers(self.model)
-        return reason
 
     def _generate(self, call: "_Call") -> None:
         """As far as memory allows."""
