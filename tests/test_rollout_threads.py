@@ -243,3 +243,27 @@ def test_engines_of_one_model_with_adapters_are_right_or_say_so():
     assert all(x == expected for x in results if not isinstance(x, ModelInUse))
     assert any(x == expected for x in results)
     assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_a_refused_rollout_leaves_the_session_of_the_engine_alone(monkeypatch):
+    """One engine in two threads: what the first has counted and cached stays, and so does its limit of rows."""
+    model, asked = net(), prompts(9, 70)
+    alone, shared = engine(model), engine(model)
+    with alone.session(), shared.session():
+        turns = [alone.generate(asked, PARAMS)]
+        longer = [ids + more for ids, more in zip(turns[0].prompt_ids[::2], turns[0].completion_ids[::2])]
+        turns.append(alone.generate(longer, PARAMS))
+        refused = []
+
+        def act():
+            kept = shared.runner, shared.scheduler, shared.scheduler.max_rows
+            refused.append(in_a_thread(lambda: shared.generate(prompts(400), PARAMS)))
+            assert (shared.runner, shared.scheduler, shared.scheduler.max_rows) == kept
+
+        for turn, question in zip(turns, (asked, longer)):
+            rollouts = in_the_middle(monkeypatch, model, act, shared, question)[1]
+            assert rollouts.completion_ids == turn.completion_ids
+            for count in ("prefill_tokens", "prefill_tokens_saved", "peak_rows", "preemptions"):
+                assert getattr(rollouts.stats, count) == getattr(turn.stats, count), count
+        assert turns[1].stats.prefill_tokens_saved > 0
+        assert [type(x) for x in refused] == [ModelInUse] * 2

@@ -193,31 +193,35 @@ class RolloutEngine:
         return reason or None
 
     def _generate(self, call: "_Call") -> None:
-        """As far as memory allows."""
-        try:
-            runner, scheduler = self._rows_and_blocks(call)
-        except (RuntimeError, MemoryError) as error:
-            self._without_memory(error)
-            return
-        try:
-            with rollout_mode(self.model), self.view:
-                for adapter, chosen in call.adapters:
-                    with self._adapter(adapter):
-                        runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
-                        answering = adapter_states(self.model)
-                        runner.use(places(self.model, self.view), answering)
-                        rows = call.queue(scheduler, chosen, answering)
-                        generation = Generation(
-                            runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended, self.support.hybrid
-                        )
-                        generation.run()
-                    call.steps += generation.steps
-                    call.row_steps += generation.row_steps
-        except BaseException as error:
-            scheduler.reset()  # it may count as cached what has never been computed
-            self._without_memory(error)
-        finally:
-            call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
+        """As far as memory allows. Whoever has the model has the engine's pool and session, too."""
+        with rollout_mode(self.model):
+            try:
+                runner, scheduler = self._rows_and_blocks(call)
+            except (RuntimeError, MemoryError) as error:
+                self._without_memory(error)
+                return
+            try:
+                with self.view:
+                    self._roll_out(call, runner, scheduler)
+            except BaseException as error:
+                scheduler.reset()  # it may count as cached what has never been computed
+                self._without_memory(error)
+            finally:
+                call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
+
+    def _roll_out(self, call: "_Call", runner: Runner, scheduler: Scheduler) -> None:
+        for adapter, chosen in call.adapters:
+            with self._adapter(adapter):
+                runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
+                answering = adapter_states(self.model)
+                runner.use(places(self.model, self.view), answering)
+                rows = call.queue(scheduler, chosen, answering)
+                generation = Generation(
+                    runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended, self.support.hybrid
+                )
+                generation.run()
+            call.steps += generation.steps
+            call.row_steps += generation.row_steps
 
     def _without_memory(self, error: BaseException) -> None:
         """Frees the pool for what answers in the engine's place, or raises the error."""
