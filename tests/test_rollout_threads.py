@@ -8,7 +8,9 @@ import pytest
 import torch
 from rollout_models import FAMILIES, prompts
 
-from flashpo.rollout import RolloutEngine, SamplingParams, parity
+from flashpo import _peft
+from flashpo.packing import packable
+from flashpo.rollout import RolloutEngine, SamplingParams, parity, support
 from flashpo.rollout.runner import Step
 from flashpo.rollout.seam import ModelInUse, rollout_mode
 
@@ -46,8 +48,11 @@ def in_a_thread(function):
     return result[0]
 
 
-def in_the_middle(monkeypatch, model, act):
-    """What `act` answers while a rollout of the model is at its third step, and the rollout itself."""
+def in_the_middle(monkeypatch, model, act, first=None, asked=None):
+    """What `act` answers while a rollout of the model is at its third step, and the rollout itself.
+
+    first: the engine that rolls out, by default one of its own.
+    """
     step, calls, seen = Step.__call__, [], []
 
     def meddling(self):
@@ -57,7 +62,7 @@ def in_the_middle(monkeypatch, model, act):
         step(self)
 
     monkeypatch.setattr(Step, "__call__", meddling)
-    rollouts = engine(model).generate(prompts(9, 70), PARAMS)
+    rollouts = (first or engine(model)).generate(asked or prompts(9, 70), PARAMS)
     monkeypatch.setattr(Step, "__call__", step)
     return seen[0], rollouts
 
@@ -178,3 +183,87 @@ def watched(function, inside):
             there.pop()
 
     return noting
+
+
+def with_lora(model):
+    """Two adapters, one of them active; random, so that each gives other completions."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    model.add_adapter("other", config)
+    return model.eval()
+
+
+LOOKS_AT_ADAPTERS = {
+    "a rollout": lambda model, second: second.generate(prompts(5), PARAMS),
+    "a rollout of another adapter": lambda model, second: second.generate(prompts(5), PARAMS, adapters=["other"]),
+    "why not": lambda model, second: second.why_not(),
+    "support": lambda model, second: support(model),
+    "token trees": lambda model, second: packable(model),
+}
+
+
+@pytest.mark.parametrize("what", LOOKS_AT_ADAPTERS)
+def test_nobody_else_looks_at_the_adapters_of_a_rollout(what, monkeypatch):
+    """The look itself changes the model: which adapters answer, and what the forward below PEFT's wrapper is."""
+    model = with_lora(net())
+    second, before = engine(model), [dict(vars(module)) for module in model.modules()]
+    expected = engine(model).generate(prompts(9, 70), PARAMS).completion_ids
+    changed = []
+    for name in ("_left_as_found", "active_adapter"):
+        monkeypatch.setattr(_peft, name, noting(getattr(_peft, name), changed))
+    act = LOOKS_AT_ADAPTERS[what]
+
+    def looks():
+        changed.clear()
+        answer = in_a_thread(lambda: act(model, second))
+        return answer, list(changed)
+
+    (answer, meanwhile), rollouts = in_the_middle(monkeypatch, model, looks)
+    assert isinstance(answer, ModelInUse)
+    assert not meanwhile, "the model is changed while another thread has it"
+    assert rollouts.completion_ids == expected
+    assert [dict(vars(module)) for module in model.modules()] == before
+    assert not isinstance(looks()[0], Exception), "afterwards it is free again"
+
+
+def noting(function, calls):
+    def called(*args):
+        calls.append(function.__name__)
+        return function(*args)
+
+    return called
+
+
+def test_engines_of_one_model_with_adapters_are_right_or_say_so():
+    model, asked = with_lora(net()), prompts(9, 70)
+    before = [dict(vars(module)) for module in model.modules()]
+    expected = engine(model).generate(asked, PARAMS).completion_ids
+    results = list(itertools.chain(*rounds([engine(model) for _ in range(3)], asked)))
+    assert all(x == expected for x in results if not isinstance(x, ModelInUse))
+    assert any(x == expected for x in results)
+    assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_a_refused_rollout_leaves_the_session_of_the_engine_alone(monkeypatch):
+    """One engine in two threads: what the first has counted and cached stays, and so does its limit of rows."""
+    model, asked = net(), prompts(9, 70)
+    alone, shared = engine(model), engine(model)
+    with alone.session(), shared.session():
+        turns = [alone.generate(asked, PARAMS)]
+        longer = [ids + more for ids, more in zip(turns[0].prompt_ids[::2], turns[0].completion_ids[::2])]
+        turns.append(alone.generate(longer, PARAMS))
+        refused = []
+
+        def act():
+            kept = shared.runner, shared.scheduler, shared.scheduler.max_rows
+            refused.append(in_a_thread(lambda: shared.generate(prompts(400), PARAMS)))
+            assert (shared.runner, shared.scheduler, shared.scheduler.max_rows) == kept
+
+        for turn, question in zip(turns, (asked, longer)):
+            rollouts = in_the_middle(monkeypatch, model, act, shared, question)[1]
+            assert rollouts.completion_ids == turn.completion_ids
+            for count in ("prefill_tokens", "prefill_tokens_saved", "peak_rows", "preemptions"):
+                assert getattr(rollouts.stats, count) == getattr(turn.stats, count), count
+        assert turns[1].stats.prefill_tokens_saved > 0
+        assert [type(x) for x in refused] == [ModelInUse] * 2

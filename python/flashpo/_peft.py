@@ -1,17 +1,23 @@
-"""What PEFT does to a model: which of its adapters answer, and what happens in its own forward only."""
+"""What PEFT does to a model: which of its adapters answer, and what happens in its own forward only.
+
+To find that out, a model is changed for a moment: other adapters answer, or a stand-in takes the place of its forward.
+`why_not_by_layers` and `why_not_trained_by_layers` have the model to themselves meanwhile; whoever enters
+`active_adapter` has to have it already.
+"""
 
 import contextlib
 import copy
 import functools
 import logging
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashpo._causal_lm import CausalLM
+from flashpo._ownership import alone
 
 log = logging.getLogger("flashpo")
 CHANGED = 1e-3  # relative: no rounding of fp32 comes near it
@@ -23,12 +29,39 @@ SIZES = (
 )  # of random adapter weights: under small ones a router does not choose, under large ones it saturates
 
 
-def why_not_by_layers(model: nn.Module, training: bool = False) -> str:
+def why_not_by_layers(model: nn.Module, names: Iterable[str] = ()) -> str:
     """Why the backbone and the head of `model`, called by themselves on tokens in another layout, do not compute what
-    the model's own forward does (in training: and its gradients) under the active adapters; empty where they do.
+    the model's own forward does under the active adapters, or under one of those that are named; empty where they do.
 
     This asks what PEFT does, not which adapter it is, so that it also answers for adapters that nobody has thought of.
+
+    Raises:
+        ModelInUse: a model with adapters is in use, in another thread or further up in this one.
     """
+    if not _has_adapters(model):
+        return ""
+    with alone(model):
+        return _why_not(model, training=False) or _why_not_under(model, names, training=False)
+
+
+def why_not_trained_by_layers(model: nn.Module) -> str:
+    """`why_not_by_layers` for outputs and gradients in training, for every adapter as if it were active."""
+    wrapper: Any = peft_model(model)
+    if wrapper is None:
+        return ""
+    with alone(model):
+        return _why_not_under(model, wrapper.peft_config, training=True)
+
+
+def _why_not_under(model: nn.Module, names: Iterable[str], training: bool) -> str:
+    for name in names:
+        with active_adapter(model, name):
+            if reason := _why_not(model, training):
+                return reason
+    return ""
+
+
+def _why_not(model: nn.Module, training: bool) -> str:
     wrapper: Any = peft_model(model)
     if wrapper is not None and (what := _outside(wrapper, CausalLM.of(model).base)):
         kind = wrapper.peft_config[wrapper.active_adapter].peft_type
@@ -42,14 +75,8 @@ def why_not_by_layers(model: nn.Module, training: bool = False) -> str:
     return ""
 
 
-def why_not_trained_by_layers(model: nn.Module) -> str:
-    """`why_not_by_layers` in training, for every adapter of `model` as if it were active."""
-    wrapper: Any = peft_model(model)
-    for name in () if wrapper is None else wrapper.peft_config:
-        with active_adapter(model, name):
-            if reason := why_not_by_layers(model, training=True):
-                return reason
-    return ""
+def _has_adapters(model: nn.Module) -> bool:
+    return peft_model(model) is not None or any(is_tuner_layer(module) for module in model.modules())
 
 
 def adapters_of(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -160,7 +160,7 @@ class RolloutEngine:
         with _progress(sum(p.n for p in params), progress) as ended:
             call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
             if prompts:
-                reason = self._why_not_with(adapters)
+                reason = self._why_not_with(dict.fromkeys(adapters or ()))
                 if not reason:
                     self._generate(call)
                 else:
@@ -169,7 +169,15 @@ class RolloutEngine:
         return call.rollouts()
 
     def why_not(self) -> str | None:
-        """Why the engine cannot run its model, None if it can. Compares with a plain forward when it is first asked."""
+        """Why the engine cannot run its model, None if it can. Compares with a plain forward when it is first asked.
+
+        Raises:
+            ModelInUse: the question changes the model for a moment, and a rollout of it has not ended.
+        """
+        return self._why_not_with(())
+
+    def _why_not_with(self, names: Iterable[str]) -> str | None:
+        """Why not under the active adapters, or under one of those that are named."""
         self._look_at_the_model()
         if self.support.ok and not self.checked:
             try:
@@ -181,43 +189,39 @@ class RolloutEngine:
             self.checked = True
             if reason is not None:
                 self.support = dataclasses.replace(self.support, ok=False, reason=reason)
-        reason = why_not_by_layers(self.model) if self.support.ok else self.support.reason
+        reason = why_not_by_layers(self.model, names) if self.support.ok else self.support.reason
         return reason or None
 
-    def _why_not_with(self, adapters: Sequence[str] | None) -> str | None:
-        """`why_not`, or why not under one of the adapters that are to answer."""
-        reason = self.why_not()
-        for name in dict.fromkeys(adapters or ()):
-            with active_adapter(self.model, name):
-                reason = reason or why_not_by_layers(self.model)
-        return reason
-
     def _generate(self, call: "_Call") -> None:
-        """As far as memory allows."""
-        try:
-            runner, scheduler = self._rows_and_blocks(call)
-        except (RuntimeError, MemoryError) as error:
-            self._without_memory(error)
-            return
-        try:
-            with rollout_mode(self.model), self.view:
-                for adapter, chosen in call.adapters:
-                    with self._adapter(adapter):
-                        runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
-                        answering = adapter_states(self.model)
-                        runner.use(places(self.model, self.view), answering)
-                        rows = call.queue(scheduler, chosen, answering)
-                        generation = Generation(
-                            runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended, self.support.hybrid
-                        )
-                        generation.run()
-                    call.steps += generation.steps
-                    call.row_steps += generation.row_steps
-        except BaseException as error:
-            scheduler.reset()  # it may count as cached what has never been computed
-            self._without_memory(error)
-        finally:
-            call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
+        """As far as memory allows. Whoever has the model has the engine's pool and session, too."""
+        with rollout_mode(self.model):
+            try:
+                runner, scheduler = self._rows_and_blocks(call)
+            except (RuntimeError, MemoryError) as error:
+                self._without_memory(error)
+                return
+            try:
+                with self.view:
+                    self._roll_out(call, runner, scheduler)
+            except BaseException as error:
+                scheduler.reset()  # it may count as cached what has never been computed
+                self._without_memory(error)
+            finally:
+                call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
+
+    def _roll_out(self, call: "_Call", runner: Runner, scheduler: Scheduler) -> None:
+        for adapter, chosen in call.adapters:
+            with self._adapter(adapter):
+                runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
+                answering = adapter_states(self.model)
+                runner.use(places(self.model, self.view), answering)
+                rows = call.queue(scheduler, chosen, answering)
+                generation = Generation(
+                    runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended, self.support.hybrid
+                )
+                generation.run()
+            call.steps += generation.steps
+            call.row_steps += generation.row_steps
 
     def _without_memory(self, error: BaseException) -> None:
         """Frees the pool for what answers in the engine's place, or raises the error."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._ownership import ModelInUse as ModelInUse
+from flashpo._ownership import alone
 
 ATTENTION = "flashpo_decode"
 HARMLESS = ("position_ids", "cache_position")  # tensors that layers pass on, of no use to attention
@@ -65,39 +67,6 @@ def _attention(module, query, key, value, attention_mask, scaling=None, softcap=
 AttentionInterface.register(ATTENTION, _attention)
 
 
-class ModelInUse(RuntimeError):
-    """A rollout of the model, or of one that shares a module or a config with it, has not ended yet."""
-
-
-_taken: dict[int, threading.Thread] = {}  # id of a module or a config -> the thread whose rollout has changed it
-_taking = threading.Lock()
-
-
-@contextlib.contextmanager
-def _alone(model: nn.Module) -> Iterator[None]:
-    """The model is this rollout's until the end: flags, forwards, adapters and configs have one state for all threads.
-
-    Raises:
-        ModelInUse: another rollout has it, of another thread or further up in this one.
-    """
-    configs = (getattr(module, "config", None) for module in model.modules())
-    mine = {id(x) for x in (*model.modules(), *configs) if x is not None}
-    with _taking:
-        if (other := next((_taken[x] for x in mine if x in _taken), None)) is not None:
-            where = "this thread" if other is threading.current_thread() else f"thread {other.name!r}"
-            raise ModelInUse(
-                f"{type(model).__name__} is in the middle of a rollout in {where}, which changes the model until it "
-                "ends: rollouts of one model have to run one after the other"
-            )
-        _taken.update(dict.fromkeys(mine, threading.current_thread()))
-    try:
-        yield
-    finally:
-        with _taking:
-            for x in mine:
-                del _taken[x]
-
-
 @contextlib.contextmanager
 def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
     """Every module in eval mode, no gradients, no autocast but the one given; undone at the end.
@@ -108,7 +77,7 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
     Raises:
         ModelInUse: another rollout has the model.
     """
-    with _alone(model):
+    with alone(model):
         training = [module for module in model.modules() if module.training]
         try:
             for module in training:

@@ -356,7 +356,8 @@ class PolicyTrainer(Accelerated, Base):
 
     def _quiet_logprobs(self, batch: dict) -> Tensor:
         """Log-probs (B, C) of the completions by the function that the engine samples from: the model in eval mode."""
-        self._packed.prepare()  # it compares forwards of its own, outside of ours
+        if active():
+            self._packed.prepare()  # which looks at the model's adapters, and so has to have the model to itself
         with eval_mode(self.model), self.accelerator.autocast():
             return self._score(self.model, batch, self.args.per_device_train_batch_size)[0]
 
