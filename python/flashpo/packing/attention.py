@@ -45,7 +45,8 @@ def installed(backbone: Any) -> bool:
 @contextlib.contextmanager
 def recorded_dropout() -> Iterator[list[tuple[str, float]]]:
     """Within it a dropout that an attention asks for is noted, with the name of its class, and left out."""
-    before, found = getattr(_thread, "dropouts", None), []
+    before = getattr(_thread, "dropouts", None)
+    found: list[tuple[str, float]] = []
     _thread.dropouts = found
     try:
         yield found

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from flashpo._causal_lm import CausalLM
 from flashpo._op import CALLS
+from flashpo._precision import exact_products
 from flashpo.packing.attention import NAME, recorded_dropout
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import follows_width
@@ -173,20 +174,23 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
     ]
     configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, NAME)}
     attentions = [(config, getattr(config, NAME)) for config in configs.values()]
-    calls, precision = CALLS.copy(), torch.get_float32_matmul_precision()
+    calls = CALLS.copy()
     gpus = range(torch.cuda.device_count()) if any(p.is_cuda for p in model.parameters()) else []
-    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+    with (
+        exact_products(),
+        torch.random.fork_rng(gpus),
+        torch.compiler.set_stance("force_eager"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             for module in modules:
                 module.training = False
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False  # type: ignore[assignment]
-            torch.set_float32_matmul_precision("highest")  # TF32 would hide a small mistake
             accept_trees(model, head)
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             for module, plain in zip(modules, before):
                 for name in [k for k, x in vars(module).items() if k not in plain and (k in OURS or is_plain(x))]:
                     del vars(module)[name]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from flashpo._causal_lm import CausalLM
 from flashpo._peft import adapters_of
+from flashpo._precision import exact_products
 from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode
@@ -65,14 +66,10 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
     """
     base = CausalLM.of(model).base
     twin = _twin(base)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with exact_products():
         if twin is not None and (reason := _twice(twin.to(base.device), roll, None)) is not None:
             return f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
         return _twice(model, roll, autocast)
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def _twice(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | None:
