@@ -1,10 +1,16 @@
-"""Products of fp32 numbers in fp32 for the time of a self-check: TF32 and bf16 would hide a small mistake."""
+"""Products of fp32 numbers in fp32 for the time of a self-check: TF32 and bf16 would hide a small mistake.
+
+The flags belong to the process: self-checks take turns.
+"""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+one_at_a_time = threading.RLock()  # for self-checks: the flags, the random state and the counts of calls are global
 
 
 @contextlib.contextmanager
