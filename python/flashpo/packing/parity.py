@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._precision import one_at_a_time
 from flashpo.packing.attention import PREFIX
-from flashpo.packing.trial import Scored, Trial, is_plain, on_trial
+from flashpo.packing.trial import Scored, Trial, is_plain, is_sharded, on_trial
 from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.twin import small_config, small_model
 
@@ -74,9 +74,13 @@ def why_wrong(model: nn.Module, head: bool = True) -> str:
     """
     base: Any = CausalLM.of(model).base if head else model
     try:
-        with torch.inference_mode(False), on_trial(model, head):  # gradients are compared, too
-            trial = Trial(model, head)
-            reason = trial.dropout() or _twin_differs(base, head) or _differs(trial)
+        with torch.inference_mode(False):  # gradients are compared, too
+            if not head and is_sharded(model):  # it only runs within the whole model, which gathers its weights
+                reason = _twin_differs(base, head)
+            else:
+                with on_trial(model, head):
+                    trial = Trial(model, head)
+                    reason = trial.dropout() or _twin_differs(base, head) or _differs(trial)
     except Exception as error:  # of any kind: it is the model's own code
         if out_of_memory(error):
             raise
