@@ -8,7 +8,7 @@ from op_examples import EXAMPLES
 from rollout_models import FAMILIES, prompts
 
 from flashpo.doctor import PROBES, _run
-from flashpo.packing import parity as packing_parity
+from flashpo.packing.trial import Trial, on_trial
 from flashpo.rollout import RolloutEngine, SamplingParams, parity
 
 
@@ -66,6 +66,8 @@ def test_rollouts(family, of, dtype, monkeypatch):
 def test_token_trees(dtype):
     torch.manual_seed(0)
     model = FAMILIES["qwen3"]().eval()
-    plain = packing_parity.worst_difference(model)
-    with default_dtype(dtype):
-        assert packing_parity.worst_difference(model) == plain
+    with on_trial(model):
+        plain = Trial(model).packed().values
+        with default_dtype(dtype):
+            changed = Trial(model).packed().values
+    assert torch.equal(changed, plain)

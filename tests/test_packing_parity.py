@@ -5,17 +5,19 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from packing_models import CONFIGS, make
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from two_processes import needs_gloo
 
 import flashpo
 from flashpo import pack, packable, score
 from flashpo._causal_lm import Unsupported
 from flashpo.bench.tiny_models import tiny_config, tiny_model
 from flashpo.packing import attention
-from flashpo.packing.parity import why_wrong
+from flashpo.packing.parity import parity, why_wrong
 from flashpo.packing.scoring import prepare
 
 
@@ -60,7 +62,8 @@ class BatchMean(TokenShift):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [TokenShift, WrongBackward, BatchMean])
-def test_a_wrong_block_is_found(wrong, dtype):
+def test_a_wrong_block_is_found(wrong, dtype, monkeypatch):
+    monkeypatch.setattr("flashpo.packing.parity._answers", {})
     model = llama(dtype)
     assert packable(model, check=True).ok  # whose answer must not be that of the model below
     model.model.layers[1].mlp = wrong(model.model.layers[1].mlp)
@@ -193,6 +196,77 @@ def test_the_model_is_left_as_it_was(how):
     assert all(x is None or (x == 1).all() for x in gradients)
     assert torch.equal(after[3], before[3])
     assert not flashpo.stats()
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.parametrize("wrapper", ["FSDP2", "DDP", "FSDP1"])
+def test_a_wrapped_model_is_left_as_it_was_and_refused_each_time(wrapper, group, monkeypatch):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    monkeypatch.setattr("flashpo.packing.parity._answers", {})
+    model = llama()
+    model.model.layers[0].mlp = TokenShift(model.model.layers[0].mlp)
+    if wrapper == "FSDP2":
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+    elif wrapper == "DDP":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    model.train()
+    model.get_submodule("model.layers.1" if wrapper == "FSDP2" else "module.model.layers.1").eval()
+    before = [(m.training, vars(m).get("forward")) for m in model.modules()]
+    tree = pack(*(torch.tensor([[x, 1, 1]]) for x in (1, 1, 0)))
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="of a token tree differ"):
+            score(model, tree)
+        assert [(m.training, vars(m).get("forward")) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_in_inference_mode(made, monkeypatch):
+    """Also of weights that were made in it, which have no gradients to compare."""
+    monkeypatch.setattr("flashpo.packing.parity._answers", {})
+    with torch.inference_mode(made):
+        good, bad = llama(), llama()
+    bad.model.layers[0].mlp = TokenShift(bad.model.layers[0].mlp)
+    with torch.inference_mode():
+        assert packable(good, check=True) == (True, "")
+        assert "log-probs of a token tree differ" in packable(bad, check=True).reason
+    assert packable(llama(), check=True).ok
+
+
+def test_one_rank_without_memory_tells_the_others(monkeypatch):
+    """And none of them keeps that for an answer."""
+    answers = {}
+    monkeypatch.setattr("flashpo.packing.parity._answers", answers)
+    model = llama()
+
+    def exhausted(*args, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[0].mlp, "forward", exhausted)
+        patch.setattr("flashpo.packing.parity._kind", lambda model: "llama")
+        told = []
+        assert "no memory" in parity(model, agree=lambda x: told.append(x) or x * 2)
+        assert len(told) == 2
+        assert not packable(model, check=True).ok
+        assert "no memory" in parity(
+            llama(), agree=lambda x: x if x == [False] else [*x, ("there is no memory", False)]
+        )
+        assert not answers
+        assert parity(llama(), agree=lambda x: x if x == [False] else [*x, ("wrong", True)]) == "wrong"
+        answers.clear()
+    assert packable(model, check=True).ok
 
 
 def test_asked_once(monkeypatch):

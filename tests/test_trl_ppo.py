@@ -14,7 +14,9 @@ from trl_models import DATA, Recorder, assert_ran, assert_same, make_trainer, mo
 from two_processes import in_two_processes, needs_gloo
 
 import flashpo.trl
+from flashpo.packing import parity
 from flashpo.trl import PPOConfig, PPOTrainer
+from flashpo.trl.patch import patched
 from flashpo.trl.verify import Step
 
 LORA = dict(peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
@@ -377,6 +379,36 @@ def check_fsdp2(rank: int, folder: str, kind: str) -> None:
 def test_fsdp2():
     folder = model_path("qwen3")
     in_two_processes((check_fsdp2, folder, "shared"), (check_fsdp2, folder, "separate"))
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_models_that_are_placed_later_are_compared_at_the_first_scoring(critic, monkeypatch):
+    """FSDP and DeepSpeed place weights after the constructor; values come from token trees all the same."""
+    asked = []
+
+    def compared(model, head=True):
+        asked.append((model, head))
+        return why_wrong(model, head)
+
+    why_wrong = parity.why_wrong
+    monkeypatch.setattr(parity, "why_wrong", compared)
+    monkeypatch.setattr(PPOTrainer, "_has_whole_models", property(lambda self: False))
+    monkeypatch.setattr(parity, "_answers", {})
+    trainer = make(critic=critic)
+    assert not asked
+    with patched():
+        batch = first_batch(trainer)
+    backbone = [] if critic == "shared" else [(trainer.critic.backbone, False)]
+    assert asked[0] == (trainer.model, True)
+    assert [(model, head) for model, head in asked if not head] == backbone
+    times = len(asked)
+    assert trainer._packed.prepare() == ""
+    live = batch["completion_mask"].bool()
+    torch.testing.assert_close(batch["old_values"][live], by_hand(trainer, batch)[2][live])
+    flashpo.stats(reset=True)
+    train(trainer)
+    assert_ran("tree_attention_fwd")
+    assert len(asked) == times
 
 
 def test_it_learns():

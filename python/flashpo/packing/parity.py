@@ -5,6 +5,7 @@ device, in which a window that is off by one or a wrong gradient stands out from
 measured on the model's own forward: of the rows in two batches, and with embeddings that are off by a rounding.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Hashable
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._precision import one_at_a_time
 from flashpo.packing.attention import PREFIX
-from flashpo.packing.trial import Scored, Trial, is_plain, on_trial
+from flashpo.packing.trial import Scored, Trial, is_plain, is_sharded, on_trial
 from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.twin import small_config, small_model
 
@@ -45,19 +47,40 @@ def parity(model: nn.Module, head: bool = True, agree: Callable[[list], list] = 
             into one list. All ranks then have the same answer, and run the model together where one has to.
     """
     key = _kind(model), head
-    if not all(agree([key in _answers])):
-        reasons = agree([why_wrong(model, head)])
-        _answers[key] = next(filter(None, reasons), "")
-    return _answers[key]
+    # Ranks that meet in `agree` while others wait for a thread of theirs would wait for ever
+    with one_at_a_time if agree is list else contextlib.nullcontext():
+        if all(agree([key in _answers])):
+            return _answers[key]
+        lasts = True
+        try:
+            reason = why_wrong(model, head)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason, lasts = f"there is no memory for the comparison of a token tree with padded rows: {error}", False
+        answers = agree([(reason, lasts)])
+        wrong = next((reason for reason, lasts in answers if reason and lasts), "")
+        if wrong or all(lasts for _, lasts in answers):
+            _answers[key] = wrong
+            return wrong
+        return next(reason for reason, _ in answers if reason)
 
 
 def why_wrong(model: nn.Module, head: bool = True) -> str:
-    """Empty where token trees are right for `model`, else what is wrong."""
+    """Empty where token trees are right for `model`, else what is wrong.
+
+    Raises:
+        RuntimeError, MemoryError: there is no memory for it.
+    """
     base: Any = CausalLM.of(model).base if head else model
     try:
-        with on_trial(model, head):
-            trial = Trial(model, head)
-            reason = trial.dropout() or _twin_differs(base, head) or _differs(trial)
+        with torch.inference_mode(False):  # gradients are compared, too
+            if not head and is_sharded(model):  # it only runs within the whole model, which gathers its weights
+                reason = _twin_differs(base, head)
+            else:
+                with on_trial(model, head):
+                    trial = Trial(model, head)
+                    reason = trial.dropout() or _twin_differs(base, head) or _differs(trial)
     except Exception as error:  # of any kind: it is the model's own code
         if out_of_memory(error):
             raise
@@ -112,7 +135,7 @@ def _kind(model: nn.Module) -> Hashable:
     configs = {id(c): c for m in modules if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     texts = frozenset(c.to_json_string() + str(c._attn_implementation).removeprefix(PREFIX) for c in configs.values())
     adapters = frozenset(str(m.peft_config) for m in modules if hasattr(m, "peft_config"))
-    tensors = frozenset((p.dtype, p.device.type, type(p)) for p in model.parameters())
+    tensors = frozenset((p.dtype, p.device.type, type(p), p.is_inference()) for p in model.parameters())
     device = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return texts, adapters, tensors, autocast, tuple((type(m), _own_forward(m), _options(m)) for m in modules)

@@ -1,6 +1,7 @@
 """A few short rows, scored as padded rows and as a token tree by a model that is afterwards as it was."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 
 from flashpo._causal_lm import CausalLM
 from flashpo._op import CALLS
+from flashpo._precision import exact_products
 from flashpo.packing.attention import NAME, recorded_dropout
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import follows_width
@@ -31,6 +33,7 @@ class Trial:
     """A causal language model, or a backbone (`head=False`), and its ways to score the rows.
 
     Every rank of a sharded model has to run them, and these have no gradients: its hooks reduce what backward brings.
+    Nor has a model whose weights were made in inference mode.
     """
 
     def __init__(self, model: nn.Module, head: bool = True, parameters: bool = False):
@@ -38,7 +41,8 @@ class Trial:
         backbone: Any = CausalLM.of(model).backbone if head else model
         self.backbone = backbone
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad] if parameters else []
-        self.differentiable = not is_sharded(model)
+        # Autograd saves no weights that were made in inference mode
+        self.differentiable = not is_sharded(model) and not any(p.is_inference() for p in model.parameters())
         self.embedding: nn.Module = backbone.get_input_embeddings()
         config = backbone.config
         device = next(self.embedding.parameters()).device
@@ -81,12 +85,15 @@ class Trial:
     @torch.no_grad()
     def dropout(self) -> str:
         """Which attention has dropout in train mode; empty where none has."""
-        with recorded_dropout() as found:
-            for module in self.model.modules():
+        before = [(module, module.training) for module in self.model.modules()]
+        try:
+            for module, _ in before:
                 module.training = True
-            self._on_tree(self.ids[:1, :2], self.live[:1, :2], self.scored[:1, :1])
-            for module in self.model.modules():
-                module.training = False
+            with recorded_dropout() as found:
+                self._on_tree(self.ids[:1, :2], self.live[:1, :2], self.scored[:1, :1])
+        finally:
+            for module, training in before:
+                module.training = training
         return next((f"{name} has a dropout of {p:g} in its attention" for name, p in found), "")
 
     def _plain(self, ids: Tensor, live: Tensor) -> Tensor:
@@ -163,41 +170,56 @@ def is_sharded(model: nn.Module) -> bool:
     return sharded.why_no_view(model) is not None or any(sharded.is_dtensor(p) for p in model.parameters())
 
 
+def _wraps(module: nn.Module) -> bool:
+    """DDP and FSDP1 keep account of their forwards in attributes, which stay; FSDP2 only changes a module's class."""
+    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    wrappers = [nn.parallel.DistributedDataParallel, *([fsdp1.FullyShardedDataParallel] if fsdp1 else [])]
+    return isinstance(module, tuple(wrappers))
+
+
 @contextlib.contextmanager
 def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
     """Within it the model takes trees, in eval mode and uncompiled; afterwards it is as before, whatever it ran."""
-    modules = [m for m in model.modules() if not type(m).__module__.startswith("torch.distributed")]
+    training = [(m, m.training) for m in model.modules()]
+    modules = [m for m in model.modules() if not _wraps(m)]
     before = [{k: x for k, x in vars(m).items() if k == "forward" or is_plain(x)} for m in modules]
     buffers = [
         (m, k, x, x.clone()) for m in modules for k, x in m._buffers.items() if x is not None and x.numel() <= COPIED
     ]
     configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, NAME)}
     attentions = [(config, getattr(config, NAME)) for config in configs.values()]
-    calls, precision = CALLS.copy(), torch.get_float32_matmul_precision()
+    calls = CALLS.copy()
     gpus = range(torch.cuda.device_count()) if any(p.is_cuda for p in model.parameters()) else []
-    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+    with (
+        exact_products(),
+        torch.random.fork_rng(gpus),
+        torch.compiler.set_stance("force_eager"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
-            for module in modules:
+            for module, _ in training:
                 module.training = False
+            for module in modules:
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False  # type: ignore[assignment]
-            torch.set_float32_matmul_precision("highest")  # TF32 would hide a small mistake
             accept_trees(model, head)
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             for module, plain in zip(modules, before):
                 for name in [k for k, x in vars(module).items() if k not in plain and (k in OURS or is_plain(x))]:
                     del vars(module)[name]
                 vars(module).update(plain)
+            for module, trained in training:
+                module.training = trained
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.copy_(value)
             for config, attention in attentions:
                 setattr(config, NAME, attention)
-            CALLS.clear()
+            CALLS.clear()  # calls that other threads made meanwhile are not counted
             CALLS.update(calls)
             if is_sharded(model):
                 sharded.reshard(model)

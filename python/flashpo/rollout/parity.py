@@ -12,7 +12,6 @@ other shapes are no such measure: some machines' GEMMs round alike in all of the
 import contextlib
 import logging
 import math
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from flashpo._causal_lm import CausalLM
 from flashpo._peft import adapters_of
+from flashpo._precision import exact_products, one_at_a_time
 from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode
@@ -31,7 +31,6 @@ from flashpo.rollout.twin import small_config, small_model
 log = logging.getLogger("flashpo")
 Roll = Callable[[nn.Module, Sequence[Sequence[int]], SamplingParams], Rollouts]
 _answers: dict[Hashable, str | None] = {}
-_checking = threading.RLock()  # of the answers, the precision of products and the random state that twins are made from
 
 PROMPTS = (BLOCK + 6, BLOCK + 3, 3)  # tokens: the first two share a block and split behind it
 SAMPLED = SamplingParams(n=2, max_new_tokens=12, seed=7)
@@ -50,7 +49,7 @@ def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
     base: Any = CausalLM.of(model).base
     dtypes = frozenset(_dtypes(model, autocast))
     key = type(model), type(base), facts(base.config), dtypes, base.device.type, autocast, adapters_of(model)
-    with _checking:
+    with one_at_a_time:
         if key not in _answers:
             _answers[key] = why_wrong(model, roll, autocast)
         return _answers[key]
@@ -65,14 +64,10 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
     """
     base = CausalLM.of(model).base
     twin = _twin(base)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with exact_products():
         if twin is not None and (reason := _twice(twin.to(base.device), roll, None)) is not None:
             return f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
         return _twice(model, roll, autocast)
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def _twice(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from flashpo.packing import pack, split_by_tokens
 from flashpo.packing.scoring import accept_trees
+from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl._replaced import replaced
 from flashpo.trl.sharing import Sharing, why_not_packed
 
@@ -22,6 +23,7 @@ class PackedScoring:
         self.trainer = trainer
         self.sharing = Sharing(trainer.args)
         self._reason: str | None = None  # why the models cannot, empty where they can; None: not looked yet
+        self._critic: PreTrainedModel | None = None  # that takes trees and was not looked at yet
         self._values: Tensor | None = None
 
     def takes(self, batch: dict[str, Any]) -> bool:
@@ -35,11 +37,27 @@ class PackedScoring:
             return ""
         with self.trainer.accelerator.autocast():
             if self._reason is None:
-                models = [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
-                self._reason = self._try(models, head=True)
-            if critic is not None and not self._reason:
-                self._reason = self._try([critic], head=False)
+                self._reason = self._try(self._models(), head=True)
+            critics = [c for c in (critic, self._critic) if c is not None]
+            self._critic = None
+            if not self._reason:
+                self._reason = self._try(critics, head=False)
         return self._reason
+
+    def accept(self, critic: PreTrainedModel | None) -> None:
+        """Before weights are in their places: models that `packable` allows take trees, and are compared before the
+        first scoring."""
+        if self.sharing.mode is False or self.sharing.against:
+            return
+        self._critic, models = critic, self._models()
+        if all(packable(m).ok for m in models) and not (critic is not None and why_not_packable(critic)):
+            for model in models:
+                accept_trees(model)
+            if critic is not None:
+                accept_trees(critic, head=False)
+
+    def _models(self) -> list[Any]:
+        return [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
 
     @staticmethod
     def _try(models: list[Any], head: bool) -> str:

@@ -76,7 +76,11 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, optimizers=optimizers, **kwargs)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         backbone: Any = self._load_backbone(policy) if critic_model is None else critic_model.base_model
-        self._packed.prepare(backbone)  # before the critic, which then finds the trees' forward in place
+        # Before the critic, which then finds the trees' forward in place
+        if self._has_whole_models:
+            self._packed.prepare(backbone)
+        else:
+            self._packed.accept(backbone)
         self.critic = critics.attach_critic(policy, backbone)
         if self.args.disable_dropout:
             disable_dropout_in_model(self.critic)
