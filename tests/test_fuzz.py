@@ -11,12 +11,11 @@ import random
 
 import pytest
 import torch
-from accuracy import assert_as_accurate
 from fuzz import VOCAB, Architecture, architectures, assert_within_noise, batches, rows, wide
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from inputs import Case
-from packing_models import Batch, backward, packed, padded
+from packing_models import Batch, alone, backward, packed, padded
 from policy_inputs import LENGTHS, compare, random_inputs, random_spec
 
 import flashpo
@@ -28,6 +27,7 @@ EXAMPLES = int(os.environ.get("FLASHPO_FUZZ", "0"))  # of each test; 0: the suit
 def fuzzed(in_suite: int):
     return settings(
         max_examples=EXAMPLES or in_suite,
+        phases=list(Phase) if EXAMPLES else [Phase.explicit, Phase.generate],  # to shrink a failure takes minutes
         derandomize=not EXAMPLES,
         database=None,
         deadline=None,
@@ -41,7 +41,7 @@ def check_tree(architecture: Architecture, batch: Batch, temperature: float = 1.
     model = architecture.model()
     exact_model = wide(model)
     results = []
-    for net, run in ((exact_model, padded), (model, padded), (model, packed)):
+    for net, run in ((exact_model, alone), (model, padded), (model, packed)):
         if run is packed:
             mistake(net)
         values = run(net, batch, temperature)
@@ -173,7 +173,7 @@ def heads(draw) -> Case:
 
 
 def check_head(case: Case, seed: int, mistake: float = 1.0) -> None:
-    """Values and gradients of the head. The largest error of few tokens is luck: several draws are judged together."""
+    """Values and gradients of the head, several draws together."""
     torch.manual_seed(seed)
     draws = []
     for _ in range(6):
@@ -192,7 +192,7 @@ def check_head(case: Case, seed: int, mistake: float = 1.0) -> None:
             results.append([*(x.detach() for x in stats[:4]), *torch.autograd.grad(loss, leaves)])
         draws.append(results)
     for ours, exact, plain in zip(*(zip(*of_one) for of_one in zip(*draws))):
-        assert_as_accurate(*(torch.cat([x.flatten() for x in y]) for y in (ours, exact, plain)))
+        assert_within_noise(*(torch.cat([x.flatten() for x in y]) for y in (ours, exact, plain)), "the head")
 
 
 @fuzzed(20)

@@ -1,5 +1,6 @@
 """A causal language model of transformers taken apart: logits = cap(scale * head(backbone(...)))."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -52,6 +53,12 @@ class CausalLM(NamedTuple):
             raise Unsupported(f"{type(base).__name__} has no language model head")
         config = base.config.get_text_config()
         return cls(base, backbone, head, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def masks_windows(module: nn.Module) -> bool:
+    """Whether the family that `module` is of ever asks transformers for the mask of a sliding window. A config may have
+    a window that its family does not read."""
+    return hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask")
 
 
 def layers_of_wrapping(model: Any) -> Iterator[Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+from flashpo._causal_lm import masks_windows
 from flashpo.ops.tree_attention import attend
 
 PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
@@ -129,6 +130,8 @@ def _window(module: Any, options: dict) -> int:
     """The keyword; some families (PhiMoE) tell it to their mask alone, so that only the config knows."""
     if "sliding_window" in options:
         return options["sliding_window"] or 0
+    if not masks_windows(module):
+        return 0
     types = getattr(module.config, "layer_types", None)
     if types is not None and types[module.layer_idx] != "sliding_attention":
         return 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._causal_lm import CausalLM, Unsupported, masks_windows
 from flashpo._ownership import ModelInUse as ModelInUse
 from flashpo._ownership import alone
 
@@ -141,7 +141,7 @@ class _Probe:
             raise Unsupported(f"{name} does not know its layer's index")
         if query.shape[2] != key.shape[2]:
             raise Unsupported(f"{name} attends to {key.shape[2]} keys with {query.shape[2]} queries in one forward")
-        self.window = keywords.get("sliding_window"), "sliding_window" in keywords
+        self.window = keywords.get("sliding_window"), "sliding_window" in keywords or not masks_windows(module)
 
     def attend(self, layer, query, key, value, scale, softcap, sinks):
         shapes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
