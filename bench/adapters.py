@@ -120,7 +120,9 @@ def make(name: str) -> PeftModel:
     usual: dict[str, Any] = PROMPT if issubclass(config, PromptLearningConfig) else {"target_modules": LAYERS}
     options = usual | (LORA[option] if option else TYPES.get(kind, {}))
     size: dict[str, Any] = {"tie_word_embeddings": options.pop("tied", False), "num_hidden_layers": 2}
-    model = tiny_model(options.pop("family", "llama"), **size)
+    family = options.pop("family", "llama")
+    size |= {"attn_pdrop": 0.0} if family == "gpt2" else {}  # its published dropout would keep it from token trees
+    model = tiny_model(family, **size)
     torch.manual_seed(0)
     with contextlib.redirect_stderr(io.StringIO()):  # some show progress
         try:

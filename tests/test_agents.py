@@ -79,6 +79,7 @@ def test_an_agent_learns_by_its_own_turns_and_in_its_own_adapter(conversations, 
         return policy_loss(logprob, old, advantage, mask, **options)
 
     monkeypatch.setattr(flashpo, "policy_loss", watched)
+    flashpo.packing.prepare(model)  # what compares trees with padded rows, before the forwards are counted
     hook = model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, inputs: tokens.append(inputs["input_ids"].shape[1]), with_kwargs=True
     )

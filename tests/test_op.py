@@ -37,7 +37,7 @@ def test_the_environment_forces_a_backend():
     out = subprocess.run(run, env={"FLASHPO_BACKEND": "torch"}, capture_output=True, text=True, check=True).stdout
     assert "{'torch': 1}" in out
     bad = subprocess.run(run, env={"FLASHPO_BACKEND": "fast"}, capture_output=True, text=True)
-    assert "backend must be one of" in bad.stderr
+    assert "FLASHPO_BACKEND must be one of" in bad.stderr
 
 
 def test_calls_are_counted_and_told_once(call, caplog):

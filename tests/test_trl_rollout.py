@@ -295,7 +295,7 @@ def test_trl_generates_with_the_models_own_attention(name, monkeypatch):
 
     monkeypatch.setattr(stock, "_generate_single_turn", watched)
     trainer = make_trainer(name, flashpo.trl, rollout="generate", max_steps=3)
-    own = trainer.model.config._attn_implementation
+    own = trainer.model.config._attn_implementation.removeprefix("tree:")
     trainer.train()
     assert seen == [own] * 3
     assert trainer.model.config._attn_implementation == f"tree:{own}"

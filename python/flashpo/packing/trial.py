@@ -182,7 +182,10 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
     """Within it the model takes trees, in eval mode and uncompiled; afterwards it is as before, whatever it ran."""
     training = [(m, m.training) for m in model.modules()]
     modules = [m for m in model.modules() if not _wraps(m)]
-    before = [{k: x for k, x in vars(m).items() if k == "forward" or is_plain(x)} for m in modules]
+    # a rotary embedding counts its longest row in a number, then in a tensor
+    before = [
+        {k: x for k, x in vars(m).items() if k == "forward" or is_plain(x) or isinstance(x, Tensor)} for m in modules
+    ]
     buffers = [
         (m, k, x, x.clone()) for m in modules for k, x in m._buffers.items() if x is not None and x.numel() <= COPIED
     ]
@@ -206,10 +209,10 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
             accept_trees(model, head)
             yield
         finally:
-            for module, plain in zip(modules, before):
-                for name in [k for k, x in vars(module).items() if k not in plain and (k in OURS or is_plain(x))]:
+            for module, kept in zip(modules, before):
+                for name in [k for k, x in vars(module).items() if k not in kept and (k in OURS or is_plain(x))]:
                     del vars(module)[name]
-                vars(module).update(plain)
+                vars(module).update(kept)
             for module, trained in training:
                 module.training = trained
             for module, name, buffer, value in buffers:
