@@ -62,10 +62,6 @@ def test_token_trees(architecture, batch, temperature):
     check_tree(architecture, batch, temperature)
 
 
-def rollouts(engine: RolloutEngine, prompts: list[list[int]], params: list[SamplingParams]):
-    return engine.generate(prompts, params)
-
-
 @st.composite
 def sampling(draw) -> SamplingParams:
     return SamplingParams(
@@ -112,7 +108,7 @@ def check_rollout(
     engine = RolloutEngine(model, check=False, fallback="error")
     out = engine.generate(prompts, params)
     assert out.prompt_ids == [prompt for prompt, p in zip(prompts, params) for _ in range(p.n)]
-    all_ours, all_exact, all_plain = [], [], []
+    all_exact, all_plain = [], []
     for i, prompt, completion, reason in zip(out.prompt_index, out.prompt_ids, out.completion_ids, out.finish_reasons):
         p = params[i]
         stops = [t in p.stop_token_ids for t in completion]
