@@ -1,4 +1,4 @@
-"""Threads, seeds, NaN-filled allocations and the `gpu` marker, for every test."""
+"""Threads, seeds, environment, NaN-filled allocations and the `gpu` marker, for every test."""
 
 import os
 import zlib
@@ -36,6 +36,16 @@ def pytest_collection_modifyitems(items):
 def _seeded(request):
     """Inputs depend on the test's own name: not on its neighbours, nor on -k."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _same_environment():
+    """What a library sets for good is not handed on: PEFT's BOFT leaves CXX=gcc, by which a C++ build has no library."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture
