@@ -40,7 +40,7 @@ def _seeded(request):
 
 @pytest.fixture(autouse=True)
 def _same_environment():
-    """What a library sets for good is not handed on: PEFT's BOFT leaves CXX=gcc, by which a C++ build has no library."""
+    """What a library sets is not handed on: PEFT's BOFT leaves CXX=gcc, by which a C++ build lacks its library."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

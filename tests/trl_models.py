@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import flashpo.trl
+from flashpo.bench.tiny_models import tiny_config
 from flashpo.trl.packed import groups_stay_together
 from flashpo.trl.verify import Step, compare, compute_dtype, tolerance_for
 
@@ -55,6 +56,8 @@ CONFIGS = {
         **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, tie_word_embeddings=False
     ),
 }  # fmt: skip
+HYBRIDS = ("qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h", "kimi_linear")
+CONFIGS |= {family: functools.partial(tiny_config, family) for family in HYBRIDS}
 
 
 @functools.cache

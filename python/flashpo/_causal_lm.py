@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+CACHED = ("full_attention", "sliding_attention")  # layer types whose keys and values are all that a next token needs
+WITH_ATTENTION = ("hybrid", "hybrid_sliding")  # which keep a state beside keys and values
+STATEFUL = ("linear_attention", "conv", *WITH_ATTENTION)
+ALONE = ("mlp", "moe")  # which see each token by itself
+
 
 class Unsupported(RuntimeError):
     """The model does something that FlashPO does not reproduce; the text says what."""

@@ -78,11 +78,13 @@ def prepare(model: nn.Module) -> None:
 
 def accept_trees(model: nn.Module, head: bool = True) -> None:
     """`prepare` without a question, also of a backbone (`head=False`), which takes a tree in the place of its mask."""
+    from flashpo import _recurrent
     from flashpo.packing.attention import install
     from flashpo.packing.norms import fuse_norms
 
     backbone = CausalLM.of(model).backbone if head else model
     install(backbone)
+    _recurrent.install(backbone)
     fuse_norms(backbone)
     if not head:
         return
@@ -113,7 +115,7 @@ def forward_here(
 ) -> TreeScores:
     """For code that already is inside of the wrapped model's forward; `model` is prepared."""
     from flashpo.packing.attention import install, installed
-    from flashpo.packing.support import follows_width
+    from flashpo.packing.inputs import inputs
 
     if aux_loss and tree.pruned:
         raise ValueError("aux_loss: the tree lacks tokens that count in it, pack with prune=False")
@@ -121,8 +123,7 @@ def forward_here(
     if not installed(lm.backbone):
         install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
-    inputs = tree.inputs(follows_width(lm.backbone.config))
-    states = lm.backbone(**inputs, use_cache=False, **router)
+    states = lm.backbone(**inputs(tree, lm.backbone), use_cache=False, **router)
     head: list[Any] = [getattr(lm.head, name, None) for name in ("weight", "bias")]  # PEFT's wrappers lack a bias
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in head)  # FSDP2 keeps DTensors
     hidden = states.last_hidden_state.squeeze(0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._causal_lm import ALONE, CACHED, STATEFUL, CausalLM, Unsupported
 from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
 
 
@@ -39,13 +39,6 @@ def why_not_packable(backbone: nn.Module) -> str:
     return next(iter((*_configuration(backbone.config), *_layers(backbone), "")))
 
 
-def follows_width(config: Any) -> bool:
-    """Whether rotary frequencies depend on how many positions a forward has."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)]
-    return any(kind in ("dynamic", "longrope") for kind in kinds)
-
-
 def check_packable(model: nn.Module) -> None:
     """Raise Unsupported, with the reason, unless `packable(model)`."""
     lm = CausalLM.of(model)
@@ -75,13 +68,15 @@ def _configuration(config: Any) -> Iterator[str]:
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         yield "its attention is bidirectional"
     for kind in getattr(config, "layer_types", None) or ():
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in (*CACHED, *STATEFUL, *ALONE):
             yield f"it has layers of {kind}"
     if getattr(config, "alibi", False):
         yield "its attention adds a bias for the distance (ALiBi)"
 
 
-def _layers(backbone: nn.Module) -> Iterator[str]:
+def _layers(backbone: Any) -> Iterator[str]:
+    from flashpo import _recurrent
+
     scopes = {type(module).__module__ for module in backbone.modules()}
     if not any(hasattr(sys.modules[name], "eager_attention_forward") for name in scopes):
         yield "its attention does not go through the interface of transformers"
@@ -90,5 +85,5 @@ def _layers(backbone: nn.Module) -> Iterator[str]:
     for module in backbone.modules():
         if not getattr(module, "is_causal", True):
             yield f"{type(module).__name__} is not causal"
-        if isinstance(module, nn.Conv1d):
-            yield "it has convolutions over its tokens"
+    kinds = getattr(backbone.config, "layer_types", None) or []
+    yield from _recurrent.why_not(backbone, [kind for kind in kinds if kind in STATEFUL])

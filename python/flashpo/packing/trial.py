@@ -14,8 +14,8 @@ from flashpo._causal_lm import CausalLM
 from flashpo._op import CALLS
 from flashpo._precision import exact_products
 from flashpo.packing.attention import NAME, recorded_dropout
+from flashpo.packing.inputs import inputs
 from flashpo.packing.scoring import accept_trees
-from flashpo.packing.support import follows_width
 from flashpo.packing.tree import TokenTree, pack
 from flashpo.rollout import sharded
 
@@ -107,7 +107,7 @@ class Trial:
         tree: TokenTree = pack(ids, live, pad(scored, (1, 0)), min_saved=1)
         if self.head:
             return self.model(flashpo_tree=tree, outputs=()).stats.logprob[:, 1:].double()
-        out = self.model(**tree.inputs(follows_width(self.backbone.config)), use_cache=False)
+        out = self.model(**inputs(tree, self.backbone), use_cache=False)
         return tree.unpack(self._projected(out.last_hidden_state[0, tree.source]))[:, 1:]
 
     def _projected(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from flashpo.ops import sample
 from flashpo.rollout.cache import BLOCK, Run, out_of_memory
 from flashpo.rollout.hybrid import RowStates, State
 from flashpo.rollout.params import SamplingParams
-from flashpo.rollout.prefill import Piece, prefill
+from flashpo.rollout.prefill import Piece, lineage, parent, prefill
 from flashpo.rollout.prefix_tree import Node, Segment
 from flashpo.rollout.runner import Draw, Runner, Step
 from flashpo.rollout.scheduler import Row, Scheduler
@@ -88,7 +88,7 @@ class Generation:
         self.runner, self.scheduler, self.prefill_tokens = runner, scheduler, prefill_tokens
         self.completions = completions
         self.decode, self.ended = decode, ended
-        self.states = RowStates(runner.parts.base.config.get_text_config()) if hybrid else None
+        self.states = RowStates(runner.parts) if hybrid else None
         self.steps, self.row_steps = 0, 0
 
     def run(self) -> None:
@@ -161,15 +161,17 @@ class Generation:
     def _prefill(self, segments: Sequence[Segment]) -> dict[Segment, Tensor]:
         """Caches the segments; the logits behind those whose next token is wanted. Nodes keep theirs, too."""
         logits: dict[Segment, Tensor] = {}
-        parts = self.runner.parts
+        parts, device = self.runner.parts, self.runner.cache.device
         ends: dict[Segment, State] = {}
         for chunk in self._chunks(segments):
-            segment = chunk[0][0]
-            states = None if self.states is None else self.states.behind(segment, ends)
             pieces = [piece for _, piece, _ in chunk]
-            hidden = prefill(parts, self.runner.cache, pieces, states, self.runner.fused)
-            if states is not None:
-                ends[segment] = states.take(0)
+            if self.states is None:
+                hidden = prefill(parts, self.runner.cache, pieces, self.runner.fused)
+            else:
+                some = [segment for segment, _, _ in chunk]
+                states = lineage(pieces, device) if self._joins(pieces[0], []) else self.states.behind(some[0], ends)
+                hidden = prefill(parts, self.runner.cache, pieces, states=states)
+                ends |= zip(some, self.states.taken(states, len(some)))
             wanted = [i for i, (_, _, last) in enumerate(chunk) if last]
             if wanted:
                 logits |= zip((chunk[i][0] for i in wanted), parts.logits(hidden[wanted]))
@@ -191,14 +193,23 @@ class Generation:
                 end = min(begin + room, len(tokens))
                 piece = Piece(tokens[begin:end], [*above, Run(segment.blocks, end)])
                 wanted = end == len(tokens) and (not isinstance(segment, Node) or segment.ends)
+                if chunk and not self._joins(piece, [p for _, p, _ in chunk]):
+                    yield chunk
+                    chunk, room = [], self.prefill_tokens
                 chunk.append((segment, piece, wanted))
                 room -= end - begin
                 begin = end
-                if room == 0 or self.states is not None:  # a hybrid's layers know no boundaries of pieces
+                if room <= 0:
                     yield chunk
                     chunk, room = [], self.prefill_tokens
         if chunk:
             yield chunk
+
+    def _joins(self, piece: Piece, others: Sequence[Piece]) -> bool:
+        """Whether one forward runs a piece with others: a hybrid model needs the state that it begins from."""
+        if self.states is None:
+            return True
+        return self.states.trees and None not in (parent(piece, others), *(parent(p, []) for p in others[:1]))
 
     def _start(self, rows: Sequence[Row], logits: dict[Segment, Tensor]) -> None:
         """The next token of rows that start, drawn from the logits behind them or behind their prompts."""

@@ -20,11 +20,12 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from flashpo import _recurrent
+from flashpo._causal_lm import STATEFUL, WITH_ATTENTION, CausalLM, Unsupported
+from flashpo.ops._lineage import Lineage
 from flashpo.rollout.prefix_tree import Segment
 from flashpo.rollout.scheduler import Row
 
-WITH_ATTENTION = ("hybrid", "hybrid_sliding")  # layer types that keep a state beside keys and values
-STATEFUL = ("linear_attention", "conv", *WITH_ATTENTION)
 State = dict[tuple[int, str, int], Tensor]  # (layer, kind, number) -> the layer's tensor, mostly one row's part of it
 
 
@@ -94,6 +95,30 @@ class States(Cache):
         }
 
 
+def states_of(config: PreTrainedConfig, kept: dict[str, list[Tensor]], rows: int) -> list[State]:
+    """Of each row, from what the layers have left, kind by kind in their order.
+
+    Raises:
+        Unsupported: these are not all layers that have a state.
+    """
+    keys = [
+        (layer, kind, number)
+        for layer, (of, options) in enumerate(zip(*get_layer_types_and_kwargs(config)))
+        if of in STATEFUL
+        for kind, count in (("conv", options.get("number_of_states", 1)), ("recurrent", 0 if of == "conv" else 1))
+        for number in range(count)
+    ]
+    states: list[State] = [{} for _ in range(rows)]
+    for kind in ("conv", "recurrent"):
+        wanted, found = [key for key in keys if key[1] == kind], kept.get(kind, [])
+        if len(found) != len(wanted):
+            raise Unsupported(f"{len(found)} layers have left a {kind} state behind a token tree, not {len(wanted)}")
+        for key, values in zip(wanted, found):
+            for state, value in zip(states, values):
+                state[key] = value.clone()  # of a tensor that all rows share
+    return states
+
+
 class _PassThrough:
     def update(self, key_states, value_states, *args, **kwargs):
         return key_states, value_states
@@ -113,11 +138,16 @@ class _Both(_PassThrough, LinearAttentionAndFullAttentionLayer):  # type: ignore
 class RowStates:
     """The states of a generation's rows from one batch to the next.
 
+    trees: whether the layers take token trees, so that several pieces that begin from nothing run at once.
     fresh: of rows that have been prefilled, which is what happens to them after a preemption.
     """
 
-    def __init__(self, config: PreTrainedConfig):
-        self.config = config
+    def __init__(self, lm: CausalLM):
+        self.config = lm.base.config.get_text_config()
+        kinds = get_layer_types_and_kwargs(self.config)[0]
+        self.trees = not any(_recurrent.why_not(lm.backbone, [kind for kind in kinds if kind in STATEFUL]))
+        if self.trees:
+            _recurrent.install(lm.backbone)
         self.fresh: dict[Segment, State] = {}
         self._batch: States | None = None
         self._places: dict[Row, int] = {}
@@ -136,6 +166,12 @@ class RowStates:
         if self._batch is not None and row in self._places:
             return self._batch.take(self._places[row])
         return row.parent.payload.state
+
+    def taken(self, states: States | Lineage, pieces: int) -> list[State]:
+        """Behind each of the pieces that a forward has run with `states`."""
+        if isinstance(states, States):
+            return [states.take(0)]
+        return states_of(self.config, states.kept or {}, pieces)
 
     def behind(self, segment: Segment, ends: dict[Segment, State]) -> States:
         """For the next piece of a segment; `ends`: of what this prefill has computed so far."""

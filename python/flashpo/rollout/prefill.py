@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._recurrent import KEYWORD
+from flashpo.ops._lineage import Lineage
 from flashpo.ops.tree_attention import attend
 from flashpo.rollout.cache import KVCache, Run
 from flashpo.rollout.fused import FusedBackbone
@@ -44,24 +46,30 @@ def prefill(
     parts: CausalLM,
     cache: KVCache,
     pieces: Sequence[Piece],
-    states: States | None = None,
     fused: FusedBackbone | None = None,
+    states: States | Lineage | None = None,
 ) -> Tensor:
     """Caches the tokens of all pieces; the hidden state (pieces, H) of each one's last token.
 
-    A piece may stand behind another one of the same call, if that comes before it. The layers of a hybrid model know
-    no boundaries of pieces: it takes one at a time, with the states behind the piece's past.
+    A piece may stand behind another one of the same call, if that comes before it.
+
+    Args:
+        states: of a hybrid model: those behind the past of the only piece, which become those behind the piece; or
+            the lineage of pieces whose whole past is in this call, which keeps their states.
     """
     packed = Packed(cache, pieces)
     if fused is not None and states is None:
         hidden = fused(packed)
     else:
+        given: dict[str, object] = {}
+        if states is not None:
+            given[KEYWORD if isinstance(states, Lineage) else cache_keyword(parts.backbone)] = states
         with in_charge(packed):
             hidden = parts.backbone(
                 input_ids=packed.token[None],
                 position_ids=packed.position[None],
-                use_cache=states is not None,
-                **({} if states is None else {cache_keyword(parts.backbone): states}),
+                use_cache=isinstance(states, States),
+                **given,
             ).last_hidden_state[0]
     if packed.visited != set(cache.layers):
         raise Unsupported(f"prefill attended in layers {sorted(packed.visited)}, expected {sorted(cache.layers)}")
@@ -145,6 +153,25 @@ def visible_until(pieces: Sequence[Piece]) -> list[int]:
     for i, _ in path:
         until[i] = at
     return until
+
+
+def lineage(pieces: Sequence[Piece], device: torch.device) -> Lineage:
+    """Of pieces each of which stands behind another one of them, or behind nothing; it keeps the states behind them."""
+    parents = torch.tensor([parent(piece, pieces[:i]) for i, piece in enumerate(pieces)], device="cpu")
+    stops = list(itertools.accumulate(len(piece.tokens) for piece in pieces))
+    found = Lineage(torch.tensor([*zip([0, *stops], stops)], device="cpu"), parents, device)
+    found.kept = {}
+    return found
+
+
+def parent(piece: Piece, before: Sequence[Piece]) -> int | None:
+    """Which of `before` it stands behind; -1: behind nothing; None: behind what earlier forwards have cached."""
+    *above, own = piece.runs
+    if own.length > len(piece.tokens):
+        return None
+    if not above:
+        return -1
+    return next((i for i in reversed(range(len(before))) if list(before[i].runs) == above), None)
 
 
 def causal_attention(

@@ -11,12 +11,11 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from flashpo._causal_lm import CausalLM, Unsupported, layers_of_wrapping
+from flashpo._causal_lm import CACHED, STATEFUL, WITH_ATTENTION, CausalLM, Unsupported, layers_of_wrapping
 from flashpo._peft import why_not_by_layers
 from flashpo.rollout import seam, sharded
-from flashpo.rollout.hybrid import STATEFUL, WITH_ATTENTION, is_hybrid
+from flashpo.rollout.hybrid import is_hybrid
 
-CACHED = ("full_attention", "sliding_attention")  # layer types whose keys and values are all that a next token needs
 # What trainers set in a config while they run, and what no forward of ours depends on.
 NO_FACTS = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
 FIXED_UP_TO = ("dynamic", "longrope")  # rope whose frequencies change with the longest row, from a length on

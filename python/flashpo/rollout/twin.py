@@ -29,8 +29,9 @@ SIZES: dict[str, Any] = dict(
     n_group=1, num_expert_group=1, topk_group=1, first_k_dense_replace=1,
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
     linear_head_dim=8, linear_num_heads=4, index_head_dim=8, index_n_heads=2,
-    mamba_n_heads=8, mamba_d_head=8, mamba_expand=2, mamba_d_ssm=64, mamba_d_state=8, mamba_chunk_size=16,
-    mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, mamba_n_groups=1, mamba_ngroups=1, n_groups=1, chunk_size=16,
+    mamba_n_heads=8, mamba_d_head=8, mamba_headdim=8, mamba_expand=2, mamba_d_ssm=64, mamba_d_state=8,
+    mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, mamba_n_groups=1, mamba_ngroups=1, n_groups=1,
+    mamba_chunk_size=16, chunk_size=16,
     num_kv_shared_layers=2, lru_width=32, attention_window_size=9,
     sliding_window=9, attention_chunk_size=9, attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
 )  # fmt: skip

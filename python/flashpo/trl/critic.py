@@ -20,7 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from flashpo.ops.token_stats import TokenStats
 from flashpo.packing import TokenTree
-from flashpo.packing.support import follows_width
+from flashpo.packing.inputs import inputs
 
 NAME = "critic"  # of the policy's attribute
 FILE = "critic.safetensors"
@@ -80,10 +80,10 @@ def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = No
             out = score(*args, **kwargs)
             if critic.backbone is not None:
                 if flashpo_tree is None:
-                    inputs = _text_inputs(args, kwargs)
+                    given = _text_inputs(args, kwargs)
                 else:
-                    inputs = flashpo_tree.inputs(follows_width(critic.backbone.config))
-                critic.backbone(**inputs, use_cache=False)
+                    given = inputs(flashpo_tree, critic.backbone)
+                critic.backbone(**given, use_cache=False)
         finally:
             hook.remove()
         (hidden,) = seen

@@ -1,0 +1,154 @@
+"""Layers that read their tokens in order, on token trees: short convolutions, gated delta nets, state spaces.
+
+The modules of transformers call functions of a few names for it, whose code is the same in every family that has them.
+Each is replaced, for good, by one that asks for the tree: without a tree it is the original. So gates, norms and
+projections around the recurrence stay the family's own.
+
+    causal_conv1d_fn                LFM2's layers, and the short convolution before each of the following
+    torch_chunk_gated_delta_rule    Gated DeltaNet: Qwen3-Next, Qwen3.5, OLMo hybrid
+    chunk_kimi_delta_attention      Kimi Delta Attention
+    mamba2_chunk_scan               Mamba-2: Granite 4, Nemotron-H, Falcon-H1, Bamba, Zamba 2
+
+The tree comes as a keyword, which a model hands to its layers and these to such functions. A family that loses it on
+the way runs its rows as one: the comparison with padded rows finds that.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from flashpo.ops._lineage import Lineage
+from flashpo.ops.tree_conv import tree_conv
+from flashpo.ops.tree_recurrence import tree_recurrence
+
+KEYWORD = "flashpo_lineage"
+CONVOLUTION = "causal_conv1d_fn"
+L2_EPS = 1e-6  # what all these families add to a squared length
+
+
+def install(backbone: nn.Module) -> None:
+    """Let the families that `backbone` is made of take token trees in such layers. A second call does nothing."""
+    for scope in _scopes(backbone):
+        for name, ours in OURS.items():
+            original = getattr(scope, name, None)
+            if original is not None and not hasattr(original, "takes_trees"):
+                setattr(scope, name, _asking(original, ours))
+
+
+def keywords(backbone: nn.Module, segments: Tensor, parents: Tensor, device: torch.device) -> dict[str, Lineage]:
+    """What such layers need to know of a tree; empty where the backbone's families have none."""
+    if not any(hasattr(scope, CONVOLUTION) for scope in _scopes(backbone)):
+        return {}
+    return {KEYWORD: Lineage(segments, parents, device)}
+
+
+def why_not(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
+    """Layers of `backbone` for which there is nothing here; `kinds` are those that its configuration names."""
+    names = {name for scope in _scopes(backbone) for name in OURS if hasattr(scope, name)}
+    for kind in dict.fromkeys(kinds):
+        if not (CONVOLUTION in names if kind == "conv" else names & RECURRENCES):
+            yield f"it has layers of {kind}"
+    for module in backbone.modules():
+        known = hasattr(sys.modules[type(module).__module__], CONVOLUTION)
+        if not known and any(isinstance(child, nn.Conv1d) for child in module.children()):
+            yield f"{type(module).__name__} has convolutions over its tokens"
+
+
+def _scopes(backbone: nn.Module) -> list[ModuleType]:
+    return [sys.modules[name] for name in dict.fromkeys(type(m).__module__ for m in backbone.modules())]
+
+
+def _asking(original: Callable, ours: Callable) -> Callable:
+    ours = torch.compiler.disable(ours)
+
+    @functools.wraps(original)
+    def function(*args: Any, **options: Any) -> Any:
+        lineage = options.pop(KEYWORD, None)
+        return original(*args, **options) if lineage is None else ours(lineage, *args, **options)
+
+    function.takes_trees = True  # type: ignore[attr-defined]
+    return function
+
+
+def _convolution(
+    lineage: Lineage,
+    hidden_states: Tensor,  # (1, C, N)
+    weight: Tensor,  # (C, K)
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **options: Any,
+) -> Tensor:
+    x = hidden_states[0].T
+    out = tree_conv(x.to(weight.dtype), weight, bias, lineage)
+    if lineage.kept is not None:
+        last = torch.cat([lineage.ends()[None], lineage.ancestors(weight.shape[1])[:-1, lineage.ends()]])
+        lineage.keep("conv", F.pad(x, (0, 0, 0, 1))[last.flip(0)].permute(1, 2, 0))
+    if activation is not None:
+        out = ACT2FN[activation](out)
+    return out.to(hidden_states.dtype).T[None]
+
+
+def _delta_rule(
+    lineage: Lineage,
+    query: Tensor,  # (1, N, Hk, Dk)
+    key: Tensor,
+    value: Tensor,  # (1, N, H, Dv)
+    g: Tensor,  # (1, N, H), or (1, N, H, Dk) in Kimi's
+    beta: Tensor,  # (1, N, H)
+    *,
+    use_qk_l2norm_in_kernel: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    q, k, v, decay, beta = (x.squeeze(0).float() for x in (query, key, value, g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
+    out, ends = tree_recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.kept is not None)
+    lineage.keep("recurrent", ends)
+    return out.to(query.dtype)[None], None
+
+
+def _mamba2(
+    lineage: Lineage,
+    hidden_states: Tensor,  # (1, N, H, Dv)
+    dt: Tensor,  # (1, N, H)
+    A: Tensor,  # (H,)
+    B: Tensor,  # (1, N, Hk, Dk)
+    C: Tensor,  # (1, N, Hk, Dk)
+    chunk_size: int,
+    D: Tensor | None = None,  # (H,)
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **options: Any,
+) -> Tensor:
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    dt = dt.clamp(*dt_limit).squeeze(0).float()
+    x, k, q = (x.squeeze(0).float() for x in (hidden_states, B, C))
+    out, ends = tree_recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.kept is not None)
+    lineage.keep("recurrent", None if ends is None else ends.mT)  # (Dv, Dk) is what Mamba-2 keeps
+    return (out if D is None else out + D[:, None] * x)[None]
+
+
+def _no_fusion(*args: Any, **options: Any) -> None:
+    """Of convolution, recurrence and projections in one: the layer then takes them one by one."""
+
+
+OURS: dict[str, Callable] = {
+    CONVOLUTION: _convolution,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _mamba2,
+    "mamba2_split_conv1d_scan_combined": _no_fusion,
+}
+RECURRENCES = {"torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention", "mamba2_chunk_scan"}

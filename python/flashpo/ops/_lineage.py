@@ -1,0 +1,87 @@
+"""Which token comes from which in a token tree, for layers that read the tokens before them in order.
+
+Attention needs to know who sees whom. A convolution needs each token's last few ancestors, and a recurrence needs the
+tokens in chunks, each behind the chunk that its state comes from.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Chunks(NamedTuple):
+    """M stretches of up to C tokens, none of which branches inside. Those of depth d have d chunks before them."""
+
+    token: Tensor  # (M, C) int64: flat index; N where a chunk is shorter
+    place: Tensor  # (N,) int64: of each token in `token`, flattened
+    before: Tensor  # (M,) int64: the chunk whose state this one starts from, counted within its depth; 0 at a root
+    last: Tensor  # (S,) int64: of each segment
+    sizes: tuple[int, ...]  # chunks of each depth, which lie one behind the other
+
+
+class Lineage:
+    """Of N tokens in S segments, each of which goes on from the end of its parent.
+
+    Args:
+        segments: (S, 2 or more) int64 on the host: begin and end, one behind the other from 0 to N.
+        parents: (S,) int64 on the host: an earlier segment, -1 for one that starts from nothing.
+
+    Attributes:
+        kept: None, or what layers leave here of each segment's end, by the kind of their state, in the layers' order.
+    """
+
+    kept: dict[str, list[Tensor]] | None = None
+
+    def __init__(self, segments: Tensor, parents: Tensor, device: torch.device):
+        self.begin, self.stop = segments[:, 0].tolist(), segments[:, 1].tolist()
+        self.parent = parents.tolist()
+        self.tokens = self.stop[-1]
+        self.device = device
+        self.ancestors = functools.cache(self._ancestors)  # every layer asks for the same
+        self.chunks = functools.cache(self._chunks)
+
+    def ends(self) -> Tensor:
+        """(S,) int64: each segment's last token."""
+        return torch.tensor(self.stop, device="cpu").to(self.device) - 1
+
+    def keep(self, kind: str, states: Tensor | None) -> None:
+        """(S, ...): of a layer."""
+        if self.kept is not None and states is not None:
+            self.kept.setdefault(kind, []).append(states)
+
+    def _ancestors(self, count: int) -> Tensor:
+        """(count, N) int64: each token's parent, grandparent and so on; N where there is none."""
+        before = torch.arange(-1, self.tokens, device="cpu")  # the last of these N + 1 is the ancestor of no token
+        before[-1] = self.tokens
+        for begin, parent in zip(self.begin, self.parent):
+            before[begin] = self.tokens if parent < 0 else self.stop[parent] - 1
+        found = [before[:-1]]
+        while len(found) < count:
+            found.append(before[found[-1]])
+        return torch.stack(found[:count]).to(self.device)
+
+    def _chunks(self, size: int) -> Chunks:
+        depths: list[list[tuple[int, int, int]]] = []  # of each depth its chunks: begin, end, place of the one before
+        last: list[tuple[int, int]] = []  # of each segment, where its last chunk is: depth and place within it
+        for begin, stop, parent in zip(self.begin, self.stop, self.parent):
+            depth, before = last[parent] if parent >= 0 else (-1, 0)
+            for at in range(begin, stop, size):
+                depth += 1
+                if depth == len(depths):
+                    depths.append([])
+                depths[depth].append((at, min(at + size, stop), before))
+                before = len(depths[depth]) - 1
+            last.append((depth, before))
+        bounds = torch.tensor([chunk for chunks in depths for chunk in chunks], device="cpu")
+        token = bounds[:, :1] + torch.arange(size, device="cpu")
+        live = token < bounds[:, 1:2]
+        place = torch.empty(self.tokens, dtype=torch.int64, device="cpu")
+        place[token[live]] = live.flatten().nonzero()[:, 0]
+        token = token.masked_fill(~live, self.tokens)
+        first = [0, *itertools.accumulate(map(len, depths))]
+        lasts = torch.tensor([first[depth] + at for depth, at in last], device="cpu")
+        there = (x.to(self.device) for x in (token, place, bounds[:, 2], lasts))
+        return Chunks(*there, tuple(map(len, depths)))  # type: ignore[call-arg, arg-type]  # tensors' number
