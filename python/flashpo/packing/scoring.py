@@ -147,5 +147,5 @@ def _aux_loss(lm: CausalLM, router_logits: Any, tree: TokenTree) -> Any:
     """transformers weights tokens by its mask: ours tells how many rows hold each."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    config = lm.base.config.get_text_config()
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, tree.copies[None])
+    base = lm.base  # it knows the numbers under one name, its configuration under several
+    return load_balancing_loss_func(router_logits, base.num_experts, base.num_experts_per_tok, tree.copies[None])
