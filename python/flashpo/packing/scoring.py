@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flashpo._causal_lm import CausalLM
+from flashpo._causal_lm import CausalLM, text_model
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.token_stats import TokenStats
 from flashpo.packing.tree import TokenTree
@@ -83,7 +83,7 @@ def accept_trees(model: nn.Module, head: bool = True) -> None:
 
     backbone = CausalLM.of(model).backbone if head else model
     install(backbone)
-    fuse_norms(backbone)
+    fuse_norms(text_model(backbone))
     if not head:
         return
     base = CausalLM.of(model).base

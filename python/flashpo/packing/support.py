@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._causal_lm import CausalLM, Unsupported, text_model
 from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
 
 
@@ -41,7 +41,7 @@ def why_not_packable(backbone: nn.Module) -> str:
 
 def follows_width(config: Any) -> bool:
     """Whether rotary frequencies depend on how many positions a forward has."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)]
     return any(kind in ("dynamic", "longrope") for kind in kinds)
 
@@ -68,10 +68,9 @@ def _adapters(model: nn.Module) -> Iterator[str]:
 
 
 def _configuration(config: Any) -> Iterator[str]:
-    if config.get_text_config() is not config:
-        yield "it has more than a text model"
     if config.is_encoder_decoder:
         yield "it is an encoder and a decoder"
+    config = config.get_text_config()
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         yield "its attention is bidirectional"
     for kind in getattr(config, "layer_types", None) or ():
@@ -82,12 +81,13 @@ def _configuration(config: Any) -> Iterator[str]:
 
 
 def _layers(backbone: nn.Module) -> Iterator[str]:
-    scopes = {type(module).__module__ for module in backbone.modules()}
+    text = text_model(backbone)  # images and sounds, whose towers may attend both ways, do not run on trees
+    scopes = {type(module).__module__ for module in text.modules()}
     if not any(hasattr(sys.modules[name], "eager_attention_forward") for name in scopes):
         yield "its attention does not go through the interface of transformers"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         yield "its backbone takes no position_ids"
-    for module in backbone.modules():
+    for module in text.modules():
         if not getattr(module, "is_causal", True):
             yield f"{type(module).__name__} is not causal"
         if isinstance(module, nn.Conv1d):
