@@ -1,0 +1,106 @@
+"""TRL's trainers on multimodal classes: batches of text run on trees, those with images by TRL's own code."""
+
+import warnings
+
+import peft
+import pytest
+from datasets import Dataset
+from PIL import Image
+from transformers import Gemma3ImageProcessorPil, Gemma3Processor
+from trl_models import (
+    IMAGE,
+    assert_ran,
+    assert_same_training,
+    make_trainer,
+    text,
+    tokenizer,
+    train,
+)
+
+import flashpo
+import flashpo.trl
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% for part in m['content'] %}"
+    "{{ ' <boi> ' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+LORA = dict(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_expected():
+    """No warning of FlashPO, but in a block of `pytest.warns`."""
+    flashpo.stats(reset=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FlashPO")
+        yield
+
+
+def processor() -> Gemma3Processor:
+    """Images of 16 x 16 are 4 tokens."""
+    words = tokenizer()
+    words.add_tokens(["<boi>", "<eoi>", "<img>"], special_tokens=True)
+    for name, token in {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<img>"}.items():
+        setattr(words, name, token)
+        setattr(words, f"{name}_id", words.convert_tokens_to_ids(token))
+    assert words.image_token_id == IMAGE
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    return Gemma3Processor(images, words, chat_template=TEMPLATE, image_seq_length=4)
+
+
+def says(role: str, words: str) -> list[dict]:
+    return [{"role": role, "content": words}]
+
+
+def picture(shade: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), (shade, 2 * shade, 255 - shade))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("SFT", "qwen3_vl"), ("DPO", "qwen3_vl"), ("KTO", "gemma3"), ("GRPO", "qwen3_vl"), ("RLOO", "gemma3")],
+)
+def test_text_trains_on_trees(name, model):
+    assert_same_training(name, model=model)
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
+@pytest.mark.parametrize("model", ["qwen3_vl", "gemma3"])
+def test_verify_with_adapters_and_checkpointing(name, model):
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", **LORA)
+    trainer = make_trainer(name, flashpo.trl, model, peft_config=adapters, gradient_checkpointing=True)
+    report = flashpo.trl.verify(trainer, steps=1)
+    assert "tree_attention_fwd" in report.ops
+    assert not report.disagreements
+
+
+def mixed(kind: str) -> Dataset:
+    """Rows with an image and rows without, one after the other."""
+    rows = []
+    for i in range(4):
+        row = {"prompt": says("user", text(6, i)), "images": [picture(40 * i)] if i % 2 else []}
+        answers = [says("assistant", text(4 + i, 10 * n + i)) for n in (1, 2)]
+        rows.append(row | dict(zip({"SFT": ["completion"], "DPO": ["chosen", "rejected"], "GRPO": []}[kind], answers)))
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_batches_without_an_image_run_on_trees(name):
+    options = dict(
+        model="gemma3", train_dataset=mixed(name), processing_class=processor(), per_device_train_batch_size=1,
+        gradient_accumulation_steps=4, max_length=None,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="the batch has pixel_values") as said:
+        assert_same_training(name, **options)
+    assert sum("FlashPO" in str(w.message) for w in said) == 1
+
+
+def test_prompts_of_text_from_a_processor_are_rolled_out():
+    """It types their tokens; that is no image."""
+    rows = [{"prompt": says("user", text(6, i))} for i in range(4)]
+    trainer = make_trainer(
+        "GRPO", flashpo.trl, "gemma3", train_dataset=Dataset.from_list(rows), processing_class=processor()
+    )
+    train(trainer)
+    assert_ran("decode_attention_fwd", "tree_attention_fwd")
