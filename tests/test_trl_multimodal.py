@@ -78,22 +78,34 @@ def test_verify_with_adapters_and_checkpointing(name, model):
 def mixed(kind: str) -> Dataset:
     """Rows with an image and rows without, one after the other."""
     rows = []
-    for i in range(4):
+    for i in range(2 if kind == "GRPO" else 4):
         row = {"prompt": says("user", text(6, i)), "images": [picture(40 * i)] if i % 2 else []}
         answers = [says("assistant", text(4 + i, 10 * n + i)) for n in (1, 2)]
         rows.append(row | dict(zip({"SFT": ["completion"], "DPO": ["chosen", "rejected"], "GRPO": []}[kind], answers)))
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_length": None}
+MIXED = {"SFT": ONE_BY_ONE, "DPO": ONE_BY_ONE, "GRPO": {"max_steps": 2}}  # each GRPO step has the group of one prompt
+
+
+@pytest.mark.parametrize("name", MIXED)
 def test_batches_without_an_image_run_on_trees(name):
-    options = dict(
-        model="gemma3", train_dataset=mixed(name), processing_class=processor(), per_device_train_batch_size=1,
-        gradient_accumulation_steps=4, max_length=None,
-    )  # fmt: skip
-    with pytest.warns(UserWarning, match="the batch has pixel_values") as said:
-        assert_same_training(name, **options)
-    assert sum("FlashPO" in str(w.message) for w in said) == 1
+    options = {"train_dataset": mixed(name), "processing_class": processor()} | MIXED[name]
+    with pytest.warns(UserWarning, match="FlashPO") as said:
+        assert_same_training(name, model="gemma3", **options)
+    assert [str(w.message).split(": ")[1] for w in said if "FlashPO" in str(w.message)] == [
+        "the batch has pixel_values."
+    ]
+
+
+def test_prompts_with_images_are_left_to_generate():
+    options = {"train_dataset": mixed("GRPO"), "processing_class": processor()} | MIXED["GRPO"]
+    with pytest.warns(UserWarning, match="FlashPO") as said:
+        train(make_trainer("GRPO", flashpo.trl, "gemma3", **options))
+    reasons = [str(w.message).split(": ")[1] for w in said if "FlashPO" in str(w.message)]
+    assert sorted(reasons) == ["the batch has pixel_values.", "the prompts have images. TRL does."]
+    assert_ran("decode_attention_fwd", "tree_attention_fwd")
 
 
 def test_prompts_of_text_from_a_processor_are_rolled_out():
