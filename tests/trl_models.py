@@ -62,7 +62,7 @@ CONFIGS = {
         mm_tokens_per_image=4, image_token_id=IMAGE, architectures=["Gemma3ForConditionalGeneration"],
     ),
     "paligemma": lambda: transformers.PaliGemmaConfig(
-        text_config=SMALL | {"model_type": "gemma", "head_dim": 16},
+        text_config=SMALL | {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": False},
         vision_config={**TOWER, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
         image_token_id=VOCAB - 1, architectures=["PaliGemmaForConditionalGeneration"],
     ),

@@ -37,8 +37,9 @@ def score(
     shared token is the sum over its rows. Positions count from a row's first token.
 
     Args:
-        model: a causal language model of transformers, also wrapped by PEFT, DDP, FSDP2 or torch.compile. It keeps our
-            attention from then on, which leaves everything but token trees to the one it had.
+        model: a causal language model of transformers, also a multimodal one, and wrapped by PEFT, DDP, FSDP2 or
+            torch.compile. It keeps our attention from then on, which leaves everything but token trees to the one it
+            had.
         temperature: the logits are divided by it.
         outputs: names of the `TokenStats` fields wanted besides `logprob`.
         fp32_head: run the head in fp32 whatever the model's dtype, also under autocast.

@@ -121,9 +121,10 @@ class TrainerRollouts:
         for option in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(self.trainer, option, False):
                 raise Unsupported(f"{option} is set")
-        found = beside_text(self.trainer.model, multimodal_fields or {})
-        if images is not None or found:
-            raise Unsupported(f"the prompts have {', '.join(found) if images is None else 'images'}")
+        if images is not None and any(images):  # a list for each prompt, or None
+            raise Unsupported("the prompts have images")
+        if found := beside_text(self.trainer.model, multimodal_fields or {}):
+            raise Unsupported(f"the prompts have {', '.join(found)}")
 
     def _generate(self, model, prompt_ids: list[list[int]]) -> Rollouts:
         trainer = self.trainer
