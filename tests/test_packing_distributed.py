@@ -18,10 +18,12 @@ def check(rank: int, wrapper: str, multimodal: bool) -> None:
     from test_packing_models import assert_same_gradients
 
     from flashpo.bench.tiny_models import tiny_multimodal
+    from flashpo.trl._text_only import zeros_change_nothing
 
     plain, model = (tiny_multimodal("qwen3_vl").double() if multimodal else make("qwen3") for _ in range(2))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped = WRAPPERS[wrapper](model.train())
+    assert not multimodal or zeros_change_nothing(wrapped, "mm_token_type_ids")
     for turn in range(2):
         b = batch()
         if rank:

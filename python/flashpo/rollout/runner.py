@@ -35,7 +35,7 @@ class Draw(NamedTuple):
     seed: int
     limit: int  # tokens of the completion
     stop: Sequence[int]
-    suppressed: Sequence[int]
+    suppressed: Sequence[int] = ()
 
     @classmethod
     def of(cls, p: SamplingParams, prompt_index: int, index: int) -> "Draw":
