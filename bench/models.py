@@ -2,7 +2,8 @@
 
 Every causal language model family that can be made small is built with random weights, and tried: the engine's own
 self-check (flashpo.rollout.parity) and that of packed training (flashpo.packing.parity) compare it with plain forwards.
-So is every kind of adapter of PEFT, on one of them (flashpo.bench.adapters). Writes docs/models.md.
+So is every multimodal class that writes text, with text alone, and every kind of adapter of PEFT, on one of them
+(flashpo.bench.adapters). Writes docs/models.md.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import logging
 import pathlib
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import peft
@@ -18,7 +20,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from flashpo.bench import adapters
-from flashpo.bench.tiny_models import FAMILIES, tiny_model
+from flashpo.bench.tiny_models import FAMILIES, MULTIMODAL, tiny_model, tiny_multimodal
 from flashpo.packing.support import packable
 from flashpo.rollout import RolloutEngine, parity, support
 
@@ -55,12 +57,13 @@ tree), so that a family that is not in this table, or a model with code of its o
 Refused for any family: dropout in attention while it trains (without it, by the configuration or a trainer's
 `disable_dropout`, the families below that have it run packed), adapters of PEFT that do more than change layers (see
 below), a head that ZeRO-3 shards, `neftune_noise_alpha`; an adapter on the language model head raises, as it does in
-TRL. SFT, DPO and
-KTO ask of every batch, too: refused are images and any other input beside token ids, mask and labels, a mask with gaps
+TRL. Trainers ask of every batch, too: refused are images and any other input that says something beside token ids, mask
+and labels; in SFT, DPO and KTO a mask with gaps
 or of more than two dimensions, position ids that do not count each row of a padding-free batch from 0, a label on
 padding or on the first token of a row that is padded on the left.
 
 {adapters}
+{multimodal}
 ## Families
 
 | family | rollout engine | packed training |
@@ -88,9 +91,22 @@ is made again for every set of adapters.
 {rows}
 
 Not tried: {untried}.
-
 """
-BEHIND = "## Families"  # what follows the section on adapters
+
+MULTIMODAL_CLASSES = """## Multimodal classes
+
+The {total} classes of AutoModelForImageTextToText. TRL loads them for their checkpoints also where the data are text
+alone, so each was built small, with its towers, and tried with text: the rollout engine runs {rollout} of them, packed
+training {packed}. What processors and TRL's collators add to text, such as token types of 0, is no obstacle where the
+model says that it changes nothing. A batch with images is left to TRL's own code after one warning: its prompts are
+answered by `generate`, its rows are padded. Batches of text in the same run are not.
+
+| class | rollout engine | packed training |
+|---|---|---|
+{rows}
+
+Not built small, or do not run without an image: {names}.
+"""
 
 
 class Row(NamedTuple):
@@ -100,9 +116,9 @@ class Row(NamedTuple):
     found: bool  # refused by the self-check only
 
 
-def try_family(family: str) -> Row:
+def try_family(family: str, build: Callable = tiny_model) -> Row:
     """Raises where the family cannot be built, or does not run at all."""
-    model = tiny_model(family)
+    model = build(family)
     with torch.no_grad():
         model(input_ids=torch.arange(2, 12)[None], use_cache=False)
     answer = support(model)
@@ -125,6 +141,24 @@ def cell(text: str) -> str:
     return " ".join(re.sub(r"\d\.\de[-+]\d+", "...", text).replace("|", "\\|").split())[:200]
 
 
+def try_families(families: Sequence[str], build: Callable = tiny_model) -> tuple[list[Row], list[str]]:
+    """With those that were not built."""
+    rows, untried = [], []
+    for family in families:
+        try:
+            rows.append(try_family(family, build))
+            print(*rows[-1][:3], sep=": ", flush=True)
+        except Exception as error:
+            untried.append(family)
+            print(f"{family}: not built: {type(error).__name__}: {error}", flush=True)
+    return rows, untried
+
+
+def try_multimodal() -> str:
+    """The section of the page."""
+    return MULTIMODAL_CLASSES.format(**facts(*try_families(MULTIMODAL, tiny_multimodal)))
+
+
 def try_adapters() -> str:
     """The section of the page."""
     rows, untried = [], []
@@ -143,46 +177,59 @@ def try_adapters() -> str:
     )
 
 
-def page(rows: list[Row], untried: list[str], about_adapters: str) -> str:
-    return TEXT.format(
+def facts(rows: list[Row], untried: list[str]) -> dict[str, object]:
+    """Of a table of families and what is said of it."""
+    return dict(
         total=len(rows) + len(untried),
-        version=transformers.__version__,
         rollout=sum(row.rollout.startswith("yes") for row in rows),
+        packed=sum(row.packed == "yes" for row in rows),
+        rows="\n".join(f"| {row.family} | {cell(row.rollout)} | {cell(row.packed)} |" for row in rows),
+        names=", ".join(untried),
+    )
+
+
+def page(rows: list[Row], untried: list[str], about_adapters: str, about_multimodal: str) -> str:
+    return TEXT.format(
+        **facts(rows, untried),
+        version=transformers.__version__,
         hybrid=sum(row.rollout == "yes, with states" for row in rows),
         refused=sum(not row.rollout.startswith("yes") and not row.found for row in rows),
         found=sum(row.found for row in rows),
-        packed=sum(row.packed == "yes" for row in rows),
         untried=len(untried),
-        rows="\n".join(f"| {row.family} | {cell(row.rollout)} | {cell(row.packed)} |" for row in rows),
-        names=", ".join(untried),
         adapters=about_adapters,
+        multimodal=about_multimodal,
     )
+
+
+def write_section(section: str) -> None:
+    """In the place of the one that has its heading; another one follows it."""
+    before, heading, rest = PAGE.read_text().partition(section.splitlines(keepends=True)[0])
+    if not heading:
+        raise SystemExit(f"{PAGE} has no section {section.splitlines()[0]!r}")
+    PAGE.write_text(before + section + "\n" + rest[rest.index("## ") :])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="print these; default: try all and write docs/models.md")
     parser.add_argument("--adapters", action="store_true", help="try adapters only, and write their section")
+    parser.add_argument(
+        "--multimodal", action="store_true", help="try multimodal classes only, and write their section"
+    )
     args = parser.parse_args()
-    chosen = args.families
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     if args.adapters:
-        before, rest = PAGE.read_text().split("## Adapters\n")
-        PAGE.write_text(before + try_adapters() + BEHIND + rest.split(BEHIND)[1])
+        write_section(try_adapters())
+    if args.multimodal:
+        write_section(try_multimodal())
+    if args.adapters or args.multimodal:
         return
-    rows, untried = [], []
-    for family in chosen or FAMILIES:
-        try:
-            rows.append(try_family(family))
-            print(*rows[-1][:3], sep=": ", flush=True)
-        except Exception as error:
-            untried.append(family)
-            print(f"{family}: not built: {type(error).__name__}: {error}", flush=True)
-    if not chosen:
+    rows, untried = try_families(args.families or FAMILIES)
+    if not args.families:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows, untried, try_adapters()))
+        PAGE.write_text(page(rows, untried, try_adapters(), try_multimodal()))
 
 
 if __name__ == "__main__":

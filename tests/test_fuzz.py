@@ -72,6 +72,7 @@ def sampling(draw) -> SamplingParams:
         min_p=draw(st.sampled_from([0.0, 0.02, 0.4])),
         max_new_tokens=draw(st.integers(1, 20)),
         stop_token_ids=draw(st.lists(st.integers(0, VOCAB - 1), max_size=3)),
+        suppress_token_ids=draw(st.lists(st.integers(0, VOCAB + 5), max_size=3)),
         seed=draw(st.integers(0, 2**62)),
     )
 
@@ -84,6 +85,9 @@ def logits_of(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
 
 def assert_drawable(logits: torch.Tensor, token: int, params: SamplingParams, slack: float) -> None:
     """The filters of transformers, in their order, let `token` through, or would if logits were off by `slack`."""
+    assert token not in params.suppress_token_ids
+    logits = logits.clone()
+    logits[[t for t in params.suppress_token_ids if t < len(logits)]] = -torch.inf
     if params.greedy:
         assert logits[token] >= logits.max() - slack
         return

@@ -1,5 +1,6 @@
 """RolloutEngine against plain forwards and `generate`: numbers, and independence of how the work was arranged."""
 
+import collections
 import copy
 import dataclasses
 import math
@@ -96,6 +97,28 @@ def test_stop_tokens_end_a_completion_and_belong_to_it():
         end = next((i for i, t in enumerate(long) if t in stops), None)
         assert short == (long if end is None else long[: end + 1])
         assert reason == ("length" if end is None else "stop")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_suppressed_tokens_are_never_drawn(temperature):
+    """Log-probs stay the model's, which knows of no suppression; the truncated ones are of what may be drawn."""
+    asked = prompts(20, 33)
+    options = dict(n=4, max_new_tokens=20, temperature=temperature)
+    free = engine().generate(asked, SamplingParams(**options))
+    often = collections.Counter(token for completion in free.completion_ids for token in completion).most_common(9)
+    suppressed = [token for token, _ in often]
+    params = [SamplingParams(**options, suppress_token_ids=[*suppressed, VOCAB + 3]), SamplingParams(**options)]
+    out = engine().generate(asked, params)
+    drawn = [set(completion) for completion in out.completion_ids]
+    assert not set(suppressed) & set.union(*drawn[:4])
+    assert out.completion_ids[4:] == free.completion_ids[4:]
+    assert_logprobs(model("qwen3"), out, temperature or 1.0)
+    if temperature:
+        row = asked[0] + out.completion_ids[0]
+        logits = model("qwen3")(torch.tensor([row])).logits[0, len(asked[0]) - 1 : -1] / temperature
+        logits[:, suppressed] = -torch.inf
+        allowed = logits.log_softmax(-1).gather(1, torch.tensor(out.completion_ids[0])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(out.truncated_logprobs[0]), allowed, rtol=1e-4, atol=1e-4)
 
 
 def test_a_tree_of_prompts_is_prefilled_once():

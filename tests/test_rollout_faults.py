@@ -233,12 +233,13 @@ def test_the_fallback_is_the_engine_in_all_but_speed(monkeypatch):
     params = [
         SamplingParams(n=4, max_new_tokens=9, temperature=1.5, stop_token_ids=tuple(range(0, 120, 5))),
         SamplingParams(max_new_tokens=12, temperature=0.0),
+        SamplingParams(n=2, max_new_tokens=9, suppress_token_ids=tuple(range(0, 120, 2))),
     ]
-    fast = RolloutEngine(model("gemma3"), fallback="error").generate(prompts(30, 50), params)
+    fast = RolloutEngine(model("gemma3"), fallback="error").generate(prompts(30, 50, 20), params)
     monkeypatch.setattr("flashpo.rollout.engine.support", lambda model: Support(False, "a test", ()))
     net = model("gemma3")
     config = net.generation_config
-    slow = RolloutEngine(net).generate(prompts(30, 50), params)
+    slow = RolloutEngine(net).generate(prompts(30, 50, 20), params)
     assert net.generation_config is config
     assert_same_draws(net, fast, slow, params)
     assert "stop" in slow.finish_reasons

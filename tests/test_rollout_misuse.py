@@ -21,6 +21,7 @@ WHOLE = {"n": 2**20, "top_k": 2**63 - 1, "max_new_tokens": 2**31 - 1, "seed": 2*
 FINE = {
     "n": (), "temperature": ("float", "zero", "huge"), "top_k": ("zero",), "top_p": (), "min_p": ("zero", "tiny"),
     "max_new_tokens": (), "seed": ("zero",), "stop_token_ids": ("list", "ids"), "stop_strings": ("list",),
+    "suppress_token_ids": ("list", "ids"),
     "model": ("module",), "tokenizer": ("None", "bytes"), "kv_memory": ("None",), "max_sequences": ("None",),
     "expected_tokens": ("None", "float", "huge"), "prefill_tokens": (), "autocast": ("None",), "weights": (),
     "lora": (), "fallback": (), "check": ("true",), "adapters": ("None",), "progress": ("true",),

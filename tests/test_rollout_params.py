@@ -27,6 +27,8 @@ from flashpo.rollout import Rollouts, RolloutStats, SamplingParams
         ("stop_token_ids", 2, TypeError),
         ("stop_token_ids", (2, -1), ValueError),
         ("stop_token_ids", (None,), TypeError),
+        ("suppress_token_ids", 2, TypeError),
+        ("suppress_token_ids", (2, -1), ValueError),
         ("stop_strings", "stop", TypeError),
         ("stop_strings", ("",), ValueError),
         ("stop_strings", (3,), TypeError),

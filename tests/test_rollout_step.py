@@ -28,7 +28,7 @@ def fake_step(model) -> tuple[Step, FakeTensorMode]:
     for table in (*tables, cache.keys, cache.values):
         table.update({name: mode.from_tensor(x.detach()) for name, x in table.items() if x is not None})
     with mode:
-        return Step(CausalLM.of(model), cache, Sizes(rows=4, shared=2, blocks=2, stop=3, steps=16)), mode
+        return Step(CausalLM.of(model), cache, Sizes(rows=4, shared=2, blocks=2, stop=3, suppressed=2, steps=16)), mode
 
 
 def tiny(family: str):
@@ -82,8 +82,9 @@ def test_the_checks_above_can_fail():
 
 
 def test_sizes_are_rounded_so_that_few_graphs_serve():
-    rounded = Sizes(rows=33, shared=0, blocks=5, stop=2, steps=16).rounded()
-    assert rounded == Sizes(64, 1, 8, 2, 16)
+    rounded = Sizes(rows=33, shared=0, blocks=5, stop=2, suppressed=0, steps=16).rounded()
+    assert rounded == Sizes(64, 1, 8, 2, 0, 16)
+    assert rounded._replace(suppressed=3).rounded() == Sizes(64, 1, 8, 2, 4, 16)
 
 
 def test_parked_places_write_nothing_and_stand_still():
@@ -94,7 +95,7 @@ def test_parked_places_write_nothing_and_stand_still():
     cache = KVCache(layers, 6, torch.float32, torch.device("cpu"))
     for tensor in (*cache.keys.values(), *cache.values.values()):
         tensor.fill_(7.0)
-    step = Step(CausalLM.of(net), cache, Sizes(rows=4, shared=1, blocks=2, stop=1, steps=5))
+    step = Step(CausalLM.of(net), cache, Sizes(rows=4, shared=1, blocks=2, stop=1, suppressed=0, steps=5))
     rows = [types.SimpleNamespace(blocks=[2 + i], tokens=[5], start=0, position=0) for i in range(2)]
     step.load(rows, [], [Draw(1.0, 0, 1.0, 0.0, i, 3, ()) for i in range(2)])
     with rollout_mode(net):

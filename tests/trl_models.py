@@ -9,7 +9,7 @@ import transformers
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerFast, TrainerCallback
 
 import flashpo.trl
 from flashpo.bench.tiny_models import tiny_config
@@ -35,6 +35,9 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": LIMIT, "factor": 4.0,
     "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)],
 }  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+IMAGE = 43  # behind the words
+TOWER = dict(hidden_size=32, intermediate_size=48, projection_dim=32)
 CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False),
     "qwen3_tied": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
@@ -47,6 +50,22 @@ CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(  # its dropouts are those that it was published with
         vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.3,
         pad_token_id=0, eos_token_id=1, bos_token_id=1,
+    ),
+    # multimodal classes
+    "qwen3_vl": lambda: transformers.Qwen3VLConfig(
+        text_config=SMALL | {"head_dim": 16, "rope_parameters": MROPE},
+        vision_config={**TOWER, "depth": 2, "out_hidden_size": 32, "num_heads": 2, "deepstack_visual_indexes": [0]},
+        image_token_id=VOCAB - 1, tie_word_embeddings=False, architectures=["Qwen3VLForConditionalGeneration"],
+    ),
+    "gemma3": lambda: transformers.Gemma3Config(
+        text_config=SMALL | {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16},
+        vision_config={**TOWER, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4, image_token_id=IMAGE, architectures=["Gemma3ForConditionalGeneration"],
+    ),
+    "paligemma": lambda: transformers.PaliGemmaConfig(
+        text_config=SMALL | {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": False},
+        vision_config={**TOWER, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+        image_token_id=VOCAB - 1, architectures=["PaliGemmaForConditionalGeneration"],
     ),
     # batches of a few words are on both sides of its limit
     "longrope": lambda: transformers.Phi3Config(
@@ -66,12 +85,25 @@ def model_path(kind: str = "qwen3") -> str:
     """A folder with the model and tokenizer: TRL loads the reference model again by path."""
     folder = tempfile.mkdtemp(prefix=f"flashpo-{kind}-")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    config = CONFIGS[kind]()
+    model = _class_of(config)._from_config(config)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         torch.nn.init.normal_(model.get_output_embeddings().bias)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def _class_of(config) -> type:
+    """As TRL chooses it."""
+    names = config.architectures
+    return getattr(transformers, names[0]) if names else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def load(kind: str, dtype: torch.dtype = torch.float32):
+    """The model of a kind of CONFIGS, or of a folder."""
+    path = model_path(kind) if kind in CONFIGS else kind
+    return _class_of(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -112,6 +144,11 @@ def reward(completions, completion_ids, **kwargs) -> list[float]:
     return [sum((7 * token) % 11 for token in ids) / 20 - 0.1 * len(ids) for ids in completion_ids]
 
 
+NOT_OF_CONFIGS = (
+    "peft_config", "eval_dataset", "reward_funcs", "critic_model", "train_dataset", "rollout_func", "processing_class",
+)  # fmt: skip
+
+
 def make_trainer(name: str, package=trl, model: str = "qwen3", dtype=torch.float32, **options):
     """`package.<name>Trainer` on a tiny model (a kind of CONFIGS or a folder), without autocast or checkpointing."""
     settings = dict(
@@ -122,17 +159,16 @@ def make_trainer(name: str, package=trl, model: str = "qwen3", dtype=torch.float
     if name in ("GRPO", "RLOO", "PPO"):
         settings |= dict(num_generations=4, max_completion_length=8, temperature=0.9)
     extra = {}
-    for key in ("peft_config", "eval_dataset", "reward_funcs", "critic_model", "train_dataset", "rollout_func"):
+    for key in NOT_OF_CONFIGS:
         if key in options:
             extra[key] = options.pop(key)
     config = getattr(package if hasattr(package, f"{name}Config") else trl, f"{name}Config")(**settings | options)
     if name in ("GRPO", "RLOO", "PPO"):
         extra.setdefault("reward_funcs", reward)
     return getattr(package, f"{name}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(model_path(model) if model in CONFIGS else model, dtype=dtype),
+        model=load(model, dtype),
         args=config,
-        processing_class=tokenizer(),
-        **{"train_dataset": Dataset.from_list(DATA[name])} | extra,
+        **{"processing_class": tokenizer(), "train_dataset": Dataset.from_list(DATA[name])} | extra,
     )
 
 

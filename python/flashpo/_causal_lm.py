@@ -32,6 +32,11 @@ class CausalLM(NamedTuple):
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     @property
+    def text(self) -> Any:
+        """The part of the backbone that reads text."""
+        return text_model(self.backbone)
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids the model embeds."""
         layer = self.base.get_input_embeddings()
@@ -58,6 +63,12 @@ class CausalLM(NamedTuple):
             raise Unsupported(f"{type(base).__name__} has no language model head")
         config = base.config.get_text_config()
         return cls(base, backbone, head, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def text_model(backbone: Any) -> Any:
+    """Of a multimodal backbone the model that reads text, whose layers alone run where there are no images; any other
+    backbone is that model itself."""
+    return backbone if backbone.config.get_text_config() is backbone.config else backbone.get_decoder()
 
 
 def masks_windows(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from flashpo._causal_lm import masks_windows
+from flashpo._causal_lm import masks_windows, text_model
 from flashpo.ops.tree_attention import attend
 
 PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
@@ -29,8 +29,9 @@ _thread = threading.local()  # its `dropouts`: where this thread notes them, wit
 
 
 def install(backbone: nn.Module) -> None:
-    """Let the model take token trees; for all else it stays as it is. A second call does nothing."""
-    for module in backbone.modules():
+    """Let the model take token trees; for all else it stays as it is, and so do the towers of a multimodal model. A
+    second call does nothing."""
+    for module in text_model(backbone).modules():
         if (eager := getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)) is not None:
             EAGER[type(module)] = eager
         config = getattr(module, "config", None)
@@ -40,7 +41,7 @@ def install(backbone: nn.Module) -> None:
 
 def installed(backbone: Any) -> bool:
     """False before `install`, and after one has given the model another attention by transformers' own methods."""
-    return backbone.config._attn_implementation.startswith(PREFIX)
+    return text_model(backbone).config._attn_implementation.startswith(PREFIX)
 
 
 @contextlib.contextmanager

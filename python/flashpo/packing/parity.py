@@ -20,7 +20,7 @@ from flashpo._precision import one_at_a_time
 from flashpo.packing.attention import PREFIX
 from flashpo.packing.trial import Scored, Trial, is_plain, is_sharded, on_trial
 from flashpo.rollout.cache import out_of_memory
-from flashpo.rollout.twin import small_config, small_model
+from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
 _answers: dict[Hashable, str] = {}
@@ -89,14 +89,12 @@ def why_wrong(model: nn.Module, head: bool = True) -> str:
 
 
 def _twin_differs(base: Any, head: bool) -> str:
-    device = next(base.parameters()).device
     try:
-        twin: Any = small_model(small_config(base.config), type(base)).to(device)
-        twin(input_ids=torch.arange(2, device=device)[None], use_cache=False)
-    except Exception as error:  # some configs cannot be made small: the model itself is tried all the same
-        log.debug("no small %s: %s", type(base).__name__, error)
+        twin = small_twin(base)
+    except ValueError as error:  # some configs cannot be made small: the model itself is tried all the same
+        log.debug("%s", error)
         return ""
-    with on_trial(twin, head), torch.autocast(device.type, enabled=False):
+    with on_trial(twin, head), torch.autocast(twin.device.type, enabled=False):
         reason = _differs(Trial(twin, head, parameters=True))
     return reason and f"in a small {type(base).__name__} of the same config {reason}"
 

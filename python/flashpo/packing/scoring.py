@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flashpo._causal_lm import CausalLM
+from flashpo._causal_lm import CausalLM, text_model
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.token_stats import TokenStats
 from flashpo.packing.tree import TokenTree
@@ -37,8 +37,9 @@ def score(
     shared token is the sum over its rows. Positions count from a row's first token.
 
     Args:
-        model: a causal language model of transformers, also wrapped by PEFT, DDP, FSDP2 or torch.compile. It keeps our
-            attention from then on, which leaves everything but token trees to the one it had.
+        model: a causal language model of transformers, also a multimodal one, and wrapped by PEFT, DDP, FSDP2 or
+            torch.compile. It keeps our attention from then on, which leaves everything but token trees to the one it
+            had.
         temperature: the logits are divided by it.
         outputs: names of the `TokenStats` fields wanted besides `logprob`.
         fp32_head: run the head in fp32 whatever the model's dtype, also under autocast.
@@ -84,8 +85,8 @@ def accept_trees(model: nn.Module, head: bool = True) -> None:
 
     backbone = CausalLM.of(model).backbone if head else model
     install(backbone)
-    _recurrent.install(backbone)
-    fuse_norms(backbone)
+    _recurrent.install(text_model(backbone))
+    fuse_norms(text_model(backbone))
     if not head:
         return
     base = CausalLM.of(model).base

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from flashpo._causal_lm import ALONE, CACHED, STATEFUL, CausalLM, Unsupported
+from flashpo._causal_lm import ALONE, CACHED, STATEFUL, CausalLM, Unsupported, text_model
 from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
 
 
@@ -61,10 +61,9 @@ def _adapters(model: nn.Module) -> Iterator[str]:
 
 
 def _configuration(config: Any) -> Iterator[str]:
-    if config.get_text_config() is not config:
-        yield "it has more than a text model"
     if config.is_encoder_decoder:
         yield "it is an encoder and a decoder"
+    config = config.get_text_config()
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         yield "its attention is bidirectional"
     for kind in getattr(config, "layer_types", None) or ():
@@ -74,16 +73,17 @@ def _configuration(config: Any) -> Iterator[str]:
         yield "its attention adds a bias for the distance (ALiBi)"
 
 
-def _layers(backbone: Any) -> Iterator[str]:
+def _layers(backbone: nn.Module) -> Iterator[str]:
     from flashpo import _recurrent
 
-    scopes = {type(module).__module__ for module in backbone.modules()}
+    text = text_model(backbone)  # images and sounds, whose towers may attend both ways, do not run on trees
+    scopes = {type(module).__module__ for module in text.modules()}
     if not any(hasattr(sys.modules[name], "eager_attention_forward") for name in scopes):
         yield "its attention does not go through the interface of transformers"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         yield "its backbone takes no position_ids"
-    for module in backbone.modules():
+    for module in text.modules():
         if not getattr(module, "is_causal", True):
             yield f"{type(module).__name__} is not causal"
-    kinds = getattr(backbone.config, "layer_types", None) or []
-    yield from _recurrent.why_not(backbone, [kind for kind in kinds if kind in STATEFUL])
+    kinds = getattr(text.config, "layer_types", None) or []
+    yield from _recurrent.why_not(text, [kind for kind in kinds if kind in STATEFUL])

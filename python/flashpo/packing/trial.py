@@ -44,7 +44,7 @@ class Trial:
         # Autograd saves no weights that were made in inference mode
         self.differentiable = not is_sharded(model) and not any(p.is_inference() for p in model.parameters())
         self.embedding: nn.Module = backbone.get_input_embeddings()
-        config = backbone.config
+        config = backbone.config.get_text_config()
         device = next(self.embedding.parameters()).device
         self.ids, self.live, scored = (x.to(device) for x in _rows(config))
         self.scored = scored[:, 1:].bool()

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from flashpo._causal_lm import Unsupported
-from flashpo.ops import sample
 from flashpo.rollout.generation import Completion
-from flashpo.rollout.runner import Draw
+from flashpo.rollout.runner import Draw, draw_tokens
 
 
 def generate(model: Any, prompt: Sequence[int], completions: Sequence[Completion], decode: Callable | None):
@@ -43,7 +42,8 @@ class _Draws(LogitsProcessor):
         self.settings = Draw.tensors([c.draw for c in completions], device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = sample(scores, **self.settings, offset=torch.full_like(input_ids[:, 0], input_ids.shape[1]))
+        position = torch.full_like(input_ids[:, 0], input_ids.shape[1])
+        drawn = draw_tokens(scores, offset=position, **self.settings)
         columns = drawn.token.tolist(), drawn.logprob_full.tolist(), drawn.logprob.tolist()
         for completion, token, full, truncated in zip(self.completions, *columns):
             if not completion.reason:

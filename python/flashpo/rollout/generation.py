@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.ops import sample
 from flashpo.rollout.cache import BLOCK, Run, out_of_memory
 from flashpo.rollout.hybrid import RowStates, State
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.prefill import Piece, lineage, parent, prefill
 from flashpo.rollout.prefix_tree import Node, Segment
-from flashpo.rollout.runner import Draw, Runner, Step
+from flashpo.rollout.runner import Draw, Runner, Step, draw_tokens
 from flashpo.rollout.scheduler import Row, Scheduler
 
 START_ROWS = 256  # rows whose logits are held at a time to draw their first tokens
@@ -218,7 +217,7 @@ class Generation:
             stacked = torch.stack([logits.get(row, row.parent.payload.logits) for row in some])
             position = torch.tensor([row.start + len(row.tokens) for row in some], device=stacked.device)
             completions = [self.completions[row] for row in some]
-            drawn = sample(stacked, **Draw.tensors([c.draw for c in completions], stacked.device), offset=position)
+            drawn = draw_tokens(stacked, offset=position, **Draw.tensors([c.draw for c in completions], stacked.device))
             columns = drawn.token.tolist(), drawn.logprob_full.tolist(), drawn.logprob.tolist()
             for completion, token, full, truncated in zip(completions, *columns):
                 completion.append(token, full, truncated, self.decode)

@@ -145,9 +145,9 @@ class RowStates:
     def __init__(self, lm: CausalLM):
         self.config = lm.base.config.get_text_config()
         kinds = get_layer_types_and_kwargs(self.config)[0]
-        self.trees = not any(_recurrent.why_not(lm.backbone, [kind for kind in kinds if kind in STATEFUL]))
+        self.trees = not any(_recurrent.why_not(lm.text, [kind for kind in kinds if kind in STATEFUL]))
         if self.trees:
-            _recurrent.install(lm.backbone)
+            _recurrent.install(lm.text)
         self.fresh: dict[Segment, State] = {}
         self._batch: States | None = None
         self._places: dict[Row, int] = {}

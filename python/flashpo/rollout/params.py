@@ -28,6 +28,7 @@ class SamplingParams:
         max_new_tokens: longest completion, in [1, 2^31).
         stop_token_ids: ids that end a completion.
         stop_strings: texts that end a completion; they need the engine's tokenizer.
+        suppress_token_ids: ids that are never drawn; those outside of the vocabulary change nothing.
         seed: in [0, 2^63).
 
     Raises:
@@ -42,6 +43,7 @@ class SamplingParams:
     max_new_tokens: int = 256
     stop_token_ids: Sequence[int] = ()
     stop_strings: Sequence[str] = ()
+    suppress_token_ids: Sequence[int] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -59,8 +61,9 @@ class SamplingParams:
         if self.top_p < SMALLEST_NORMAL:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
         self._set("min_p", number("min_p", self.min_p, 0, 1))
-        stop = items("stop_token_ids", self.stop_token_ids)
-        self._set("stop_token_ids", tuple(integer("stop_token_ids", token, 0) for token in stop))
+        for name in ("stop_token_ids", "suppress_token_ids"):
+            ids = (integer(name, token, 0) for token in items(name, getattr(self, name)))
+            self._set(name, tuple(dict.fromkeys(ids)))
         self._set("stop_strings", tuple(items("stop_strings", self.stop_strings)))
         for text in self.stop_strings:
             if not isinstance(text, str):
@@ -78,7 +81,7 @@ class SamplingParams:
     @property
     def truncated(self) -> bool:
         """Whether some tokens can never be drawn, so that `Rollouts.truncated_logprobs` differ from `logprobs`."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or len(self.suppress_token_ids) > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode
 from flashpo.rollout.support import facts, longest
-from flashpo.rollout.twin import small_config, small_model
+from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
 Roll = Callable[[nn.Module, Sequence[Sequence[int]], SamplingParams], Rollouts]
@@ -65,7 +65,7 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
     base = CausalLM.of(model).base
     twin = _twin(base)
     with exact_products():
-        if twin is not None and (reason := _twice(twin.to(base.device), roll, None)) is not None:
+        if twin is not None and (reason := _twice(twin, roll, None)) is not None:
             return f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
         return _twice(model, roll, autocast)
 
@@ -82,10 +82,9 @@ def _twice(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | 
 
 def _twin(base: PreTrainedModel) -> nn.Module | None:
     try:
-        config = base.config.get_text_config()
-        return small_model(small_config(config), type(base) if config is base.config else None)
-    except Exception as error:  # some configs cannot be made small: the model itself is checked all the same
-        log.debug("no small %s: %s", type(base).__name__, error)
+        return small_twin(base)
+    except ValueError as error:  # some configs cannot be made small: the model itself is checked all the same
+        log.debug("%s", error)
         return None
 
 
@@ -171,9 +170,9 @@ def _rounded_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
             return moved(out) if out.is_floating_point() else out
         return (moved(out[0]), *out[1:]) if isinstance(out, tuple) and isinstance(out[0], Tensor) else out
 
-    backbone = CausalLM.of(model).backbone
-    linears = [module for module in backbone.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_hook(hook) for module in [*_layers(backbone), *linears]]
+    text = CausalLM.of(model).text
+    linears = [module for module in text.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(hook) for module in [*_layers(text), *linears]]
     try:
         yield
     finally:
@@ -181,14 +180,14 @@ def _rounded_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
             handle.remove()
 
 
-def _layers(backbone: nn.Module) -> nn.ModuleList:
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+def _layers(text: nn.Module) -> nn.ModuleList:
+    lists = [module for module in text.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=nn.ModuleList())
 
 
 def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, prompt: list[int]) -> str:
     """Where a prefill first leaves the plain forward."""
-    layers = _layers(CausalLM.of(model).backbone)
+    layers = _layers(CausalLM.of(model).text)
     outputs: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, out: outputs.append(out if isinstance(out, Tensor) else out[0]))

@@ -9,10 +9,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashpo._causal_lm import CausalLM
 from flashpo.ops import decode_attention, sample
+from flashpo.ops.sample import Sample
 from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
 from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import State, States, cache_keyword
@@ -33,19 +35,24 @@ class Draw(NamedTuple):
     seed: int
     limit: int  # tokens of the completion
     stop: Sequence[int]
+    suppressed: Sequence[int] = ()
 
     @classmethod
     def of(cls, p: SamplingParams, prompt_index: int, index: int) -> "Draw":
         seed = stream(p.seed, prompt_index, index)
-        return cls(p.temperature, p.top_k, p.top_p, p.min_p, seed, p.max_new_tokens, p.stop_token_ids)
+        ends = p.max_new_tokens, p.stop_token_ids
+        return cls(p.temperature, p.top_k, p.top_p, p.min_p, seed, *ends, p.suppress_token_ids)
 
     @staticmethod
     def tensors(draws: Sequence["Draw"], device: torch.device) -> dict[str, Tensor]:
-        """What `sample` takes, a value for each row."""
-        return {
+        """What `draw_tokens` takes beside the logits and the positions."""
+        settings = {
             name: torch.tensor([getattr(d, name) for d in draws], dtype=dtype, device=device)
             for name, dtype in SETTINGS.items()
         }
+        wide = max(len(d.suppressed) for d in draws)
+        suppressed = torch.tensor([padded(d.suppressed, wide) for d in draws], dtype=torch.int64, device=device)
+        return settings | {"suppressed": suppressed}
 
 
 SETTINGS = {
@@ -55,6 +62,26 @@ SETTINGS = {
     "min_p": torch.float32,
     "seed": torch.int64,
 }
+
+
+def padded(ids: Sequence[int], wide: int) -> list[int]:
+    return [*ids, *[-1] * (wide - len(ids))]
+
+
+def draw_tokens(logits: Tensor, suppressed: Tensor, offset: Tensor, **settings: Tensor) -> Sample:
+    """`sample` of every token but those of `suppressed` (rows, K), where ids outside of the vocabulary stand for none.
+    `logprob_full` is the model's, which knows of no suppression."""
+    if suppressed.shape[1] == 0:
+        return sample(logits, **settings, offset=offset)
+    there = (suppressed >= 0) & (suppressed < logits.shape[1])
+    index = suppressed.where(there, 0)
+    most = torch.where(there, -torch.inf, torch.inf).to(logits.dtype)
+    drawn = sample(logits.scatter_reduce(1, index, most, "amin"), **settings, offset=offset)
+    temperature = settings["temperature"].where(settings["temperature"] > 0, 1.0)[:, None]
+    left_out = (logits.gather(1, index) / temperature).masked_fill(~there, -torch.inf).logsumexp(1)
+    chosen = (logits.gather(1, drawn.token[:, None]) / temperature)[:, 0]
+    allowed = chosen - drawn.logprob_full  # the logarithm of the sum over all that may be drawn
+    return drawn._replace(logprob_full=drawn.logprob_full - F.softplus(left_out - allowed))
 
 
 def stream(seed: int, prompt_index: int, index: int) -> int:
@@ -75,16 +102,19 @@ class Sizes(NamedTuple):
     shared: int  # segments that several rows read
     blocks: int  # of the longest segment
     stop: int  # tokens that end a row
+    suppressed: int  # tokens that a row never draws
     steps: int  # between two looks of the host
 
     @classmethod
     def of(cls, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw], steps: int) -> "Sizes":
         blocks = max(len(x.blocks) for x in (*rows, *(s.node for s in shared)))
-        return cls(len(rows), len(shared), blocks, max(1, *(len(d.stop) for d in draws)), steps)
+        stop, suppressed = (max(len(getattr(d, name)) for d in draws) for name in ("stop", "suppressed"))
+        return cls(len(rows), len(shared), blocks, max(1, stop), suppressed, steps)
 
     def rounded(self) -> "Sizes":
         rows, shared, blocks, stop = (1 << max(n - 1, 0).bit_length() for n in self[:4])
-        return Sizes(rows, shared, blocks, stop, self.steps)
+        suppressed = self.suppressed and 1 << (self.suppressed - 1).bit_length()  # none costs nothing
+        return Sizes(rows, shared, blocks, stop, suppressed, self.steps)
 
 
 class Step:
@@ -114,6 +144,7 @@ class Step:
         self.tables = self.readers, self.start, self.length, self.blocks, self.position
         self.limit = zeros(rows, dtype=torch.int32)
         self.stop = zeros(rows, sizes.stop, dtype=torch.int64)
+        self.suppressed = zeros(rows, sizes.suppressed, dtype=torch.int64) - 1
         self.settings = {name: zeros(rows, dtype=dtype) for name, dtype in SETTINGS.items()}
         # what the steps since the last look of the host have drawn
         self.at = zeros(1, dtype=torch.int64)
@@ -137,7 +168,8 @@ class Step:
             (self.token, [row.tokens[-1] for row in rows]),
             (self.position, [row.position for row in rows]),
             (self.limit, [d.limit for d in draws]),
-            (self.stop, [[*d.stop, *[-1] * (self.sizes.stop - len(d.stop))] for d in draws]),
+            (self.stop, [padded(d.stop, self.sizes.stop) for d in draws]),
+            (self.suppressed, [padded(d.suppressed, self.sizes.suppressed) for d in draws]),
             *((self.settings[name], [getattr(d, name) for d in draws]) for name in SETTINGS),
         )
         self.live.zero_()
@@ -184,7 +216,8 @@ class Step:
         own = (self.own_length - 1).clamp(min=0).long()
         block = self.own_blocks.gather(1, (own // BLOCK)[:, None])[:, 0]
         self.slot.copy_((block * BLOCK + own % BLOCK).where(self.live, -1))
-        drawn = sample(self.parts.logits(self._hidden()), **self.settings, offset=self.position.long() + 1)
+        logits = self.parts.logits(self._hidden())
+        drawn = draw_tokens(logits, self.suppressed, self.position.long() + 1, **self.settings)
         self.tokens.index_copy_(0, self.at, drawn.token[None])
         self.logprobs.index_copy_(0, self.at, torch.stack((drawn.logprob_full, drawn.logprob))[None])
         self.at += 1

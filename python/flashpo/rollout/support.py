@@ -101,11 +101,11 @@ def facts(config: PreTrainedConfig) -> str:
 def _refusals(model: nn.Module) -> Iterator[str]:
     """Reasons that need no forward."""
     try:
-        base = CausalLM.of(model).base
+        lm = CausalLM.of(model)
     except Unsupported as error:
         yield str(error)
         return
-    config = base.config.get_text_config()
+    base, config = lm.base, lm.base.config.get_text_config()
     if adapters := why_not_by_layers(model):
         yield adapters
     if owner := _own_generate(model):
@@ -116,7 +116,7 @@ def _refusals(model: nn.Module) -> Iterator[str]:
         yield reason
     if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
         yield f"its weights are spread over {', '.join(sorted(devices))}"
-    if not base._can_set_attn_implementation():
+    if not lm.text._can_set_attn_implementation():
         yield f"{type(base).__name__} does not use transformers' attention interface"
     if "position_ids" not in inspect.signature(base.base_model.forward).parameters:
         yield f"{type(base.base_model).__name__} takes no position_ids: where a token stands is its own affair"

@@ -5,12 +5,15 @@ Mistakes that would hide behind the rounding of a large bf16 model, or behind a 
 
 import contextlib
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from flashpo._causal_lm import text_model
 
 LAYERS = 4
 VOCABULARY = 97
@@ -21,6 +24,7 @@ SIZES: dict[str, Any] = dict(
     hidden_size=32, d_model=32, n_embd=32, word_embed_proj_dim=32, embedding_size=32,
     intermediate_size=48, n_inner=48, ffn_dim=48, d_ff=48, decoder_ffn_dim=48, encoder_ffn_dim=48, dff=48,
     moe_intermediate_size=16, shared_expert_intermediate_size=16, shared_experts_intermediate_size=16,
+    intermediate_size_mlp=48,
     expert_ffn_hidden_size=16, ffn_hidden_size=48, shared_intermediate_size=16,
     num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,
     head_dim=8, global_head_dim=8, rotary_dim=8, max_position_embeddings=512, n_positions=512, n_ctx=512,
@@ -34,6 +38,8 @@ SIZES: dict[str, Any] = dict(
     mamba_chunk_size=16, chunk_size=16,
     num_kv_shared_layers=2, lru_width=32, attention_window_size=9,
     sliding_window=9, attention_chunk_size=9, attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
+    # of the towers of multimodal models, most of which name the text model's width, too
+    depth=2, embed_dim=32, out_hidden_size=32, text_hidden_size=32, projection_dim=32, alignment_intermediate_size=32,
 )  # fmt: skip
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 SHARED_HEADS = ("num_key_value_heads", "multi_query_kv_heads", "num_kv_heads")
@@ -43,6 +49,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decod
 def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
     """`config` with every size in it made small, and as many layers as show each kind once."""
     values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    values |= {name: small_config(part) for name, part in _parts(config).items()}
     for name, size in SIZES.items():
         value = _value(config, name) if name in values or name in config.attribute_map else None
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
@@ -63,11 +70,49 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
                 values[name] = [value[i] for i in kept]
         values |= {name: len(kept) for name in LAYER_COUNTS if name in values}
         values["num_hidden_layers"] = len(kept)
+    _fit_rotation(values)
     values |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.2, per_layer_config=None)
     if isinstance(values.get("intermediate_size"), list):
         values["intermediate_size"] = [SIZES["intermediate_size"]] * len(values["intermediate_size"])
     values |= overrides
     return type(config)(**{name: value for name, value in values.items() if value is not None})
+
+
+def small_twin(base: Any) -> PreTrainedModel:
+    """A small model like `base`, on its device; of a multimodal one that cannot be made small, the text model alone.
+
+    Raises:
+        ValueError: there is none, or it does not run.
+    """
+    text = base.config.get_text_config()
+    kinds: list[tuple[PreTrainedConfig, type | None]] = [(base.config, type(base))]
+    if text is not base.config:
+        kinds.append((text, type(text_model(base)) if base.get_output_embeddings() is None else None))
+    for config, kind in kinds:
+        try:
+            twin: Any = small_model(small_config(config), kind).to(base.device)
+            twin(input_ids=torch.arange(2, device=base.device)[None], use_cache=False)
+            return twin
+        except Exception as error:  # of any kind: it is the code of the model, given sizes that it may not expect
+            reason = f"no small {type(base).__name__}: {error}"
+    raise ValueError(reason)
+
+
+def _parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """Of a multimodal model: the configs of its text model and towers."""
+    found = {name: _value(config, name) for name in config.sub_configs}
+    return {name: part for name, part in found.items() if isinstance(part, PreTrainedConfig)}
+
+
+def _fit_rotation(values: dict[str, Any]) -> None:
+    """M-RoPE gives each of its axes a share of a head's rotations: the same shares of a small head's."""
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope and isinstance(values.get("num_attention_heads"), int):
+        sections = rope["mrope_section"]
+        head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+        count = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+        ends = [round(count * sum(sections[: i + 1]) / sum(sections)) for i in range(len(sections))]
+        values["rope_parameters"] = rope | {"mrope_section": [end - begin for begin, end in pairwise([0, *ends])]}
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:

@@ -13,6 +13,7 @@ from flashpo.packing import pack, split_by_tokens
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl._replaced import replaced
+from flashpo.trl._text_only import beside_text
 from flashpo.trl.sharing import Sharing, why_not_packed
 
 
@@ -28,7 +29,9 @@ class PackedScoring:
 
     def takes(self, batch: dict[str, Any]) -> bool:
         """Whether this batch is scored packed; `batch`: TRL's keywords of a scoring."""
-        reason = self.prepare() or next((f"the batch has {name}" for name, x in batch.items() if x is not None), "")
+        reason = self.prepare()
+        if not reason:
+            reason = next((f"the batch has {name}" for name in beside_text(self.trainer.model, batch)), "")
         return self.sharing.allowed(reason)
 
     def prepare(self, critic: PreTrainedModel | None = None) -> str:

@@ -22,9 +22,13 @@ from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._precision import autocast_dtype
+from flashpo.trl._text_only import beside_text
 
 log = logging.getLogger("flashpo")
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "eos_token_id", "stop_strings", "do_sample")
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "eos_token_id", "stop_strings", "suppress_tokens",
+    "do_sample",
+)  # fmt: skip
 # Options of transformers that change nothing in what is sampled.
 STORAGE = (
     "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "use_cache", "cache_implementation",
@@ -117,8 +121,10 @@ class TrainerRollouts:
         for option in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(self.trainer, option, False):
                 raise Unsupported(f"{option} is set")
-        if images is not None or multimodal_fields:
+        if images is not None and any(images):  # a list for each prompt, or None
             raise Unsupported("the prompts have images")
+        if found := beside_text(self.trainer.model, multimodal_fields or {}):
+            raise Unsupported(f"the prompts have {', '.join(found)}")
 
     def _generate(self, model, prompt_ids: list[list[int]]) -> Rollouts:
         trainer = self.trainer
@@ -210,6 +216,7 @@ def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> Samplin
         max_new_tokens=merged.max_length if merged.max_new_tokens is None else merged.max_new_tokens,
         stop_token_ids=() if stop is None else tuple(torch.as_tensor(stop).reshape(-1).tolist()),
         stop_strings=(stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
+        suppress_token_ids=tuple(merged.suppress_tokens or ()),
     )
 
 

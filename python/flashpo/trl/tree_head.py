@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from flashpo.packing import TokenTree, forward_here, pack, packable
 from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
+from flashpo.trl._text_only import beside_text
 from flashpo.trl.patch import DEVICES, FIELDS, active
 from flashpo.trl.sharing import Sharing, why_not_packed
 
@@ -99,7 +100,7 @@ def take_trees(
             return padded(self, *args, **batch)
         # the call asks for the routers' loss, or the configuration does
         routers = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
-        tree = _tree_of(sharing, args, batch, prune=not routers) if active() and takes() else None
+        tree = _tree_of(self, sharing, args, batch, prune=not routers) if active() and takes() else None
         if tree is None:
             return padded(self, *args, fused_lm_head=True, **batch)
         options = {"temperature": temperature, "outputs": wanted, "fp32_head": fp32_head, "aux_loss": routers}
@@ -115,9 +116,9 @@ def take_trees(
 
 
 @torch.compiler.disable  # it reads the batch on the host
-def _tree_of(sharing: Sharing, args: tuple, batch: dict[str, Any], prune: bool) -> TokenTree | None:
+def _tree_of(model: Any, sharing: Sharing, args: tuple, batch: dict[str, Any], prune: bool) -> TokenTree | None:
     """None: its rows are to be padded."""
-    given = {name: x for name, x in batch.items() if x is not None}  # PEFT adds inputs that are None
+    given = beside_text(model, batch)  # PEFT, too, adds inputs that are None
     given |= {f"argument {i}": x for i, x in enumerate(args)}
     for option in OPTIONS & given.keys():
         del given[option]

@@ -1,0 +1,74 @@
+"""What TRL hands to a multimodal model beside text, and which of it says nothing where there is no image.
+
+Processors give every token a type, and TRL's collators pass it on: 0 for text. A micro-batch without an image, of a
+batch that has some, comes with empty tensors and counts of 0.
+"""
+
+import logging
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashpo._causal_lm import CausalLM
+from flashpo._precision import one_at_a_time
+from flashpo.rollout.support import facts
+from flashpo.rollout.twin import small_twin
+
+log = logging.getLogger("flashpo")
+TYPES = ("token_type_ids", "mm_token_type_ids")
+IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "image_position_ids",
+)  # fmt: skip
+COUNTS = ("num_images", "num_tiles")
+CHANGED = 1e-3  # relative: no rounding of fp32 comes near it
+_answers: dict[Hashable, bool] = {}
+
+
+def beside_text(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without what says nothing about its text."""
+    return {name: x for name, x in batch.items() if not _says_nothing(model, name, x)}
+
+
+def _says_nothing(model: Any, name: str, x: Any) -> bool:
+    if x is None:
+        return True
+    if name in IMAGES:
+        return len(x) == 0
+    if name in COUNTS:
+        return not any(x)
+    return name in TYPES and _all_zero(x) and zeros_change_nothing(model, name)
+
+
+def _all_zero(types: Any) -> bool:
+    return not types.any() if isinstance(types, Tensor) else not any(map(any, types))
+
+
+def zeros_change_nothing(model: Any, name: str) -> bool:
+    """Whether types of 0 under that name are to `model` as none: asked of its small twin once a process for each class
+    and config. Not so in PaliGemma, where they let the tokens of a prompt attend both ways.
+    """
+    base: Any = CausalLM.of(model).base
+    key = type(base), facts(base.config), name
+    with one_at_a_time:
+        if key not in _answers:
+            _answers[key] = _change_nothing(base, name)
+        return _answers[key]
+
+
+def _change_nothing(base: Any, name: str) -> bool:
+    try:
+        twin: Any = small_twin(base).train()
+        ids = torch.arange(2, 18, device=base.device)[None]
+        with torch.no_grad(), torch.random.fork_rng(), torch.autocast(base.device.type, enabled=False):
+            logits = []
+            for types in ({}, {name: torch.zeros_like(ids)}):
+                torch.manual_seed(0)  # for dropout
+                logits.append(twin(input_ids=ids, use_cache=False, **types).logits)
+    except Exception as error:  # of any kind: it is the model's own code
+        log.debug("%s of 0 are not known to change nothing in %s: %s", name, type(base).__name__, error)
+        return False
+    none, zeros = logits
+    whole = isinstance(base, type(twin))  # and not its text model alone; FSDP2 makes a subclass of the model's class
+    return whole and bool((none - zeros).abs().max() <= CHANGED * none.abs().max())
