@@ -81,6 +81,7 @@ def gathered(model: nn.Module, buffer: Buffer) -> Iterator[int]:
     whole: dict[int, Tensor] = {}
     size = 0
     places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    generates = {m: vars(m)["generate"] for m in states if "generate" in vars(m)}
     hooks = [table for m in states for table in (m._forward_pre_hooks, m._forward_hooks)]
     before = [dict(table) for table in hooks]
     try:
@@ -97,8 +98,12 @@ def gathered(model: nn.Module, buffer: Buffer) -> Iterator[int]:
         for table in hooks:
             for key in [key for key, hook in table.items() if _owner(hook) in states.values()]:
                 del table[key]
+        for owner, generate in generates.items():
+            vars(owner)["generate"] = without_hooks(generate)
         yield size
     finally:
+        for owner, generate in generates.items():
+            vars(owner)["generate"] = generate
         for module, name, param in places:
             module._parameters[name] = param
         for table, hooked in zip(hooks, before):
@@ -111,9 +116,16 @@ def is_dtensor(param: Tensor | None) -> bool:
     return tensor is not None and isinstance(param, tensor.DTensor)
 
 
+def without_hooks(method: Any) -> Any:
+    """A method as it was before `register_fsdp_forward_method` of FSDP2 wrapped it, as trainers wrap `generate`."""
+    while getattr(method, "__globals__", {}).get("__name__", "").startswith("torch.distributed.fsdp."):
+        method = method.__wrapped__
+    return method
+
+
 def _owner(hook: Callable) -> object:
     """The state of FSDP2 that a hook belongs to; that of several modules wraps its methods."""
-    return getattr(inspect.unwrap(hook), "__self__", None)
+    return getattr(inspect.unwrap(hook, stop=lambda f: hasattr(f, "__self__")), "__self__", None)
 
 
 def _fsdp_states(model: nn.Module) -> Iterator:
