@@ -56,9 +56,10 @@ small fp32 twin of it (`flashpo.packable(model, check=True)` asks for it; `flash
 tree), so that a family that is not in this table, or a model with code of its own, trains padded rather than wrongly.
 Refused for any family: dropout in attention while it trains (without it, by the configuration or a trainer's
 `disable_dropout`, the families below that have it run packed), adapters of PEFT that do more than change layers (see
-below), a head that ZeRO-3 shards, `neftune_noise_alpha`; an adapter on the language model head raises, as it does in
-TRL. Trainers ask of every batch, too: refused are images and any other input that says something beside token ids, mask
-and labels; in SFT, DPO and KTO a mask with gaps
+below), a head that FSDP1 wraps by itself, `neftune_noise_alpha`; an adapter on the language model head raises, as it
+does in TRL. A head that ZeRO-3 or FSDP2 shards is gathered while the fused head reads it, in forward and again in
+backward. Trainers ask of every batch, too: refused are images and any other input that says something beside token ids,
+mask and labels; in SFT, DPO and KTO a mask with gaps
 or of more than two dimensions, position ids that do not count each row of a padding-free batch from 0, a label on
 padding or on the first token of a row that is padded on the left.
 

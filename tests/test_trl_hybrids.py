@@ -14,6 +14,8 @@ import flashpo.trl
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_a_step_is_that_of_stock_trl(family, name):
     data = {} if name == "GRPO" else {"train_dataset": Dataset.from_list(SHARED[name])}
+    if family == "granitemoehybrid":
+        data["router_aux_loss_coef"] = 0.0  # TRL's own head does not find the number of its experts
     assert_same_training(name, model=family, **data)
 
 

@@ -77,7 +77,6 @@ CONFIGS = {
 }  # fmt: skip
 HYBRIDS = ("qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h", "kimi_linear")
 CONFIGS |= {family: functools.partial(tiny_config, family, initializer_range=0.1) for family in HYBRIDS}
-CONFIGS["granitemoehybrid"].keywords["num_local_experts"] = 0  # TRL's head does not find the number of its experts
 
 
 @functools.cache

@@ -59,6 +59,7 @@ def linear_logprob(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("entropy",),
     group: dist.ProcessGroup | None = None,
+    gather: Callable[[], contextlib.AbstractContextManager] | None = None,
 ) -> TokenStats:
     """Per-token log-probabilities of `target` under the LM head `weight`, with side statistics.
 
@@ -73,6 +74,8 @@ def linear_logprob(
         outputs: names of the `TokenStats` fields wanted besides `logprob`.
         group: a process group over which `weight` and `bias` are sharded along V, in rank order and in equal shards;
             hidden and target are the same on every rank, and so must be the gradients that come in.
+        gather: makes a context in which a `weight` and `bias` that are sharded, as by ZeRO-3, are whole. The caller is
+            in such a context, and backward enters another one, so that nothing keeps them whole in between.
 
     Returns:
         TokenStats of the target's shape, fp32, in nats; `logprob` and `entropy` are differentiable in hidden, weight
@@ -98,7 +101,7 @@ def linear_logprob(
         ignore_index,
         side,
         group,
-        contextlib.nullcontext,
+        gather,
     )
     return select(outputs, target.shape, *results)
 
@@ -263,8 +266,6 @@ def _(*args):
 
 
 class LinearLogprob(torch.autograd.Function):
-    """`gather(weight, bias)` is a context in which a sharded head is whole (ZeRO-3); backward opens it again."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -279,7 +280,7 @@ class LinearLogprob(torch.autograd.Function):
         ignore_index: int,
         side: bool,
         group: dist.ProcessGroup | None,
-        gather: Callable,
+        gather: Callable[[], contextlib.AbstractContextManager] | None,
     ):
         ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
         device = hidden.device.type
@@ -305,7 +306,7 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, target, bias, token_temperature, rows = ctx.saved_tensors
         head, group, gather = ctx.options
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        with gather(weight, bias) if gather is not contextlib.nullcontext else contextlib.nullcontext():
+        with gather() if gather else contextlib.nullcontext():
             grads = linear_logprob_bwd(
                 hidden, weight, target, bias, token_temperature, *head, rows, d_logprob, d_entropy, *wanted
             )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flashpo._causal_lm import CausalLM, text_model
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.token_stats import TokenStats
+from flashpo.packing.head import gathering, parameters
 from flashpo.packing.tree import TokenTree
 
 
@@ -125,21 +126,23 @@ def forward_here(
         install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
     states = lm.backbone(**inputs(tree, lm.backbone), use_cache=False, **router)
-    head: list[Any] = [getattr(lm.head, name, None) for name in ("weight", "bias")]  # PEFT's wrappers lack a bias
-    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in head)  # FSDP2 keeps DTensors
     hidden = states.last_hidden_state.squeeze(0)
-    hidden = hidden[tree.source.to(hidden.device)].to(weight.device)
-    with torch.autocast(hidden.device.type, enabled=False) if fp32_head else contextlib.nullcontext():
-        stats = linear_logprob(
-            hidden.float() if fp32_head else hidden,
-            weight,
-            tree.target.to(hidden.device),
-            bias,
-            temperature=temperature,
-            logit_scale=lm.scale,
-            softcap=lm.softcap,
-            outputs=outputs,
-        )
+    gather = gathering(lm.head)
+    with gather() if gather else contextlib.nullcontext():
+        weight, bias = parameters(lm.head)
+        hidden = hidden[tree.source.to(hidden.device)].to(weight.device)
+        with torch.autocast(hidden.device.type, enabled=False) if fp32_head else contextlib.nullcontext():
+            stats = linear_logprob(
+                hidden.float() if fp32_head else hidden,
+                weight,
+                tree.target.to(hidden.device),
+                bias,
+                temperature=temperature,
+                logit_scale=lm.scale,
+                softcap=lm.softcap,
+                outputs=outputs,
+                gather=gather,
+            )
     stats = TokenStats(*(None if x is None else tree.unpack(x) for x in stats))
     return TreeScores(stats, _aux_loss(lm, states.router_logits, tree) if aux_loss else None)
 

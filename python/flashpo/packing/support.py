@@ -9,6 +9,7 @@ from torch import nn
 
 from flashpo._causal_lm import ALONE, CACHED, STATEFUL, CausalLM, Unsupported, text_model
 from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
+from flashpo.rollout.sharded import wraps_in_fsdp1
 
 
 class Packable(NamedTuple):
@@ -49,10 +50,10 @@ def check_packable(model: nn.Module) -> None:
 def _head(head: Any) -> Iterator[str]:
     if is_tuner_layer(head):
         yield "there is an adapter on the language model head, which a fused head does not apply"
+    elif wraps_in_fsdp1(head):
+        yield "FSDP1 wraps the language model head by itself, and gathers it in a forward that a fused head leaves out"
     elif not hasattr(head, "weight"):
         yield f"the language model head is a {type(head).__name__} without a weight"
-    elif hasattr(head.weight, "ds_id"):
-        yield "DeepSpeed ZeRO-3 shards the language model head"
 
 
 def _adapters(model: nn.Module) -> Iterator[str]:

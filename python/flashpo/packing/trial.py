@@ -1,7 +1,6 @@
 """A few short rows, scored as padded rows and as a token tree by a model that is afterwards as it was."""
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -172,9 +171,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def _wraps(module: nn.Module) -> bool:
     """DDP and FSDP1 keep account of their forwards in attributes, which stay; FSDP2 only changes a module's class."""
-    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    wrappers = [nn.parallel.DistributedDataParallel, *([fsdp1.FullyShardedDataParallel] if fsdp1 else [])]
-    return isinstance(module, tuple(wrappers))
+    return isinstance(module, nn.parallel.DistributedDataParallel) or sharded.wraps_in_fsdp1(module)
 
 
 @contextlib.contextmanager

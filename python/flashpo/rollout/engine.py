@@ -161,11 +161,13 @@ class RolloutEngine:
             call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
             if prompts:
                 reason = self._why_not_with(dict.fromkeys(adapters or ()))
+                self.view.take_gathered()  # what the self-check had to gather is not of this call
                 if not reason:
                     self._generate(call)
                 else:
                     self._refuse(reason)
             self._generate_plainly(call)
+            call.gathered = self.view.take_gathered()
         return call.rollouts()
 
     def why_not(self) -> str | None:
@@ -372,6 +374,7 @@ class _Call:
     pool: tuple[int, int] = 0, 1  # bytes and blocks; the pool itself may have to be freed before the call ends
     steps: int = 0
     row_steps: int = 0
+    gathered: sharded.Gathered = dataclasses.field(default_factory=sharded.Gathered)
 
     def queue(self, scheduler: Scheduler, chosen: Sequence[int], answering: Hashable) -> dict[Row, Completion]:
         """A row for each completion of the chosen prompts; what other adapters have cached serves none of them."""
@@ -399,6 +402,8 @@ class _Call:
             peak_cache_bytes=self.counts.peak_blocks * cache_bytes // blocks,
             preemptions=self.counts.preemptions,
             nan_rows=sum(c.reason == "nan" for c in completions),
+            gather_bytes=self.gathered.size,
+            gather_seconds=self.gathered.seconds,
         )
         return Rollouts(
             prompt_index=[c.prompt_index for c in completions],

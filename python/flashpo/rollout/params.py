@@ -92,7 +92,8 @@ class RolloutStats:
     recomputed after a preemption or an eviction included. prefill_tokens_saved: what prefilling every completion's
     prompt by itself would have cost more. peak_rows and mean_rows: rows decoded at once. cache_bytes: of the block
     pool. peak_cache_bytes: of its blocks in use when it was fullest. preemptions: rows that lost their blocks to others
-    and were recomputed. nan_rows: completions ended by NaN logits.
+    and were recomputed. nan_rows: completions ended by NaN logits. gather_bytes, gather_seconds: of the weights that
+    FSDP2 had to bring to this rank, and how long that took; 0 where weights are whole.
     """
 
     tokens: int
@@ -106,6 +107,8 @@ class RolloutStats:
     peak_cache_bytes: int
     preemptions: int
     nan_rows: int
+    gather_bytes: int = 0
+    gather_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

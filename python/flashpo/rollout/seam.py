@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from flashpo._causal_lm import CausalLM, Unsupported, masks_windows
 from flashpo._ownership import ModelInUse as ModelInUse
 from flashpo._ownership import alone
+from flashpo.rollout.sharded import is_fsdp2_unit
 
 ATTENTION = "flashpo_decode"
 HARMLESS = ("position_ids", "cache_position")  # tensors that layers pass on, of no use to attention
@@ -152,9 +153,10 @@ class _Probe:
 def probe(model: nn.Module) -> list[Call]:
     """The calls of attention that one forward of two tokens makes, in order: facts, where a config invites guesses."""
     attention = _Probe()
-    backbone = CausalLM.of(model).backbone
-    tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(backbone.parameters()).device)
+    # FSDP2 learns from its first forward what its root is, and ends a group with the last of its modules
+    entered = model if any(map(is_fsdp2_unit, model.modules())) else CausalLM.of(model).backbone
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
     with rollout_mode(model), in_charge(attention):
         positions = torch.arange(2, device=tokens.device)[None]
-        backbone(input_ids=tokens, position_ids=positions, use_cache=False)
+        entered(input_ids=tokens, position_ids=positions, use_cache=False)
     return attention.calls

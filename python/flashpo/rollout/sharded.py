@@ -1,8 +1,11 @@
 """Whole weights in the place of FSDP2's shards for the length of a rollout, and which shardings we have no view of."""
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +13,20 @@ from torch import Tensor, nn
 Buffer = Callable[[nn.Module, str, Tensor, torch.dtype], Tensor]
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """Weights that sharding had to bring to this rank, and how long that took; nothing where no bytes were."""
+
+    size: int = 0  # bytes
+    seconds: float = 0.0
+
+    def __add__(self, other: "Gathered") -> "Gathered":
+        return Gathered(self.size + other.size, self.seconds + (other.seconds if other.size else 0.0))
+
+
 def why_no_view(model: nn.Module) -> str | None:
     """None where a rollout can compute with these parameters, gathered or as they are; else the reason."""
-    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if fsdp1 and any(isinstance(m, fsdp1.FullyShardedDataParallel) for m in model.modules()):
+    if any(wraps_in_fsdp1(module) for module in model.modules()):
         return "FSDP1 shards the weights: use FSDP2 (fsdp_version: 2 in accelerate's config)"
     for param in model.parameters():
         status = getattr(param, "ds_status", None)
@@ -21,12 +34,33 @@ def why_no_view(model: nn.Module) -> str | None:
             return "ZeRO-3 shards the weights: gather them first (TRL does so with ds3_gather_for_generation=True)"
         if param.device.type == "meta":
             return "weights are on the meta device (offloaded)"
-    states = list(_fsdp_states(model))
-    if any(len(state._modules) > 1 for state in states):
-        return "FSDP2 shards several modules as one group"
-    if not states and any(is_dtensor(param) for param in model.parameters()):
+    if not any(is_fsdp2_unit(module) for module in model.modules()) and any(
+        is_dtensor(param) for param in model.parameters()
+    ):
         return "weights are DTensors, but not of FSDP2 (tensor parallelism)"
     return None
+
+
+def meets(model: nn.Module) -> bool:
+    """Whether a forward of `model` has collectives, so that every rank has to make as many of them."""
+    wrapped = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel) or wraps_in_fsdp1(m))
+    return any(wrapped) or any(hasattr(p, "ds_id") or is_dtensor(p) for p in model.parameters())
+
+
+def wraps_in_fsdp1(module: nn.Module) -> bool:
+    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    return fsdp1 is not None and isinstance(module, fsdp1.FullyShardedDataParallel)
+
+
+def zero3_bytes(model: nn.Module) -> int:
+    """Of the weights that ZeRO-3 would have to gather now."""
+    params: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    return sum(p.ds_numel * p.dtype.itemsize for p in params if p.ds_status.name != "AVAILABLE")
+
+
+def is_fsdp2_unit(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
@@ -37,14 +71,17 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gathered(model: nn.Module, buffer: Buffer) -> Iterator[None]:
-    """FSDP2: every rank holds the whole weights, in the dtype that its policy computes in, and its hooks rest.
+def gathered(model: nn.Module, buffer: Buffer) -> Iterator[int]:
+    """FSDP2: every rank holds the whole weights, in the dtype that its policy computes in, and its hooks rest. Yields
+    how many bytes of weights it has gathered.
 
     A collective: all ranks have to enter. `buffer(module, name, value, dtype)` copies a value to where it may stay.
     """
     states = {module: state for state in _fsdp_states(model) for module in state._modules}
     whole: dict[int, Tensor] = {}
+    size = 0
     places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    generates = {m: vars(m)["generate"] for m in states if "generate" in vars(m)}
     hooks = [table for m in states for table in (m._forward_pre_hooks, m._forward_hooks)]
     before = [dict(table) for table in hooks]
     try:
@@ -54,14 +91,19 @@ def gathered(model: nn.Module, buffer: Buffer) -> Iterator[None]:
                     continue
                 if id(param) not in whole:  # tied ones once
                     value = param.detach().full_tensor()
+                    size += value.nbytes
                     whole[id(param)] = buffer(module, name, value, dtype or value.dtype)
                 places.append((module, name, param))
                 module._parameters[name] = whole[id(param)]
         for table in hooks:
-            for key in [key for key, hook in table.items() if getattr(hook, "__self__", None) in states.values()]:
+            for key in [key for key, hook in table.items() if _owner(hook) in states.values()]:
                 del table[key]
-        yield
+        for owner, generate in generates.items():
+            vars(owner)["generate"] = without_hooks(generate)
+        yield size
     finally:
+        for owner, generate in generates.items():
+            vars(owner)["generate"] = generate
         for module, name, param in places:
             module._parameters[name] = param
         for table, hooked in zip(hooks, before):
@@ -74,11 +116,22 @@ def is_dtensor(param: Tensor | None) -> bool:
     return tensor is not None and isinstance(param, tensor.DTensor)
 
 
+def without_hooks(method: Any) -> Any:
+    """A method as it was before `register_fsdp_forward_method` of FSDP2 wrapped it, as trainers wrap `generate`."""
+    while getattr(method, "__globals__", {}).get("__name__", "").startswith("torch.distributed.fsdp."):
+        method = method.__wrapped__
+    return method
+
+
+def _owner(hook: Callable) -> object:
+    """The state of FSDP2 that a hook belongs to; that of several modules wraps its methods."""
+    return getattr(inspect.unwrap(hook, stop=lambda f: hasattr(f, "__self__")), "__self__", None)
+
+
 def _fsdp_states(model: nn.Module) -> Iterator:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules():
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            yield module._get_fsdp_state()
+    units: list[Any] = [module for module in model.modules() if is_fsdp2_unit(module)]
+    for unit in units:
+        yield unit._get_fsdp_state()
 
 
 def _with_compute_dtype(module: nn.Module, states: dict, dtype: torch.dtype | None) -> Iterator[tuple]:

@@ -129,7 +129,9 @@ def _own_generate(model: nn.Module) -> str | None:
     """What is called in the place of transformers' `generate`: a method of the model's class, or set on an instance."""
     for module in layers_of_wrapping(model):
         kind: Any = type(module)
-        if "generate" in vars(module):
+        own = vars(module).get("generate")
+        inner = sharded.without_hooks(own)
+        if own is not None and (inner is own or getattr(inner, "__func__", None) is not kind.generate):
             return f"this {kind.__name__}"
         if getattr(kind, "generate", None) not in (None, GenerationMixin.generate) and not _is_peft(kind):
             return kind.__name__

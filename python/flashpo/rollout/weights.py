@@ -13,6 +13,7 @@ pages can cost more than packing does, and on CUDA everything does, so that grap
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from flashpo._peft import active_adapter, adapter_states, is_tuner_layer
 from flashpo.rollout import sharded
 from flashpo.rollout.adapters import is_plain_linear, lora_linear, vanilla_lora
 from flashpo.rollout.packed_linear import packed_linear
+from flashpo.rollout.sharded import Gathered
 
 Linear = Callable[[Tensor], Tensor]
 MODES, LORA = ("auto", "alias", "shadow"), ("auto", "live", "merged")
@@ -88,6 +90,7 @@ class WeightView:
         self._inside: contextlib.ExitStack | None = None
         self._forwards: dict[nn.Module, Linear] = {}
         self._sharded: list[Tensor] = []
+        self._gathered = Gathered()
         self._packed: dict[nn.Module, Tensor] = {}
         self._memory = HugePages()  # of what is packed
 
@@ -99,7 +102,9 @@ class WeightView:
         sharded.reshard(self.model)
         with contextlib.ExitStack() as inside:
             inside.enter_context(self._unchanged())
-            inside.enter_context(sharded.gathered(self.model, self._buffer))
+            begin = time.perf_counter()
+            size = inside.enter_context(sharded.gathered(self.model, self._buffer))
+            self._gathered += Gathered(size, time.perf_counter() - begin)
             if self.dtype is not None:  # without a cache, which would keep a step's copies in a CUDA graph
                 device = next(self.model.parameters()).device.type
                 inside.enter_context(torch.autocast(device, self.dtype, cache_enabled=False))
@@ -130,6 +135,11 @@ class WeightView:
                 yield
         finally:
             self._swap_adapters()
+
+    def take_gathered(self) -> Gathered:
+        """Of all entries since it was last taken."""
+        gathered, self._gathered = self._gathered, Gathered()
+        return gathered
 
     def fingerprint(self) -> tuple:
         """Changes with the place, dtype and version of every parameter, and with the adapters that answer.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flashpo.packing import pack, split_by_tokens
+from flashpo.packing import TokenTree, pack, split_by_tokens
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import packable, why_not_packable
+from flashpo.rollout import sharded
 from flashpo.trl._replaced import replaced
 from flashpo.trl._text_only import beside_text
 from flashpo.trl.sharing import Sharing, why_not_packed
@@ -88,7 +89,8 @@ class PackedScoring:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs and entropies of the last tokens of each row where `scored` (B, C), 0 elsewhere; auxiliary loss.
 
-        batch_size: as many rows, padded, TRL would take at once; here it is as many tokens, groups kept whole.
+        batch_size: as many rows, padded, TRL would take at once; here it is as many tokens, groups kept whole. Ranks
+            make different numbers of parts then, and where their forwards have to meet, all of them make as many.
         """
         options = {
             "temperature": self.trainer.temperature,
@@ -101,18 +103,35 @@ class PackedScoring:
             parts = [torch.arange(len(input_ids), device=input_ids.device)]
         else:
             parts = split_by_tokens(*batch, batch_size * input_ids.shape[1], prune=prune)
+        trees = [pack(*(x[rows] for x in batch), prune=prune) for rows in parts]
+        if batch_size is not None and sharded.meets(model):
+            trees += [_one_token(*batch, prune)] * (self._most_of_ranks(len(trees)) - len(trees))
         chunks = []
-        for rows in parts:
-            tree = pack(*(x[rows] for x in batch), prune=prune)
+        for tree in trees:
             with self.trainer.accelerator.autocast():
                 chunks.append(model(flashpo_tree=tree, **options))
-        order = torch.cat(parts).argsort()
+        order = torch.cat(
+            parts
+        ).argsort()  # which leaves the rows out that only met other ranks, not their gradient of 0
         logprob = torch.cat([chunk.stats.logprob for chunk in chunks])[order]
         entropy = torch.cat([chunk.stats.entropy for chunk in chunks])[order] if compute_entropy else None
         if all(hasattr(chunk, "state_values") for chunk in chunks):
             self._values = torch.cat([chunk.state_values for chunk in chunks])[order]
-        aux_loss = torch.stack([chunk.aux_loss for chunk in chunks]).mean() if compute_aux_loss else None
+        aux_loss = None
+        if compute_aux_loss:
+            aux_loss = torch.stack([chunk.aux_loss for chunk in chunks[: len(parts)]]).mean()
         return logprob, entropy, aux_loss
+
+    def _most_of_ranks(self, count: int) -> int:
+        accelerator = self.trainer.accelerator
+        return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+
+
+def _one_token(input_ids: Tensor, attention_mask: Tensor, scored: Tensor, prune: bool) -> TokenTree:
+    """One row with nothing to score."""
+    live = torch.zeros_like(attention_mask[:1])
+    live[:, -1] = 1
+    return pack(input_ids[:1], live, torch.zeros_like(scored[:1]), prune=prune)
 
 
 @contextlib.contextmanager

@@ -171,7 +171,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
                 -100,
                 any(name in outputs for name in OUTPUTS[1:]),
                 None,
-                lambda *params: utils.maybe_gather_lm_head_ctx(*params),  # ZeRO-3: backward gathers the head again
+                lambda: utils.maybe_gather_lm_head_ctx(weight, bias),  # ZeRO-3: backward gathers the head again
             )
             names = tuple(FIELDS[name] for name in outputs)
             return select(names, targets.shape, *results)  # TokenStats' fields are in TRL's order

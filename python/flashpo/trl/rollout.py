@@ -7,11 +7,13 @@ distinct one once. What it cannot do goes to TRL's own generation, with one warn
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from trl.extras.profiling import profiling_context
@@ -19,7 +21,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 from flashpo.ops.masked_quantile import masked_quantile
-from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
+from flashpo.rollout import RolloutEngine, Rollouts, RolloutStats, SamplingParams, sharded, support
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl._text_only import beside_text
@@ -89,15 +91,32 @@ class TrainerRollouts:
         self._said_uncorrected = True
 
     def _by_engine(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
+        sharded_bytes, begin = sharded.zero3_bytes(self.trainer.model), time.perf_counter()
         try:
-            self._check_turn(images, multimodal_fields)  # before weights are gathered
+            self._agreed(self._check_turn, images, multimodal_fields)  # before weights are gathered
             with self._model() as model:
-                rollouts = self._generate(model, prompt_ids)
+                gathered = sharded.Gathered(sharded_bytes, time.perf_counter() - begin)
+                params = self._agreed(self._prepare, model, prompt_ids)
+                rollouts = self._generate(prompt_ids, params)
         except Unsupported as reason:
             self._refuse(str(reason))
             return None
-        self._log(rollouts)
+        self._log(rollouts.stats, gathered)
         return rollouts
+
+    def _agreed(self, check: Callable, *arguments) -> Any:
+        """What `check` returns. Where a forward has collectives, all ranks raise Unsupported if it does on one of them:
+        ranks that generate in two ways, or score what others need not, would wait for each other."""
+        result, reason = None, ""
+        try:
+            result = check(*arguments)
+        except Unsupported as error:
+            reason = str(error)
+        if sharded.meets(self.trainer.model):
+            reason = next(filter(None, gather_object([reason])), "")
+        if reason:
+            raise Unsupported(reason)
+        return result
 
     @contextlib.contextmanager
     def _model(self) -> Iterator[PreTrainedModel]:
@@ -126,7 +145,8 @@ class TrainerRollouts:
         if found := beside_text(self.trainer.model, multimodal_fields or {}):
             raise Unsupported(f"the prompts have {', '.join(found)}")
 
-    def _generate(self, model, prompt_ids: list[list[int]]) -> Rollouts:
+    def _prepare(self, model, prompt_ids: list[list[int]]) -> SamplingParams:
+        """An engine that can answer these prompts, or Unsupported."""
         trainer = self.trainer
         params = sampling_params(model, trainer.generation_config)
         if self.engine is None:
@@ -145,6 +165,10 @@ class TrainerRollouts:
         longest = self.engine.support.longest
         if longest is not None and max(map(len, prompt_ids), default=0) + params.max_new_tokens > longest:
             raise Unsupported(f"a prompt with max_completion_length passes the {longest} positions of the model")
+        return params
+
+    def _generate(self, prompt_ids: list[list[int]], params: SamplingParams) -> Rollouts:
+        assert self.engine is not None
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, ids in enumerate(prompt_ids):
             rows_of.setdefault(tuple(ids), []).append(row)
@@ -182,12 +206,17 @@ class TrainerRollouts:
         old, pending.old = pending.old, None
         return old
 
-    def _log(self, rollouts: Rollouts) -> None:
-        metrics, stats = self.trainer._metrics[self.trainer._mode], rollouts.stats
+    def _log(self, stats: RolloutStats, gathered: sharded.Gathered) -> None:
+        """`gathered`: by TRL, around the engine."""
+        metrics = self.trainer._metrics[self.trainer._mode]
+        gathered += sharded.Gathered(stats.gather_bytes, stats.gather_seconds)
+        if gathered.size:
+            metrics["rollout/gather_bytes"].append(gathered.size)
+            metrics["rollout/gather_seconds"].append(gathered.seconds)
         metrics["rollout/tokens_per_second"].append(stats.tokens_per_second)
         metrics["rollout/prefill_tokens_saved"].append(stats.prefill_tokens_saved)
         metrics["rollout/cache_bytes"].append(stats.cache_bytes)
-        metrics["rollout/nan_completions"].append(rollouts.finish_reasons.count("nan"))
+        metrics["rollout/nan_completions"].append(stats.nan_rows)
 
 
 def _args(trainer) -> Any:

@@ -1,0 +1,172 @@
+"""Two gloo processes whose weights are sharded as users launch it: real DeepSpeed and accelerate's FSDP.
+
+The yardstick is a run of stock TRL under DDP, whose weights are whole and whose gradients torch reduces itself.
+"""
+
+import contextlib
+import importlib.util
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from two_processes import in_two_processes, needs_gloo
+
+pytest.importorskip("trl")
+import trl
+from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, train
+
+import flashpo.trl
+from flashpo.trl.rollout import Unsupported
+
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
+pytestmark = needs_gloo
+COMMON = dict(ddp_backend="gloo", max_steps=2, optim="sgd", learning_rate=0.05, max_grad_norm=1.0)
+OPTIONS = {
+    "SFT": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    "GRPO": dict(per_device_train_batch_size=4, num_generations=4, beta=0.04),
+}
+
+
+@contextlib.contextmanager
+def launched():
+    """accelerate has DeepSpeed and FSDP for GPUs alone: it is told of GPUs, which are the CPU."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    before, prepare = dict(os.environ), PartialState._prepare_backend
+    os.environ["ACCELERATE_TORCH_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        PartialState._prepare_backend = prepare
+        os.environ.clear()
+        os.environ.update(before)
+        unset_hf_deepspeed_config()  # else models of later trainers would be loaded sharded
+
+
+def zero(stage: int) -> dict:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled; there is gloo, too
+    # the threshold: else weights as small as these are never sharded
+    optimization = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config = dict(
+        zero_optimization=optimization, zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False,
+        train_micro_batch_size_per_gpu="auto", gradient_accumulation_steps="auto", train_batch_size="auto",
+    )  # fmt: skip
+    return dict(deepspeed=config)
+
+
+def fsdp2(**config) -> dict:
+    layers = {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    return dict(fsdp="full_shard auto_wrap", fsdp_config={"fsdp_version": 2} | layers | config)
+
+
+SHARDINGS = {
+    "zero2": lambda: zero(2),
+    "zero3": lambda: zero(3),
+    "fsdp2": lambda: fsdp2(reshard_after_forward=True),
+}
+
+
+def trained(name: str, package, **options) -> tuple[dict, dict]:
+    """Logs and whole weights after `max_steps`."""
+    trainer = make_trainer(name, package, **COMMON, **OPTIONS[name], **options)
+    steps = train(trainer)
+    return [step.loss for step in steps], whole(trainer)
+
+
+def whole(trainer) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    if hasattr(next(model.parameters()), "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(model.parameters()):
+            return {n: p.detach().clone() for n, p in model.named_parameters()}
+    return {n: v.float().cpu() for n, v in trainer.accelerator.get_state_dict(trainer.model_wrapped).items()}
+
+
+def check_same_training(rank: int, folder: str, name: str, sharding: str) -> None:
+    losses, weights = trained(name, trl, model=folder, ddp_find_unused_parameters=False)
+    start = make_trainer(name, trl, model=folder, **COMMON, **OPTIONS[name]).model.state_dict()
+    with launched():
+        how = SHARDINGS[sharding]() | dict(use_cpu=False)
+        flashpo.stats(reset=True)
+        our_losses, ours = trained(name, flashpo.trl, model=folder, **how, **SAMPLED_BY_TRL.get(name, {}))
+    assert_ran("linear_logprob_partial", "linear_logprob_bwd", "tree_attention_fwd")
+    if rank == 0:
+        torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=1e-5)
+        for n, w in weights.items():
+            step = (w - start[n]).norm()
+            assert step > 0, f"{n} was not trained: nothing is compared"
+            assert (ours[n] - w).norm() <= 1e-3 * step, f"{n}: {(ours[n] - w).norm() / step}"
+
+
+def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
+    """What one rank finds against the engine, and how many parts its batch is scored in, holds for both."""
+    with launched():
+        how = SHARDINGS[sharding]() | dict(use_cpu=False)
+        options = COMMON | OPTIONS["GRPO"] | dict(old_logprobs="rollout", rollout_options={"check": False})
+        trainer = make_trainer("GRPO", flashpo.trl, model=folder, **options, **how)
+        rollouts, by_engine = trainer._rollouts, []
+        check = rollouts._prepare
+
+        def prepare(*args):
+            if rank == 1 and by_engine:  # in the second batch
+                raise Unsupported("its prompts are too long")
+            return check(*args)
+
+        rollouts._prepare = prepare
+        keep = trainer._generate_and_score_completions
+
+        def generate(inputs):
+            batch = keep(inputs)
+            by_engine.append(rollouts.generated)
+            return batch
+
+        trainer._generate_and_score_completions = generate
+        trainer.train()
+        assert by_engine == [True, False]
+        if rank == 0:
+            log = trainer.state.log_history[0]
+            assert log["rollout/gather_bytes"] == sum(
+                x.nbytes for x in load_file(f"{folder}/model.safetensors").values()
+            )
+            assert log["rollout/gather_seconds"] > 0
+            assert "rollout/gather_bytes" not in trainer.state.log_history[1]
+
+        ids = torch.arange(5, 29).view(4, 6)
+        ids = ids if rank else ids[:1].expand(4, 6).contiguous()
+        mask, forwards = torch.ones_like(ids), []
+        scored = mask[:, -5:]
+        hook = trainer.model.get_input_embeddings().register_forward_hook(lambda *args: forwards.append(len(args[1])))
+        for graph in (torch.no_grad, torch.enable_grad):
+            with graph():
+                whole_batch = trainer._packed.score(trainer.model, ids, mask, scored)[0]
+                forwards.clear()
+                parts = trainer._packed.score(trainer.model, ids, mask, scored, batch_size=1)[0]
+            assert len(forwards) == 4
+            torch.testing.assert_close(parts, whole_batch, rtol=1e-4, atol=1e-5)
+        hook.remove()
+        trainer.accelerator.backward(parts.sum())
+
+
+def test_fsdp2():
+    folder = model_path()
+    same = [(check_same_training, folder, name, "fsdp2") for name in OPTIONS]
+    in_two_processes(*same, (check_ranks_meet, folder, "fsdp2"))
+
+
+@needs_deepspeed
+def test_zero2():
+    in_two_processes((check_same_training, model_path(), "SFT", "zero2"))
+
+
+@needs_deepspeed
+def test_zero3():
+    folder = model_path()
+    same = [(check_same_training, folder, name, "zero3") for name in OPTIONS]
+    in_two_processes(*same, (check_ranks_meet, folder, "zero3"))
