@@ -112,6 +112,10 @@ def test_a_family_without_a_small_form_has_the_twin_of_its_text(monkeypatch):
     assert type(small_twin(model.model)) is transformers.InternVLModel
 
 
-def test_layers_that_are_no_attention_are_the_reason():
-    reason = packable(tiny_multimodal("qwen3_5")).reason
-    assert reason == "qwen3_5: it has layers of linear_attention"
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm2_vl"])
+def test_hybrids(family):
+    model = tiny_multimodal(family)
+    assert packable(model, check=True) == (True, "")
+    prompts = [[5, 6, 7], list(range(40))]
+    rollouts = RolloutEngine(model, fallback="error").generate(prompts, SamplingParams(n=2, max_new_tokens=5))
+    assert rollouts.stats.prefill_tokens == 43
