@@ -43,6 +43,17 @@ WORKLOADS = {
         Workload("nothing shared, no padding", 8, 1, 1024, 512, ragged=False),
     ],
 }
+HYBRID = dict(  # Qwen3.5's layers, 35M parameters
+    hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+    head_dim=64, vocab_size=16384, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=64,
+    linear_value_head_dim=64, layer_types=[*["linear_attention"] * 3, "full_attention"] * 2,
+    pad_token_id=0, bos_token_id=1, eos_token_id=1,
+)  # fmt: skip
+HYBRID_WORKLOADS = [
+    Workload("prompt 256", 1, 8, 256, 64),
+    Workload("prompt 1024", 1, 8, 1024, 64),
+    Workload("nothing shared, no padding", 8, 1, 256, 64, ragged=False),
+]
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
@@ -79,13 +90,15 @@ class Samples:
         (log_probs(model) * self.upstream).sum().backward()
 
 
-def make_models(device: Device, dtype: torch.dtype) -> tuple:
+def make_models(device: Device, dtype: torch.dtype, hybrid: bool = False) -> tuple:
     """One for FlashPO, which changes its attention and its norms for good, and the same for TRL."""
     import transformers
     from trl.trainer.utils import add_fused_lm_head
 
     peaked = {} if device.cuda else {"initializer_range": 0.1}
-    config = transformers.Qwen3Config(**SHAPES[USUAL[device.name]], **peaked, tie_word_embeddings=True, dtype=dtype)
+    kind = transformers.Qwen3_5TextConfig if hybrid else transformers.Qwen3Config
+    shape = HYBRID if hybrid else SHAPES[USUAL[device.name]]
+    config = kind(**shape, **peaked, tie_word_embeddings=True, dtype=dtype)
     with torch.device(device.name):
         model = transformers.AutoModelForCausalLM.from_config(config)
     if device.cuda:  # as TRL does by default; without, its padded pass does not fit
@@ -163,6 +176,10 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
             f"training pass, {workloads[0].title}, with Liger's layers",
             partial(ligers_layers, device, workloads[0], models),
         )
+    if not quick:
+        models = make_models(device, first, hybrid=True)
+        for workload in HYBRID_WORKLOADS:
+            yield f"training pass of a hybrid, {workload.title}", partial(table, device, workload, models, with_peers)
 
 
 def ligers_layers(device: Device, workload: Workload, models: tuple) -> list[dict]:

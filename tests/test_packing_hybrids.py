@@ -165,6 +165,17 @@ def test_bfloat16(family):
 
 
 @pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_autocast(family):
+    """TRL's default precision."""
+    model, b = make(family), long_batch()
+    exact = alone(model, b, TEMPERATURE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packable(model, check=True) == (True, "")
+        ours, stock = packed(model, b, TEMPERATURE), padded(model, b, TEMPERATURE)
+    assert_as_accurate(ours[0], exact[0], stock[0])
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_without_a_tree_a_family_is_what_it_was(family):
     model, b = make(family), long_batch()
     before = padded(model, b, TEMPERATURE)[0], model.generate(b.input_ids[:1, -5:], max_new_tokens=6, do_sample=False)

@@ -124,6 +124,15 @@ def test_sums_are_fp32(dtype):
     assert_as_accurate(ours, exact, baseline)
 
 
+def test_autocast_changes_nothing():
+    tree = make_tree()
+    inputs = make_inputs(len(tree.tokens), torch.float32)
+    expected, _ = tree_recurrence(*inputs, lineage_of(tree), scale=SCALE)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = tree_recurrence(*inputs, lineage_of(tree), scale=SCALE)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_convolution(width, bias):

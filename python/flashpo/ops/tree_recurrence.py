@@ -67,6 +67,13 @@ def tree_recurrence(
 
     Sums, states and exponentials are in fp32 or wider.
     """
+    with torch.autocast(v.device.type, enabled=False):  # it would round the products, as it rounds those of layers
+        return _tree_recurrence(q, k, v, decay, beta, lineage, scale, ends)
+
+
+def _tree_recurrence(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, lineage: Lineage, scale: float, ends: bool
+) -> tuple[Tensor, Tensor | None]:
     per_feature = decay.dim() == 3
     chunks = lineage.chunks(CHUNK_PER_FEATURE if per_feature else CHUNK)
     dtype, heads = wide_dtype(v.dtype), v.shape[1]
