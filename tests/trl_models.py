@@ -77,6 +77,11 @@ CONFIGS = {
 }  # fmt: skip
 HYBRIDS = ("qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h", "kimi_linear")
 CONFIGS |= {family: functools.partial(tiny_config, family, initializer_range=0.1) for family in HYBRIDS}
+CONFIGS["qwen3_5"] = lambda: transformers.Qwen3_5Config(
+    text_config=CONFIGS["qwen3_5_text"]().to_dict() | {"rope_parameters": MROPE},
+    vision_config={**TOWER, "depth": 2, "out_hidden_size": 32, "num_heads": 2},
+    image_token_id=VOCAB - 1, architectures=["Qwen3_5ForConditionalGeneration"],
+)  # fmt: skip
 
 
 @functools.cache
