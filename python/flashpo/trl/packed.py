@@ -110,9 +110,7 @@ class PackedScoring:
         for tree in trees:
             with self.trainer.accelerator.autocast():
                 chunks.append(model(flashpo_tree=tree, **options))
-        order = torch.cat(
-            parts
-        ).argsort()  # which leaves the rows out that only met other ranks, not their gradient of 0
+        order = torch.cat(parts).argsort()  # leaves out what only met other ranks, but not its gradient of 0
         logprob = torch.cat([chunk.stats.logprob for chunk in chunks])[order]
         entropy = torch.cat([chunk.stats.entropy for chunk in chunks])[order] if compute_entropy else None
         if all(hasattr(chunk, "state_values") for chunk in chunks):
