@@ -62,7 +62,9 @@ def picture(shade: int) -> Image.Image:
     return Image.new("RGB", (16, 16), (shade, 2 * shade, 255 - shade))
 
 
-@pytest.mark.parametrize(("name", "model"), [("KTO", "gemma3"), ("RLOO", "qwen3_vl"), ("SFT", "qwen3_5"), ("GRPO", "qwen3_5")])
+@pytest.mark.parametrize(
+    ("name", "model"), [("KTO", "gemma3"), ("RLOO", "qwen3_vl"), ("SFT", "qwen3_5"), ("GRPO", "qwen3_5")]
+)
 def test_text_trains_on_trees(name, model):
     assert_same_training(name, model=model)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashpo._causal_lm import CausalLM
+from flashpo._causal_lm import layers_of_wrapping
 from flashpo._ownership import alone
 
 log = logging.getLogger("flashpo")
@@ -63,7 +63,7 @@ def _why_not_under(model: nn.Module, names: Iterable[str], training: bool) -> st
 
 def _why_not(model: nn.Module, training: bool) -> str:
     wrapper: Any = peft_model(model)
-    if wrapper is not None and (what := _outside(wrapper, CausalLM.of(model).base)):
+    if wrapper is not None and (what := _outside(wrapper, list(layers_of_wrapping(model))[-1])):
         kind = wrapper.peft_config[wrapper.active_adapter].peft_type
         return f"PEFT's {getattr(kind, 'value', kind)} acts outside of the model's layers: {what}"
     layers: list[Any] = [layer for layer in model.modules() if is_tuner_layer(layer)]
@@ -150,7 +150,7 @@ def _outside(wrapper: Any, base: Any) -> str:
     seen: list[str] = []
 
     def stand_in(*args: Any, **given: Any) -> None:
-        given = {name: x for name, x in given.items() if x is not None}
+        given = {name: x for name, x in given.items() if x is not None and name != "return_dict"}  # of the output
         given |= {f"argument {i}": x for i, x in enumerate(args)}
         if given.pop("input_ids", None) is not ids or given:
             seen.append(f"it gives the model {', '.join(sorted(given)) or 'other tokens'}")

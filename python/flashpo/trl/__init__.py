@@ -10,10 +10,10 @@ from flashpo.trl.patch import patch, patched, unpatch
 from flashpo.trl.verify import VerificationError, verify
 
 _MODULES = {  # where the classes are
-    **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer"), "trainers"),
+    **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer"), "trainers"),
     "GRPOTrainer": "grpo",
     "RLOOTrainer": "rloo",
-    **dict.fromkeys(("SFTConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig"), "config"),
+    **dict.fromkeys(("SFTConfig", "DPOConfig", "KTOConfig", "RewardConfig", "GRPOConfig", "RLOOConfig"), "config"),
     "PPOTrainer": "ppo",
     "PPOConfig": "ppo_config",
 }

@@ -81,12 +81,14 @@ _SCORES = {"_get_per_token_logps_and_entropies": "logps entropies aux_loss"}
 _POLICY_ATTRIBUTES = (
     "_metrics _logs _step _buffered_inputs _dist _tokenizer generation_config generation_kwargs reward_weights "
     "num_generations num_generations_eval temperature pad_to_multiple_of aux_loss_enabled router_aux_loss_coef "
-    "epsilon_low epsilon_high beta ref_model max_completion_length use_vllm use_transformers_continuous_batching"
+    "epsilon_low epsilon_high beta ref_model max_completion_length use_vllm use_transformers_continuous_batching "
+    "reward_funcs reward_func_names"
 )
 TRAINERS = {
     "SFTTrainer": _LABELLED,
     "DPOTrainer": _WITH_REFERENCE,
     "KTOTrainer": _WITH_REFERENCE,
+    "RewardTrainer": Seams(methods=_LABELLED.methods, attributes="_metrics"),
     "GRPOTrainer": Seams(
         methods=_POLICY_METHODS
         | {

@@ -225,3 +225,8 @@ class DPOConfig(SharingOptions, trl.DPOConfig):
 @dataclass
 class KTOConfig(SharingOptions, trl.KTOConfig):
     """`trl.KTOConfig` and:"""
+
+
+@dataclass
+class RewardConfig(SharingOptions, trl.RewardConfig):
+    """`trl.RewardConfig` and:"""

@@ -26,6 +26,7 @@ from flashpo.trl._pending import Pending
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
+from flashpo.trl.reward_models import RewardModels
 from flashpo.trl.rollout import MISMATCH, TrainerRollouts, merged, mismatch, mismatch_metrics
 from flashpo.trl.trainers import Accelerated, overridden
 
@@ -75,6 +76,10 @@ class PolicyTrainer(Accelerated, Base):
     @functools.cached_property
     def _keep_trls(self) -> Fallback:
         return Fallback("FlashPO leaves {reason}.")
+
+    @functools.cached_property
+    def _reward_models(self) -> RewardModels:
+        return RewardModels(self)
 
     # loss
 
@@ -314,6 +319,7 @@ class PolicyTrainer(Accelerated, Base):
         scored: list[Tensor] = []  # by the policy, then by the reference
         self._rollouts.forget_turns()
         self._rollouts.take_old()
+        self._reward_models.share_prompts()
         with (
             _seen(self, "_calculate_rewards", rewards.append),
             _seen(self, "_get_per_token_logps_and_entropies", lambda result: scored.append(result[0])),

@@ -4,7 +4,7 @@ import importlib
 import sys
 from types import ModuleType
 
-TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
 handed_out: set[str] = set()  # the names that the script has asked for
 
 

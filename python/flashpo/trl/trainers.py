@@ -7,10 +7,16 @@ import contextlib
 from collections.abc import Iterator
 
 import transformers
-from trl.trainer import dpo_trainer, kto_trainer, sft_trainer  # not trl's names: `flashpo run` replaces them
+from trl.trainer import (  # not trl's names: `flashpo run` replaces them
+    dpo_trainer,
+    kto_trainer,
+    reward_trainer,
+    sft_trainer,
+)
 
 from flashpo.trl._host import check_trainer
 from flashpo.trl.patch import patched
+from flashpo.trl.reward_models import run_on_trees
 from flashpo.trl.sharing import Sharing
 from flashpo.trl.tree_head import heads_take_trees
 
@@ -96,6 +102,27 @@ class KTOTrainer(PackedWithReference, kto_trainer.KTOTrainer):
     """TRL's KTOTrainer, every distinct token of a batch once; `flashpo.trl.KTOConfig` has the option."""
 
     _trl_class = kto_trainer.KTOTrainer
+
+
+class RewardTrainer(Accelerated, reward_trainer.RewardTrainer):
+    """TRL's RewardTrainer, the prompt of a pair once; `flashpo.trl.RewardConfig` has the option."""
+
+    _trl_class = reward_trainer.RewardTrainer
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sharing, self._tried = Sharing(self.args), False
+        if self._has_whole_models:
+            self._try_out()
+
+    def compute_loss(self, *args, **kwargs):
+        self._try_out()
+        return super().compute_loss(*args, **kwargs)
+
+    def _try_out(self) -> None:
+        if not self._tried and self._sharing.mode is not False:
+            run_on_trees(self.accelerator, self.model, self._sharing.allowed)
+        self._tried = True
 
 
 @contextlib.contextmanager

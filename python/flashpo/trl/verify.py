@@ -86,7 +86,7 @@ def verify(trainer, steps: int = 2) -> Report:
     iterable dataset that cannot be read twice are outside of its reach.) With several processes each checks its own.
 
     Args:
-        trainer: an SFT, DPO, KTO, GRPO or RLOO trainer, TRL's or ours.
+        trainer: an SFT, DPO, KTO, Reward, GRPO or RLOO trainer, TRL's or ours.
         steps: how many optimisation steps, each of `gradient_accumulation_steps` micro-batches.
 
     Returns:

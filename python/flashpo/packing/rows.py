@@ -1,0 +1,68 @@
+"""Padded rows answered by way of their token tree, for models that read hidden states: rewards, classifiers.
+
+Such a model calls its backbone on padded rows and reads the state of each row's last token. Its backbone runs the tree
+in their place and lays its states out as the rows lie, zeros on padding, so that whatever reads them stays as it is.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from flashpo.packing.inputs import inputs
+from flashpo.packing.scoring import accept_trees
+from flashpo.packing.tree import TokenTree, pack
+
+NEUTRAL = ("use_cache", "margin")  # TRL's RewardTrainer hands its column on
+
+
+def take_rows(backbone: nn.Module, allowed: Callable[[str], bool]) -> None:
+    """Let `backbone`, for which token trees are right, run padded batches on them; for good.
+
+    Args:
+        allowed: whether a batch may run so, asked with what is against it, "" where nothing is.
+    """
+    accept_trees(backbone, head=False)
+    padded: Any = backbone.forward.__func__  # type: ignore[attr-defined]
+    known = inspect.signature(padded).parameters
+
+    @functools.wraps(padded)
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **given):
+        asked = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        tree = _tree_of(input_ids, attention_mask, given, known, allowed) if asked else None
+        if tree is None:
+            return padded(self, input_ids, attention_mask=attention_mask, **given)
+        states = padded(self, **inputs(tree, self), use_cache=False).last_hidden_state[0]
+        return BaseModelOutputWithPast(last_hidden_state=F.pad(states, (0, 0, 0, 1))[tree.flat])  # -1: the zeros
+
+    backbone.forward = types.MethodType(forward, backbone)
+
+
+@torch.compiler.disable  # it reads the batch on the host
+def _tree_of(input_ids: Any, attention_mask: Any, given: dict, known: Any, allowed: Callable) -> TokenTree | None:
+    """None: the rows are to be padded."""
+    beside = [name for name, x in given.items() if x is not None and x is not False and name not in NEUTRAL]
+    reason = next((f"the batch has {name}" for name in beside if name in known or not _all_zero(given[name])), "")
+    if input_ids is None:
+        reason = "the batch has no input_ids"
+    if reason or not allowed(""):
+        allowed(reason)
+        return None
+    try:
+        if not attention_mask[:, 0].all():
+            raise ValueError("rows are padded on the left, so that the model's positions may count the padding")
+        return pack(input_ids, attention_mask, torch.zeros_like(attention_mask[:, :1]), prune=False)
+    except (TypeError, ValueError) as error:
+        allowed(str(error))
+        return None
+
+
+def _all_zero(x: Any) -> bool:
+    """Types of tokens, say, that the backbone does not know."""
+    return isinstance(x, Tensor) and not x.any()

@@ -1,0 +1,59 @@
+"""Models that judge whole rows, on token trees: that of TRL's RewardTrainer, and reward models of GRPO and RLOO."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from flashpo._causal_lm import layers_of_wrapping
+from flashpo._peft import why_not_trained_by_layers
+from flashpo.packing.rows import take_rows
+from flashpo.trl._fallback import Fallback
+from flashpo.trl.patch import active
+from flashpo.trl.sharing import Sharing, why_not_packed
+
+
+def run_on_trees(accelerator: Accelerator, model: Any, allowed: Callable[[str], bool]) -> None:
+    """Let a model of transformers with a head on its hidden states run its batches on trees where it can.
+
+    Every rank has to ask, before the model first runs.
+
+    Args:
+        allowed: told what is against it, "" where nothing is; and asked for every batch that runs under `patched()`.
+    """
+    *_, base = layers_of_wrapping(model)
+    backbone: Any = base.base_model
+    with accelerator.autocast():
+        reason = why_not_trained_by_layers(model) or ("it has no backbone" if backbone is base else "")
+        reason = reason or why_not_packed(backbone, head=False)
+    if allowed(reason):
+        take_rows(backbone, lambda reason: active() and allowed(reason))
+
+
+class RewardModels:
+    """The models among a trainer's `reward_funcs`."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._tried = Sharing(trainer.args).mode is False
+
+    def share_prompts(self) -> None:
+        """From now on they judge the completions of a prompt on one tree. Later calls do nothing."""
+        if self._tried:
+            return
+        self._tried = True
+        for model, name in zip(self.trainer.reward_funcs, self.trainer.reward_func_names):
+            if isinstance(model, nn.Module):
+                run_on_trees(self.trainer.accelerator, model, _allowed_for(name))
+
+
+def _allowed_for(name: str) -> Callable[[str], bool]:
+    refuse = Fallback(f"FlashPO runs the reward model {name} on padded rows: {{reason}}.")
+
+    def allowed(reason: str) -> bool:
+        if reason:
+            refuse(reason)
+        return not reason
+
+    return allowed
