@@ -124,8 +124,8 @@ def _gaps(decay: Tensor) -> Tensor:
     would be those of large numbers.
     """
     i = torch.arange(decay.shape[2], device=decay.device)
-    between = (i[None, :, None] < i) & (i <= i[:, None, None])  # (i, j, t)
-    return (between.to(decay.dtype).flatten(0, 1) @ decay).unflatten(2, (len(i), len(i)))
+    between = ((i[None, :, None] < i) & (i <= i[:, None, None])).to(decay.dtype)  # (i, j, t)
+    return (decay.mT @ between.flatten(0, 1).T).mT.unflatten(2, (len(i), len(i)))
 
 
 def _states(terms: Terms, before: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
