@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from flashpo._causal_lm import CausalLM, text_model
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.token_stats import TokenStats
-from flashpo.packing.head import gathering, parameters
 from flashpo.packing.tree import TokenTree
 
 
@@ -117,6 +116,7 @@ def forward_here(
 ) -> TreeScores:
     """For code that already is inside of the wrapped model's forward; `model` is prepared."""
     from flashpo.packing.attention import install, installed
+    from flashpo.packing.head import gathering, parameters
     from flashpo.packing.inputs import inputs
 
     if aux_loss and tree.pruned:

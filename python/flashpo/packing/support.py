@@ -9,7 +9,6 @@ from torch import nn
 
 from flashpo._causal_lm import ALONE, CACHED, STATEFUL, CausalLM, Unsupported, text_model
 from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
-from flashpo.rollout.sharded import wraps_in_fsdp1
 
 
 class Packable(NamedTuple):
@@ -48,6 +47,8 @@ def check_packable(model: nn.Module) -> None:
 
 
 def _head(head: Any) -> Iterator[str]:
+    from flashpo.rollout.sharded import wraps_in_fsdp1  # which imports transformers
+
     if is_tuner_layer(head):
         yield "there is an adapter on the language model head, which a fused head does not apply"
     elif wraps_in_fsdp1(head):
