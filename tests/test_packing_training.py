@@ -201,8 +201,8 @@ REFUSED = {  # family -> (overrides of its tiny configuration, part of the reaso
     "bert": ({}, "not causal"),
     "bloom": ({}, "interface"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "bidirectional"),
-    "mamba": ({}, "linear_attention"),
-    "qwen3_next": ({}, "linear_attention"),
+    "mamba": ({}, "interface"),
+    "jamba": ({}, "linear_attention"),
 }
 
 
@@ -221,7 +221,7 @@ def test_refused_by_name(family):
 def test_refused_convolution():
     model = make("llama")
     model.model.layers[0].mix = torch.nn.Conv1d(32, 32, 3)
-    assert packable(model).reason == "llama: it has convolutions over its tokens"
+    assert packable(model).reason == "llama: LlamaDecoderLayer has convolutions over its tokens"
 
 
 def test_refused_adapters():

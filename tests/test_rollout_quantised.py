@@ -155,7 +155,7 @@ def test_libraries(layer, atol, lora):
 def test_adapters_on_a_quantised_base_are_trained_on_its_rollouts(layer, monkeypatch):
     """QLoRA through the trainer, over several steps."""
     model = quantised_model(layer, head=False)
-    monkeypatch.setattr(trl_models.AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    monkeypatch.setattr(trl_models, "load", lambda *args, **options: model)
     adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     options = dict(max_steps=3, learning_rate=1e-2, rollout="engine", peft_config=adapters)
     trainer = trl_models.make_trainer("GRPO", flashpo.trl, **options)

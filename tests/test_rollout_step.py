@@ -67,7 +67,7 @@ def test_states_need_nothing_from_the_host(family):
     config = step.parts.base.config.get_text_config()
     with mode, rollout_mode(step.parts.base):
         states = States(config, [None])
-        prefill(step.parts, step.cache, [Piece([1, 2, 3], [Run([1], 3)])], states)
+        prefill(step.parts, step.cache, [Piece([1, 2, 3], [Run([1], 3)])], states=states)
         step.states = States(config, [states.take(0)] * 4)
         step()
         step()

@@ -12,8 +12,7 @@ import torch
 pytest.importorskip("trl")
 import trl
 import trl.trainer.utils as utils
-from transformers import AutoModelForCausalLM
-from trl_models import CONFIGS, VOCAB, assert_ran, model_path
+from trl_models import CONFIGS, VOCAB, assert_ran, load
 
 import flashpo
 import flashpo.trl
@@ -291,7 +290,7 @@ def test_flashpo_does_not_import_trl():
 
 
 def fused(kind: str, outputs=("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"), **options):
-    model = AutoModelForCausalLM.from_pretrained(model_path(kind))
+    model = load(kind)
     utils.add_fused_lm_head(model, outputs=outputs, **options)
     return model
 

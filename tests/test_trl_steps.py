@@ -73,7 +73,7 @@ def test_rloo(beta):
     assert_same_training("RLOO", beta=beta, **RL)
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS.keys() - {"qwen3"}))
+@pytest.mark.parametrize("kind", sorted(CONFIGS.keys() - {"qwen3", "granitemoehybrid"}))
 def test_heads(kind):
     """Tied, soft-capped, scaled up and down, biased, and a mixture of experts with its auxiliary loss."""
     assert_same_training("DPO", model=kind)

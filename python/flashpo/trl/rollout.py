@@ -21,7 +21,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 from flashpo.ops.masked_quantile import masked_quantile
-from flashpo.rollout import RolloutEngine, Rollouts, RolloutStats, SamplingParams, sharded, support
+from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, sharded, support
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl._text_only import beside_text
@@ -101,7 +101,7 @@ class TrainerRollouts:
         except Unsupported as reason:
             self._refuse(str(reason))
             return None
-        self._log(rollouts.stats, gathered)
+        self._log(rollouts, gathered)
         return rollouts
 
     def _agreed(self, check: Callable, *arguments) -> Any:
@@ -206,9 +206,9 @@ class TrainerRollouts:
         old, pending.old = pending.old, None
         return old
 
-    def _log(self, stats: RolloutStats, gathered: sharded.Gathered) -> None:
+    def _log(self, rollouts: Rollouts, gathered: sharded.Gathered) -> None:
         """`gathered`: by TRL, around the engine."""
-        metrics = self.trainer._metrics[self.trainer._mode]
+        metrics, stats = self.trainer._metrics[self.trainer._mode], rollouts.stats
         gathered += sharded.Gathered(stats.gather_bytes, stats.gather_seconds)
         if gathered.size:
             metrics["rollout/gather_bytes"].append(gathered.size)
@@ -216,7 +216,7 @@ class TrainerRollouts:
         metrics["rollout/tokens_per_second"].append(stats.tokens_per_second)
         metrics["rollout/prefill_tokens_saved"].append(stats.prefill_tokens_saved)
         metrics["rollout/cache_bytes"].append(stats.cache_bytes)
-        metrics["rollout/nan_completions"].append(stats.nan_rows)
+        metrics["rollout/nan_completions"].append(rollouts.finish_reasons.count("nan"))
 
 
 def _args(trainer) -> Any:
