@@ -116,6 +116,7 @@ def test_a_row_of_nan_is_counted_and_trains_nothing(monkeypatch):
         return rollouts
 
     trainer = make_trainer("GRPO", flashpo.trl, max_steps=2)
+    assert RolloutEngine(trainer.model).why_not() is None  # the self-check runs engines, too: before they are spoiled
     monkeypatch.setattr(RolloutEngine, "generate", spoiled)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
