@@ -87,8 +87,9 @@ def _convolution(
 ) -> Tensor:
     x = hidden_states[0].T
     out = tree_conv(x.to(weight.dtype), weight, bias, lineage)
-    if lineage.kept is not None:
-        last = torch.cat([lineage.ends()[None], lineage.ancestors(weight.shape[1])[:-1, lineage.ends()]])
+    if lineage.keeps:
+        ends = lineage.ends()
+        last = torch.cat([ends[None], lineage.ancestors(weight.shape[1] - 1)[:, ends]])
         lineage.keep("conv", F.pad(x, (0, 0, 0, 1))[last.flip(0)].permute(1, 2, 0))
     if activation is not None:
         out = ACT2FN[activation](out)
@@ -109,7 +110,7 @@ def _delta_rule(
     q, k, v, decay, beta = (x.squeeze(0).float() for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
-    out, ends = tree_recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.kept is not None)
+    out, ends = tree_recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.keeps)
     lineage.keep("recurrent", ends)
     return out.to(query.dtype)[None], None
 
@@ -135,7 +136,7 @@ def _mamba2(
         dt = F.softplus(dt)
     dt = dt.clamp(*dt_limit).squeeze(0).float()
     x, k, q = (x.squeeze(0).float() for x in (hidden_states, B, C))
-    out, ends = tree_recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.kept is not None)
+    out, ends = tree_recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.keeps)
     lineage.keep("recurrent", None if ends is None else ends.mT)  # (Dv, Dk) is what Mamba-2 keeps
     return (out if D is None else out + D[:, None] * x)[None]
 

@@ -47,8 +47,12 @@ class Lineage:
         """(S,) int64: each segment's last token."""
         return torch.tensor(self.stop, device="cpu").to(self.device) - 1
 
+    @property
+    def keeps(self) -> bool:
+        return self.kept is not None
+
     def keep(self, kind: str, states: Tensor | None) -> None:
-        """(S, ...): of a layer."""
+        """(S, ...): of a layer; None where nothing is kept."""
         if self.kept is not None and states is not None:
             self.kept.setdefault(kind, []).append(states)
 
@@ -61,7 +65,7 @@ class Lineage:
         found = [before[:-1]]
         while len(found) < count:
             found.append(before[found[-1]])
-        return torch.stack(found[:count]).to(self.device)
+        return torch.stack(found)[:count].to(self.device)
 
     def _chunks(self, size: int) -> Chunks:
         depths: list[list[tuple[int, int, int]]] = []  # of each depth its chunks: begin, end, place of the one before

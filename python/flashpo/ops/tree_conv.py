@@ -24,6 +24,6 @@ def tree_conv(x: Tensor, weight: Tensor, bias: Tensor | None, lineage: Lineage) 
     *older, newest = weight.to(dtype).unbind(1)
     out = x * newest if bias is None else x * newest + bias
     padded = F.pad(x, (0, 0, 0, 1))
-    for w, ancestor in zip(reversed(older), lineage.ancestors(len(older)) if older else ()):
+    for w, ancestor in zip(reversed(older), lineage.ancestors(len(older))):
         out = out + padded[ancestor] * w
     return out.to(x.dtype)

@@ -47,20 +47,24 @@ def take_rows(backbone: nn.Module, allowed: Callable[[str], bool]) -> None:
 @torch.compiler.disable  # it reads the batch on the host
 def _tree_of(input_ids: Any, attention_mask: Any, given: dict, known: Any, allowed: Callable) -> TokenTree | None:
     """None: the rows are to be padded."""
-    beside = [name for name, x in given.items() if x is not None and x is not False and name not in NEUTRAL]
-    reason = next((f"the batch has {name}" for name in beside if name in known or not _all_zero(given[name])), "")
-    if input_ids is None:
-        reason = "the batch has no input_ids"
-    if reason or not allowed(""):
-        allowed(reason)
+    if not allowed(""):
         return None
     try:
-        if not attention_mask[:, 0].all():
-            raise ValueError("rows are padded on the left, so that the model's positions may count the padding")
-        return pack(input_ids, attention_mask, torch.zeros_like(attention_mask[:, :1]), prune=False)
+        return _pack(input_ids, attention_mask, given, known)
     except (TypeError, ValueError) as error:
         allowed(str(error))
         return None
+
+
+def _pack(input_ids: Any, attention_mask: Any, given: dict, known: Any) -> TokenTree:
+    if input_ids is None:
+        raise ValueError("the batch has no input_ids")
+    for name, x in given.items():
+        if x is not None and x is not False and name not in NEUTRAL and (name in known or not _all_zero(x)):
+            raise ValueError(f"the batch has {name}")
+    if not attention_mask[:, 0].all():
+        raise ValueError("rows are padded on the left, so that the model's positions may count the padding")
+    return pack(input_ids, attention_mask, torch.zeros_like(attention_mask[:, :1]), prune=False)
 
 
 def _all_zero(x: Any) -> bool:
