@@ -20,7 +20,7 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from flashpo._causal_lm import CausalLM
-from flashpo._peft import is_tuner_layer
+from flashpo._hosts.peft import is_tuner_layer
 from flashpo.bench.tiny_models import tiny_model
 from flashpo.packing import pack, packable, score
 from flashpo.rollout import RolloutEngine, SamplingParams, support

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraModel
 
-from flashpo import _peft
+from flashpo._hosts import peft as _peft
 from flashpo.bench import adapters, models
 from flashpo.bench.tiny_models import tiny_model
 from flashpo.packing import packable

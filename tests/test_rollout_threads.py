@@ -8,7 +8,7 @@ import pytest
 import torch
 from rollout_models import FAMILIES, prompts
 
-from flashpo import _peft
+from flashpo._hosts import peft as _peft
 from flashpo.packing import packable
 from flashpo.rollout import RolloutEngine, SamplingParams, parity, support
 from flashpo.rollout.runner import Step

@@ -10,14 +10,12 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-import trl
 import trl.trainer.utils as utils
 from trl_models import CONFIGS, VOCAB, assert_ran, load
 
 import flashpo
 import flashpo.trl
-from flashpo.trl import PatchError, _host, patch, patched, unpatch
-from flashpo.trl._host import check, check_trainer
+from flashpo.trl import patch, patched, unpatch
 from flashpo.trl._replaced import replaced
 from flashpo.trl.patch import stock
 from flashpo.trl.verify import tolerance_for
@@ -193,92 +191,6 @@ def test_who_replaces_ours_keeps_that():
         assert module.function() == "theirs before ours before original"
     assert module.function is theirs
     assert module.function() == "theirs before original"
-
-
-def test_a_changed_signature_is_refused_by_name_and_version():
-    fake = types.ModuleType("trl.trainer.utils")
-    fake.__dict__.update(utils.__dict__)
-
-    class Changed:
-        @staticmethod
-        def forward(ctx, hidden, weight, targets):
-            pass
-
-    fake._ChunkedLogProbFunction = Changed
-    with pytest.raises(
-        PatchError, match=r"TRL 1\.16.*_ChunkedLogProbFunction.forward is \(ctx hidden weight targets\)"
-    ):
-        check(fake)
-
-
-def test_a_reader_that_left_the_seam_is_refused():
-    """A TRL that keeps the name but does not use it any more would make the patch do nothing, in silence."""
-    fake = types.ModuleType("trl.trainer.utils")
-    fake.__dict__.update(utils.__dict__)
-    fake.entropy_from_logits = lambda logits, chunk_size=128: logits.sum(-1)
-    with pytest.raises(PatchError, match="entropy_from_logits is without"):
-        check(fake)
-
-
-def test_a_refused_patch_changes_nothing(monkeypatch):
-    monkeypatch.setattr(utils, "_use_triton", lambda device, extra: False)
-    before = dict(utils.__dict__)
-    with pytest.raises(PatchError, match="_use_triton"):
-        patch()
-    assert utils.__dict__ == before
-    with pytest.raises(PatchError), patched():
-        pass
-    assert utils.__dict__ == before
-
-
-HOSTS = [(name, seam) for name, seams in _host.TRAINERS.items() for seam in seams.methods if seam != "__init__"]
-
-
-def changed(name: str, **attributes) -> type:
-    """A trainer class of a TRL that is not the one we know."""
-    cls = getattr(trl, name)
-    return type(name, (cls,), {"__module__": cls.__module__} | attributes)
-
-
-@pytest.mark.parametrize(("name", "method"), HOSTS)
-def test_a_changed_method_of_a_trainer_is_refused(name, method):
-    with pytest.raises(PatchError, match=rf"TRL 1\.16.*{name}\.{method} is \(self other\)"):
-        check_trainer(changed(name, **{method: lambda self, other: None}))
-
-
-def one_value_more(self, prompts):
-    prompt_ids = completion_ids = tool_mask = completions = logprobs = extra_fields = images = tool_images = more = 0
-    return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images, more
-
-
-def reference_first(self, inputs):
-    ref_per_token_logps = inputs
-    old_per_token_logps = inputs
-    return old_per_token_logps, ref_per_token_logps
-
-
-@pytest.mark.parametrize(
-    ("name", "attributes", "what"),
-    [
-        ("GRPOTrainer", {"_generate": one_value_more}, "what .*GRPOTrainer._generate returns"),
-        ("GRPOTrainer", {"_generate_and_score_completions": reference_first}, "the order of scoring"),
-        ("RLOOTrainer", {"_prepare_inputs": lambda self, generation_batch: None}, "without shuffle_sequence_dict"),
-        ("RLOOTrainer", {"__init__": lambda self: None}, "without .*_buffered_inputs"),
-        ("SFTTrainer", {"__init__": lambda self: None}, "without add_fused_lm_head"),
-        ("DPOTrainer", {"__init__": lambda self, model, args: None}, r"__init__ is \(self model args\)"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else ",".join(x),
-)
-def test_other_changes_of_a_trainer_are_refused(name, attributes, what):
-    with pytest.raises(PatchError, match=what):
-        check_trainer(changed(name, **attributes))
-
-
-def test_a_trainer_is_checked_when_it_is_made(monkeypatch):
-    """And not made; the class that TRL really has is checked once."""
-    monkeypatch.setattr(flashpo.trl.SFTTrainer, "_trl_class", changed("SFTTrainer", compute_loss=lambda self: None))
-    with pytest.raises(PatchError, match=r"SFTTrainer\.compute_loss"):
-        flashpo.trl.SFTTrainer("no model")
 
 
 def test_flashpo_does_not_import_trl():

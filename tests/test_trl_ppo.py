@@ -359,7 +359,8 @@ def check_fsdp2(rank: int, folder: str, kind: str) -> None:
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(5, 90, (2, 9), generator=generator)
         weights = torch.randn(2, 2, 8, generator=generator)
-        out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        with model.critic.asked():
+            out = model(input_ids=ids, labels=ids, fused_lm_head=True)
         return (weights[0] * out.log_probs + weights[1] * out.state_values).sum()
 
     whole, sharded = actor_critic(), actor_critic()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import flashpo
 from flashpo import _huge_pages, _op
+from flashpo._hosts import report
 from flashpo.ops import decode_layer, decode_step
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.packed_linear import pack_linear, packed_linear
@@ -403,6 +404,8 @@ def main(argv: list[str]) -> int:
     for variable in ("FLASHPO_BACKEND", "FLASHPO_ISA", "TRITON_INTERPRET"):
         if variable in os.environ:
             print(f"{variable}={os.environ[variable]}")
+    if lines := report.of_trl():
+        print("\n" + "\n".join(lines))
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         print("\n" + "\n".join(table(device)))

@@ -23,10 +23,18 @@ USAGE = """usage: flashpo run script.py [args ...]
 
 def accelerate(name: str) -> None:
     """What is done to a module of TRL that has been imported."""
+    from flashpo._hosts.trl import PatchError
     from flashpo.trl.patch import patch
     from flashpo.trl.replace import replace_trainers
 
-    patch() if name == "trl.trainer.utils" else replace_trainers(name)
+    if name != "trl.trainer.utils":
+        replace_trainers(name)
+        return
+    try:
+        patch()
+    except PatchError as error:  # the trainers that the script gets do without
+        if os.environ.get("RANK", "0") == "0":
+            print(f"flashpo: {error}", file=sys.stderr)
 
 
 class AccelerateOnImport(importlib.abc.MetaPathFinder):

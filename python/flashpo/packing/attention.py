@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from flashpo._causal_lm import masks_windows, text_model
+from flashpo._hosts.transformers import ATTENTION
 from flashpo.ops.tree_attention import attend
 
 PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
-NAME = (
-    "_attn_implementation_internal"  # of a config's attribute; the public property walks sub-configs and checks names
-)
 EAGER: dict[type[nn.Module], Callable] = {}  # each module class's own: no registry has these
 _thread = threading.local()  # its `dropouts`: where this thread notes them, within `recorded_dropout`
 
@@ -36,7 +34,7 @@ def install(backbone: nn.Module) -> None:
             EAGER[type(module)] = eager
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and not config._attn_implementation.startswith(PREFIX):
-            setattr(config, NAME, _register(config._attn_implementation))
+            setattr(config, ATTENTION, _register(config._attn_implementation))
 
 
 def installed(backbone: Any) -> bool:
@@ -64,11 +62,11 @@ def uninstalled(model: nn.Module) -> Iterator[None]:
     before = [c._attn_implementation for c in ours]
     try:
         for config, name in zip(ours, before):
-            setattr(config, NAME, name.removeprefix(PREFIX))
+            setattr(config, ATTENTION, name.removeprefix(PREFIX))
         yield
     finally:
         for config, name in zip(ours, before):
-            setattr(config, NAME, name)
+            setattr(config, ATTENTION, name)
 
 
 def _register(original: str) -> str:

@@ -149,7 +149,7 @@ def forward_here(
 
 def _aux_loss(lm: CausalLM, router_logits: Any, tree: TokenTree) -> Any:
     """transformers weights tokens by its mask: ours tells how many rows hold each."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+    from flashpo._hosts.transformers import load_balancing_loss
 
     base = lm.base  # it knows the numbers under one name, its configuration under several
-    return load_balancing_loss_func(router_logits, base.num_experts, base.num_experts_per_tok, tree.copies[None])
+    return load_balancing_loss(router_logits, base.num_experts, base.num_experts_per_tok, tree.copies[None])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from flashpo._causal_lm import ALONE, CACHED, STATEFUL, CausalLM, Unsupported, text_model
-from flashpo._peft import is_tuner_layer, why_not_trained_by_layers
+from flashpo._hosts.peft import is_tuner_layer, why_not_trained_by_layers
 
 
 class Packable(NamedTuple):

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from flashpo._causal_lm import CausalLM
+from flashpo._hosts.transformers import ATTENTION
 from flashpo._op import CALLS
 from flashpo._precision import exact_products
-from flashpo.packing.attention import NAME, recorded_dropout
+from flashpo.packing.attention import recorded_dropout
 from flashpo.packing.inputs import inputs
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import TokenTree, pack
@@ -186,8 +187,8 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
     buffers = [
         (m, k, x, x.clone()) for m in modules for k, x in m._buffers.items() if x is not None and x.numel() <= COPIED
     ]
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, NAME)}
-    attentions = [(config, getattr(config, NAME)) for config in configs.values()]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, ATTENTION)}
+    attentions = [(config, getattr(config, ATTENTION)) for config in configs.values()]
     calls = CALLS.copy()
     gpus = range(torch.cuda.device_count()) if any(p.is_cuda for p in model.parameters()) else []
     with (
@@ -218,7 +219,7 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.copy_(value)
             for config, attention in attentions:
-                setattr(config, NAME, attention)
+                setattr(config, ATTENTION, attention)
             CALLS.clear()  # calls that other threads made meanwhile are not counted
             CALLS.update(calls)
             if is_sharded(model):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashpo._peft import is_instance
+from flashpo._hosts.peft import is_instance
 
 
 def vanilla_lora(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:

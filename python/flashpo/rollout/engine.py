@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flashpo._causal_lm import CausalLM, Unsupported
-from flashpo._peft import active_adapter, adapter_states, why_not_by_layers
+from flashpo._hosts.peft import active_adapter, adapter_states, why_not_by_layers
 from flashpo.ops.tree_attention import release as release_tree_tiles
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity, sharded

@@ -17,11 +17,11 @@ from transformers.cache_utils import (
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
-    get_layer_types_and_kwargs,
 )
 
 from flashpo import _recurrent
 from flashpo._causal_lm import STATEFUL, WITH_ATTENTION, CausalLM, Unsupported
+from flashpo._hosts.transformers import layer_types
 from flashpo.ops._lineage import Lineage
 from flashpo.rollout.prefix_tree import Segment
 from flashpo.rollout.scheduler import Row
@@ -30,7 +30,7 @@ State = dict[tuple[int, str, int], Tensor]  # (layer, kind, number) -> the layer
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:
-    return any(kind in STATEFUL for kind in get_layer_types_and_kwargs(config)[0])
+    return any(kind in STATEFUL for kind in layer_types(config)[0])
 
 
 def cache_keyword(backbone: nn.Module) -> str:
@@ -53,7 +53,7 @@ class States(Cache):
 
     def __init__(self, config: PreTrainedConfig, states: Sequence[State | None]):
         layers: list[Any] = []
-        for kind, options in zip(*get_layer_types_and_kwargs(config)):
+        for kind, options in zip(*layer_types(config)):
             number = options.get("number_of_states", 1)
             if kind not in STATEFUL:
                 layers.append(_Attention())
@@ -103,7 +103,7 @@ def states_of(config: PreTrainedConfig, kept: dict[str, list[Tensor]], rows: int
     """
     keys = [
         (layer, kind, number)
-        for layer, (of, options) in enumerate(zip(*get_layer_types_and_kwargs(config)))
+        for layer, (of, options) in enumerate(zip(*layer_types(config)))
         if of in STATEFUL
         for kind, count in (("conv", options.get("number_of_states", 1)), ("recurrent", 0 if of == "conv" else 1))
         for number in range(count)
@@ -144,7 +144,7 @@ class RowStates:
 
     def __init__(self, lm: CausalLM):
         self.config = lm.base.config.get_text_config()
-        kinds = get_layer_types_and_kwargs(self.config)[0]
+        kinds = layer_types(self.config)[0]
         self.trees = not any(_recurrent.why_not(lm.text, [kind for kind in kinds if kind in STATEFUL]))
         if self.trees:
             _recurrent.install(lm.text)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flashpo._causal_lm import CausalLM
-from flashpo._peft import adapters_of
+from flashpo._hosts.peft import adapters_of
 from flashpo._precision import exact_products, one_at_a_time
 from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.params import Rollouts, SamplingParams

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from flashpo._causal_lm import CACHED, STATEFUL, WITH_ATTENTION, CausalLM, Unsupported, layers_of_wrapping
-from flashpo._peft import why_not_by_layers
+from flashpo._hosts.peft import why_not_by_layers
+from flashpo._hosts.transformers import layer_types, takes_attentions
 from flashpo.rollout import seam, sharded
 from flashpo.rollout.hybrid import is_hybrid
 
@@ -61,7 +61,7 @@ def support(model: nn.Module) -> Support:
         raise
     except Exception as error:  # of any kind: it is the model's own code
         return Support(False, f"{type(error).__name__} in a forward of two tokens: {error}")
-    types, details = get_layer_types_and_kwargs(config)
+    types, details = layer_types(config)
     expected = {i for i, kind in enumerate(types) if kind in (*CACHED, *WITH_ATTENTION)}
     seen = Counter(call.layer for call in calls)
     if not seen:
@@ -116,11 +116,11 @@ def _refusals(model: nn.Module) -> Iterator[str]:
         yield reason
     if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
         yield f"its weights are spread over {', '.join(sorted(devices))}"
-    if not lm.text._can_set_attn_implementation():
+    if not takes_attentions(lm.text):
         yield f"{type(base).__name__} does not use transformers' attention interface"
     if "position_ids" not in inspect.signature(base.base_model.forward).parameters:
         yield f"{type(base.base_model).__name__} takes no position_ids: where a token stands is its own affair"
-    types, _ = get_layer_types_and_kwargs(config)
+    types, _ = layer_types(config)
     if other := sorted(set(types) - {*CACHED, *STATEFUL, "dummy"}):
         yield f"layers of type {', '.join(other)} are no attention to all earlier keys and values or a window of them"
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashpo._hosts.peft import active_adapter, adapter_states, is_tuner_layer
 from flashpo._huge_pages import HugePages
-from flashpo._peft import active_adapter, adapter_states, is_tuner_layer
 from flashpo.rollout import sharded
 from flashpo.rollout.adapters import is_plain_linear, lora_linear, vanilla_lora
 from flashpo.rollout.packed_linear import packed_linear

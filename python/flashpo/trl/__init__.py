@@ -5,7 +5,7 @@ Importing this package does not import TRL yet: a script may still want to set i
 
 import importlib
 
-from flashpo.trl._host import PatchError
+from flashpo._hosts.trl import PatchError
 from flashpo.trl.patch import patch, patched, unpatch
 from flashpo.trl.verify import VerificationError, verify
 

@@ -6,17 +6,18 @@ The policy's module holds the critic, so that DDP and FSDP reduce its gradients 
 Checkpoints keep the two apart: the policy stays loadable by `from_pretrained`, `critic.safetensors` lies beside it.
 """
 
+import contextlib
+import dataclasses
 import functools
 import os
 import types
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
 
 from flashpo.ops.token_stats import TokenStats
 from flashpo.packing import TokenTree
@@ -27,11 +28,10 @@ FILE = "critic.safetensors"
 BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-@dataclass
-class ActorCriticOutput(FusedCausalLMOutput):
-    """With `state_values` (batch, seq_len - 1), fp32: the value of the state before each label."""
-
-    state_values: Tensor | None = None
+@functools.cache
+def with_values(output: type) -> type:
+    """A model's output class with `state_values` (batch, seq_len - 1), fp32: of the state before each label."""
+    return dataclasses.make_dataclass("ActorCriticOutput", [("state_values", Tensor | None, None)], bases=(output,))
 
 
 class ActorCriticScores(NamedTuple):
@@ -51,6 +51,16 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.backbone = backbone
+        self.is_asked = False
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[None]:
+        """Within it a forward of the policy on padded rows gives values, too; one over a token tree always does."""
+        before, self.is_asked = self.is_asked, True
+        try:
+            yield
+        finally:
+            self.is_asked = before
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -58,7 +68,7 @@ class Critic(nn.Module):
 
 
 def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = None) -> Critic:
-    """Give `policy`, which already has TRL's fused LM head, a critic; `backbone`: one of its own, without a head."""
+    """Give `policy` a critic, behind TRL's fused LM head if it has one; `backbone`: one of its own, without a head."""
     device = policy.get_output_embeddings().weight.device
     config = (policy if backbone is None else backbone).config.get_text_config()
     critic = Critic(config.hidden_size, device, backbone if backbone is None else backbone.to(device))
@@ -66,13 +76,11 @@ def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = No
     score = policy.forward
 
     @functools.wraps(type(policy).forward)  # `generate` reads the signature
-    def forward(self, *args, fused_lm_head=False, flashpo_tree: TokenTree | None = None, **kwargs):
+    def forward(self, *args, flashpo_tree: TokenTree | None = None, **kwargs):
         if flashpo_tree is not None:
             kwargs["flashpo_tree"] = flashpo_tree
-        elif not fused_lm_head:
+        elif not critic.is_asked:
             return score(*args, **kwargs)
-        else:
-            kwargs["fused_lm_head"] = True
         seen: list[Tensor] = []
         watched = self.base_model if critic.backbone is None else critic.backbone
         hook = watched.register_forward_hook(lambda module, inputs, out: seen.append(out.last_hidden_state))
@@ -88,7 +96,8 @@ def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = No
             hook.remove()
         (hidden,) = seen
         if flashpo_tree is None:
-            return ActorCriticOutput(**out, state_values=critic(hidden[:, :-1]))
+            kind: Any = type(out)
+            return with_values(kind)(**out, state_values=critic(hidden[:, :-1]))
         values = flashpo_tree.unpack(critic(hidden[0, flashpo_tree.source]))
         return ActorCriticScores(out.stats, out.aux_loss, values)
 

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 from trl.trainer import grpo_trainer  # not trl's names: `flashpo run` replaces them
 
+from flashpo._hosts.trl import LOSS, ROLLOUTS, place_of
 from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.trl import options
 from flashpo.trl._metrics import clip_metrics
+from flashpo.trl.advantages import scorable
 from flashpo.trl.noise import RandomDraws
 from flashpo.trl.patch import active
-from flashpo.trl.policy import PolicyTrainer, scorable
+from flashpo.trl.policy import PolicyTrainer
 from flashpo.trl.rollout import importance_fields
+from flashpo.trl.trainers import in_place_of_trls
 
 
 class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
@@ -27,6 +30,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
     _loss_helpers = ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
     _entropy_window_stats: Any
 
+    @in_place_of_trls(ROLLOUTS)
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
         if rollouts is None:
@@ -35,7 +39,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return rollouts.completion_ids, rollouts.logprobs
 
     def _sampled_logprobs(self, generated):
-        return generated[4]
+        return generated[place_of(self._trl_class, "_generate", "logprobs")]
 
     def _takes_old_logprobs(self):
         every = self.args.steps_per_generation * self.num_iterations
@@ -101,6 +105,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             entropy_coef=coef,
         )
 
+    @in_place_of_trls(LOSS)
     def _compute_loss(self, model, inputs):
         spec = self._spec_or_none(inputs) if active() else None
         if spec is None:
@@ -195,5 +200,6 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
             compared = scorable(rewards.isnan().all(dim=1), group) > 1
             alone = (self.num_generations if self._mode == "train" else self.num_generations_eval) == 1
             dead = found.degenerate & (compared | alone)  # TRL misses equal 0.9s
-            self._metrics[self._mode]["frac_reward_zero_std"][-1] = dead.float().mean().item()
+            if logged := self._metrics[self._mode].get("frac_reward_zero_std"):
+                logged[-1] = dead.float().mean().item()
         return found.advantage

@@ -6,7 +6,7 @@
 
 All five are looked up in that module at every call, so models made before the patch are reached too, and nothing of a
 trainer's own mathematics is restated. What our ops do not take (other devices, float64, an index of K tokens a
-position) goes to TRL's own code, as before.
+position) goes to TRL's own code, as before. A TRL that lacks one of the two lines keeps its own code for it alone.
 
 `patch()` is for the whole process. The blocks `patched()` and `stock()` are for the thread that opens them: while any
 thread needs our objects they are in place, and each asks whether the thread that calls it wants them.
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashpo._hosts.trl import HEAD, OUTPUTS, PatchError, scoring_seams, version, why_no_head, why_no_logits
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.token_stats import TokenStats, select
-from flashpo.trl._host import OUTPUTS, check
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,8 +39,15 @@ def patch() -> None:
     """Let every TRL trainer of this process score its tokens with FlashPO. A second call does nothing.
 
     Raises:
-        PatchError: TRL's internals are not those that FlashPO was written for; nothing has been changed.
+        PatchError: the installed TRL has neither of the two; nothing has been changed.
     """
+    seams = scoring_seams()
+    if all(seam.reason for seam in seams):
+        raise PatchError(
+            f"TRL {version()} has nothing that patch() replaces: {'; '.join(seam.reason for seam in seams)}. "
+            "The trainers of flashpo.trl generate, share prompts and compute losses with this TRL; patch() needs "
+            "trl 1.14 or newer."
+        )
     _state.update(wanted=True)
 
 
@@ -74,7 +81,7 @@ def active() -> bool:
     """Whether TRL scores with FlashPO in this thread now. What our trainers do beyond that asks it, so that `stock` is
     stock."""
     here = _state.here
-    return bool(_state.originals) and (_state.wanted or here.users > 0) and here.suspended == 0
+    return (_state.wanted or here.users > 0) and here.suspended == 0
 
 
 class _Blocks(threading.local):
@@ -90,7 +97,8 @@ class _State:
         self.wanted = False  # by patch()
         self.here = _Blocks()
         self.threads = 0  # that have a `patched` block open which no `stock` block suspends
-        self.originals: dict[str, object] = {}  # of the names replaced; empty: nothing is replaced
+        self.in_place = False
+        self.originals: dict[str, object] = {}  # of the names replaced
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
@@ -112,31 +120,35 @@ class _State:
         return self.here.users > 0 and self.here.suspended == 0
 
     def _apply(self, active: bool) -> None:
-        if active == bool(self.originals):
+        if active == self.in_place:
             return
         utils = importlib.import_module("trl.trainer.utils")
         if active:
-            check(utils)
             seams = _seams(utils)
             self.originals = {name: utils.__dict__.get(name, MISSING) for name in seams}
             utils.__dict__.update(seams)
-            return
-        for name, original in self.originals.items():
-            if original is MISSING:
-                del utils.__dict__[name]
-            else:
-                utils.__dict__[name] = original
-        self.originals = {}
+        else:
+            for name, original in self.originals.items():
+                if original is MISSING:
+                    del utils.__dict__[name]
+                else:
+                    utils.__dict__[name] = original
+            self.originals = {}
+        self.in_place = active
 
 
 _state = _State()
 
 
 def _seams(utils: ModuleType) -> dict[str, object]:
-    """Our object for each name, around the one that is there now."""
-    stock_head, stock_compact = utils._ChunkedLogProbFunction, utils._use_triton
-    stock_triton, stock_supports = utils.is_triton_available, utils._supports_trl_loss_kernel
-    stock_kernel: Any = getattr(utils, "_fused_logprob_entropy", None)
+    """Our object for each name that this TRL has, around the one that is there now."""
+    head = {} if why_no_head(utils) else _seams_of_head(utils)
+    return head | ({} if why_no_logits(utils) else _seams_of_logits(utils))
+
+
+def _seams_of_head(utils: ModuleType) -> dict[str, object]:
+    stock_head = utils.__dict__[HEAD]  # None in TRL 1.15 without Triton
+    stock_compact: Any = getattr(utils, "_use_triton", None)
 
     class Head:
         @staticmethod
@@ -180,6 +192,18 @@ def _seams(utils: ModuleType) -> dict[str, object]:
         """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
         return (active() and device.type in DEVICES) or stock_compact(device)
 
+    ours: dict[str, object] = {HEAD: Head}
+    return ours if stock_compact is None else ours | {"_use_triton": compact}  # TRL 1.15 always compacts
+
+
+def _seams_of_logits(utils: ModuleType) -> dict[str, object]:
+    stock_supports: Any = utils._supports_trl_loss_kernel
+    stock_kernel: Any = getattr(utils, "_fused_logprob_entropy", None)
+    stock_triton: Any = getattr(utils, "is_triton_available", None)
+
+    def has_triton(*min_version: str) -> bool:
+        return stock_kernel is not None if stock_triton is None else stock_triton(*min_version)
+
     def ours(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) -> bool:
         return (
             active()
@@ -199,7 +223,7 @@ def _seams(utils: ModuleType) -> dict[str, object]:
         )
 
     def supports(logits: Tensor, index: Tensor | None = None, row_mask: Tensor | None = None) -> bool:
-        return ours(logits, index, row_mask) or (stock_triton() and stock_supports(logits, index, row_mask))
+        return ours(logits, index, row_mask) or (has_triton() and stock_supports(logits, index, row_mask))
 
     def logprob_entropy(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
@@ -212,11 +236,8 @@ def _seams(utils: ModuleType) -> dict[str, object]:
         stats = selective_log_softmax(logits, index, temperature=temperature, ignore_index=IGNORED)
         return stats.logprob, stats.entropy
 
-    return {
-        "_ChunkedLogProbFunction": Head,
-        "_use_triton": compact,
+    seams: dict[str, object] = {"_supports_trl_loss_kernel": supports, "_fused_logprob_entropy": logprob_entropy}
+    if stock_triton is not None:
         # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
-        "is_triton_available": lambda *min_version: active() or stock_triton(*min_version),
-        "_supports_trl_loss_kernel": supports,
-        "_fused_logprob_entropy": logprob_entropy,
-    }
+        seams["is_triton_available"] = lambda *min_version: active() or has_triton(*min_version)
+    return seams

@@ -6,29 +6,35 @@ TRL's own there are `ratio/q01` and `ratio/q99`, between which 98 % of the ratio
 
 import contextlib
 import functools
-import hashlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
 
-from flashpo.ops.group_advantages import group_advantages
+from flashpo._hosts.trl import (
+    ADVANTAGES,
+    DYNAMIC_SAMPLING,
+    GROUPS,
+    LOSS,
+    OLD_LOGPROBS,
+    ROLLOUTS,
+    TREES,
+    disable_gradient_checkpointing,
+    why_not,
+    why_unknown,
+)
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.packing.attention import uninstalled
 from flashpo.rollout.seam import eval_mode
 from flashpo.trl import options
-from flashpo.trl._fallback import Fallback
 from flashpo.trl._metrics import ratio_metrics
 from flashpo.trl._pending import Pending
-from flashpo.trl.dynamic_sampling import replace_degenerate
+from flashpo.trl.advantages import GroupComparing
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
-from flashpo.trl.reward_models import RewardModels
-from flashpo.trl.rollout import MISMATCH, TrainerRollouts, merged, mismatch, mismatch_metrics
-from flashpo.trl.trainers import Accelerated, overridden
+from flashpo.trl.rollout import MISMATCH, merged, mismatch, mismatch_metrics
+from flashpo.trl.trainers import in_place_of_trls, overridden
 
 SCORING_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -37,49 +43,47 @@ SCORING_INPUTS = (
 QUIET = "quiet_per_token_logps"  # of a batch: log-probs of the completions by a forward without dropout
 
 
-if TYPE_CHECKING:
-    from trl.trainer.grpo_trainer import GRPOTrainer as Base  # for the attributes that it shares with RLOOTrainer
-else:
-    Base = object
-
-
-class PolicyTrainer(Accelerated, Base):
+class PolicyTrainer(GroupComparing):
     """What the two share; beside a TRL class."""
 
-    _options: options.Known  # of the TRL class
-    args: Any  # GRPOConfig or RLOOConfig, TRL's or ours
-    model: Any
     router_aux_loss_coef: Any
-    _logs: dict[str, Any]
     _loss_helpers: tuple[str, ...] = ()  # methods that TRL's `_compute_loss` calls and ours does not
     _to_score: tuple[Tensor, Tensor | None] | None = None  # while `_score` runs: its token ids, and which of them
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._say_what_trl_lacks()
         if self._has_whole_models:
             self._packed.takes({})
-
-    # made when they are first needed: a trainer may run before its constructor has, or without it
 
     @functools.cached_property
     def _pending(self) -> Pending:
         return Pending()
 
     @functools.cached_property
-    def _rollouts(self) -> TrainerRollouts:
-        return TrainerRollouts(self)
-
-    @functools.cached_property
     def _packed(self) -> PackedScoring:
         return PackedScoring(self)
 
-    @functools.cached_property
-    def _keep_trls(self) -> Fallback:
-        return Fallback("FlashPO leaves {reason}.")
-
-    @functools.cached_property
-    def _reward_models(self) -> RewardModels:
-        return RewardModels(self)
+    def _say_what_trl_lacks(self) -> None:
+        """Once, what TRL's own code does here; an error where the user has asked for ours."""
+        wanted = {
+            LOSS: ("loss", None),
+            ADVANTAGES: ("group_by", None),
+            DYNAMIC_SAMPLING: ("dynamic_sampling", 0),
+            OLD_LOGPROBS: ("old_logprobs", "trainer"),
+        }
+        for what in (LOSS, ADVANTAGES, GROUPS, DYNAMIC_SAMPLING, OLD_LOGPROBS):
+            reason = why_not(self._trl_class, what)
+            option, neutral = wanted.get(what, ("", None))
+            value = getattr(self.args, option, neutral)
+            if reason and value != neutral:
+                raise ValueError(f"{option}={value!r} cannot be had: {reason}")
+            if reason and what in (LOSS, ADVANTAGES, GROUPS):
+                self._keep_trls(f"{what} to TRL: {reason}")
+        if (reason := why_not(self._trl_class, ROLLOUTS)) and self._rollouts.mode != "generate":
+            self._rollouts.refuse(reason)
+        if reason := why_not(self._trl_class, TREES):
+            self._packed.sharing.allowed(reason)
 
     # loss
 
@@ -112,7 +116,8 @@ class PolicyTrainer(Accelerated, Base):
         """Why no LossSpec stands for TRL's loss of this micro-batch; empty where nothing is against it."""
         reason = options.why_trls_loss(self, self._options)
         theirs = [name for name in self._loss_helpers if overridden(self, name)]
-        return reason or ", ".join(f"{type(self).__name__} has a {name} of its own" for name in theirs)
+        reason = reason or ", ".join(f"{type(self).__name__} has a {name} of its own" for name in theirs)
+        return reason or next(filter(None, (why_unknown(self._trl_class, name) for name in self._loss_helpers)), "")
 
     def _score(
         self, model, inputs, batch_size: int | None = None, scored: Tensor | None = None
@@ -165,6 +170,7 @@ class PolicyTrainer(Accelerated, Base):
             and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS})
         )
 
+    @in_place_of_trls(TREES)
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
         compute_aux_loss=False, **multimodal,
@@ -185,15 +191,12 @@ class PolicyTrainer(Accelerated, Base):
         wanted = (batch_size, compute_entropy, compute_aux_loss)
         return padded(model, input_ids, attention_mask, logits_to_keep, *wanted, **multimodal)
 
+    @in_place_of_trls(GROUPS)
     def _prepare_inputs(self, generation_batch):
         if self._packed.sharing.mode is False:
             return super()._prepare_inputs(generation_batch)
         with groups_stay_together(self._trl_class, self.num_generations or 1):
             return super()._prepare_inputs(generation_batch)
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
     def _sampler_logprobs(self, inputs, logprob: Tensor, mask: Tensor, random: bool) -> Tensor | None:
         """The sampler's log-probs as the loss is to compare them with the trainer's; None where it must not.
@@ -268,30 +271,16 @@ class PolicyTrainer(Accelerated, Base):
             self.flush_metrics()  # theirs may read `_metrics` before it calls ours, or not call it
         return loss
 
-    # advantages
+    # generation
 
-    def compute_advantages(self, rewards: Tensor, group: Tensor, inputs: list[dict], batch: dict) -> Tensor:
-        """Advantages of the generated batch; override to give credit in another way.
-
-        Args:
-            rewards: (rows of all ranks, reward functions), NaN where a function returned None.
-            group: (rows of all ranks,) int64 keys; rows of one key are compared with each other.
-            inputs: this rank's rows of the dataset, with what a rollout function added.
-            batch: this rank's tensors (completion_mask, old_per_token_logps ...).
-
-        Returns:
-            (rows of all ranks,), or (this rank's rows, completion length): one advantage a token.
-        """
-        raise NotImplementedError
-
-    def _generate(self, prompts):
+    def _generate(self, *args, **kwargs):
         self._rollouts.forget_turns()
         with contextlib.ExitStack() as stack:
             if active():
                 stack.enter_context(self._rollouts.session())  # for the turns of a conversation with tools
             if isinstance(self.model, torch.nn.Module):
                 stack.enter_context(uninstalled(self.model))  # continuous batching knows attentions by name
-            result = super()._generate(prompts)
+            result = super()._generate(*args, **kwargs)
         if self._rollouts.generated and self._takes_old_logprobs():
             self._rollouts.keep_as_old(self._sampled_logprobs(result))
         return result
@@ -299,62 +288,6 @@ class PolicyTrainer(Accelerated, Base):
     def _sampled_logprobs(self, generated: tuple) -> list[list[float]]:
         """Of each completion, from what `_generate` returned; 0 at tokens that tools wrote."""
         raise NotImplementedError
-
-    def _generate_and_score_completions(self, inputs):
-        if not active():
-            return super()._generate_and_score_completions(inputs)
-        if self._mode != "train" or not getattr(self.args, "dynamic_sampling", None):
-            return self._generate_batch(inputs)[0]
-
-        def generate(rows: list[dict]) -> tuple[dict, Tensor]:
-            batch, rewards, group = self._generate_batch(rows)
-            weighted = group_advantages(rewards, group, reward_weights=self.reward_weights.tolist())
-            return batch, weighted.degenerate
-
-        return replace_degenerate(self, *generate(inputs), generate)
-
-    def _generate_batch(self, inputs: list[dict]) -> tuple[dict, Tensor, Tensor]:
-        """TRL's batch with our advantages; rewards and group keys of the rows of all ranks."""
-        rewards: list[Tensor] = []
-        scored: list[Tensor] = []  # by the policy, then by the reference
-        self._rollouts.forget_turns()
-        self._rollouts.take_old()
-        self._reward_models.share_prompts()
-        with (
-            _seen(self, "_calculate_rewards", rewards.append),
-            _seen(self, "_get_per_token_logps_and_entropies", lambda result: scored.append(result[0])),
-        ):
-            batch = super()._generate_and_score_completions(inputs)
-        self._keep_scored(batch, scored)
-        if self._wants_quiet_logprobs(batch):
-            batch[QUIET] = self._quiet_logprobs(batch)
-        group = self._group_keys(inputs)
-        if self._keeps_trls_advantages():
-            return batch, rewards[0], group
-        advantages = self.compute_advantages(rewards[0], group, inputs, batch)
-        if advantages.dim() == 1:
-            self._log_advantages(advantages.tolist())  # TRL's own differ in groups of equal rewards
-            here = self.accelerator.process_index * len(inputs)
-            advantages = advantages[here : here + len(inputs)]
-        batch["advantages"] = advantages
-        return batch, rewards[0], group
-
-    def _keeps_trls_advantages(self) -> bool:
-        """Whether an option asks for advantages that `compute_advantages` does not know; says so."""
-        reason = options.why_trls_advantages(self, self._options)
-        if not reason or overridden(self, "compute_advantages"):
-            return False
-        if getattr(self.args, "group_by", None):
-            raise ValueError(f"group_by={self.args.group_by} needs FlashPO's advantages, but {reason}")
-        self._keep_trls(f"the advantages to TRL: {reason}")
-        return True
-
-    def _log_advantages(self, of_rows: list[float]) -> None:
-        """In the table of completions, in place of those that TRL has just logged for the same rows of all ranks."""
-        logged = self._logs["advantages"]
-        for _ in range(min(len(of_rows), len(logged))):
-            logged.pop()
-        logged.extend(of_rows)
 
     def _wants_quiet_logprobs(self, batch: dict) -> bool:
         """Whether the loss will need log-probs of a forward without dropout to tell the rollout's mismatch."""
@@ -371,55 +304,9 @@ class PolicyTrainer(Accelerated, Base):
         """Whether TRL scores the completions by the policy now, and the rollout's own log-probs are to stand for it."""
         return getattr(self.args, "old_logprobs", "trainer") == "rollout"
 
-    def _keep_scored(self, batch: dict, scored: list[Tensor]) -> None:
-        """For a trainer whose TRL class drops the log-probs of tokens."""
-
-    def _group_keys(self, inputs: list[dict]) -> Tensor:
-        """A prompt's generations are a group; `group_by` splits it by columns of the dataset or the rollout."""
-        generations = self.num_generations if self._mode == "train" else self.num_generations_eval
-        first = self.accelerator.process_index * len(inputs)
-        columns = getattr(self.args, "group_by", None) or ()
-        if missing := [c for c in columns if c not in inputs[0]]:
-            raise ValueError(f"group_by: neither dataset nor rollout has the columns {missing}")
-        keys = [
-            _stable_key((first + i) // generations, *(row[column] for column in columns))
-            for i, row in enumerate(inputs)
-        ]
-        return self.accelerator.gather(torch.tensor(keys, device=self.accelerator.device))
-
-
-def _stable_key(*parts) -> int:
-    """The same int64 on every rank."""
-    if len(parts) == 1:
-        return parts[0]
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-@contextlib.contextmanager
-def _seen(trainer, name: str, look: Callable) -> Iterator[None]:
-    """Let `look` see every result of the trainer's method within the block."""
-    method, own = getattr(trainer, name), trainer.__dict__.get(name)
-
-    def call(*args, **kwargs):
-        result = method(*args, **kwargs)
-        look(result)
-        return result
-
-    trainer.__dict__[name] = call
-    try:
-        yield
-    finally:
-        if own is None:
-            del trainer.__dict__[name]
-        else:
-            trainer.__dict__[name] = own
-
-
-def scorable(unscorable: Tensor, group: Tensor) -> Tensor:
-    """How many rows of each row's group have a reward."""
-    _, member = group.unique(return_inverse=True)
-    return torch.zeros_like(group).index_add_(0, member, (~unscorable).to(group.dtype))[member]
+    def _complete(self, batch, scored):
+        if self._wants_quiet_logprobs(batch):
+            batch[QUIET] = self._quiet_logprobs(batch)
 
 
 def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
@@ -437,7 +324,9 @@ def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
 def without_tokens(model, dead: Tensor):
     """`model`, called with labels that leave out those tokens of the completions: they do not reach the LM head."""
 
-    def call(*args, labels, **kwargs):
+    def call(*args, labels=None, **kwargs):
+        if labels is None:  # TRL before 1.15 projects every token
+            return model(*args, **kwargs)
         labels = labels.clone()
         labels[:, -dead.shape[1] :].masked_fill_(dead, -100)
         return model(*args, labels=labels, **kwargs)

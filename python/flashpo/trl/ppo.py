@@ -15,9 +15,9 @@ import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
+from flashpo._hosts.transformers import name_or_path
+from flashpo._hosts.trl import ADVANTAGES, TREES, PatchError, disable_gradient_checkpointing, why_not
 from flashpo.ops import LossSpec, gae, policy_loss, value_loss
 from flashpo.ops._check import check_that
 from flashpo.trl import critic as critics
@@ -40,6 +40,7 @@ class PPOTrainer(GRPOTrainer):
     returns None, and truncated ones under `mask_truncated_completions`, train neither policy nor critic.
     """
 
+    _restates_advantages = False
     _tag_names = ["trl", "ppo"]  # noqa: RUF012  # of the base class
     _name = "PPO"
     _paper = {  # noqa: RUF012
@@ -65,7 +66,7 @@ class PPOTrainer(GRPOTrainer):
         **kwargs,
     ):
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            name = model if isinstance(model, str) else name_or_path(model.config)
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args must be a PPOConfig, got {type(args).__name__}")
@@ -73,6 +74,8 @@ class PPOTrainer(GRPOTrainer):
             raise ValueError(f"critic_model and PPOConfig.critic={args.critic!r} exclude each other")
         if optimizers[0] is not None:
             raise ValueError("optimizers: an optimizer made before the critic does not train it; set PPOConfig.optim")
+        if reason := why_not(self._trl_class, TREES) or why_not(self._trl_class, ADVANTAGES):
+            raise PatchError(f"PPOTrainer is made of TRL's GRPOTrainer as FlashPO knows it: {reason}")
         super().__init__(model, reward_funcs, args, optimizers=optimizers, **kwargs)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         backbone: Any = self._load_backbone(policy) if critic_model is None else critic_model.base_model
@@ -82,13 +85,15 @@ class PPOTrainer(GRPOTrainer):
         else:
             self._packed.accept(backbone)
         self.critic = critics.attach_critic(policy, backbone)
-        if self.args.disable_dropout:
-            disable_dropout_in_model(self.critic)
+        if self.args.disable_dropout:  # as TRL does in the policy
+            for module in self.critic.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0
 
     def _load_backbone(self, policy: PreTrainedModel) -> PreTrainedModel | None:
         if self.args.critic == "shared":
             return None
-        path = get_config_model_id(policy.config) if self.args.critic == "separate" else self.args.critic
+        path = name_or_path(policy.config) if self.args.critic == "separate" else self.args.critic
         options = dict(self.args.model_init_kwargs or {})
         options.setdefault("dtype", policy.dtype)
         options.setdefault("attn_implementation", policy.config._attn_implementation)
@@ -106,11 +111,13 @@ class PPOTrainer(GRPOTrainer):
             values.append(getattr(out, "state_values", None))
             return out
 
-        result = super()._get_per_token_logps_and_entropies(watched, *args, **kwargs)
+        with self.critic.asked():
+            result = super()._get_per_token_logps_and_entropies(watched, *args, **kwargs)
         found = self._packed.take_values()
         if found is None and None not in values:
             found = torch.cat(values)[:, -result[0].shape[1] :]
-        self._pending.values.append(found)
+        if not self._is_reference(model):
+            self._pending.values.append(found)
         return result
 
     def _generate_and_score_completions(self, inputs):
@@ -120,7 +127,7 @@ class PPOTrainer(GRPOTrainer):
     def compute_advantages(self, rewards, group, inputs, batch):
         """GAE of this rank's completions; old log-probs, old values and returns join them in the batch."""
         if "old_per_token_logps" in batch:
-            values = self._pending.values[0]  # the policy is scored before the reference
+            values = self._pending.values[-1]
         else:
             training, args = self._mode == "train", self.args
             size = args.per_device_train_batch_size if training else args.per_device_eval_batch_size

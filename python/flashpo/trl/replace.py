@@ -1,8 +1,11 @@
 """Lets `from trl import GRPOTrainer` give FlashPO's class, for scripts that one runs and does not edit."""
 
 import importlib
+import os
 import sys
 from types import ModuleType
+
+from flashpo._hosts.report import of_trainer
 
 TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
 handed_out: set[str] = set()  # the names that the script has asked for
@@ -22,6 +25,9 @@ def replace_trainers(name: str) -> None:
             if attribute not in TRAINERS:
                 return super().__getattr__(attribute)  # type: ignore[misc]  # TRL's lazy import
             value = getattr(importlib.import_module("flashpo.trl"), attribute)
+            if attribute not in handed_out and os.environ.get("RANK", "0") == "0":
+                for seam in of_trainer(attribute):
+                    print(f"flashpo: {seam}", file=sys.stderr)
             handed_out.add(attribute)
             setattr(self, attribute, value)
             return value

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from flashpo._causal_lm import layers_of_wrapping
-from flashpo._peft import why_not_trained_by_layers
+from flashpo._hosts.peft import why_not_trained_by_layers
 from flashpo.packing.rows import take_rows
 from flashpo.trl._fallback import Fallback
 from flashpo.trl.patch import active

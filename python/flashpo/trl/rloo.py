@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import torch
 from trl.trainer import rloo_trainer  # not trl's names: `flashpo run` replaces them
-from trl.trainer.utils import nanstd
 
+from flashpo._hosts.trl import LOSS, ROLLOUTS
 from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 from flashpo.ops.policy_loss import policy_loss
 from flashpo.trl import options
 from flashpo.trl._metrics import clip_metrics
+from flashpo.trl.advantages import scorable
 from flashpo.trl.patch import active
-from flashpo.trl.policy import PolicyTrainer, scorable
+from flashpo.trl.policy import PolicyTrainer
+from flashpo.trl.trainers import in_place_of_trls
 
 
 class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
@@ -21,6 +23,7 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
     _trl_class = rloo_trainer.RLOOTrainer
     _options = options.RLOO
 
+    @in_place_of_trls(ROLLOUTS)
     def _generate_single_turn(self, *turn):  # type: ignore[override]  # prompt_ids, images, multimodal_fields
         rollouts = self._rollouts.generate(*turn) if active() else None
         if rollouts is None:
@@ -31,10 +34,11 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
     def _sampled_logprobs(self, generated):
         return self._pending.sampled  # TRL's RLOO has no place for them
 
-    def _keep_scored(self, batch, scored):
-        batch["old_per_token_logps"] = scored[0]
+    def _complete(self, batch, scored):
+        super()._complete(batch, scored)
+        batch["old_per_token_logps"] = scored["policy"]
         if self.beta != 0.0:
-            batch["ref_per_token_logps"] = scored[1]
+            batch["ref_per_token_logps"] = scored["reference"]
 
     def _loss_spec(self) -> LossSpec:
         if getattr(self.args, "loss", None):
@@ -46,6 +50,7 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
             return f"{type(self).__name__}'s batch has old log-probs of sequences only"
         return super()._why_trls_loss(inputs)
 
+    @in_place_of_trls(LOSS)
     def _compute_loss(self, model, inputs):
         spec = self._spec_or_none(inputs) if active() else None
         if spec is None:
@@ -77,5 +82,7 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
         advantage = group_advantages(total, group, baseline="leave_one_out", scale="none").advantage
         if self.normalize_advantages:  # over the completions that were compared with others
             compared = advantage.masked_fill(unscorable | (scorable(unscorable, group) < 2), torch.nan)
-            advantage = (compared - compared.nanmean()) / (nanstd(compared) + 1e-4)
+            centred = compared - compared.nanmean()
+            std = (centred.square().nansum() / (compared.isfinite().sum() - 1)).sqrt()
+            advantage = centred / (std + 1e-4)
         return advantage.nan_to_num(nan=0.0)

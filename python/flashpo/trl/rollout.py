@@ -16,10 +16,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from trl.extras.profiling import profiling_context
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import pad
 
+from flashpo._hosts.transformers import default_generation_params, merged_generation_config
+from flashpo._hosts.trl import generating
 from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, sharded, support
 from flashpo.trl._fallback import Fallback
@@ -52,7 +51,7 @@ class TrainerRollouts:
         self.engine: RolloutEngine | None = None
         self._said_uncorrected = False
         strict = "rollout='engine', but {reason}" if self.mode == "engine" else None
-        self._refuse = Fallback("FlashPO's rollout engine does not generate here: {reason}. TRL does.", strict)
+        self.refuse = Fallback("FlashPO's rollout engine does not generate here: {reason}. TRL does.", strict)
         self._session: contextlib.ExitStack | None = None  # open, whether or not there is an engine yet
 
     def generate(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
@@ -94,12 +93,12 @@ class TrainerRollouts:
         sharded_bytes, begin = sharded.zero3_bytes(self.trainer.model), time.perf_counter()
         try:
             self._agreed(self._check_turn, images, multimodal_fields)  # before weights are gathered
-            with self._model() as model:
+            with generating(self.trainer, "flashpo.rollout") as model, torch.no_grad():
                 gathered = sharded.Gathered(sharded_bytes, time.perf_counter() - begin)
                 params = self._agreed(self._prepare, model, prompt_ids)
                 rollouts = self._generate(prompt_ids, params)
         except Unsupported as reason:
-            self._refuse(str(reason))
+            self.refuse(str(reason))
             return None
         self._log(rollouts, gathered)
         return rollouts
@@ -117,24 +116,6 @@ class TrainerRollouts:
         if reason:
             raise Unsupported(reason)
         return result
-
-    @contextlib.contextmanager
-    def _model(self) -> Iterator[PreTrainedModel]:
-        """The model as TRL generates with it: unwrapped, gathered, without gradient checkpointing."""
-        trainer, args = self.trainer, self.trainer.args
-        with (
-            profiling_context(trainer, "flashpo.rollout"),
-            unwrap_model_for_generation(
-                trainer.model_wrapped,
-                trainer.accelerator,
-                gather_deepspeed3_params=args.ds3_gather_for_generation,
-                generation_kwargs=getattr(trainer, "generation_kwargs", None),
-                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
-        ):
-            yield model
 
     def _check_turn(self, images, multimodal_fields) -> None:
         for option in ("use_vllm", "use_transformers_continuous_batching"):
@@ -199,7 +180,9 @@ class TrainerRollouts:
     def keep_as_old(self, logprobs: list[list[float]]) -> None:
         """Let the scoring of these completions that comes next be answered by what they were sampled with."""
         rows = [torch.tensor(row, dtype=torch.float32, device=self.trainer.accelerator.device) for row in logprobs]
-        self.trainer._pending.old = pad(rows, padding_value=0, pad_to_multiple_of=self.trainer.pad_to_multiple_of)
+        old = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        missing = -old.shape[1] % (getattr(self.trainer, "pad_to_multiple_of", None) or 1)
+        self.trainer._pending.old = torch.nn.functional.pad(old, (0, missing))
 
     def take_old(self) -> Tensor | None:
         pending = self.trainer._pending
@@ -226,9 +209,8 @@ def _args(trainer) -> Any:
 
 def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> SamplingParams:
     """What `model.generate(generation_config=config)` would do, or Unsupported naming the option."""
-    prepare: Any = model._prepare_generation_config
-    merged, _ = prepare(config)  # with the model's own defaults for what is not set
-    neutral = GenerationConfig()._get_default_generation_params()
+    merged = merged_generation_config(model, config)
+    neutral = default_generation_params()
     for name, value in merged.to_diff_dict().items():
         if name not in SAMPLING + STORAGE and value not in (None, False, neutral.get(name)):
             raise Unsupported(f"the generation option {name}={value!r} is set")

@@ -4,7 +4,10 @@ Each is TRL's own class; it scores its tokens with FlashPO, and any other traine
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import transformers
 from trl.trainer import (  # not trl's names: `flashpo run` replaces them
@@ -14,11 +17,38 @@ from trl.trainer import (  # not trl's names: `flashpo run` replaces them
     sft_trainer,
 )
 
-from flashpo.trl._host import check_trainer
+from flashpo._hosts.trl import TREES, why_not
 from flashpo.trl.patch import patched
 from flashpo.trl.reward_models import run_on_trees
 from flashpo.trl.sharing import Sharing
 from flashpo.trl.tree_head import heads_take_trees
+
+Method = TypeVar("Method", bound=Callable)
+
+
+def in_place_of_trls(what: str) -> Callable[[Method], Method]:
+    """Decorates a method that does `what` in the place of TRL's, which runs where TRL does not meet the needs of it."""
+
+    def decorate(method: Method) -> Method:
+        return cast(Method, _InPlaceOfTrls(what, method))
+
+    return decorate
+
+
+class _InPlaceOfTrls:
+    def __init__(self, what: str, method: Callable):
+        self.what, self.method = what, method
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        method, what = self.method, self.what
+
+        @functools.wraps(method)
+        def call(self, *args, **kwargs):
+            if why_not(self._trl_class, what):
+                return getattr(super(owner, self), name)(*args, **kwargs)
+            return method(self, *args, **kwargs)
+
+        setattr(owner, name, call)
 
 
 def overridden(trainer, name: str) -> bool:
@@ -33,10 +63,6 @@ class Accelerated(transformers.Trainer):
     """Opens the patch around the methods in which a TRL trainer runs its model on labels."""
 
     _trl_class: type
-
-    def __new__(cls, *args, **kwargs):
-        check_trainer(cls._trl_class)  # before all constructors
-        return super().__new__(cls)
 
     def training_step(self, *args, **kwargs):
         with patched():
@@ -62,6 +88,8 @@ class Packed(Accelerated):
     def __init__(self, *args, **kwargs):
         with heads_take_trees(self, self._trl_class) as self._heads:
             super().__init__(*args, **kwargs)
+        if reason := why_not(self._trl_class, TREES):
+            self._heads.sharing.allowed(reason)
         if self._has_whole_models:
             self._heads.try_out()
 
@@ -93,9 +121,10 @@ class DPOTrainer(PackedWithReference, dpo_trainer.DPOTrainer):
 
     _trl_class = dpo_trainer.DPOTrainer
 
-    def __init__(self, model, ref_model=None, args=None, *others, **keywords):
-        with _without_padding_free(args):
-            super().__init__(model, ref_model, args, *others, **keywords)
+    def __init__(self, *args, **kwargs):
+        given = inspect.signature(self._trl_class.__init__).bind_partial(self, *args, **kwargs).arguments
+        with _without_padding_free(given.get("args")):
+            super().__init__(*args, **kwargs)
 
 
 class KTOTrainer(PackedWithReference, kto_trainer.KTOTrainer):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
 
+from flashpo._hosts.trl import TREES, version, why_not
 from flashpo.packing import TokenTree, forward_here, pack, packable
 from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
@@ -69,11 +69,17 @@ class TreeHeads:
 def heads_take_trees(trainer: Any, trl_class: type) -> Iterator[TreeHeads]:
     """Within it, the models to which TRL's module of that class gives a fused head are added to the trainer's."""
     heads = TreeHeads(trainer)
+    if why_not(trl_class, TREES):
+        yield heads
+        return
 
     def adding(add_fused_lm_head: Callable) -> Callable:
-        def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",)):
-            add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs)
-            heads.add(model, temperature, cast_lm_head_to_fp32, outputs)
+        def add(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs",), **others):
+            add_fused_lm_head(model, temperature, cast_lm_head_to_fp32, outputs, **others)
+            if unknown := [*others, *(set(outputs) - FIELDS.keys())]:
+                heads.sharing.allowed(f"TRL {version()} asks its fused head for {', '.join(unknown)}")
+            else:
+                heads.add(model, temperature, cast_lm_head_to_fp32, outputs)
 
         return add
 
@@ -90,6 +96,8 @@ def take_trees(
     takes: Callable[[], bool] = lambda: True,
 ) -> None:
     """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
     padded: Any = model.forward.__func__  # type: ignore[attr-defined]  # bound by add_fused_lm_head
     wanted = tuple(FIELDS[name] for name in outputs)
     config: Any = model.config.get_text_config()

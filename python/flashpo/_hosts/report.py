@@ -1,0 +1,29 @@
+"""What of TRL FlashPO uses here, a line each: for `flashpo doctor` and the start of `flashpo run`."""
+
+import importlib.util
+
+from flashpo._hosts import Seam, trl
+from flashpo._hosts.versions import standing
+
+
+def of_trl() -> list[str]:
+    """None where TRL is not installed. Imports its trainers."""
+    if importlib.util.find_spec("trl") is None:
+        return []
+    try:
+        classes = [trl.trainer_class(name) for name in trl.TRAINERS]
+        seams = {cls.__name__: trl.seams(cls) for cls in classes}
+        scoring = trl.scoring_seams()
+    except Exception as error:  # of any kind: it is an installation of TRL that does not import
+        return [f"TRL {trl.version()} does not import: {type(error).__name__}: {error}"]
+    whole = [name for name, found in seams.items() if not any(seam.reason for seam in found)]
+    part = [name for name, found in seams.items() if name not in whole and not all(seam.reason for seam in found)]
+    none = [name for name in seams if name not in whole + part]
+    what = [("accelerated", whole), ("accelerated in part", part), ("as in TRL", none)]
+    said = "; ".join(f"{', '.join(names)} {how}" for how, names in what if names)
+    lines = [f"TRL {trl.version()}: {standing('trl', trl.version())}; {said}"]
+    return lines + [f"  {seam}" for seam in [*scoring, *(seam for found in seams.values() for seam in found)]]
+
+
+def of_trainer(name: str) -> list[Seam]:
+    return trl.seams(trl.trainer_class(name))

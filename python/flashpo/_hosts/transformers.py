@@ -1,0 +1,53 @@
+"""transformers: what FlashPO reads and calls there that is not public, or that was another way in earlier versions."""
+
+import importlib.metadata
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+# Of a config: the name of its attention. The public property walks sub-configs and checks names.
+ATTENTION = "_attn_implementation_internal"
+
+_OF_KINDS = {  # which layers an option is for
+    "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding"),
+    "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
+}
+
+
+def version() -> str:
+    return importlib.metadata.version("transformers")
+
+
+def name_or_path(config: PreTrainedConfig) -> str:
+    """Where the model was loaded from, empty where it was not."""
+    return getattr(config, "_name_or_path", "")
+
+
+def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """The type of each layer, and what the layer's cache is made with."""
+    types, options = get_layer_types_and_kwargs(config)
+    if isinstance(options, dict):  # before 5.19 one for all layers
+        options = [{name: x for name, x in options.items() if kind in _OF_KINDS.get(name, types)} for kind in types]
+    return list(types), list(options)
+
+
+def merged_generation_config(model: PreTrainedModel, config: GenerationConfig) -> GenerationConfig:
+    """`config` with the model's own defaults for what it does not set, as `generate` would read it."""
+    return model._prepare_generation_config(config)[0]  # type: ignore[operator]
+
+
+def default_generation_params() -> dict[str, Any]:
+    return GenerationConfig()._get_default_generation_params()
+
+
+def takes_attentions(model: PreTrainedModel) -> bool:
+    """Whether its layers look their attention up by the name in the config."""
+    return model._can_set_attn_implementation()
+
+
+def load_balancing_loss(router_logits: Any, experts: int, of_token: int, mask: Any) -> Any:
+    """Of a mixture of experts: the function that every family takes from Mixtral's."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(router_logits, experts, of_token, mask)

@@ -1,0 +1,322 @@
+"""TRL: what each of FlashPO's trainers needs of the class beneath it, in one table, and what `patch()` replaces.
+
+A need that the installed TRL does not meet costs what it stands for and nothing else: a trainer whose loss is not one
+that FlashPO knows still has the rollout engine and token trees. TRL is imported by nothing here before it is asked for.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from flashpo._hosts import Seam, code, versions
+
+
+class PatchError(RuntimeError):
+    """The installed TRL has nothing of what was asked for; the text says what it lacks."""
+
+
+def version() -> str:
+    return importlib.metadata.version("trl")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one thing that FlashPO does takes of a trainer class of TRL. Names in a string are separated by spaces."""
+
+    # what our methods stand for or call: its parameters; behind " ..." there may be more, which we pass on
+    methods: dict[str, str] = field(default_factory=dict)
+    # what a method of ours returns to TRL's code: into how many names that takes it apart
+    unpacked: dict[str, int] = field(default_factory=dict)
+    # what we read of the tuple that TRL's method returns, by the names in its return statement
+    returns: dict[str, str] = field(default_factory=dict)
+    # functions of the trainer's module that we replace, and the method that calls them by their names there
+    functions: dict[str, str] = field(default_factory=dict)
+    # attributes that the constructor sets and we read or write
+    attributes: str = ""
+    # fields of the class in trl.trainer.utils whose instances ours makes
+    output: dict[str, str] = field(default_factory=dict)
+    since: str = ""  # the first TRL that has all this, where not all in the window have
+    # methods whose mathematics ours restates -> fingerprints of their code that we have compared ours with
+    known_code: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+LOSS, ADVANTAGES, ROLLOUTS, TREES = "loss", "advantages", "rollout engine", "token trees"
+OLD_LOGPROBS, GROUPS, DYNAMIC_SAMPLING = "rollout log-probs", "whole groups", "dynamic sampling"
+SAID = {  # what a need is for, and what happens without
+    ROLLOUTS: ("generates the completions", "TRL generates"),
+    TREES: ("every distinct token of a batch is computed once", "rows are padded, prompts are not shared"),
+    ADVANTAGES: ("group_advantages", "TRL computes the advantages"),
+    LOSS: ("policy_loss", "TRL computes the loss from our log-probs"),
+    GROUPS: ("completions of a prompt stay in one micro-batch", "TRL shuffles them apart"),
+    OLD_LOGPROBS: ("old_logprobs='rollout' can be had", "old_logprobs='rollout' is an error"),
+    DYNAMIC_SAMPLING: ("can be had", "dynamic_sampling is an error"),
+}
+
+_FUSED: dict[str, Any] = {
+    "since": "1.15",
+    "functions": {"add_fused_lm_head": "__init__"},
+    "output": {
+        "FusedCausalLMOutput": "loss log_probs label_mask entropy log_sum_sq_probs mean_logits is_top1 aux_loss",
+    },
+}
+_LABELLED = {TREES: Needs(attributes="_metrics", **_FUSED)}
+_WITH_REFERENCE = {
+    TREES: Needs(methods={"compute_ref_log_probs": "self ..."}, attributes="_metrics ref_model", **_FUSED)
+}
+_SCORE = "_get_per_token_logps_and_entropies"
+_POLICY = {
+    TREES: Needs(
+        methods={
+            _SCORE: "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss ..."
+        },
+        unpacked={_SCORE: 3},
+        attributes="temperature ref_model",
+    ),
+    ADVANTAGES: Needs(
+        methods={
+            "_generate_and_score_completions": "self inputs",
+            "_calculate_rewards": "self inputs prompts completions completion_ids_list",
+        },
+        attributes="_metrics _logs reward_weights num_generations num_generations_eval reward_funcs reward_func_names",
+    ),
+    GROUPS: Needs(
+        methods={"_prepare_inputs": "self generation_batch"}, functions={"shuffle_sequence_dict": "_prepare_inputs"}
+    ),
+    DYNAMIC_SAMPLING: Needs(attributes="_metrics _step _tokenizer num_generations"),
+}
+_GENERATING = "_metrics generation_config _dist _tokenizer use_vllm use_transformers_continuous_batching"
+_LOSS = "_metrics epsilon_low epsilon_high beta aux_loss_enabled router_aux_loss_coef"
+TRAINERS: dict[str, dict[str, Needs]] = {
+    "SFTTrainer": _LABELLED,
+    "DPOTrainer": _WITH_REFERENCE,
+    "KTOTrainer": _WITH_REFERENCE,
+    "RewardTrainer": {TREES: Needs(attributes="_metrics")},
+    "GRPOTrainer": _POLICY
+    | {
+        ROLLOUTS: Needs(
+            methods={
+                "_generate": "self prompts",
+                "_generate_single_turn": "self prompt_ids images multimodal_fields ...",
+            },
+            unpacked={"_generate_single_turn": 2},
+            returns={"_generate_single_turn": "completion_ids logprobs"},
+            attributes=_GENERATING,
+        ),
+        OLD_LOGPROBS: Needs(methods={"_generate": "self prompts"}, returns={"_generate": "logprobs"}),
+        LOSS: Needs(
+            methods={"_compute_loss": "self model inputs"},
+            known_code={"_compute_loss": ("8b367871012c",)},
+            attributes=f"{_LOSS} loss_type importance_sampling_level entropy_coef max_completion_length "
+            "vllm_importance_sampling_mode off_policy_mask_threshold top_entropy_quantile use_adaptive_entropy "
+            "_entropy_bonus_enabled _entropy_window_stats _last_world_entropy",
+        ),
+    },
+    "RLOOTrainer": _POLICY
+    | {
+        ROLLOUTS: Needs(
+            methods={
+                "_generate": "self prompts",
+                "_generate_single_turn": "self prompt_ids images multimodal_fields ...",
+            },
+            attributes=_GENERATING,
+        ),
+        LOSS: Needs(
+            methods={"_compute_loss": "self model inputs"},
+            known_code={"_compute_loss": ("50325e01f920",)},
+            attributes=f"{_LOSS} normalize_advantages reward_clip_range",
+        ),
+    },
+}
+
+KNOWN_HELPERS = {  # methods that GRPO's loss calls under some options
+    "get_high_entropy_mask": ("819de8726d8d",),
+    "get_off_policy_mask": ("968d7b538be5",),
+    "get_gamma_weights": ("3b22382f4aef",),
+}
+
+# What `flashpo.trl.patch` replaces in trl.trainer.utils, and which functions there have to read it
+
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of the fused head, besides log_probs
+HEAD = "_ChunkedLogProbFunction"
+_HEAD_ARGUMENTS = ("weight", "bias", "temperature", "final_logit_softcapping", "logit_scale", "outputs")
+_OF_LOGITS = ("selective_log_softmax", "selective_log_softmax_and_entropy", "entropy_from_logits")
+_LOGITS = {
+    "_supports_trl_loss_kernel": "logits index row_mask",
+    "_fused_logprob_entropy": "logits index temperature row_mask",
+}
+
+
+def why_no_head(utils: ModuleType) -> str:
+    """Why TRL's fused head of hidden states cannot be replaced, empty where it can."""
+    add = getattr(utils, "add_fused_lm_head", None)
+    if add is None:
+        return "trl.trainer.utils.add_fused_lm_head is missing"
+    calls = code.arguments(add, f"{HEAD}.apply")
+    if [call[1:3] + call[4:5] + call[6:] for call in calls] != [_HEAD_ARGUMENTS]:  # without tokens and chunk size
+        return f"add_fused_lm_head calls {HEAD} with {calls}"
+    if ("log_probs", *OUTPUTS) not in code.assigned(add):
+        return f"add_fused_lm_head does not take log_probs, {', '.join(OUTPUTS)} from {HEAD}"
+    if not {HEAD, "maybe_gather_lm_head_ctx"} <= code.names(add):
+        return f"add_fused_lm_head does not read {HEAD} and maybe_gather_lm_head_ctx"
+    return ""
+
+
+def why_no_logits(utils: ModuleType) -> str:
+    """Why TRL's kernel for logits cannot be replaced, empty where it can."""
+    for name, wanted in _LOGITS.items():
+        function = getattr(utils, name, None)
+        if function is None and name == "_fused_logprob_entropy":
+            continue  # TRL has it only where Triton is installed
+        if function is None:
+            return f"trl.trainer.utils.{name} is missing"
+        if " ".join(code.parameters(function)) != wanted:
+            return f"trl.trainer.utils.{name} is ({' '.join(code.parameters(function))}), FlashPO knows ({wanted})"
+    for reader in _OF_LOGITS:
+        if not set(_LOGITS) <= code.names(getattr(utils, reader, len)):
+            return f"trl.trainer.utils.{reader} does not read {' and '.join(_LOGITS)}"
+    return ""
+
+
+def scoring_seams() -> list[Seam]:
+    utils = importlib.import_module("trl.trainer.utils")
+    return [
+        Seam("fused head", "linear_logprob", "TRL's own scores hidden states", why_no_head(utils)),
+        Seam("scoring of logits", "selective_log_softmax", "TRL's own scores logits", why_no_logits(utils)),
+    ]
+
+
+@functools.cache
+def why_not(trl_class: type, what: str) -> str:
+    """Why a trainer class of TRL does not meet the needs of `what`, empty where it does."""
+    needs = TRAINERS[trl_class.__name__].get(what)
+    if needs is None:
+        return f"TRL's {trl_class.__name__} has no place for it"
+    problem = next(_problems(trl_class, needs), "")
+    advice = f"; trl {needs.since} would do" if needs.since and versions.older(version(), needs.since) else ""
+    return f"TRL {version()}: {problem}{advice}" if problem else ""
+
+
+def trainer_class(name: str) -> type:
+    """TRL's own, also where `flashpo run` has replaced its name in the package."""
+    module = f"trl.trainer.{name.removesuffix('Trainer').lower()}_trainer"
+    return getattr(importlib.import_module(module), name)
+
+
+def seams(trl_class: type) -> list[Seam]:
+    return [
+        Seam(f"{trl_class.__name__}, {what}", *SAID[what], why_not(trl_class, what))
+        for what in TRAINERS[trl_class.__name__]
+    ]
+
+
+def why_unknown(trl_class: type, helper: str) -> str:
+    """Why a method that the loss calls is not one that ours restates, empty where it is."""
+    return next(_of_code(trl_class, helper, KNOWN_HELPERS[helper]), "")
+
+
+def place_of(trl_class: type, method: str, value: str) -> int:
+    """Where a method's tuple has `value`, by the names in its return statement; `why_not` has looked at it."""
+    return code.returned(getattr(trl_class, method))[0].index(value)
+
+
+def _problems(trl_class: type, needs: Needs) -> Iterator[str]:
+    module = importlib.import_module(trl_class.__module__)
+    where = trl_class.__name__
+    for name, wanted in needs.methods.items():
+        function = getattr(trl_class, name, None)
+        if function is None:
+            yield f"{where}.{name} is missing"
+        elif not _begins(code.parameters(function), wanted):
+            yield f"{where}.{name} is ({' '.join(code.parameters(function))}), FlashPO knows ({wanted})"
+    for name, count in needs.unpacked.items():
+        for caller in _callers(trl_class, name):
+            for found in code.unpacked(getattr(trl_class, caller), name) - {count}:
+                yield f"{where}.{caller} takes {found} values from {name}, FlashPO has {count}"
+    for name, wanted in needs.returns.items():
+        found_tuples = code.returned(getattr(trl_class, name))
+        if not found_tuples:
+            yield f"{where}.{name} returns no tuple that can be read"
+        for values in found_tuples:
+            if missing := [value for value in wanted.split() if value not in values]:
+                yield f"{where}.{name} returns ({', '.join(values)}), without {', '.join(missing)}"
+            if values != found_tuples[0]:
+                yield f"{where}.{name} returns tuples of several kinds"
+    for name, method in needs.functions.items():
+        if getattr(module, name, None) is None or name not in code.names(getattr(trl_class, method)):
+            yield f"{where}.{method} does not call {name} by its name in {module.__name__}"
+    for name, wanted in needs.output.items():
+        fields = dataclasses.fields(getattr(importlib.import_module("trl.trainer.utils"), name))
+        if other := {x.name for x in fields} ^ set(wanted.split()):
+            yield f"trl.trainer.utils.{name} differs from the one that FlashPO knows in {', '.join(sorted(other))}"
+    if unset := sorted(set(needs.attributes.split()) - code.names(trl_class.__init__)):  # type: ignore[misc]
+        yield f"{where}.__init__ does not set {', '.join(unset)}"
+    for name, known in needs.known_code.items():
+        yield from _of_code(trl_class, name, known)
+
+
+def _begins(found: tuple[str, ...], wanted: str) -> bool:
+    begins, more, _ = wanted.partition(" ...")
+    names = tuple(begins.split())
+    if "args" in found:  # a dispatcher: its caller's arguments pass through it
+        return found[: found.index("args")] == names[: found.index("args")]
+    return found == names or (bool(more) and found[: len(names)] == names)
+
+
+def _callers(trl_class: type, method: str) -> list[str]:
+    """Methods of TRL's own classes that call `self.method`."""
+    defined = {name for cls in trl_class.__mro__ if cls.__module__.startswith("trl.") for name in vars(cls)}
+    functions = {name: getattr(trl_class, name) for name in sorted(defined)}
+    return [name for name, f in functions.items() if inspect.isfunction(f) and method in code.names(f)]
+
+
+def _of_code(trl_class: type, name: str, known: tuple[str, ...]) -> Iterator[str]:
+    found = code.fingerprint(getattr(trl_class, name))
+    if not found:
+        yield f"the source of {trl_class.__name__}.{name} is not at hand"
+    elif found not in known:
+        yield f"{trl_class.__name__}.{name} is other code than FlashPO knows"
+
+
+# What we call of TRL
+
+
+@contextlib.contextmanager
+def generating(trainer: Any, name: str) -> Iterator[Any]:
+    """The model as TRL generates with it: unwrapped, gathered, without gradient checkpointing; timed under `name`."""
+    from trl.models import unwrap_model_for_generation
+
+    args = trainer.args
+    options = {
+        "gather_deepspeed3_params": getattr(args, "ds3_gather_for_generation", True),
+        "generation_kwargs": getattr(trainer, "generation_kwargs", None),
+        "gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs,
+    }
+    known = {key: x for key, x in options.items() if code.takes(unwrap_model_for_generation, key)}
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            from trl.extras.profiling import profiling_context
+
+            stack.enter_context(profiling_context(trainer, name))
+        model = stack.enter_context(unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **known))
+        stack.enter_context(trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False))
+        yield model
+
+
+@contextlib.contextmanager
+def disable_gradient_checkpointing(model: Any, options: dict | None) -> Iterator[None]:
+    """As TRL's own of that name, which it does for a forward without gradient."""
+    if not model.is_gradient_checkpointing:
+        yield
+        return
+    model.gradient_checkpointing_disable()
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_enable(options)
