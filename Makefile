@@ -1,7 +1,7 @@
 # make demo    stock TRL against FlashPO on a small model, in a few minutes; results in out/demo
 # make zoo     every algorithm from the same checkpoint learns the same task: table and curves in out/zoo
 # make test    everything that runs without a GPU
-# Each makes .venv first. Others: lint, sanitize, fuzz, bench, release, clean.
+# Each makes .venv first. Others: lint, sanitize, fuzz, matrix, bench, release, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider
 
-.PHONY: demo zoo test lint sanitize fuzz bench release clean
+.PHONY: demo zoo test lint sanitize fuzz matrix bench release clean
 
 demo: $(VENV)/ready
 	$(RUN) -m flashpo.bench.demo --out out/demo
@@ -69,6 +69,10 @@ EXAMPLES ?= 500
 fuzz: $(VENV)/ready
 	FLASHPO_FUZZ=$(EXAMPLES) $(RUN) -m pytest -q -n logical --maxprocesses 8 tests/test_fuzz.py
 
+# Every TRL and transformers of python/flashpo/_hosts/versions.py, an environment each; writes docs/versions.md.
+matrix: $(VENV)/ready
+	$(RUN) tools/matrix.py --folder $(VENV)-matrix $(if $(TRL),--only $(TRL))
+
 bench: $(VENV)/ready
 	$(RUN) -m flashpo bench
 
@@ -81,4 +85,4 @@ release:
 	$(VENV)-release/bin/python tools/release.py --load-only $(LOAD_ONLY)
 
 clean:
-	rm -rf $(VENV) $(VENV)-sanitize $(VENV)-release build dist out
+	rm -rf $(VENV) $(VENV)-sanitize $(VENV)-release $(VENV)-matrix build dist out

@@ -68,7 +68,7 @@ def three_of_a_turn(self, prompts):
 
 OTHERS = {
     "a value that a tuple lacks": ("GRPOTrainer", host.OLD_LOGPROBS, {"_generate": one_value_less}, "without logprobs"),
-    "a tuple of another length": ("GRPOTrainer", host.ROLLOUTS, {"_generate": three_of_a_turn}, "takes 3 values from"),
+    "another length": ("GRPOTrainer", host.ROLLOUTS, {"_generate": three_of_a_turn}, "takes apart 3 values of"),
     "a function": ("RLOOTrainer", host.GROUPS, {"_prepare_inputs": no_shuffle}, "does not call shuffle_sequence_dict"),
     "attributes": ("RLOOTrainer", host.ROLLOUTS, {"__init__": lambda self: None}, "does not set _dist, "),
     "a head": ("SFTTrainer", host.TREES, {"__init__": lambda self: None}, "call add_fused_lm_head"),

@@ -16,6 +16,7 @@ from trl_models import assert_same, make_trainer, train
 import flashpo
 import flashpo.rollout
 import flashpo.trl
+from flashpo._hosts import trl as host
 from flashpo.trl import options
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl.patch import patched
@@ -68,24 +69,30 @@ def test_what_is_left_to_trl_is_said_once(option, value):
     assert said in found[0]
 
 
+def _tilting(theirs):
+    def _compute_loss(self, model, inputs):
+        kind = self.__dict__.get("loss_type")
+        if kind == "tilted":
+            self.loss_type = "grpo"
+        try:
+            return theirs(self, model, inputs) * (self.args.loss_tilt + (kind == "tilted"))
+        finally:
+            if kind == "tilted":
+                self.loss_type = kind
+
+    return _compute_loss
+
+
 @pytest.fixture
 def later(monkeypatch):
-    """A TRL whose losses have one kind and one option more, and its configurations by trainer."""
+    """A TRL whose losses have one kind and one option more, in code that is taken for known, and its configurations by
+    trainer."""
+    monkeypatch.setattr(host, "_of_code", lambda *what: iter(()))
     configs = {}
     for module, name in ((grpo_trainer, "GRPO"), (rloo_trainer, "RLOO")):
         cls = getattr(module, f"{name}Trainer")
 
-        def _compute_loss(self, model, inputs, theirs=cls._compute_loss):
-            kind = self.__dict__.get("loss_type")
-            if kind == "tilted":
-                self.loss_type = "grpo"
-            try:
-                return theirs(self, model, inputs) * (self.args.loss_tilt + (kind == "tilted"))
-            finally:
-                if kind == "tilted":
-                    self.loss_type = kind
-
-        monkeypatch.setattr(cls, "_compute_loss", _compute_loss)
+        monkeypatch.setattr(cls, "_compute_loss", _tilting(cls._compute_loss))
         config = getattr(trl, f"{name}Config")
         where = {"__module__": config.__module__}
         configs[name] = dataclasses.make_dataclass(

@@ -127,6 +127,7 @@ TRAINERS: dict[str, dict[str, Needs]] = {
             },
             attributes=_GENERATING,
         ),
+        OLD_LOGPROBS: Needs(),  # of what `_generate_single_turn` has just returned
         LOSS: Needs(
             methods={"_compute_loss": "self model inputs"},
             known_code={"_compute_loss": ("50325e01f920",)},
@@ -238,7 +239,7 @@ def _problems(trl_class: type, needs: Needs) -> Iterator[str]:
     for name, count in needs.unpacked.items():
         for caller in _callers(trl_class, name):
             for found in code.unpacked(getattr(trl_class, caller), name) - {count}:
-                yield f"{where}.{caller} takes {found} values from {name}, FlashPO has {count}"
+                yield f"{where}.{caller} takes apart {found} values of {name}, FlashPO gives {count}"
     for name, wanted in needs.returns.items():
         found_tuples = code.returned(getattr(trl_class, name))
         if not found_tuples:

@@ -66,20 +66,19 @@ class PolicyTrainer(GroupComparing):
 
     def _say_what_trl_lacks(self) -> None:
         """Once, what TRL's own code does here; an error where the user has asked for ours."""
-        wanted = {
-            LOSS: ("loss", None),
-            ADVANTAGES: ("group_by", None),
-            DYNAMIC_SAMPLING: ("dynamic_sampling", 0),
-            OLD_LOGPROBS: ("old_logprobs", "trainer"),
-        }
-        for what in (LOSS, ADVANTAGES, GROUPS, DYNAMIC_SAMPLING, OLD_LOGPROBS):
-            reason = why_not(self._trl_class, what)
-            option, neutral = wanted.get(what, ("", None))
-            value = getattr(self.args, option, neutral)
-            if reason and value != neutral:
+        for what, left, option, neutral in (
+            (LOSS, "the loss", "loss", None),
+            (ADVANTAGES, "the advantages", "group_by", None),
+            (GROUPS, "the order of completions", "", None),
+            (DYNAMIC_SAMPLING, "", "dynamic_sampling", 0),
+            (OLD_LOGPROBS, "", "old_logprobs", "trainer"),
+        ):
+            if not (reason := why_not(self._trl_class, what)):
+                continue
+            if (value := getattr(self.args, option, neutral)) != neutral:
                 raise ValueError(f"{option}={value!r} cannot be had: {reason}")
-            if reason and what in (LOSS, ADVANTAGES, GROUPS):
-                self._keep_trls(f"{what} to TRL: {reason}")
+            if left:
+                self._keep_trls(f"{left} to TRL: {reason}")
         if (reason := why_not(self._trl_class, ROLLOUTS)) and self._rollouts.mode != "generate":
             self._rollouts.refuse(reason)
         if reason := why_not(self._trl_class, TREES):
