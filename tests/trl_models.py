@@ -139,7 +139,7 @@ DATA = {
 }
 
 
-DATA["PPO"] = DATA["GRPO"]
+DATA["PPO"] = DATA["Distillation"] = DATA["GRPO"]
 DATA["ORPO"] = DATA["CPO"] = DATA["DPO"]
 
 
@@ -150,6 +150,7 @@ def reward(completions, completion_ids, **kwargs) -> list[float]:
 
 NOT_OF_CONFIGS = (
     "peft_config", "eval_dataset", "reward_funcs", "critic_model", "train_dataset", "rollout_func", "processing_class",
+    "teacher_model", "tools",
 )  # fmt: skip
 
 

@@ -50,6 +50,8 @@ class Seams:
     returns: dict[str, str] = field(default_factory=dict)
     # functions of the trainer's module that we replace, and the method that calls them
     functions: dict[str, str] = field(default_factory=dict)
+    # their parameters, where ours names them
+    parameters: dict[str, str] = field(default_factory=dict)
     # attributes that the constructor sets and we read or write
     attributes: str = ""
     # of `_generate_and_score_completions`: results of scoring, which we tell apart by the order in which they are made
@@ -116,6 +118,38 @@ TRAINERS = {
         attributes=f"{_POLICY_ATTRIBUTES} normalize_advantages reward_clip_range",
         scorings="old_per_token_logps ref_per_token_logps",
     ),
+    "DistillationTrainer": Seams(
+        methods={
+            "compute_loss": _LABELLED.methods["compute_loss"],
+            "_compute_loss": "self unwrapped_student inputs num_items_in_batch",
+            "_get_last_hidden_state": "self unwrapped_model input_ids attention_mask logits_to_keep pixel_values "
+            "image_grid_thw pixel_attention_mask spatial_shapes image_sizes token_type_ids mm_token_type_ids "
+            "image_position_ids",
+            "_prepare_inputs": "self generation_batch",
+            "_generate": "self prompts",
+            "_generate_single_turn": "self prompt_ids images multimodal_fields ...",
+            "_generate_and_score_completions": "self inputs",
+            "_get_train_sampler": "self dataset",
+            "get_train_dataloader": "self",
+            "log": "self logs ...",
+        },
+        returns={"_compute_loss": "loss entropy_sum.detach() n_valid"},
+        functions={
+            "create_model_from_path": "__init__",
+            "_chunked_divergence_loss": "_compute_loss",
+            "RepeatSampler": "_get_train_sampler",
+            "repeat_iterable_dataset": "get_train_dataloader",
+            "shuffle_sequence_dict": "_prepare_inputs",
+        },
+        parameters={
+            "_chunked_divergence_loss": "student_hidden_states teacher_hidden_states student_lm_head_weight "
+            "teacher_lm_head_weight completion_mask beta num_items_in_batch student_lm_head_bias teacher_lm_head_bias "
+            "student_logit_scale teacher_logit_scale student_final_logit_softcapping "
+            "teacher_final_logit_softcapping temperature",
+        },
+        attributes="_metrics _step _buffered_inputs _dist _tokenizer generation_config generation_kwargs temperature "
+        "pad_to_multiple_of max_completion_length use_vllm teacher_model",
+    ),
 }
 
 
@@ -141,6 +175,22 @@ def check(utils: ModuleType) -> None:
         _refuse(f"{where}._ChunkedLogProbFunction's outputs", chunked_logprob.OPTIONAL_OUTPUTS, OUTPUTS)
 
 
+def check_distillation(module: ModuleType) -> None:
+    """The same of `trl.trainer.distillation_trainer`."""
+    where, wanted = module.__name__, ("ChunkedDivergenceFunction", "_use_triton")
+    reader: Any = getattr(module, "_chunked_divergence_loss", None)
+    if reader is None or set(wanted) - _names(reader):
+        _refuse(f"{where}._chunked_divergence_loss", "missing or another", f"one that reads {wanted}")
+    _check_parameters(f"{where}._use_triton", getattr(module, "_use_triton", None), UTILS["_use_triton"])
+    divergence = getattr(module, "ChunkedDivergenceFunction", None)
+    _check_parameters(
+        f"{where}.ChunkedDivergenceFunction.forward",
+        getattr(divergence, "forward", None),
+        "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
+        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
+    )
+
+
 @functools.cache
 def check_trainer(trl_class: type) -> None:
     """Raise PatchError unless a trainer class of TRL has the seams of our subclass. Once for each class."""
@@ -155,6 +205,8 @@ def check_trainer(trl_class: type) -> None:
     for name, method in seams.functions.items():
         if getattr(module, name, None) is None or name not in _names(getattr(trl_class, method)):
             _refuse(f"{where}.{method}", f"without {name}", "one that calls it by its name in the module")
+    for name, wanted in seams.parameters.items():
+        _check_parameters(f"{trl_class.__module__}.{name}", getattr(module, name), wanted)
     if unset := set(seams.attributes.split()) - _names(getattr(trl_class, "__init__")):  # noqa: B009  # for mypy
         _refuse(f"{where}.__init__", f"without {', '.join(sorted(unset))}", "one that sets such attributes")
     if seams.scorings:

@@ -1,10 +1,16 @@
-"""Replaces the names in `trl.trainer.utils` through which SFT, DPO, KTO, GRPO and RLOO score their tokens.
+"""Replaces the names through which TRL's trainers score their tokens.
+
+In `trl.trainer.utils`, for SFT, DPO, KTO, GRPO and RLOO:
 
     hidden states (`add_fused_lm_head`)     _ChunkedLogProbFunction, _use_triton             -> linear_logprob
     logits (`selective_log_softmax` ...)    is_triton_available, _supports_trl_loss_kernel,
                                             _fused_logprob_entropy                           -> selective_log_softmax
 
-All five are looked up in that module at every call, so models made before the patch are reached too, and nothing of a
+In `trl.trainer.distillation_trainer`:
+
+    hidden states of student and teacher    ChunkedDivergenceFunction, _use_triton           -> linear_divergence
+
+All are looked up in their module at every call, so models made before the patch are reached too, and nothing of a
 trainer's own mathematics is restated. What our ops do not take (other devices, float64, an index of K tokens a
 position) goes to TRL's own code, as before.
 
@@ -15,17 +21,18 @@ thread needs our objects they are in place, and each asks whether the thread tha
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.token_stats import TokenStats, select
-from flashpo.trl._host import OUTPUTS, check
+from flashpo.trl._host import OUTPUTS, check, check_distillation
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,7 +97,8 @@ class _State:
         self.wanted = False  # by patch()
         self.here = _Blocks()
         self.threads = 0  # that have a `patched` block open which no `stock` block suspends
-        self.originals: dict[str, object] = {}  # of the names replaced; empty: nothing is replaced
+        # a module's namespace and what its replaced names were; empty: nothing is replaced
+        self.originals: list[tuple[dict[str, Any], dict[str, object]]] = []
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
@@ -114,19 +122,22 @@ class _State:
     def _apply(self, active: bool) -> None:
         if active == bool(self.originals):
             return
-        utils = importlib.import_module("trl.trainer.utils")
         if active:
-            check(utils)
-            seams = _seams(utils)
-            self.originals = {name: utils.__dict__.get(name, MISSING) for name in seams}
-            utils.__dict__.update(seams)
+            modules = {importlib.import_module(name): (check, seams) for name, (check, seams) in MODULES.items()}
+            for module, (check_module, _) in modules.items():
+                check_module(module)
+            for module, (_, seams) in modules.items():
+                names = seams(module)
+                self.originals.append((vars(module), {name: vars(module).get(name, MISSING) for name in names}))
+                vars(module).update(names)
             return
-        for name, original in self.originals.items():
-            if original is MISSING:
-                del utils.__dict__[name]
-            else:
-                utils.__dict__[name] = original
-        self.originals = {}
+        for namespace, originals in self.originals:
+            for name, original in originals.items():
+                if original is MISSING:
+                    del namespace[name]
+                else:
+                    namespace[name] = original
+        self.originals = []
 
 
 _state = _State()
@@ -134,7 +145,7 @@ _state = _State()
 
 def _seams(utils: ModuleType) -> dict[str, object]:
     """Our object for each name, around the one that is there now."""
-    stock_head, stock_compact = utils._ChunkedLogProbFunction, utils._use_triton
+    stock_head = utils._ChunkedLogProbFunction
     stock_triton, stock_supports = utils.is_triton_available, utils._supports_trl_loss_kernel
     stock_kernel: Any = getattr(utils, "_fused_logprob_entropy", None)
 
@@ -176,10 +187,6 @@ def _seams(utils: ModuleType) -> dict[str, object]:
             names = tuple(FIELDS[name] for name in outputs)
             return select(names, targets.shape, *results)  # TokenStats' fields are in TRL's order
 
-    def compact(device: torch.device) -> bool:
-        """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
-        return (active() and device.type in DEVICES) or stock_compact(device)
-
     def ours(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) -> bool:
         return (
             active()
@@ -214,9 +221,66 @@ def _seams(utils: ModuleType) -> dict[str, object]:
 
     return {
         "_ChunkedLogProbFunction": Head,
-        "_use_triton": compact,
+        "_use_triton": _compact(utils._use_triton),
         # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
         "is_triton_available": lambda *min_version: active() or stock_triton(*min_version),
         "_supports_trl_loss_kernel": supports,
         "_fused_logprob_entropy": logprob_entropy,
     }
+
+
+def _compact(stock: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
+    return lambda device: (active() and device.type in DEVICES) or stock(device)
+
+
+def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
+    stock = module.ChunkedDivergenceFunction
+
+    class Divergence:
+        @staticmethod
+        def apply(
+            student_hidden: Tensor,  # (N, H), N may be 0
+            student_weight: Tensor,
+            student_bias: Tensor | None,
+            teacher_hidden: Tensor,
+            teacher_weight: Tensor,
+            teacher_bias: Tensor | None,
+            beta: float,
+            temperature: float = 1.0,
+            student_logit_scale: float = 1.0,
+            student_final_logit_softcapping: float | None = None,
+            teacher_logit_scale: float = 1.0,
+            teacher_final_logit_softcapping: float | None = None,
+        ) -> tuple[Tensor, Tensor]:
+            """Divergence and the student's entropy, (N,) each; no gradient comes to the entropy."""
+            both = student_hidden, teacher_hidden
+            if not active() or any(x.device.type not in DEVICES or x.dtype not in DTYPES for x in both):
+                heads = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+                student = student_logit_scale, student_final_logit_softcapping
+                teacher = teacher_logit_scale, teacher_final_logit_softcapping
+                return stock.apply(*heads, beta, temperature, *student, *teacher)
+            stats = linear_divergence(
+                student_hidden,
+                student_weight,
+                teacher_hidden,
+                teacher_weight,
+                torch.zeros(len(student_hidden), dtype=torch.int64, device=student_hidden.device),  # nobody reads it
+                student_bias,
+                teacher_bias,
+                beta=beta,
+                temperature=temperature,
+                student_logit_scale=student_logit_scale,
+                teacher_logit_scale=teacher_logit_scale,
+                student_softcap=student_final_logit_softcapping,
+                teacher_softcap=teacher_final_logit_softcapping,
+            )
+            return stats.divergence, stats.entropy.detach()
+
+    return {"ChunkedDivergenceFunction": Divergence, "_use_triton": _compact(module._use_triton)}
+
+
+MODULES = {  # how each is checked, and what replaces its names
+    "trl.trainer.utils": (check, _seams),
+    "trl.trainer.distillation_trainer": (check_distillation, _seams_of_distillation),
+}

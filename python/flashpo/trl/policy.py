@@ -17,18 +17,17 @@ from trl.models.utils import disable_gradient_checkpointing
 from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
-from flashpo.packing.attention import uninstalled
 from flashpo.rollout.seam import eval_mode
 from flashpo.trl import options
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._metrics import ratio_metrics
-from flashpo.trl._pending import Pending
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
 from flashpo.trl.reward_models import RewardModels
-from flashpo.trl.rollout import MISMATCH, TrainerRollouts, merged, mismatch, mismatch_metrics
-from flashpo.trl.trainers import Accelerated, overridden
+from flashpo.trl.rollout import MISMATCH, merged, mismatch, mismatch_metrics
+from flashpo.trl.sampling import Sampling
+from flashpo.trl.trainers import overridden
 
 SCORING_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
@@ -43,7 +42,7 @@ else:
     Base = object
 
 
-class PolicyTrainer(Accelerated, Base):
+class PolicyTrainer(Sampling, Base):
     """What the two share; beside a TRL class."""
 
     _options: options.Known  # of the TRL class
@@ -60,14 +59,6 @@ class PolicyTrainer(Accelerated, Base):
             self._packed.takes({})
 
     # made when they are first needed: a trainer may run before its constructor has, or without it
-
-    @functools.cached_property
-    def _pending(self) -> Pending:
-        return Pending()
-
-    @functools.cached_property
-    def _rollouts(self) -> TrainerRollouts:
-        return TrainerRollouts(self)
 
     @functools.cached_property
     def _packed(self) -> PackedScoring:
@@ -191,10 +182,6 @@ class PolicyTrainer(Accelerated, Base):
         with groups_stay_together(self._trl_class, self.num_generations or 1):
             return super()._prepare_inputs(generation_batch)
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _sampler_logprobs(self, inputs, logprob: Tensor, mask: Tensor, random: bool) -> Tensor | None:
         """The sampler's log-probs as the loss is to compare them with the trainer's; None where it must not.
 
@@ -285,13 +272,7 @@ class PolicyTrainer(Accelerated, Base):
         raise NotImplementedError
 
     def _generate(self, prompts):
-        self._rollouts.forget_turns()
-        with contextlib.ExitStack() as stack:
-            if active():
-                stack.enter_context(self._rollouts.session())  # for the turns of a conversation with tools
-            if isinstance(self.model, torch.nn.Module):
-                stack.enter_context(uninstalled(self.model))  # continuous batching knows attentions by name
-            result = super()._generate(prompts)
+        result = super()._generate(prompts)
         if self._rollouts.generated and self._takes_old_logprobs():
             self._rollouts.keep_as_old(self._sampled_logprobs(result))
         return result

@@ -4,7 +4,15 @@ import importlib
 import sys
 from types import ModuleType
 
-TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
+TRAINERS = (
+    "SFTTrainer",
+    "DPOTrainer",
+    "KTOTrainer",
+    "RewardTrainer",
+    "GRPOTrainer",
+    "RLOOTrainer",
+    "DistillationTrainer",
+)
 handed_out: set[str] = set()  # the names that the script has asked for
 
 
