@@ -12,12 +12,13 @@ import torch
 pytest.importorskip("trl")
 import trl
 import trl.trainer.utils as utils
+from trl.trainer import distillation_trainer
 from trl_models import CONFIGS, VOCAB, assert_ran, load
 
 import flashpo
 import flashpo.trl
 from flashpo.trl import PatchError, _host, patch, patched, unpatch
-from flashpo.trl._host import check, check_trainer
+from flashpo.trl._host import check, check_distillation, check_trainer
 from flashpo.trl._replaced import replaced
 from flashpo.trl.patch import stock
 from flashpo.trl.verify import tolerance_for
@@ -279,6 +280,33 @@ def test_a_trainer_is_checked_when_it_is_made(monkeypatch):
     monkeypatch.setattr(flashpo.trl.SFTTrainer, "_trl_class", changed("SFTTrainer", compute_loss=lambda self: None))
     with pytest.raises(PatchError, match=r"SFTTrainer\.compute_loss"):
         flashpo.trl.SFTTrainer("no model")
+
+
+LATER = """
+import sys, trl.trainer.utils as utils, flashpo.trl
+flashpo.trl.patch()
+assert "trl.trainer.distillation_trainer" not in sys.modules
+from trl.trainer import distillation_trainer as later
+assert later.ChunkedDivergenceFunction.__module__ == "flashpo.trl.patch"
+flashpo.trl.unpatch()
+assert later.ChunkedDivergenceFunction.__module__ == "trl.kernels.chunked_divergence"
+assert later._use_triton is utils._use_triton
+"""
+
+
+def test_a_trainer_that_is_imported_after_the_patch_is_reached():
+    subprocess.run([sys.executable, "-c", LATER], check=True)
+
+
+def test_a_changed_divergence_is_refused():
+    fake = types.ModuleType("trl.trainer.distillation_trainer")
+    fake.__dict__.update(distillation_trainer.__dict__)
+    fake.ChunkedDivergenceFunction = type("Changed", (), {"forward": lambda ctx, hidden: hidden})
+    with pytest.raises(PatchError, match=r"ChunkedDivergenceFunction.forward is \(ctx hidden\)"):
+        check_distillation(fake)
+    fake._chunked_divergence_loss = lambda *states: sum(states)
+    with pytest.raises(PatchError, match="_chunked_divergence_loss is missing or another"):
+        check_distillation(fake)
 
 
 def test_flashpo_does_not_import_trl():

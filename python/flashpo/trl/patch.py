@@ -20,14 +20,16 @@ thread needs our objects they are in place, and each asks whether the thread tha
 
 import contextlib
 import importlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashpo._on_import import is_imported, when_imported
 from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
@@ -97,8 +99,8 @@ class _State:
         self.wanted = False  # by patch()
         self.here = _Blocks()
         self.threads = 0  # that have a `patched` block open which no `stock` block suspends
-        # a module's namespace and what its replaced names were; empty: nothing is replaced
-        self.originals: list[tuple[dict[str, Any], dict[str, object]]] = []
+        self.originals: dict[str, dict[str, object]] = {}  # by module: its replaced names; empty: nothing is replaced
+        self.watches = False  # whether modules that are imported later will be seen
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
@@ -120,24 +122,38 @@ class _State:
         return self.here.users > 0 and self.here.suspended == 0
 
     def _apply(self, active: bool) -> None:
-        if active == bool(self.originals):
-            return
         if active:
-            modules = {importlib.import_module(name): (check, seams) for name, (check, seams) in MODULES.items()}
-            for module, (check_module, _) in modules.items():
-                check_module(module)
-            for module, (_, seams) in modules.items():
-                names = seams(module)
-                self.originals.append((vars(module), {name: vars(module).get(name, MISSING) for name in names}))
-                vars(module).update(names)
+            importlib.import_module(UTILS)
+            self._replace()
+            if not self.watches:
+                self.watches = True
+                for name in MODULES:
+                    when_imported(name, lambda name: self.see())
             return
-        for namespace, originals in self.originals:
-            for name, original in originals.items():
+        for name, originals in self.originals.items():
+            namespace = vars(sys.modules[name])
+            for attribute, original in originals.items():
                 if original is MISSING:
-                    del namespace[name]
+                    del namespace[attribute]
                 else:
-                    namespace[name] = original
-        self.originals = []
+                    namespace[attribute] = original
+        self.originals = {}
+
+    def see(self) -> None:
+        """A module has been imported."""
+        with self.lock:
+            if self.originals:
+                self._replace()
+
+    def _replace(self) -> None:
+        """In modules that are there and that were not when something was last replaced."""
+        modules = {name: sys.modules[name] for name in MODULES if is_imported(name) and name not in self.originals}
+        for name, module in modules.items():
+            MODULES[name].check(module)
+        for name, module in modules.items():
+            objects = MODULES[name].objects(module)
+            self.originals[name] = {attribute: vars(module).get(attribute, MISSING) for attribute in objects}
+            vars(module).update(objects)
 
 
 _state = _State()
@@ -280,7 +296,13 @@ def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
     return {"ChunkedDivergenceFunction": Divergence, "_use_triton": _compact(module._use_triton)}
 
 
-MODULES = {  # how each is checked, and what replaces its names
-    "trl.trainer.utils": (check, _seams),
-    "trl.trainer.distillation_trainer": (check_distillation, _seams_of_distillation),
+class _Module(NamedTuple):
+    check: Callable[[ModuleType], None]
+    objects: Callable[[ModuleType], dict[str, object]]  # ours by the names that they replace
+
+
+UTILS = "trl.trainer.utils"
+MODULES = {
+    UTILS: _Module(check, _seams),
+    "trl.trainer.distillation_trainer": _Module(check_distillation, _seams_of_distillation),
 }
