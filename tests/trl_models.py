@@ -222,7 +222,7 @@ def assert_same(stock: list[Step], ours: list[Step], dtype: torch.dtype = torch.
         assert not wrong, "\n".join(map(str, wrong))
 
 
-SAMPLED_BY_TRL = {"GRPO": {"rollout": "generate"}, "RLOO": {"rollout": "generate"}}  # for the same samples
+SAMPLED_BY_TRL = {name: {"rollout": "generate"} for name in ("GRPO", "RLOO", "Distillation")}  # for the same samples
 
 
 def assert_same_training(name: str, packed: bool = True, **options) -> list[Step]:
