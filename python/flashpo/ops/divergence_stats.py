@@ -20,11 +20,10 @@ with y and r in bits as there:
     FORBIDDEN  how many j there are in J that own permits and other does not
     S_TOP, S_AT, T_TOP, T_AT   of student and teacher: max_J y_j - r, and the first j there; where they were asked for
 
-The Jensen-Shannon divergence needs both log-sum-exps first, so it takes a second pass, in which
-log M_j = log p_j(student) + mix_j and mix_j = log(1 + beta (e^d_j - 1)):
+The Jensen-Shannon divergence needs both log-sum-exps first, so it takes a second pass:
 
-    JSD        sum_J beta p_j(teacher) (d_j - mix_j) - (1 - beta) p_j(student) mix_j
-    KL_STUDENT sum_J -p_j(student) mix_j, which the gradient needs
+    JSD        sum_J beta p_j(teacher) log(p_j(teacher) / M_j) + (1 - beta) p_j(student) log(p_j(student) / M_j)
+    KL_STUDENT sum_J p_j(student) log(p_j(student) / M_j), which the gradient needs
 """
 
 from typing import NamedTuple
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from flashpo.ops import token_stats
 from flashpo.ops._check import check_names
-from flashpo.ops.token_stats import LN2, LOG_Z, LOG_Z_REST, REF, SUM, merge_partials
+from flashpo.ops.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOGPROB, REF, SUM, merge_partials
 
 STUDENT, TEACHER, GAP, FORBIDDEN, S_TOP, S_AT, T_TOP, T_AT = 0, 4, 8, 9, 10, 11, 12, 13
 MOST = 80.0  # of |d|: e^80 is finite in fp32, and a probability that is e^-80 of another adds nothing to it
@@ -64,12 +63,10 @@ def check_outputs(outputs: tuple[str, ...]) -> bool:
     return "is_top1_agreed" in outputs
 
 
-def select(outputs: tuple[str, ...], shape: torch.Size, results: tuple[Tensor | None, ...]) -> DivergenceStats:
+def select(outputs: tuple[str, ...], shape: torch.Size, results: tuple[Tensor, ...]) -> DivergenceStats:
     """The asked ones of all outputs, which are flat, in the target's shape."""
     named = zip(DivergenceStats._fields, results)
-    return DivergenceStats(
-        **{name: x.view(shape) for name, x in named if x is not None and name in ("divergence", *outputs)}
-    )
+    return DivergenceStats(**{name: x.view(shape) for name, x in named if name in ("divergence", *outputs)})
 
 
 def partial_from_logits(
@@ -136,27 +133,60 @@ def log_probs(z: Tensor, rows: Tensor) -> Tensor:
     return (bits * LN2).clamp(min=torch.finfo(z.dtype).min)
 
 
-def log_mixture_ratio(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(mix, d) of log-probabilities."""
+def mixture_over(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log M less the log-probabilities of the student, and less those of the teacher.
+
+    Relative to the larger of the two, of which the other is a share e: log(1 - share + share e).
+    """
     d = (teacher - student).clamp(-MOST, MOST)
-    return torch.log1p(beta * torch.expm1(d)), d
+    share, e = torch.where(d < 0, beta, 1 - beta).to(d.dtype), (-d.abs()).exp()
+    # near e = 1, where the sums are differences, without the rounding of 1 - share
+    rest = torch.where(d < 0, 1 - beta, beta).to(d.dtype)
+    over_larger = torch.where(e < 0.5, (rest + share * e).log(), torch.log1p(share * torch.expm1(-d.abs())))
+    return over_larger + d.clamp(min=0.0), over_larger - d.clamp(max=0.0)
 
 
 def mixture_sums(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """(JSD, KL_STUDENT) (2, N) of log-probabilities (N, J)."""
-    mix, d = log_mixture_ratio(student, teacher, beta)
-    kl_student = -(student.exp() * mix).sum(-1)
-    kl_teacher = (teacher.exp() * (d - mix)).sum(-1)
+    over_student, over_teacher = mixture_over(student, teacher, beta)
+    kl_student = -(student.exp() * over_student).sum(-1)
+    kl_teacher = -(teacher.exp() * over_teacher).sum(-1)
     return torch.stack([beta * kl_teacher + (1 - beta) * kl_student, kl_student])
 
 
-def d_logits(student: Tensor, teacher: Tensor, kl: Tensor, beta: float) -> Tensor:
-    """d divergence / d z of the student's logits, from log-probabilities (N, J). `kl` (N,) is the divergence where
-    beta is 1 and KL_STUDENT where it lies between."""
-    p = student.exp()
-    if beta == 0:
-        return p - teacher.exp()
-    if beta == 1:
-        return p * (student - teacher - kl[:, None])
-    mix, _ = log_mixture_ratio(student, teacher, beta)
-    return (1 - beta) * p * (-mix - kl[:, None])
+def outputs_of(merged: Merged, divergence: Tensor, ignored: Tensor) -> tuple[Tensor, ...]:
+    """All fields of DivergenceStats, the caller's own to write over; the last one empty where it was not asked for."""
+    student, teacher, _, agreed = merged
+    rows = torch.stack([divergence, student[ENTROPY], student[LOGPROB], teacher[LOGPROB]]).masked_fill(ignored, 0.0)
+    agreed = ignored.new_empty(0) if agreed is None else agreed & ~ignored
+    return *(row.clone() for row in rows), agreed
+
+
+def d_logits(
+    log_p: Tensor,  # of the student, (N, J)
+    log_p_teacher: Tensor,
+    target: Tensor,  # as a column
+    student_rows: Tensor,
+    kl: Tensor,  # (N,): the divergence where beta is 1, and KL_STUDENT where it lies between 0 and 1
+    beta: float,
+    d_divergence: Tensor | None,
+    d_entropy: Tensor | None,
+    d_logprob: Tensor | None,
+) -> Tensor:
+    """The gradient of the student's logits z, (N, J)."""
+    p, dz = log_p.exp(), torch.zeros_like(log_p)
+    if d_divergence is not None:
+        kl = kl.where(d_divergence != 0, 0.0)[:, None]  # an infinite one that nothing uses has no part in it
+        if beta == 0:
+            of_z = p - log_p_teacher.exp()
+        elif beta == 1:
+            of_z = p * (log_p - log_p_teacher - kl)
+        else:
+            of_z = (beta - 1) * p * (mixture_over(log_p, log_p_teacher, beta)[0] + kl)
+        dz += d_divergence[:, None] * of_z
+    if d_entropy is not None:
+        dz -= d_entropy[:, None] * p * (log_p + student_rows[ENTROPY, :, None])
+    if d_logprob is not None:
+        onehot = torch.arange(dz.shape[-1], device=dz.device) == target[:, None]
+        dz += d_logprob[:, None] * (onehot.to(dz.dtype) - p)
+    return dz

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashpo._op import op
+from flashpo.ops import _linear_divergence_cpu as cpu
 from flashpo.ops import divergence_stats as stats
 from flashpo.ops._check import check_device, check_group, check_int, check_positive, check_range, check_share
 from flashpo.ops._first_order import first_order
@@ -36,7 +37,6 @@ from flashpo.ops.linear_logprob import (
     head_gradients,
     head_logits,
 )
-from flashpo.ops.token_stats import ENTROPY, LOGPROB
 
 
 def linear_divergence(
@@ -240,7 +240,7 @@ def _(heads, student_rows, teacher_rows):
 
 def _new_rows(heads: Heads, rows: int) -> Tensor:
     dtype = wide_dtype(torch.promote_types(heads.student.dtype, heads.teacher.dtype))
-    return heads.target.new_empty((rows, len(heads.target)), dtype=dtype)
+    return heads.target.new_empty((rows, heads.target.shape[0]), dtype=dtype)
 
 
 @op
@@ -249,7 +249,7 @@ def linear_divergence_bwd(
     heads: Heads,
     student_rows: Tensor,  # of merge_partials, (4, N)
     teacher_rows: Tensor,
-    kl: Tensor,  # (N,): see divergence_stats.d_logits
+    kl: Tensor,  # (N,): see `d_logits`
     d_divergence: Tensor | None,
     d_entropy: Tensor | None,
     d_logprob: Tensor | None,
@@ -260,14 +260,8 @@ def linear_divergence_bwd(
     """The student's (d_hidden, d_weight, d_bias) in their dtype; one that is not wanted is an empty tensor."""
     log_p, log_p_t, slope = heads.log_probs(student_rows, teacher_rows)
     student, target = heads.student, heads.target
-    dx = torch.zeros_like(log_p)
-    if d_divergence is not None:
-        dx += d_divergence[:, None] * stats.d_logits(log_p, log_p_t, kl, heads.beta)
-    if d_entropy is not None:
-        dx -= d_entropy[:, None] * log_p.exp() * (log_p + student_rows[ENTROPY, :, None])
-    if d_logprob is not None:
-        onehot = torch.arange(dx.shape[-1], device=dx.device) == (target - heads.start)[:, None]
-        dx += d_logprob[:, None] * (onehot.to(dx.dtype) - log_p.exp())
+    column = target - heads.start
+    dx = stats.d_logits(log_p, log_p_t, column, student_rows, kl, heads.beta, d_divergence, d_entropy, d_logprob)
     dx = (dx * slope).masked_fill((target == heads.ignore_index)[:, None], 0.0)
     return head_gradients(
         dx, student.hidden, student.weight, student.bias, student.dtype, want_hidden, want_weight, want_bias
@@ -279,6 +273,24 @@ def linear_divergence_bwd(
 def _(heads, *rest):
     like = heads.student[:3]
     return tuple(torch.empty_like(x) if wanted else like[0].new_empty(0) for x, wanted in zip(like, rest[-3:]))
+
+
+@linear_divergence_partial.backend("native")
+@on_heads
+def _(heads, *rest):
+    return cpu.partial(heads, *rest) if cpu.takes(heads) else NotImplemented
+
+
+@linear_divergence_mixture.backend("native")
+@on_heads
+def _(heads, *rest):
+    return cpu.mixture(heads, *rest) if cpu.takes(heads) else NotImplemented
+
+
+@linear_divergence_bwd.backend("native")
+@on_heads
+def _(heads, *rest):
+    return cpu.backward(heads, *rest) if cpu.takes(heads) else NotImplemented
 
 
 class LinearDivergence(torch.autograd.Function):
@@ -308,23 +320,20 @@ class LinearDivergence(torch.autograd.Function):
         options = *options, *dtypes, ignore_index, start, beta
         partial = linear_divergence_partial(*tensors, *options, vocab, top1)
         partials = partial[None] if group is None else gather_partials(partial, vocab, group)
-        student, teacher, divergence, agreed = stats.merge(partials, vocab, beta)
+        merged = stats.merge(partials, vocab, beta)
+        student, teacher, divergence, _ = merged
         if divergence is None:
             sums = linear_divergence_mixture(*tensors, *options, student, teacher)
             if group is not None:
                 dist.all_reduce(sums, group=group)
             divergence, kl = sums
         else:
-            kl = divergence.clone()  # whose caller may write over the other
-        ignored = target == ignore_index
-        results = torch.stack([divergence, student[ENTROPY], student[LOGPROB], teacher[LOGPROB]])
-        results = results.masked_fill(ignored, 0.0)
-        agreed = target.new_empty(0, dtype=torch.bool) if agreed is None else agreed & ~ignored
+            kl = divergence
         ctx.save_for_backward(*tensors, student, teacher, kl)
         ctx.options = options, group, gather
-        divergence, entropy, student_logprob, teacher_logprob = (x.clone() for x in results)
-        ctx.mark_non_differentiable(teacher_logprob, agreed)
-        return divergence, entropy, student_logprob, teacher_logprob, agreed
+        results = stats.outputs_of(merged, divergence, target == ignore_index)
+        ctx.mark_non_differentiable(*results[3:])
+        return results
 
     @staticmethod
     @first_order
