@@ -1,5 +1,6 @@
 """TRL's on-policy distillation on token trees against stock TRL on the same completions."""
 
+import contextlib
 import copy
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
-from trl_models import CONFIGS, assert_ran, assert_same, make_trainer, text, train
+from trl_models import CONFIGS, assert_ran, assert_same, load, make_trainer, text, train
 
 import flashpo
 import flashpo.trl
 from flashpo.trl import comparison
+from flashpo.trl._text_only import padding_changes_nothing
 from flashpo.trl.packed import groups_stay_together
 
 SYSTEM = text(12, 1)
@@ -334,3 +336,45 @@ def test_under_patch_trls_own_trainer_compares_with_our_operator():
     flashpo.stats(reset=True)
     train(make(trl))
     assert not flashpo.stats()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_positions_that_count_the_padding(aligned):
+    """GPT-2 has an embedding a position, and TRL's padding shifts a short prompt's. Prompts of one length have none."""
+    rows = [{"prompt": text(6 if aligned else 4 + i % 3, i)} for i in range(4)]
+    options = dict(model="gpt2", disable_dropout=True, train_dataset=Dataset.from_list(rows))
+    stock = train(make(trl, **options))
+    flashpo.stats(reset=True)
+    warns = contextlib.nullcontext() if aligned else pytest.warns(UserWarning, match="padded on the left, and the")
+    with warns:
+        ours = train(make(flashpo.trl, **options))
+    assert flashpo.stats()["tree_attention_fwd"], "the teacher takes trees in any case"
+    assert bool(flashpo.stats().get("tree_attention_bwd")) == aligned
+    assert_same(stock, ours)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "qwen3_vl", "qwen3_5", "longrope", "gpt2"])
+def test_which_models_positions_count_the_padding(kind):
+    assert padding_changes_nothing(load(kind)) == (kind != "gpt2")
+
+
+def test_tokens_of_tools_and_rows_without_any_token():
+    """As a loop of tools and truncation leave them: stock TRL's loss and gradients."""
+    trainers = [make(package) for package in (trl, flashpo.trl)]
+    batch = trainers[1]._generate_and_score_completions(ROWS[:4])
+    batch["tool_mask"] = (torch.arange(batch["completion_mask"].shape[1]) % 3 > 0).long().expand(4, -1).clone()
+    batch["tool_mask"][2] = 0
+    for kept in (1, 0):
+        batch["tool_mask"] *= kept
+        batch["num_items_in_batch"] = batch["tool_mask"].sum()
+        (expected, grads), (loss, ours) = (loss_and_gradients(trainer, batch) for trainer in trainers)
+        assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+        assert ours.keys() == grads.keys()
+        for name, grad in grads.items():
+            assert (ours[name] - grad).norm() <= 1e-4 * (grad.norm() + 1e-3), name
+
+
+def test_images_are_padded_after_a_warning():
+    trainer = make(flashpo.trl)
+    with pytest.warns(UserWarning, match="the batch has pixel_values"):
+        assert not trainer._takes_tree(trainer.model, {"pixel_values": torch.ones(1)}, torch.ones(1, 1))

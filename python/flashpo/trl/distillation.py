@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from trl.trainer import distillation_trainer  # not trl's names: `flashpo run` replaces them
 
 from flashpo._causal_lm import CausalLM
@@ -18,7 +19,7 @@ from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import pack
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._replaced import replaced
-from flashpo.trl._text_only import beside_text
+from flashpo.trl._text_only import beside_text, padding_changes_nothing
 from flashpo.trl.comparison import Comparison, States, why_not_comparable
 from flashpo.trl.packed import groups_stay_together
 from flashpo.trl.patch import active
@@ -209,7 +210,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             return comparison.student.hidden
         scored = comparison.of_all if of_student else comparison.scored
         beside = beside_text(unwrapped_model, multimodal)
-        if self._takes_tree(unwrapped_model, beside):
+        if self._takes_tree(unwrapped_model, beside, attention_mask):
             known = comparison.student and comparison.student.tree
             tree = known if known is not None and scored is comparison.of_all else pack(*tokens, scored)
             states = States.on(tree, unwrapped_model)
@@ -228,11 +229,14 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             comparison.teacher = states
         return states.hidden
 
-    def _takes_tree(self, model: Any, beside: dict[str, Any]) -> bool:
+    def _takes_tree(self, model: Any, beside: dict[str, Any], attention_mask: Tensor) -> bool:
         """`beside`: what the batch has beside text."""
         if CausalLM.of(model).base not in self._on_trees:
             return False
-        return self._sharing.allowed(next((f"the batch has {name}" for name in beside), ""))
+        reason = next((f"the batch has {name}" for name in beside), "")
+        if not reason and not padding_changes_nothing(model) and not attention_mask[:, 0].all():
+            reason = "rows are padded on the left, and the model's positions count the padding"
+        return self._sharing.allowed(reason)
 
     # logs
 
