@@ -21,6 +21,7 @@ SUITES = {  # where the tables are, a function of device, with_peers, quick; imp
     "decode_step": "decode_step.tables",
     "packed_linear": "packed_linear.tables",
     "grpo_step": "grpo_step.tables",
+    "distillation_step": "distillation_step.tables",
     "overhead": "scoring.overhead_tables",
 }
 

@@ -63,8 +63,9 @@ CASES = {
 
 class Run(NamedTuple):
     seconds: list[float]
-    rewards: list[float]
     peak: int  # bytes of the process; on a GPU: of its memory
+    rewards: list[float] = []  # noqa: RUF012  # a NamedTuple's; read only
+    losses: list[float] = []  # noqa: RUF012
 
 
 def save_model(shape: dict[str, Any], mean_length: int | None, device: str, folder: str) -> None:
@@ -104,8 +105,8 @@ def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
     embedding[END, 0] = 1 + above_mean / hidden[..., 0].mean()
 
 
-def run(command: list[str], *args: object) -> Run:
-    done = subprocess.run([*command, SCRIPT, *map(str, args)], capture_output=True, text=True, env=environment())
+def run(command: list[str], script: Path, *args: object) -> Run:
+    done = subprocess.run([*command, script, *map(str, args)], capture_output=True, text=True, env=environment())
     if done.returncode != 0:
         raise RuntimeError(f"{command} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
     return Run(**json.loads(done.stdout.splitlines()[-1]))
@@ -119,7 +120,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
         settings = case.prompts, case.prompt, case.new, case.steps
         for seed in range(case.seeds):
             for name, command in VARIANTS.items():
-                runs[name].append(run(command, model, out, *settings, seed, 4e-3 if learns else 3e-5))
+                runs[name].append(run(command, SCRIPT, model, out, *settings, seed, 4e-3 if learns else 3e-5))
     seconds = {name: statistics.median(s for r in done for s in r.seconds[1:]) for name, done in runs.items()}
     for name, done in runs.items():
         last = [statistics.mean(r.rewards[-5:]) for r in done]

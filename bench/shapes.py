@@ -13,6 +13,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
         head_dim=64, vocab_size=32768,
     ),
+    "120M": dict(
+        hidden_size=768, intermediate_size=2560, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=6,
+        head_dim=64, vocab_size=32768,
+    ),
     "0.6B": dict(
         hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
         head_dim=128, vocab_size=151936,

@@ -108,6 +108,10 @@ PYBIND11_MODULE(_C, m) {
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;  // after the casters: they need it
   m.def("selective_log_softmax_fwd", CPU(selective_log_softmax_fwd), ReleaseGil());
   m.def("selective_log_softmax_bwd", CPU(selective_log_softmax_bwd), ReleaseGil());
+  m.def("linear_divergence_fold", CPU(linear_divergence_fold), ReleaseGil());
+  m.def("linear_divergence_finish", CPU(linear_divergence_finish), ReleaseGil());
+  m.def("linear_divergence_mixture", CPU(linear_divergence_mixture), ReleaseGil());
+  m.def("linear_divergence_grad", CPU(linear_divergence_grad), ReleaseGil());
   m.def("linear_logprob_fold", CPU(linear_logprob_fold), ReleaseGil());
   m.def("linear_logprob_finish", CPU(linear_logprob_finish), ReleaseGil());
   m.def("linear_logprob_grad", CPU(linear_logprob_grad), ReleaseGil());

@@ -18,6 +18,22 @@ class Plan;
   void selective_log_softmax_bwd(const Tensor& logits, const Tensor& index, float temperature, int64_t ignore_index,  \
                                  const Tensor& rows, const Tensor& d_logprob, const Tensor& d_entropy,                \
                                  const Tensor& out, int threads);                                                     \
+  void linear_divergence_fold(const Tensor& s_tile, const Tensor& s_bias, double s_scale, double s_softcap,           \
+                              const Tensor& t_tile, const Tensor& t_bias, double t_scale, double t_softcap,           \
+                              double inv_temperature, double beta, const Tensor& target, int64_t start,               \
+                              const Tensor& state, bool first, int threads);                                          \
+  void linear_divergence_finish(const Tensor& state, double s_unit_of_all, double t_unit_of_all, double beta,         \
+                                const Tensor& partial);                                                               \
+  void linear_divergence_mixture(const Tensor& s_tile, const Tensor& s_bias, double s_scale, double s_softcap,        \
+                                 const Tensor& t_tile, const Tensor& t_bias, double t_scale, double t_softcap,        \
+                                 double inv_temperature, double beta, const Tensor& s_rows, const Tensor& t_rows,     \
+                                 const Tensor& state, bool first, int threads);                                       \
+  void linear_divergence_grad(const Tensor& s_tile, const Tensor& s_bias, double s_scale, double s_softcap,           \
+                              const Tensor& t_tile, const Tensor& t_bias, double t_scale, double t_softcap,           \
+                              double inv_temperature, double beta, const Tensor& target, int64_t start,               \
+                              const Tensor& s_rows, const Tensor& t_rows, const Tensor& kl,                           \
+                              const Tensor& d_divergence, const Tensor& d_entropy, const Tensor& d_logprob,           \
+                              const Tensor& rows_out, int threads);                                                   \
   void linear_logprob_fold(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,               \
                            const Tensor& inv_temperature, double inv_temperature_of_all, double logit_scale,          \
                            double softcap, const Tensor& state, bool first, int threads);                             \

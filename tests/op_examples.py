@@ -4,7 +4,16 @@ import torch
 from decode_inputs import plant
 from inputs import Case
 
-from flashpo import gae, group_advantages, kv_append, policy_loss, sample, selective_log_softmax, tree_attention
+from flashpo import (
+    gae,
+    group_advantages,
+    kv_append,
+    linear_divergence,
+    policy_loss,
+    sample,
+    selective_log_softmax,
+    tree_attention,
+)
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 from flashpo.ops.decode_step import decode_layers_
 from flashpo.ops.packed_linear import pack_linear, packed_linear
@@ -20,6 +29,12 @@ def scoring():
 def scoring_in_place():
     logits = torch.randn(4, 9, requires_grad=True)
     selective_log_softmax(logits, torch.zeros(4, dtype=torch.long), inplace_backward=True).logprob.sum().backward()
+
+
+def distillation():
+    heads = [torch.randn(*shape, requires_grad=True) for shape in ((6, 8), (40, 8), (6, 4), (40, 4))]
+    target = torch.tensor([1, -100, 3, 4, 5, 39])
+    linear_divergence(*heads, target, torch.randn(40, requires_grad=True), beta=0.4).divergence.sum().backward()
 
 
 def policy():
@@ -97,6 +112,7 @@ EXAMPLES = [
     decoder_layer,
     scoring,
     scoring_in_place,
+    distillation,
     policy,
     advantages,
     generalised_advantages,

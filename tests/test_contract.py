@@ -43,8 +43,8 @@ def test_values_and_gradients(case: Case, backend, dtype):
     for name, out, true, baseline in zip(ALL, ours, exact, plain):
         if name == "mean_logit" and case.masked:
             continue  # -inf by definition
-        if name == "is_top1":  # a tie in 16 bits may fall either way in torch's rounding of the logits
-            assert (out == baseline).all()
+        if name == "is_top1":  # where logits are rounded to 16 bits, a tie may fall the other way
+            assert ((out == baseline) | (out == true)).all()
         else:
             assert_as_accurate(out, true, baseline)
     for grad, x, true, baseline in zip(grads, inputs, exact_grads, plain_grads):
@@ -263,7 +263,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
         tiles = Tiles(
             hidden, weight, torch.zeros(tokens, dtype=torch.long), *(None, None, 1.0, 1.0, None, -100, 0), dtype
         )
-        tile = tiles.buffer.numel() * dtype.itemsize
+        tile = tiles.buffer.numel() * tiles.dtype.itemsize
         part = tiles.width * features * 4
-        other = tile if dtype.itemsize == 2 else tiles.buffer_of_products().numel() * 4
+        other = tile if tiles.dtype.itemsize == 2 else tiles.buffer_of_products().numel() * 4
         assert tile + other + part <= 64 << 20

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 import flashpo
 from flashpo import (
+    linear_divergence,
     linear_logprob,
     policy_loss,
     preference_loss,
@@ -17,6 +18,7 @@ from flashpo import (
 from flashpo.ops.packed_linear import pack_linear, packed_linear
 
 TARGET, MASK, OLD = torch.tensor([1, 0, 4]), torch.ones(3, 4, dtype=torch.bool), -torch.ones(3, 4)
+TEACHER = torch.randn(3, 6), torch.randn(5, 6)
 END, POSITION = torch.full((3,), 3, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
 LENGTHS = {"chosen_length": torch.full((3,), 4), "rejected_length": torch.full((3,), 5)}
 POLICY = {"entropy_coef": 0.1, "loss": "ppo"}
@@ -26,6 +28,13 @@ DIFFERENTIABLE = {
     "linear_logprob": (
         "LinearLogprob",
         lambda h, w, b: (lambda out: (out.logprob + out.entropy).sum())(linear_logprob(h, w, TARGET, b)),
+        [(3, 4), (5, 4), (5,)],
+    ),
+    "linear_divergence": (
+        "LinearDivergence",
+        lambda h, w, b: (lambda out: (out.divergence + out.entropy + out.student_logprob).sum())(
+            linear_divergence(h, w, *TEACHER, TARGET, b, beta=0.3, outputs=("entropy", "student_logprob"))
+        ),
         [(3, 4), (5, 4), (5,)],
     ),
     "selective_log_softmax": (

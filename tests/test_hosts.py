@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("trl")
 import trl
 import trl.trainer.utils as utils
+from trl.trainer import distillation_trainer
 
 from flashpo._hosts import Seam, code, report, versions
 from flashpo._hosts import trl as host
@@ -178,6 +179,16 @@ def test_a_reader_that_left_the_name():
     theirs = Changed(entropy_from_logits=lambda logits, chunk_size=128: logits.sum(-1))
     assert "entropy_from_logits does not read _supports_trl_loss_kernel" in host.why_no_logits(theirs)
     assert host.why_no_head(theirs) == ""
+
+
+def test_a_divergence_that_is_another():
+    theirs = types.ModuleType("trl.trainer.distillation_trainer")
+    theirs.__dict__.update(distillation_trainer.__dict__)
+    assert host.why_no_divergence(theirs) == ""
+    theirs.ChunkedDivergenceFunction = type("Changed", (), {"forward": lambda ctx, hidden: hidden})
+    assert "ChunkedDivergenceFunction.forward is (ctx hidden), FlashPO knows" in host.why_no_divergence(theirs)
+    theirs._chunked_divergence_loss = lambda *states: sum(states)
+    assert "_chunked_divergence_loss does not read ChunkedDivergenceFunction" in host.why_no_divergence(theirs)
 
 
 def test_patch_does_what_it_can(monkeypatch):

@@ -12,10 +12,12 @@ RIGHT = {
     for op, arguments in MISUSE.items()
 }
 DENSE = {"k_cache", "v_cache"}  # documented so
-WHOLE = {*DENSE, "weight", "bias", "sinks", "num_items", "kl"}  # not of the batch's rows
+TWO_HEADS = {f"{of}_{name}" for of in ("student", "teacher") for name in ("weight", "bias")}
+WHOLE = {*DENSE, "weight", "bias", *TWO_HEADS, "sinks", "num_items", "kl"}  # not of the batch's rows
 DIFFERENTIABLE = {
     "selective_log_softmax": {"logits"},
     "linear_logprob": {"hidden", "weight", "bias"},
+    "linear_divergence": {"student_hidden", "student_weight", "student_bias"},
     "policy_loss": {"logprob", "entropy"},
     "value_loss": {"values"},
     "tree_attention": {"q", "k", "v", "sinks"},

@@ -100,12 +100,51 @@ def test_a_grpo_script_generates_with_the_engine_and_trains_on_trees(tmp_path):
     done = run(path, model_path(), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     for line in (
+        "GRPOTrainer (flashpo.trl.grpo): generation, token trees, LM head, loss, advantages by FlashPO\n",
         "in the place of TRL's classes: GRPOTrainer",
         "decode_attention_fwd: ",
         "sample_rows: ",
         "tree_attention_bwd: ",
     ):
         assert f"flashpo: {line}" in done.stderr
+
+
+def test_trls_own_distillation_script(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"prompt": "a b c"}\n' * 8)
+    models = ["--model_name_or_path", model_path(), "--teacher_model_name_or_path", model_path("gemma2")]
+    settings = ["--use_cpu", "--bf16", "false", "--max_steps", "1", "--report_to", "none", "--save_strategy", "no"]
+    options = ["--max_completion_length", "6", "--dataset_name", data, "--output_dir", tmp_path / "out"]
+    done = run("trl", "distillation", *models, *settings, *options)
+    assert done.returncode == 0, done.stderr
+    said = "DistillationTrainer (flashpo.trl.distillation): generation, token trees, LM head by FlashPO\n"
+    assert f"flashpo: {said}" in done.stderr
+    assert "flashpo: linear_divergence_bwd: " in done.stderr
+
+
+UNKNOWN = """
+import sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+import trl.trainer.utils
+
+class Mine(Trainer):
+    pass
+
+data = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 8)
+args = TrainingArguments(sys.argv[2], use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+Mine(AutoModelForCausalLM.from_pretrained(sys.argv[1]), args, train_dataset=data).train()
+"""
+
+
+def test_a_trainer_that_is_not_known(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(UNKNOWN)
+    done = run(path, model_path(), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "flashpo: Mine (__main__): nothing by FlashPO; FlashPO does not know this trainer\n" in done.stderr
+    assert "WARNING: none of its operators ran in this process: see the trainers" in done.stderr
 
 
 def test_report_comes_after_an_exception_too(script, tmp_path):

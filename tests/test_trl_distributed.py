@@ -21,19 +21,23 @@ OPTIONS = {
     "KTO": {},
     "GRPO": RL | dict(entropy_coef=0.01),
     "RLOO": RL,
+    "Distillation": dict(max_completion_length=8),
 }
 
 
-def check_ddp(rank: int, folder: str, name: str) -> None:
+def check_ddp(rank: int, folder: str, name: str, teacher: str) -> None:
     flashpo.stats(reset=True)
     options = OPTIONS[name] | dict(model=folder, ddp_backend="gloo", ddp_find_unused_parameters=False, max_steps=2)
+    if name == "Distillation":
+        options |= {"teacher_model": teacher}
     stock_trainer = make_trainer(name, trl, **options)
     stock = train(stock_trainer)
     assert isinstance(stock_trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
     assert not flashpo.stats()
     ours_trainer = make_trainer(name, flashpo.trl, **options, **SAMPLED_BY_TRL.get(name, {}))
     ours = train(ours_trainer)
-    assert_ran("linear_logprob_partial", "linear_logprob_bwd", "tree_attention_fwd")
+    head = "linear_divergence" if name == "Distillation" else "linear_logprob"
+    assert_ran(f"{head}_partial", f"{head}_bwd", "tree_attention_fwd")
     flashpo.trl.verify(ours_trainer, steps=1)  # of the wrapped model
     if rank:  # only the first process logs; gradients count on both
         for step in (*stock, *ours):
@@ -151,7 +155,7 @@ def check_rollout(rank: int, folder: str, lora: bool) -> None:
 
 
 def test_ddp():
-    in_two_processes(*[(check_ddp, model_path(), name) for name in OPTIONS])
+    in_two_processes(*[(check_ddp, model_path(), name, model_path("gemma2")) for name in OPTIONS])
 
 
 def test_dynamic_sampling():

@@ -193,6 +193,22 @@ def test_who_replaces_ours_keeps_that():
     assert module.function() == "theirs before original"
 
 
+LATER = """
+import sys, trl.trainer.utils as utils, flashpo.trl
+flashpo.trl.patch()
+assert "trl.trainer.distillation_trainer" not in sys.modules
+from trl.trainer import distillation_trainer as later
+assert later.ChunkedDivergenceFunction.__module__ == "flashpo.trl.patch"
+flashpo.trl.unpatch()
+assert later.ChunkedDivergenceFunction.__module__ == "trl.kernels.chunked_divergence"
+assert later._use_triton is utils._use_triton
+"""
+
+
+def test_a_trainer_that_is_imported_after_the_patch_is_reached():
+    subprocess.run([sys.executable, "-c", LATER], check=True)
+
+
 def test_flashpo_does_not_import_trl():
     code = "import sys, flashpo, flashpo.trl; assert 'trl' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

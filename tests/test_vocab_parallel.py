@@ -1,11 +1,13 @@
-"""`linear_logprob(group=)`: a head sharded along the vocabulary over 2 processes equals the whole head."""
+"""`group=` of linear_logprob and linear_divergence: heads sharded over 2 processes equal the whole heads."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from test_linear_divergence import BETAS, EVERYTHING, Case, leaves
+from test_linear_divergence import run as run_divergence
 from two_processes import in_two_processes, needs_gloo
 
-from flashpo import TokenStats, linear_logprob
+from flashpo import DivergenceStats, TokenStats, linear_divergence, linear_logprob
 
 N, H, V = 11, 16, 90
 
@@ -42,6 +44,43 @@ def check_rank(rank):
         linear_logprob(h.detach(), uneven, target.clamp(max=80), group=dist.group.WORLD)
 
 
+def sharded_divergence(beta, student, teacher, target):
+    """The case of `check_divergence`, of which every rank has a part of the heads."""
+    return linear_divergence(
+        *student[:2],
+        *teacher[:2],
+        target,
+        student[2],
+        teacher[2],
+        beta=beta,
+        temperature=EVERYTHING["temperature"],
+        student_logit_scale=EVERYTHING["scales"][0],
+        teacher_logit_scale=EVERYTHING["scales"][1],
+        student_softcap=EVERYTHING["softcaps"][0],
+        teacher_softcap=EVERYTHING["softcaps"][1],
+        outputs=DivergenceStats._fields,
+        group=dist.group.WORLD,
+    )
+
+
+def check_divergence(rank):
+    torch.manual_seed(0)
+    case = Case("", (11,), (16, 8), 90, **EVERYTHING)
+    student, teacher, target = case.make()
+    for head in (student, teacher):
+        head[1][70] = head[1][5]  # the largest logit may stand in both shards
+    upstream = torch.randn(3, 11)
+    mine = slice(rank * 45, (rank + 1) * 45)
+    parts = [[head[0], *(x[mine] for x in head[1:])] for head in (student, teacher)]
+    for beta in BETAS:
+        whole = leaves(student, torch.float32), [x.float() for x in teacher]
+        expected, expected_grads = run_divergence(case.ours, beta, *whole, target, upstream)
+        shards = leaves(parts[0], torch.float32), [x.float() for x in parts[1]]
+        out, grads = run_divergence(sharded_divergence, beta, *shards, target, upstream)
+        for x, y in zip((*out, *grads), (*expected, expected_grads[0], *(g[mine] for g in expected_grads[1:]))):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
 @needs_gloo
 def test_equals_the_whole_head():
-    in_two_processes((check_rank,))
+    in_two_processes((check_rank,), (check_divergence,))

@@ -139,7 +139,7 @@ DATA = {
 }
 
 
-DATA["PPO"] = DATA["GRPO"]
+DATA["PPO"] = DATA["Distillation"] = DATA["GRPO"]
 DATA["ORPO"] = DATA["CPO"] = DATA["DPO"]
 
 
@@ -150,6 +150,7 @@ def reward(completions, completion_ids, **kwargs) -> list[float]:
 
 NOT_OF_CONFIGS = (
     "peft_config", "eval_dataset", "reward_funcs", "critic_model", "train_dataset", "rollout_func", "processing_class",
+    "teacher_model", "tools",
 )  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def assert_same(stock: list[Step], ours: list[Step], dtype: torch.dtype = torch.
         assert not wrong, "\n".join(map(str, wrong))
 
 
-SAMPLED_BY_TRL = {"GRPO": {"rollout": "generate"}, "RLOO": {"rollout": "generate"}}  # for the same samples
+SAMPLED_BY_TRL = {name: {"rollout": "generate"} for name in ("GRPO", "RLOO", "Distillation")}  # for the same samples
 
 
 def assert_same_training(name: str, packed: bool = True, **options) -> list[Step]:

@@ -1,4 +1,4 @@
-"""`make matrix`: the short parity tests with every TRL and transformers of `flashpo._hosts.versions`, and README's table.
+"""`make matrix`: the short parity tests with every TRL and transformers of `flashpo._hosts.versions`; their table.
 
 Each row has an environment of its own that borrows the packages of the one that runs this, but for what the row pins.
 """

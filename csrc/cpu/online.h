@@ -41,10 +41,22 @@ struct Online {
   template <typename Position>
   void fold(const vf* x, int count, vf unit, vi target, Position position, const char* upcoming = nullptr,
             int bytes = 0) {
+    add(x, count, follow(x, count, unit), unit, target, position, [](int, vf, vf) {}, upcoming, bytes);
+  }
+
+  // The highest of x; the reference is near it then, and the sums count from there.
+  vf follow(const vf* x, int count, vf unit) {
     vf highest = x[0];
     for (int i = 1; i < count; ++i) highest = max(highest, x[i]);
     const vi lags = (highest - at_least(ref, LOWEST)) * unit > LAG;
     if (any(lags)) raise(lags ? highest : ref, unit);
+    return highest;
+  }
+
+  // x that the reference has followed. visit(i, 2^y, y), with y = (x[i] - ref) unit in bits.
+  template <typename Position, typename Visit>
+  void add(const vf* x, int count, vf highest, vf unit, vi target, Position position, Visit visit,
+           const char* upcoming = nullptr, int bytes = 0) {
     // -inf (masked vocabulary) must not meet itself in a difference
     const vf base = at_least(ref, LOWEST);
     vf e_sum{}, we_sum{}, sq_sum{}, x_sum{};
@@ -52,8 +64,9 @@ struct Online {
     for (int i = 0; i < count; ++i) {
       __builtin_prefetch(upcoming + i * bytes);
       // what is impossible counts as 2^SMALLEST, which no sum of at least 2^-LAG notices
-      const vf shifted = at_least((x[i] - base) * unit, SMALLEST);
+      const vf y = (x[i] - base) * unit, shifted = at_least(y, SMALLEST);
       const vf e = exp2_normal(shifted);
+      visit(i, e, y);
       e_sum += e;
       we_sum += e * shifted;
       if constexpr (SIDE) {

@@ -51,6 +51,18 @@ def _eager(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.masked_fill(ignored, 0.0), -(logp.exp() * logp).sum(-1).masked_fill(ignored, 0.0)
 
 
+def _divergences(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Forward KL, Jensen-Shannon with beta 0.3, reverse KL, of a teacher that has the student's numbers shifted."""
+    teacher = wide(F.linear(hidden.roll(1, 0), weight.roll(1, 0))).log_softmax(-1).detach()
+    student = wide(F.linear(hidden, weight)).log_softmax(-1)
+    mixture = (0.7 * student.exp() + 0.3 * teacher.exp()).log()
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q)).sum(-1).masked_fill(target == IGNORED, 0.0)
+
+    return kl(teacher, student), 0.3 * kl(teacher, mixture) + 0.7 * kl(student, mixture), kl(student, teacher)
+
+
 def _ppo(logprob: Tensor, old: Tensor, advantage: Tensor, mask: Tensor) -> tuple[Tensor]:
     ratio, advantage = (logprob - old).exp(), advantage[:, None]
     loss = torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1.28) * advantage)
@@ -189,6 +201,20 @@ PROBES = {
         ],
         lambda hidden, weight, target: flashpo.linear_logprob(hidden, weight, target)[:2],
         lambda hidden, weight, target: _eager(F.linear(hidden, weight), target),
+    ),
+    "linear_divergence": Probe(
+        lambda: [
+            torch.randn(67, 48, dtype=torch.float64),
+            torch.randn(2051, 48, dtype=torch.float64) * 4 / 48**0.5,
+            _target(67, vocab=2051),
+        ],
+        lambda hidden, weight, target: tuple(
+            flashpo.linear_divergence(
+                hidden, weight, hidden.roll(1, 0), weight.roll(1, 0), target, beta=beta
+            ).divergence
+            for beta in (0.0, 0.3, 1.0)
+        ),
+        _divergences,
     ),
     "group_advantages": Probe(
         lambda: [torch.randn(300, dtype=torch.float64), (torch.arange(300) ** 2 % 61) << 40],

@@ -5,13 +5,12 @@ says what ran on which backend and how often.
 """
 
 import dataclasses
-import importlib.abc
 import importlib.util
 import os
 import runpy
 import sys
-from typing import Any
 
+from flashpo._on_import import when_imported
 from flashpo._op import check_environment, stats
 
 MODULES = ("trl", "trl.trainer", "trl.trainer.utils")
@@ -30,33 +29,14 @@ def accelerate(name: str) -> None:
     if name != "trl.trainer.utils":
         replace_trainers(name)
         return
+    from flashpo.trl.report import watch_trainers
+
+    watch_trainers()
     try:
         patch()
     except PatchError as error:  # the trainers that the script gets do without
         if os.environ.get("RANK", "0") == "0":
             print(f"flashpo: {error}", file=sys.stderr)
-
-
-class AccelerateOnImport(importlib.abc.MetaPathFinder):
-    """Reaches TRL the moment that the script imports it, and not before: the script may first set variables that
-    libraries read when they are imported (HF_HOME, ...)."""
-
-    def __init__(self):
-        self.waiting = set(MODULES)
-
-    def find_spec(self, name, path, target=None):
-        if name not in self.waiting:
-            return None
-        self.waiting.remove(name)
-        spec: Any = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            accelerate(name)
-
-        spec.loader.exec_module = exec_module
-        return spec
 
 
 def main(argv: list[str]) -> int:
@@ -79,12 +59,8 @@ def main(argv: list[str]) -> int:
     if not module and not os.path.isfile(script):
         print(f"flashpo run: no such file: {script}", file=sys.stderr)
         return 2
-    finder = AccelerateOnImport()
-    for name in MODULES:
-        if name in sys.modules:
-            accelerate(name)
-            finder.waiting.remove(name)
-    sys.meta_path.insert(0, finder)
+    for name in MODULES:  # not before: the script may first set variables that libraries read when they are imported
+        when_imported(name, accelerate)
     sys.argv = [script, *arguments]
     sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.abspath(script))
     if module and not _exists(script):
@@ -149,19 +125,24 @@ def _notes_on(arguments: list[str]) -> list[str]:
 
 
 def summary(finished: bool = True) -> str:
-    """What of ours ran in this process, one line an operator; `finished`: the script came to its end."""
+    """What of ours ran in this process, one line a trainer and one an operator; `finished`: the script came to its
+    end."""
     from flashpo.trl.replace import handed_out
 
+    report = sys.modules.get("flashpo.trl.report")  # there once the script has imported a trainer
+    trainers: list[str] = report.lines() if report else []
     counts = stats()
-    if not counts and not finished:
-        return "flashpo: none of its operators ran in this process before the script ended with an error"
-    if not counts:
-        why = "TRL scored no token" if "trl.trainer.utils" in sys.modules else "the script did not import a TRL trainer"
-        return f"flashpo: WARNING: none of its operators ran in this process: {why}; nothing was accelerated"
     lines = [f"flashpo: {op}: " + ", ".join(f"{n} x {b}" for b, n in used.items()) for op, used in counts.items()]
-    if handed_out:
+    if counts and handed_out:
         lines.insert(0, f"flashpo: in the place of TRL's classes: {', '.join(sorted(handed_out))}")
-    return "\n".join(lines)
+    if not counts and not finished:
+        lines = ["flashpo: none of its operators ran in this process before the script ended with an error"]
+    elif not counts:
+        imported = "trl.trainer.utils" in sys.modules
+        why = "no trainer ran" if imported else "the script did not import a TRL trainer"
+        why = "see the trainers" if trainers else why
+        lines = [f"flashpo: WARNING: none of its operators ran in this process: {why}; nothing was accelerated"]
+    return "\n".join(trainers + lines)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class Needs:
     returns: dict[str, str] = field(default_factory=dict)
     # functions of the trainer's module that we replace, and the method that calls them by their names there
     functions: dict[str, str] = field(default_factory=dict)
+    # their parameters, where ours names them
+    parameters: dict[str, str] = field(default_factory=dict)
     # attributes that the constructor sets and we read or write
     attributes: str = ""
     # fields of the class in trl.trainer.utils whose instances ours makes
@@ -49,6 +51,7 @@ class Needs:
 
 LOSS, ADVANTAGES, ROLLOUTS, TREES = "loss", "advantages", "rollout engine", "token trees"
 OLD_LOGPROBS, GROUPS, DYNAMIC_SAMPLING = "rollout log-probs", "whole groups", "dynamic sampling"
+COMPLETIONS, TEACHERS = "several completions", "several teachers"
 SAID = {  # what a need is for, and what happens without
     ROLLOUTS: ("generates the completions", "TRL generates"),
     TREES: ("every distinct token of a batch is computed once", "rows are padded, prompts are not shared"),
@@ -57,6 +60,8 @@ SAID = {  # what a need is for, and what happens without
     GROUPS: ("completions of a prompt stay in one micro-batch", "TRL shuffles them apart"),
     OLD_LOGPROBS: ("old_logprobs='rollout' can be had", "old_logprobs='rollout' is an error"),
     DYNAMIC_SAMPLING: ("can be had", "dynamic_sampling is an error"),
+    COMPLETIONS: ("of a prompt can be had", "num_generations is an error"),
+    TEACHERS: ("can be had", "a dict of teachers is an error"),
 }
 
 _FUSED: dict[str, Any] = {
@@ -125,6 +130,7 @@ TRAINERS: dict[str, dict[str, Needs]] = {
                 "_generate": "self prompts",
                 "_generate_single_turn": "self prompt_ids images multimodal_fields ...",
             },
+            unpacked={"_generate_single_turn": 1},
             attributes=_GENERATING,
         ),
         OLD_LOGPROBS: Needs(),  # of what `_generate_single_turn` has just returned
@@ -132,6 +138,41 @@ TRAINERS: dict[str, dict[str, Needs]] = {
             methods={"_compute_loss": "self model inputs"},
             known_code={"_compute_loss": ("50325e01f920",)},
             attributes=f"{_LOSS} normalize_advantages reward_clip_range",
+        ),
+    },
+    "DistillationTrainer": {
+        TREES: Needs(
+            methods={
+                "_compute_loss": "self unwrapped_student inputs num_items_in_batch",
+                "_get_last_hidden_state": "self unwrapped_model input_ids attention_mask logits_to_keep ...",
+            },
+            returns={"_compute_loss": "loss entropy_sum.detach() n_valid"},
+            functions={"_chunked_divergence_loss": "_compute_loss"},
+            parameters={
+                "_chunked_divergence_loss": "student_hidden_states teacher_hidden_states student_lm_head_weight "
+                "teacher_lm_head_weight completion_mask beta num_items_in_batch student_lm_head_bias "
+                "teacher_lm_head_bias student_logit_scale teacher_logit_scale student_final_logit_softcapping "
+                "teacher_final_logit_softcapping temperature",
+            },
+            attributes="_metrics temperature teacher_model",
+        ),
+        ROLLOUTS: Needs(
+            methods={
+                "_generate": "self prompts",
+                "_generate_single_turn": "self prompt_ids images multimodal_fields ...",
+            },
+            unpacked={"_generate_single_turn": 1},
+            attributes="_metrics generation_config _dist _tokenizer use_vllm",
+        ),
+        GROUPS: _POLICY[GROUPS],
+        COMPLETIONS: Needs(
+            methods={"_get_train_sampler": "self dataset", "get_train_dataloader": "self"},
+            functions={"RepeatSampler": "_get_train_sampler", "repeat_iterable_dataset": "get_train_dataloader"},
+        ),
+        TEACHERS: Needs(
+            methods={"_generate_and_score_completions": "self inputs"},
+            functions={"create_model_from_path": "__init__"},
+            attributes="teacher_model",
         ),
     },
 }
@@ -146,6 +187,11 @@ KNOWN_HELPERS = {  # methods that GRPO's loss calls under some options
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of the fused head, besides log_probs
 HEAD = "_ChunkedLogProbFunction"
+DIVERGENCE = "ChunkedDivergenceFunction"
+_DIVERGENCE_PARAMETERS = (
+    "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
+    "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping"
+)
 _HEAD_ARGUMENTS = ("weight", "bias", "temperature", "final_logit_softcapping", "logit_scale", "outputs")
 _OF_LOGITS = ("selective_log_softmax", "selective_log_softmax_and_entropy", "entropy_from_logits")
 _LOGITS = {
@@ -157,8 +203,11 @@ _LOGITS = {
 def why_no_head(utils: ModuleType) -> str:
     """Why TRL's fused head of hidden states cannot be replaced, empty where it can."""
     add = getattr(utils, "add_fused_lm_head", None)
-    if add is None:
-        return "trl.trainer.utils.add_fused_lm_head is missing"
+    return "trl.trainer.utils.add_fused_lm_head is missing" if add is None else _why_no_head(add)
+
+
+@functools.cache
+def _why_no_head(add: Any) -> str:
     calls = code.arguments(add, f"{HEAD}.apply")
     if [call[1:3] + call[4:5] + call[6:] for call in calls] != [_HEAD_ARGUMENTS]:  # without tokens and chunk size
         return f"add_fused_lm_head calls {HEAD} with {calls}"
@@ -177,12 +226,27 @@ def why_no_logits(utils: ModuleType) -> str:
             continue  # TRL has it only where Triton is installed
         if function is None:
             return f"trl.trainer.utils.{name} is missing"
-        if " ".join(code.parameters(function)) != wanted:
-            return f"trl.trainer.utils.{name} is ({' '.join(code.parameters(function))}), FlashPO knows ({wanted})"
+        if other := _other_parameters(function, wanted):
+            return f"trl.trainer.utils.{name} is {other}"
     for reader in _OF_LOGITS:
         if not set(_LOGITS) <= code.names(getattr(utils, reader, len)):
             return f"trl.trainer.utils.{reader} does not read {' and '.join(_LOGITS)}"
     return ""
+
+
+def why_no_divergence(module: ModuleType) -> str:
+    """Why the divergence of `trl.trainer.distillation_trainer` cannot be replaced, empty where it can."""
+    reader, divergence = (getattr(module, name, None) for name in ("_chunked_divergence_loss", DIVERGENCE))
+    if reader is None or not {DIVERGENCE, "_use_triton"} <= code.names(reader):
+        return f"{module.__name__}._chunked_divergence_loss does not read {DIVERGENCE} and _use_triton"
+    other = _other_parameters(divergence.forward, _DIVERGENCE_PARAMETERS)  # type: ignore[union-attr]
+    return f"{module.__name__}.{DIVERGENCE}.forward is {other}" if other else ""
+
+
+@functools.cache
+def _other_parameters(function: Any, wanted: str) -> str:
+    found = " ".join(code.parameters(function))
+    return "" if found == wanted else f"({found}), FlashPO knows ({wanted})"
 
 
 def scoring_seams() -> list[Seam]:
@@ -254,8 +318,11 @@ def _problems(trl_class: type, needs: Needs) -> Iterator[str]:
             yield f"{where}.{method} does not call {name} by its name in {module.__name__}"
     for name, wanted in needs.output.items():
         fields = dataclasses.fields(getattr(importlib.import_module("trl.trainer.utils"), name))
-        if other := {x.name for x in fields} ^ set(wanted.split()):
-            yield f"trl.trainer.utils.{name} differs from the one that FlashPO knows in {', '.join(sorted(other))}"
+        if differing := sorted({x.name for x in fields} ^ set(wanted.split())):
+            yield f"trl.trainer.utils.{name} differs from the one that FlashPO knows in {', '.join(differing)}"
+    for name, wanted in needs.parameters.items():
+        if other := _other_parameters(getattr(module, name), wanted):
+            yield f"{module.__name__}.{name} is {other}"
     if unset := sorted(set(needs.attributes.split()) - code.names(trl_class.__init__)):  # type: ignore[misc]
         yield f"{where}.__init__ does not set {', '.join(unset)}"
     for name, known in needs.known_code.items():
@@ -321,3 +388,10 @@ def disable_gradient_checkpointing(model: Any, options: dict | None) -> Iterator
         yield
     finally:
         model.gradient_checkpointing_enable(options)
+
+
+def prepare_deepspeed(model: Any, accelerator: Any) -> Any:
+    """A model that is not trained, under DeepSpeed."""
+    from trl import models
+
+    return models.prepare_deepspeed(model, accelerator)

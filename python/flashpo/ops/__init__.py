@@ -3,10 +3,12 @@
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES
 from flashpo.ops.decode_attention import decode_attention
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
+from flashpo.ops.divergence_stats import DivergenceStats
 from flashpo.ops.gae import gae
 from flashpo.ops.group_advantages import Advantages, group_advantages
 from flashpo.ops.kto_loss import UnpairedLoss, kto_loss
 from flashpo.ops.kv_append import kv_append
+from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.loss_spec import LOSSES, LossSpec
 from flashpo.ops.masked_quantile import entropy_threshold, masked_quantile, ratio_quantiles
@@ -25,6 +27,7 @@ __all__ = [
     "LOSSES",
     "PREFERENCE_LOSSES",
     "Advantages",
+    "DivergenceStats",
     "LossSpec",
     "PolicyLoss",
     "PolicyStats",
@@ -40,6 +43,7 @@ __all__ = [
     "group_advantages",
     "kto_loss",
     "kv_append",
+    "linear_divergence",
     "linear_logprob",
     "masked_quantile",
     "overlong_penalty",

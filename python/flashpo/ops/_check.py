@@ -135,6 +135,14 @@ def check_choice(name: str, value: str, choices: Collection[str], hint: str = ""
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
+def check_names(name: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not isinstance(names, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of names, got {names!r}")
+    unknown = [x for x in names if x not in known]
+    if unknown:
+        raise ValueError(f"{name}: unknown name {unknown[0]!r}; known are {known}")
+
+
 def check_group(name: str, group: dist.ProcessGroup | None) -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")

@@ -3,9 +3,11 @@
 Tiles are (J, N), a row per vocabulary entry: C++ then has a token per SIMD lane, and in bfloat16 the GEMMs that make
 such a tile and that take dW = tile @ hidden from it need half the time of their transposes. dH wants the other layout
 there, so C++ writes 16-bit gradients in both. torch's 16-bit GEMMs round their output: the logits to the compute dtype,
-dH once per tile of the vocabulary before it is added in fp32, dW once per block of tokens.
+dH once per tile of the vocabulary before it is added in fp32, dW once per block of tokens. A CPU without instructions
+for the compute dtype multiplies the same numbers several times faster in fp32, so tiles are fp32 there.
 """
 
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -41,9 +43,19 @@ def takes(hidden: Tensor, dtype: torch.dtype) -> bool:
     return hidden.device.type == "cpu" and dtype in DTYPES
 
 
+@functools.cache
+def multiplied_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which this CPU multiplies matrices of `dtype`."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if dtype.itemsize == 4 or capabilities.get("architecture") != "x86_64":
+        return dtype
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return dtype if capabilities[f"avx512_{kind}"] or capabilities[f"amx_{kind}"] else torch.float32
+
+
 class Tiles:
     """The head cut into parts of the vocabulary, the tokens that are not ignored into blocks, and one tile for each
-    pair of them in a buffer that all share."""
+    pair of them in a buffer that all share. `heads`: how many of them have a tile at a time, this one in `buffer`."""
 
     def __init__(
         self,
@@ -58,33 +70,40 @@ class Tiles:
         ignore_index,
         start,
         dtype,
+        heads=1,
+        buffer="tile",
     ):
         ignored = target == ignore_index
         self.live = (~ignored).nonzero()[:, 0] if ignored.any() else None
-        self.hidden = self.pick(hidden).to(dtype)
+        self.dtype = multiplied_in(dtype)
+        self.rounded_to = dtype
+        self.hidden = self.pick(hidden).to(dtype).to(self.dtype)
         self.target = self.pick(target).contiguous()
         self.inv_temperature = None if token_temperature is None else self.pick(token_temperature).float().reciprocal()
-        self.weight, self.start, self.dtype = weight, start, dtype
+        self.weight, self.start = weight, start
         self.bias = None if bias is None else bias.float().contiguous()
         self.scalars = 1 / temperature, logit_scale, softcap or 0.0
         self.tokens = max(min(len(self.hidden), MAX_TOKENS), 1)
         # A part's rows of the head, converted or summed up in fp32, are held to two tiles' size as well.
-        widest = min(TILE_BYTES // (dtype.itemsize * self.tokens), 2 * TILE_BYTES // (4 * weight.shape[1]))
+        tile_bytes = TILE_BYTES // heads
+        widest = min(tile_bytes // (self.dtype.itemsize * self.tokens), 2 * tile_bytes // (4 * weight.shape[1]))
         self.width = min(len(weight), max(widest, 256))
-        self.buffer = workspace("tile", (self.width * self.tokens,), dtype)
-        cast = weight.dtype != dtype
-        self.weight_buffer = weight.new_empty((self.width, weight.shape[1]), dtype=dtype) if cast else None
+        self.buffer = workspace(buffer, (self.width * self.tokens,), self.dtype)
+        cast = {weight.dtype, dtype} != {self.dtype}
+        self.weight_buffer = weight.new_empty((self.width, weight.shape[1]), dtype=self.dtype) if cast else None
 
     def pick(self, x: Tensor) -> Tensor:
         """The rows of the live tokens."""
         return x if self.live is None else x[self.live]
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary entries, their rows of the head in the compute dtype)"""
+        """(vocabulary entries, their rows of the head as they are multiplied)"""
         for begin in range(0, len(self.weight), self.width):
             part = slice(begin, min(begin + self.width, len(self.weight)))
             rows = self.weight[part]
-            yield part, rows if self.weight_buffer is None else self.weight_buffer[: len(rows)].copy_(rows)
+            if self.weight_buffer is not None:
+                rows = self.weight_buffer[: len(rows)].copy_(rows.to(self.rounded_to))
+            yield part, rows
 
     def blocks(self) -> list[slice]:
         n = len(self.hidden)
@@ -99,11 +118,71 @@ class Tiles:
         tile = self.buffer[: len(rows) * (block.stop - block.start)].view(len(rows), -1)
         return torch.mm(rows, self.hidden[block].t(), out=tile)
 
+    def bias_of(self, part: slice) -> Tensor | None:
+        return None if self.bias is None else self.bias[part]
+
     def describe(self, part: slice, block: slice) -> tuple:
         """What C++ has to know of a tile besides its values."""
-        bias = None if self.bias is None else self.bias[part]
         inv_temperature = None if self.inv_temperature is None else self.inv_temperature[block]
-        return self.target[block], self.start + part.start, bias, inv_temperature, *self.scalars
+        return self.target[block], self.start + part.start, self.bias_of(part), inv_temperature, *self.scalars
+
+    def rows_of_blocks(self, *of_tokens: Tensor | None) -> list[tuple[slice, list[Tensor | None]]]:
+        """Every block, with its part of tensors (N,) or (R, N), dense."""
+        picked = [None if x is None else self.pick(x.t()) for x in of_tokens]
+        return [(block, [None if x is None else x[block].t().contiguous() for x in picked]) for block in self.blocks()]
+
+    def spread(self, column: Tensor, block: slice, whole: Tensor) -> None:
+        """A block's results into (R, N) of all tokens."""
+        whole[:, block if self.live is None else self.live[block]] = column
+
+
+class Gradients:
+    """The gradients of one head, from tiles of gradients of its logits."""
+
+    def __init__(self, tiles: Tiles, want_hidden: bool, want_weight: bool, want_bias: bool):
+        self.tiles, self.wanted = tiles, (want_hidden, want_weight, want_bias)
+        weight, blocks = tiles.weight, tiles.blocks()
+        # Rows 64 bytes off a power of two, so that the lines C++ writes at once fall into different cache sets; zeros
+        # there, since oneDNN multiplies what it finds behind a row by 0.
+        two_layouts = want_hidden and tiles.dtype.itemsize == 2
+        self.transposed = (
+            workspace("transposed", (tiles.tokens, tiles.width + 32), tiles.dtype) if two_layouts else None
+        )
+        if self.transposed is not None:
+            self.transposed[:, tiles.width :] = 0
+        none = weight.new_empty(0)
+        self.d_hidden = weight.new_zeros(tiles.hidden.shape, dtype=torch.float32) if want_hidden else none
+        self.d_weight = (torch.empty_like if blocks else torch.zeros_like)(weight) if want_weight else none.clone()
+        self.d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if want_bias else none.clone()
+        # Products of fp32, and sums over several blocks of tokens, are kept in fp32 and rounded once.
+        in_fp32 = want_weight and weight.dtype != torch.float32 and (tiles.dtype == torch.float32 or len(blocks) > 1)
+        self.d_rows = weight.new_empty(tiles.width, weight.shape[1], dtype=torch.float32) if in_fp32 else None
+        self.buffer = tiles.buffer_of_products() if tiles.dtype == torch.float32 else None
+
+    def transposed_of(self, tile: Tensor) -> Tensor | None:
+        """Where C++ writes the tile in the other layout, too."""
+        return None if self.transposed is None else self.transposed[: tile.shape[1], : len(tile)]
+
+    def add(self, tile: Tensor, part: slice, rows: Tensor, block: slice) -> None:
+        want_hidden, want_weight, want_bias = self.wanted
+        flipped = self.transposed_of(tile)
+        if want_hidden:
+            add(self.d_hidden[block], tile.t() if flipped is None else flipped, rows, part.start == 0, self.buffer)
+        if want_weight:
+            d_part = self.d_weight[part] if self.d_rows is None else self.d_rows[: len(rows)]
+            add(d_part, tile, self.tiles.hidden[block], block.start == 0, self.buffer)
+            if self.d_rows is not None and block.stop == len(self.tiles.hidden):
+                self.d_weight[part] = d_part
+        if want_bias:
+            self.d_bias[part] += tile.sum(1, dtype=torch.float32)
+
+    def results(self, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all tokens and in the dtypes of the arguments."""
+        want_hidden, _, want_bias = self.wanted
+        d_hidden = self.d_hidden.to(hidden.dtype)
+        if want_hidden and self.tiles.live is not None:
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, self.tiles.live, d_hidden)
+        return d_hidden, self.d_weight, self.d_bias.to(bias.dtype) if bias is not None and want_bias else self.d_bias
 
 
 def partial(hidden, weight, target, *rest) -> Tensor:
@@ -124,49 +203,22 @@ def partial(hidden, weight, target, *rest) -> Tensor:
     for block, state in states:
         column = state.new_empty(len(whole), state.shape[1])
         native.linear_logprob_finish(state, *tiles.describe(slice(0, 0), block)[2:], column)
-        whole[:, block if tiles.live is None else tiles.live[block]] = column
+        tiles.spread(column, block, whole)
     return whole
 
 
 def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tensor]:
     *head, results, d_logprob, d_entropy, want_hidden, want_weight, want_bias = rest
     tiles = Tiles(hidden, weight, target, bias, *head)
-    upstream = [None if x is None else tiles.pick(x) for x in (results.t(), d_logprob, d_entropy)]
-    of_blocks = [
-        (block, [None if x is None else x[block].t().contiguous() for x in upstream]) for block in tiles.blocks()
-    ]
-    # Rows 64 bytes off a power of two, so that the lines C++ writes at once fall into different cache sets; zeros
-    # there, since oneDNN multiplies what it finds behind a row by 0.
-    two_layouts = want_hidden and tiles.dtype.itemsize == 2
-    transposed = workspace("transposed", (tiles.tokens, tiles.width + 32), tiles.dtype) if two_layouts else None
-    if transposed is not None:
-        transposed[:, tiles.width :] = 0
-
-    none = hidden.new_empty(0)
-    d_hidden = hidden.new_zeros(tiles.hidden.shape, dtype=torch.float32) if want_hidden else none
-    d_weight = (torch.empty_like if of_blocks else torch.zeros_like)(weight) if want_weight else none.clone()
-    d_bias = hidden.new_zeros(len(weight), dtype=torch.float32) if want_bias else none.clone()
-    # Products of fp32, and sums over several blocks of tokens, are kept in fp32 and rounded once.
-    in_fp32 = weight.dtype != torch.float32 and (tiles.dtype == torch.float32 or len(of_blocks) > 1)
-    d_rows = weight.new_empty(tiles.width, weight.shape[1], dtype=torch.float32) if want_weight and in_fp32 else None
-    buffer = tiles.buffer_of_products() if tiles.dtype == torch.float32 else None
+    of_blocks = tiles.rows_of_blocks(results, d_logprob, d_entropy)
+    gradients = Gradients(tiles, want_hidden, want_weight, want_bias)
     for part, rows in tiles.parts():
-        d_part = d_weight[part] if d_rows is None else d_rows[: len(rows)]
         for block, of_block in of_blocks:
             tile = tiles.logits(rows, block)
-            flipped = None if transposed is None else transposed[: tile.shape[1], : len(rows)]
+            flipped = gradients.transposed_of(tile)
             native.linear_logprob_grad(tile, *tiles.describe(part, block), *of_block, flipped, torch.get_num_threads())
-            if want_hidden:
-                add(d_hidden[block], tile.t() if flipped is None else flipped, rows, part.start == 0, buffer)
-            if want_weight:
-                add(d_part, tile, tiles.hidden[block], block.start == 0, buffer)
-            if want_bias:
-                d_bias[part] += tile.sum(1, dtype=torch.float32)
-        if d_rows is not None:
-            d_weight[part] = d_part
-    if want_hidden and tiles.live is not None:
-        d_hidden = torch.zeros_like(hidden).index_copy_(0, tiles.live, d_hidden.to(hidden.dtype))
-    return d_hidden.to(hidden.dtype), d_weight, d_bias.to(bias.dtype) if want_bias else d_bias
+            gradients.add(tile, part, rows, block)
+    return gradients.results(hidden, bias)
 
 
 def add(total: Tensor, a: Tensor, b: Tensor, first: bool, buffer: Tensor | None) -> None:

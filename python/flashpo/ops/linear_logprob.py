@@ -85,7 +85,7 @@ def linear_logprob(
         TypeError, ValueError: the message names the argument (a target outside [0, V) on CUDA: a device assertion).
     """
     side = check_outputs(outputs)
-    _check(hidden, weight, target, bias, logit_scale, softcap)
+    check_head("", hidden, weight, target, bias, logit_scale, softcap, "linear_logprob")
     check_int("ignore_index", ignore_index)
     check_group("group", group)
     token_temperature = _token_temperature(temperature, target)
@@ -106,26 +106,27 @@ def linear_logprob(
     return select(outputs, target.shape, *results)
 
 
-def _check(hidden, weight, target, bias, logit_scale, softcap) -> None:
-    check_index("hidden", hidden, "target", target)
-    check_float("weight", weight)
+def check_head(of: str, hidden, weight, target, bias, logit_scale, softcap, op: str) -> None:
+    """One head's arguments; `of` comes before their names, where `op` takes several heads."""
+    check_index(f"{of}hidden", hidden, "target", target)
+    check_float(f"{of}weight", weight)
     if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight must be (V, H) with V > 0, got {tuple(weight.shape)}")
+        raise ValueError(f"{of}weight must be (V, H) with V > 0, got {tuple(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
-        given = ": these are logits; linear_logprob takes the hidden states before the head"
+        given = f": these are logits; {op} takes the hidden states before the head"
         raise ValueError(
-            f"hidden has {hidden.shape[-1]} features, weight (V, H) = {tuple(weight.shape)}"
+            f"{of}hidden has {hidden.shape[-1]} features, {of}weight (V, H) = {tuple(weight.shape)}"
             + (given if hidden.shape[-1] == weight.shape[0] else "")
         )
-    check_device("weight", weight, "hidden", hidden)
+    check_device(f"{of}weight", weight, f"{of}hidden", hidden)
     if bias is not None:
-        check_float("bias", bias)
+        check_float(f"{of}bias", bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-        check_device("bias", bias, "hidden", hidden)
+            raise ValueError(f"{of}bias must be {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+        check_device(f"{of}bias", bias, f"{of}hidden", hidden)
     if softcap is not None:
-        check_positive("softcap", softcap)
-    check_positive("logit_scale", logit_scale)
+        check_positive(f"{of}softcap", softcap)
+    check_positive(f"{of}logit_scale", logit_scale)
 
 
 def _token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | None:
@@ -144,7 +145,7 @@ def _token_temperature(temperature: float | Tensor, target: Tensor) -> Tensor | 
     return temperature.reshape(-1)
 
 
-def _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype):
+def head_logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype):
     """(z, dz/dx) in fp32 or wider, both (N, V)."""
     wide = wide_dtype(dtype)
     x = hidden.to(dtype).to(wide) @ weight.to(dtype).to(wide).t()
@@ -177,7 +178,7 @@ def linear_logprob_partial(
 ) -> Tensor:
     """The partial (R, N) of this part of the vocabulary; (0, 1, 0, ...) for an ignored token."""
     check_range("target", target, vocab, ignore_index)
-    z, _ = _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
+    z, _ = head_logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
     partial = partial_from_logits(z, target - vocab_start, side)
     return partial.where(target != ignore_index, neutral_partial(side, len(target), partial))
 
@@ -209,7 +210,7 @@ def linear_logprob_bwd(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias) in their argument's dtype; one that is not wanted is an empty tensor."""
-    z, slope = _logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
+    z, slope = head_logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
     bits = (z / LN2 - rows[LOG_Z, :, None]) - rows[LOG_Z_REST, :, None]
     logp = (bits * LN2).clamp(min=torch.finfo(z.dtype).min)
     p = logp.exp()
@@ -220,6 +221,11 @@ def linear_logprob_bwd(
     if d_entropy is not None:
         dx -= d_entropy[:, None] * p * (logp + rows[ENTROPY, :, None])
     dx = (dx * slope).masked_fill((target == ignore_index)[:, None], 0.0)
+    return head_gradients(dx, hidden, weight, bias, dtype, want_hidden, want_weight, want_bias)
+
+
+def head_gradients(dx, hidden, weight, bias, dtype, want_hidden, want_weight, want_bias):
+    """(d_hidden, d_weight, d_bias) of x = hidden weight^T + bias; one that is not wanted is an empty tensor."""
     none = hidden.new_empty(0)
     return (
         product(dx, weight.to(dtype).to(dx.dtype)).to(hidden.dtype) if want_hidden else none,
@@ -283,14 +289,13 @@ class LinearLogprob(torch.autograd.Function):
         gather: Callable[[], contextlib.AbstractContextManager] | None,
     ):
         ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = compute_dtype(hidden)
         shards = 1 if group is None else dist.get_world_size(group)
         start = 0 if group is None else dist.get_rank(group) * weight.shape[0]
         vocab = shards * weight.shape[0]
         head = bias, token_temperature, temperature, logit_scale, softcap, ignore_index, start
         partial = linear_logprob_partial(hidden, weight, target, *head, vocab, side, dtype)
-        partials = partial[None] if group is None else _gather_partials(partial, vocab, group)
+        partials = partial[None] if group is None else gather_partials(partial, vocab, group)
         rows = merge_partials(partials, vocab)
         if group is not None:
             rows = rows.masked_fill(target == ignore_index, 0.0)
@@ -312,13 +317,17 @@ class LinearLogprob(torch.autograd.Function):
             )
         d_hidden, d_weight, d_bias = (grad if want else None for grad, want in zip(grads, wanted))
         if group is not None and d_hidden is not None:
-            d_hidden = d_hidden.float()
-            dist.all_reduce(d_hidden, group=group)
-            d_hidden = d_hidden.to(hidden.dtype)
+            d_hidden = all_reduced(d_hidden, group)
         return d_hidden, d_weight, None, d_bias, None, None, None, None, None, None, None, None
 
 
-def _gather_partials(partial: Tensor, vocab: int, group: dist.ProcessGroup) -> Tensor:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the head's GEMM: autocast's where it is on."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def gather_partials(partial: Tensor, vocab: int, group: dist.ProcessGroup) -> Tensor:
     """(ranks, rows, N) of every rank, with one collective; a row more carries the shards' size to compare."""
     mine = torch.cat([partial, partial.new_full((1, partial.shape[1]), vocab)])
     every = mine.new_empty((dist.get_world_size(group), *mine.shape))
@@ -326,3 +335,10 @@ def _gather_partials(partial: Tensor, vocab: int, group: dist.ProcessGroup) -> T
     if (every[:, -1] != vocab).any():
         raise ValueError("weight: the shards of a group must have the same number of rows; pad the vocabulary")
     return every[:, :-1]
+
+
+def all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the ranks, taken in fp32."""
+    total = x.float()
+    dist.all_reduce(total, group=group)
+    return total.to(x.dtype)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from flashpo._op import native, op
+from flashpo.ops._check import check_names
 from flashpo.ops._wide import wide_dtype
 
 LN2 = math.log(2.0)
@@ -59,11 +60,7 @@ class TokenStats(NamedTuple):
 
 def check_outputs(outputs: tuple[str, ...]) -> bool:
     """Whether `outputs` asks for any side output; raises on an unknown name."""
-    if not isinstance(outputs, (tuple, list)):
-        raise TypeError(f"outputs must be a tuple of names, got {outputs!r}")
-    unknown = [name for name in outputs if name not in TokenStats._fields]
-    if unknown:
-        raise ValueError(f"outputs: unknown name {unknown[0]!r}; known are {TokenStats._fields}")
+    check_names("outputs", outputs, TokenStats._fields)
     return any(name in outputs for name in SIDE_OUTPUTS)
 
 

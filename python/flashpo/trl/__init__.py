@@ -13,7 +13,11 @@ _MODULES = {  # where the classes are
     **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer"), "trainers"),
     "GRPOTrainer": "grpo",
     "RLOOTrainer": "rloo",
-    **dict.fromkeys(("SFTConfig", "DPOConfig", "KTOConfig", "RewardConfig", "GRPOConfig", "RLOOConfig"), "config"),
+    "DistillationTrainer": "distillation",
+    **dict.fromkeys(
+        ("SFTConfig", "DPOConfig", "KTOConfig", "RewardConfig", "GRPOConfig", "RLOOConfig", "DistillationConfig"),
+        "config",
+    ),
     "PPOTrainer": "ppo",
     "PPOConfig": "ppo_config",
 }

@@ -5,7 +5,7 @@ batch that has some, comes with empty tensors and counts of 0.
 """
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -49,26 +49,39 @@ def zeros_change_nothing(model: Any, name: str) -> bool:
     """Whether types of 0 under that name are to `model` as none: asked of its small twin once a process for each class
     and config. Not so in PaliGemma, where they let the tokens of a prompt attend both ways.
     """
+    return _says_twin(model, name, lambda ids: {name: torch.zeros_like(ids)}, text_alone=False)
+
+
+def padding_changes_nothing(model: Any) -> bool:
+    """Whether rows may begin behind padding that positions count: all that counts is how far apart tokens are. Asked
+    as above; not so in GPT-2 and others with an embedding for each position."""
+    shifted = lambda ids: {"position_ids": torch.arange(5, 5 + ids.shape[1])[None]}  # noqa: E731
+    return _says_twin(model, "position_ids", shifted, text_alone=True)
+
+
+def _says_twin(model: Any, name: str, more: Callable[[Tensor], dict[str, Tensor]], text_alone: bool) -> bool:
+    """Whether `more` keywords change nothing; `text_alone`: also where the twin is the part that reads text."""
     base: Any = CausalLM.of(model).base
     key = type(base), facts(base.config), name
     with one_at_a_time:
         if key not in _answers:
-            _answers[key] = _change_nothing(base, name)
+            _answers[key] = _changes_nothing(base, more, text_alone)
         return _answers[key]
 
 
-def _change_nothing(base: Any, name: str) -> bool:
+def _changes_nothing(base: Any, more: Callable[[Tensor], dict[str, Tensor]], text_alone: bool) -> bool:
     try:
         twin: Any = small_twin(base).train()
         ids = torch.arange(2, 18, device=base.device)[None]
         with torch.no_grad(), torch.random.fork_rng(), torch.autocast(base.device.type, enabled=False):
             logits = []
-            for types in ({}, {name: torch.zeros_like(ids)}):
+            for given in ({}, more(ids)):
                 torch.manual_seed(0)  # for dropout
-                logits.append(twin(input_ids=ids, use_cache=False, **types).logits)
+                given = {name: x.to(ids.device) for name, x in given.items()}
+                logits.append(twin(input_ids=ids, use_cache=False, **given).logits)
     except Exception as error:  # of any kind: it is the model's own code
-        log.debug("%s of 0 are not known to change nothing in %s: %s", name, type(base).__name__, error)
+        log.debug("%s are not known to change nothing in %s: %s", [*more(ids)], type(base).__name__, error)
         return False
-    none, zeros = logits
-    whole = isinstance(base, type(twin))  # and not its text model alone; FSDP2 makes a subclass of the model's class
-    return whole and bool((none - zeros).abs().max() <= CHANGED * none.abs().max())
+    plain, other = logits
+    whole = text_alone or isinstance(base, type(twin))  # FSDP2 makes a subclass of the model's class
+    return whole and bool((plain - other).abs().max() <= CHANGED * plain.abs().max())

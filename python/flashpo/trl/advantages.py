@@ -23,8 +23,8 @@ from flashpo.trl._fallback import Fallback
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.patch import active
 from flashpo.trl.reward_models import RewardModels
-from flashpo.trl.rollout import TrainerRollouts
-from flashpo.trl.trainers import Accelerated, in_place_of_trls, overridden
+from flashpo.trl.sampling import Sampling
+from flashpo.trl.trainers import in_place_of_trls, overridden
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import GRPOTrainer as Base  # for the attributes that it shares with RLOOTrainer
@@ -34,7 +34,7 @@ else:
 ULPS = 8  # by which rewards are changed to see how much rounding moves an advantage
 
 
-class GroupComparing(Accelerated, Base):
+class GroupComparing(Sampling, Base):
     """A policy trainer's part that is about advantages; beside a TRL class."""
 
     _options: options.Known  # of the TRL class
@@ -45,12 +45,6 @@ class GroupComparing(Accelerated, Base):
     _agrees: bool | None = None  # whether it does; None: no batch has shown it yet
     _states_of_policy: tuple | None = None  # of the adapters, while a batch is generated and scored
 
-    # made when they are first needed: a trainer may run before its constructor has, or without it
-
-    @functools.cached_property
-    def _rollouts(self) -> TrainerRollouts:
-        return TrainerRollouts(self)
-
     @functools.cached_property
     def _keep_trls(self) -> Fallback:
         return Fallback("FlashPO leaves {reason}.")
@@ -58,10 +52,6 @@ class GroupComparing(Accelerated, Base):
     @functools.cached_property
     def _reward_models(self) -> RewardModels:
         return RewardModels(self)
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
 
     def compute_advantages(self, rewards: Tensor, group: Tensor, inputs: list[dict], batch: dict) -> Tensor:
         """Advantages of the generated batch; override to give credit in another way.

@@ -230,3 +230,34 @@ class KTOConfig(SharingOptions, trl.KTOConfig):
 @dataclass
 class RewardConfig(SharingOptions, trl.RewardConfig):
     """`trl.RewardConfig` and:"""
+
+
+@dataclass
+class DistillationConfig(EngineOptions, trl.DistillationConfig):
+    """`trl.DistillationConfig` and:"""
+
+    _VALID_DICT_FIELDS = [*trl.DistillationConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
+
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "How many completions of a prompt a generation batch has, one after the other. The batch keeps its "
+            "number of rows: per_device_train_batch_size * processes * gradient_accumulation_steps, a multiple of this."
+        },
+    )
+    teacher_column: str = field(
+        default="teacher",
+        metadata={"help": "With several teachers: the column of the dataset that names each row's."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.num_generations, int) or self.num_generations < 1:
+            raise ValueError(f"num_generations must be an integer of at least 1, got {self.num_generations!r}")
+        rows = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        if rows % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide the {rows} rows of a generation batch: "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} * {self.world_size} processes * "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )

@@ -1,10 +1,16 @@
-"""Replaces the names in `trl.trainer.utils` through which SFT, DPO, KTO, GRPO and RLOO score their tokens.
+"""Replaces the names through which TRL's trainers score their tokens.
+
+In `trl.trainer.utils`, for SFT, DPO, KTO, GRPO and RLOO:
 
     hidden states (`add_fused_lm_head`)     _ChunkedLogProbFunction, _use_triton             -> linear_logprob
     logits (`selective_log_softmax` ...)    is_triton_available, _supports_trl_loss_kernel,
                                             _fused_logprob_entropy                           -> selective_log_softmax
 
-All five are looked up in that module at every call, so models made before the patch are reached too, and nothing of a
+In `trl.trainer.distillation_trainer`:
+
+    hidden states of student and teacher    ChunkedDivergenceFunction, _use_triton           -> linear_divergence
+
+All are looked up in their module at every call, so models made before the patch are reached too, and nothing of a
 trainer's own mathematics is restated. What our ops do not take (other devices, float64, an index of K tokens a
 position) goes to TRL's own code, as before. A TRL that lacks one of the two lines keeps its own code for it alone.
 
@@ -14,15 +20,27 @@ thread needs our objects they are in place, and each asks whether the thread tha
 
 import contextlib
 import importlib
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashpo._hosts.trl import HEAD, OUTPUTS, PatchError, scoring_seams, version, why_no_head, why_no_logits
+from flashpo._hosts.trl import (
+    HEAD,
+    OUTPUTS,
+    PatchError,
+    scoring_seams,
+    version,
+    why_no_divergence,
+    why_no_head,
+    why_no_logits,
+)
+from flashpo._on_import import is_imported, when_imported
+from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.token_stats import TokenStats, select
@@ -97,8 +115,8 @@ class _State:
         self.wanted = False  # by patch()
         self.here = _Blocks()
         self.threads = 0  # that have a `patched` block open which no `stock` block suspends
-        self.in_place = False
-        self.originals: dict[str, object] = {}  # of the names replaced
+        self.originals: dict[str, dict[str, object]] = {}  # by module: its replaced names; empty: nothing is replaced
+        self.watches = False  # whether modules that are imported later will be seen
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
@@ -120,21 +138,36 @@ class _State:
         return self.here.users > 0 and self.here.suspended == 0
 
     def _apply(self, active: bool) -> None:
-        if active == self.in_place:
-            return
-        utils = importlib.import_module("trl.trainer.utils")
         if active:
-            seams = _seams(utils)
-            self.originals = {name: utils.__dict__.get(name, MISSING) for name in seams}
-            utils.__dict__.update(seams)
-        else:
-            for name, original in self.originals.items():
+            importlib.import_module(UTILS)
+            self._replace()
+            if not self.watches:
+                self.watches = True
+                for name in MODULES:
+                    when_imported(name, lambda name: self.see())
+            return
+        for name, originals in self.originals.items():
+            namespace = vars(sys.modules[name])
+            for attribute, original in originals.items():
                 if original is MISSING:
-                    del utils.__dict__[name]
+                    del namespace[attribute]
                 else:
-                    utils.__dict__[name] = original
-            self.originals = {}
-        self.in_place = active
+                    namespace[attribute] = original
+        self.originals = {}
+
+    def see(self) -> None:
+        """A module has been imported."""
+        with self.lock:
+            if self.originals:
+                self._replace()
+
+    def _replace(self) -> None:
+        """In modules that are there and that were not when something was last replaced."""
+        modules = {name: sys.modules[name] for name in MODULES if is_imported(name) and name not in self.originals}
+        for name, module in modules.items():
+            objects = MODULES[name](module)
+            self.originals[name] = {attribute: vars(module).get(attribute, MISSING) for attribute in objects}
+            vars(module).update(objects)
 
 
 _state = _State()
@@ -188,12 +221,10 @@ def _seams_of_head(utils: ModuleType) -> dict[str, object]:
             names = tuple(FIELDS[name] for name in outputs)
             return select(names, targets.shape, *results)  # TokenStats' fields are in TRL's order
 
-    def compact(device: torch.device) -> bool:
-        """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
-        return (active() and device.type in DEVICES) or stock_compact(device)
-
     ours: dict[str, object] = {HEAD: Head}
-    return ours if stock_compact is None else ours | {"_use_triton": compact}  # TRL 1.15 always compacts
+    return (
+        ours if stock_compact is None else ours | {"_use_triton": _compact(stock_compact)}
+    )  # TRL 1.15 always compacts
 
 
 def _seams_of_logits(utils: ModuleType) -> dict[str, object]:
@@ -241,3 +272,63 @@ def _seams_of_logits(utils: ModuleType) -> dict[str, object]:
         # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
         seams["is_triton_available"] = lambda *min_version: active() or has_triton(*min_version)
     return seams
+
+
+def _compact(stock: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
+    return lambda device: (active() and device.type in DEVICES) or stock(device)
+
+
+def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
+    if why_no_divergence(module):
+        return {}
+    stock = module.ChunkedDivergenceFunction
+
+    class Divergence:
+        @staticmethod
+        def apply(
+            student_hidden: Tensor,  # (N, H), N may be 0
+            student_weight: Tensor,
+            student_bias: Tensor | None,
+            teacher_hidden: Tensor,
+            teacher_weight: Tensor,
+            teacher_bias: Tensor | None,
+            beta: float,
+            temperature: float = 1.0,
+            student_logit_scale: float = 1.0,
+            student_final_logit_softcapping: float | None = None,
+            teacher_logit_scale: float = 1.0,
+            teacher_final_logit_softcapping: float | None = None,
+        ) -> tuple[Tensor, Tensor]:
+            """Divergence and the student's entropy, (N,) each; no gradient comes to the entropy."""
+            both = student_hidden, teacher_hidden
+            if not active() or any(x.device.type not in DEVICES or x.dtype not in DTYPES for x in both):
+                heads = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+                student = student_logit_scale, student_final_logit_softcapping
+                teacher = teacher_logit_scale, teacher_final_logit_softcapping
+                return stock.apply(*heads, beta, temperature, *student, *teacher)
+            stats = linear_divergence(
+                student_hidden,
+                student_weight,
+                teacher_hidden,
+                teacher_weight,
+                torch.zeros(len(student_hidden), dtype=torch.int64, device=student_hidden.device),  # nobody reads it
+                student_bias,
+                teacher_bias,
+                beta=beta,
+                temperature=temperature,
+                student_logit_scale=student_logit_scale,
+                teacher_logit_scale=teacher_logit_scale,
+                student_softcap=student_final_logit_softcapping,
+                teacher_softcap=teacher_final_logit_softcapping,
+            )
+            return stats.divergence, stats.entropy.detach()
+
+    return {"ChunkedDivergenceFunction": Divergence, "_use_triton": _compact(module._use_triton)}
+
+
+UTILS = "trl.trainer.utils"
+MODULES: dict[str, Callable[[ModuleType], dict[str, object]]] = {  # ours by the names that they replace
+    UTILS: _seams,
+    "trl.trainer.distillation_trainer": _seams_of_distillation,
+}

@@ -4,7 +4,6 @@ Metrics stay on the device until they are logged. Stock TRL reduces and reads a 
 TRL's own there are `ratio/q01` and `ratio/q99`, between which 98 % of the ratios are, see `PolicyStats.ratio_quantile`.
 """
 
-import contextlib
 import functools
 from typing import Any
 
@@ -25,11 +24,9 @@ from flashpo._hosts.trl import (
 )
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
-from flashpo.packing.attention import uninstalled
 from flashpo.rollout.seam import eval_mode
 from flashpo.trl import options
 from flashpo.trl._metrics import ratio_metrics
-from flashpo.trl._pending import Pending
 from flashpo.trl.advantages import GroupComparing
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
@@ -55,10 +52,6 @@ class PolicyTrainer(GroupComparing):
         self._say_what_trl_lacks()
         if self._has_whole_models:
             self._packed.takes({})
-
-    @functools.cached_property
-    def _pending(self) -> Pending:
-        return Pending()
 
     @functools.cached_property
     def _packed(self) -> PackedScoring:
@@ -273,13 +266,7 @@ class PolicyTrainer(GroupComparing):
     # generation
 
     def _generate(self, *args, **kwargs):
-        self._rollouts.forget_turns()
-        with contextlib.ExitStack() as stack:
-            if active():
-                stack.enter_context(self._rollouts.session())  # for the turns of a conversation with tools
-            if isinstance(self.model, torch.nn.Module):
-                stack.enter_context(uninstalled(self.model))  # continuous batching knows attentions by name
-            result = super()._generate(*args, **kwargs)
+        result = super()._generate(*args, **kwargs)
         if self._rollouts.generated and self._takes_old_logprobs():
             self._rollouts.keep_as_old(self._sampled_logprobs(result))
         return result

@@ -7,7 +7,15 @@ from types import ModuleType
 
 from flashpo._hosts.report import of_trainer
 
-TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer", "RLOOTrainer")
+TRAINERS = (
+    "SFTTrainer",
+    "DPOTrainer",
+    "KTOTrainer",
+    "RewardTrainer",
+    "GRPOTrainer",
+    "RLOOTrainer",
+    "DistillationTrainer",
+)
 handed_out: set[str] = set()  # the names that the script has asked for
 
 

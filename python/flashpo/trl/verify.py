@@ -24,7 +24,7 @@ RECORDS = (
 # Random or slow, and not ours: done once, the second run gets the same results. Their own metrics are left out.
 REPLAYED = ("_generate", "_calculate_rewards")
 CLOCKS = ("step_time", "profiling")  # metrics that are never the same twice
-ADDED = ("ratio/", "rollout/")  # metrics that TRL does not have begin so
+ADDED = ("ratio/", "rollout/", "teacher/")  # metrics that TRL does not have begin so
 
 
 class VerificationError(AssertionError):
@@ -86,7 +86,7 @@ def verify(trainer, steps: int = 2) -> Report:
     iterable dataset that cannot be read twice are outside of its reach.) With several processes each checks its own.
 
     Args:
-        trainer: an SFT, DPO, KTO, Reward, GRPO or RLOO trainer, TRL's or ours.
+        trainer: an SFT, DPO, KTO, Reward, GRPO, RLOO or Distillation trainer, TRL's or ours.
         steps: how many optimisation steps, each of `gradient_accumulation_steps` micro-batches.
 
     Returns:

@@ -1,0 +1,44 @@
+"""Something to be done to a module once it has been imported, now or later."""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_waiting: dict[str, list[Callable[[str], None]]] = {}
+_executed: set[str] = set()  # those whose end we have seen, which Python does not tell yet
+
+
+def is_imported(name: str) -> bool:
+    """To its end."""
+    module = sys.modules.get(name)
+    return module is not None and (name in _executed or not getattr(module.__spec__, "_initializing", False))
+
+
+def when_imported(name: str, act: Callable[[str], None]) -> None:
+    """Call `act(name)` as soon as the module is there: at once, or right after its import, before anybody has it."""
+    if is_imported(name):
+        act(name)
+        return
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    _waiting.setdefault(name, []).append(act)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in _waiting:
+            return None
+        actions = _waiting.pop(name)
+        spec: Any = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            _executed.add(name)
+            for act in actions:
+                act(name)
+
+        spec.loader.exec_module = exec_module
+        return spec

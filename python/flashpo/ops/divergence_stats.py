@@ -1,0 +1,192 @@
+"""How far a student's softmax is from a teacher's, one token a row, and the partial sums that this is made of.
+
+With z and L, the logits of a model at the temperature and their log-sum-exp, log p_j = z_j - L, and d_j = log p_j of
+the teacher - log p_j of the student:
+
+    beta = 0        forward KL(teacher || student) = sum_j p_j(teacher) d_j
+    beta = 1        reverse KL(student || teacher) = -sum_j p_j(student) d_j
+    0 < beta < 1    the generalised Jensen-Shannon divergence of TRL and GKD, with the mixture
+                    M = (1 - beta) student + beta teacher:  beta KL(teacher || M) + (1 - beta) KL(student || M)
+
+A token of probability 0 adds nothing (0 log 0 = 0). Where the distribution that is averaged over permits a token whose
+logit the other has at -inf, the KL is +inf, however improbable the token is; the mixture permits all, so that the third
+is at most log 2.
+
+A part J of the vocabulary is summed up in one column of a partial, (10 or 14, N): the student's own partial and the
+teacher's (`token_stats`), and what both KLs need, here of `own`, the distribution that is averaged over, and `other`,
+with y and r in bits as there:
+
+    GAP        sum_J 2^(y_j - r) ((y_j - r) of own - (y_j - r) of other)     0 for the Jensen-Shannon divergence
+    FORBIDDEN  how many j there are in J that own permits and other does not
+    S_TOP, S_AT, T_TOP, T_AT   of student and teacher: max_J y_j - r, and the first j there; where they were asked for
+
+The Jensen-Shannon divergence needs both log-sum-exps first, so it takes a second pass:
+
+    JSD        sum_J beta p_j(teacher) log(p_j(teacher) / M_j) + (1 - beta) p_j(student) log(p_j(student) / M_j)
+    KL_STUDENT sum_J p_j(student) log(p_j(student) / M_j), which the gradient needs
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpo.ops import token_stats
+from flashpo.ops._check import check_names
+from flashpo.ops.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOGPROB, REF, SUM, merge_partials
+
+STUDENT, TEACHER, GAP, FORBIDDEN, S_TOP, S_AT, T_TOP, T_AT = 0, 4, 8, 9, 10, 11, 12, 13
+MOST = 80.0  # of |d|: e^80 is finite in fp32, and a probability that is e^-80 of another adds nothing to it
+
+
+def partial_rows(top1: bool) -> int:
+    return 14 if top1 else 10
+
+
+class DivergenceStats(NamedTuple):
+    """Per-token results, each of the target's shape, fp32 and in nats; None = not asked for.
+
+    `divergence`, `entropy` (of the student) and `student_logprob` are differentiable in what the student is made of.
+    `is_top1_agreed`, a bool: student and teacher have the same most probable token (the first one of several).
+    """
+
+    divergence: Tensor
+    entropy: Tensor = None  # type: ignore[assignment]  # whoever asked for it has it
+    student_logprob: Tensor = None  # type: ignore[assignment]
+    teacher_logprob: Tensor = None  # type: ignore[assignment]
+    is_top1_agreed: Tensor = None  # type: ignore[assignment]
+
+
+def check_outputs(outputs: tuple[str, ...]) -> bool:
+    """Whether `outputs` asks for the most probable tokens; raises on an unknown name."""
+    check_names("outputs", outputs, DivergenceStats._fields)
+    return "is_top1_agreed" in outputs
+
+
+def select(outputs: tuple[str, ...], shape: torch.Size, results: tuple[Tensor, ...]) -> DivergenceStats:
+    """The asked ones of all outputs, which are flat, in the target's shape."""
+    named = zip(DivergenceStats._fields, results)
+    return DivergenceStats(**{name: x.view(shape) for name, x in named if name in ("divergence", *outputs)})
+
+
+def partial_from_logits(
+    student: Tensor, teacher: Tensor, target: Tensor, beta: float, start: int, top1: bool
+) -> Tensor:
+    """The partial of logits (N, J), in nats, whose first column is entry `start` of the vocabulary; so is `target`."""
+    partials = [token_stats.partial_from_logits(z, target - start, False) for z in (student, teacher)]
+    lowest = torch.finfo(student.dtype).min
+    relative = [z / LN2 - p[REF].clamp(min=lowest)[:, None] for z, p in zip((student, teacher), partials)]
+    own, other = relative if beta == 1 else relative[::-1]
+    gap = (own - other).masked_fill(own.isneginf() | other.isneginf(), 0.0)
+    forbidden = other.isneginf() & ~own.isneginf()
+    rows = [(own.exp2() * gap).sum(-1), forbidden.sum(-1).to(gap.dtype)]
+    if 0 < beta < 1:
+        rows = [torch.zeros_like(row) for row in rows]
+    if top1:
+        for x in relative:
+            top = x.max(-1)
+            rows += [top.values, (start + top.indices).to(x.dtype)]
+    return torch.cat([*partials, torch.stack(rows)])
+
+
+def neutral_partial(top1: bool, tokens: int, like: Tensor) -> Tensor:
+    """What stands for ignored tokens; `merge` of it alone gives exact zeros."""
+    neutral = token_stats.neutral_partial(False, tokens, like)
+    return torch.cat([neutral, neutral, neutral.new_zeros(partial_rows(top1) - 2 * len(neutral), tokens)])
+
+
+class Merged(NamedTuple):
+    student: Tensor  # (4, N), rows of token_stats.merge_partials
+    teacher: Tensor
+    divergence: Tensor | None  # (N,); None for the Jensen-Shannon divergence
+    agreed: Tensor | None  # (N,) bool
+
+
+def merge(partials: Tensor, vocab: int, beta: float) -> Merged:
+    """The results of the whole vocabulary from its parts (S, R, N)."""
+    parts = [partials[:, first : first + 4] for first in (STUDENT, TEACHER)]
+    student, teacher = (merge_partials(part, vocab) for part in parts)
+    shifts = [(p[:, REF] - p[:, REF].amax(0)).nan_to_num(nan=0.0, neginf=-1e30) for p in parts]
+    agreed = None
+    if partials.shape[1] == partial_rows(top1=True):
+        agreed = _first_of_largest(partials, shifts[0], S_TOP, S_AT) == _first_of_largest(
+            partials, shifts[1], T_TOP, T_AT
+        )
+    if 0 < beta < 1:
+        return Merged(student, teacher, None, agreed)
+    own, other = (0, 1) if beta == 1 else (1, 0)
+    scale, sums = shifts[own].exp2(), parts[own][:, SUM]
+    gap = ((partials[:, GAP] + (shifts[own] - shifts[other]) * sums) * scale).sum(0) / (sums * scale).sum(0)
+    rest = [rows[LOG_Z_REST] for rows in (student, teacher)]
+    divergence = (gap + (rest[other] - rest[own])) * LN2
+    return Merged(student, teacher, divergence.masked_fill(partials[:, FORBIDDEN].sum(0) > 0, torch.inf), agreed)
+
+
+def _first_of_largest(partials: Tensor, shift: Tensor, top: int, at: int) -> Tensor:
+    tops = partials[:, top] + shift
+    return partials[:, at].where(tops == tops.amax(0), torch.inf).amin(0)
+
+
+def log_probs(z: Tensor, rows: Tensor) -> Tensor:
+    """log softmax of logits z (N, J), from the merged rows of their whole vocabulary; never -inf."""
+    bits = (z / LN2 - rows[LOG_Z, :, None]) - rows[LOG_Z_REST, :, None]
+    return (bits * LN2).clamp(min=torch.finfo(z.dtype).min)
+
+
+def mixture_over(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log M less the log-probabilities of the student, and less those of the teacher.
+
+    Relative to the larger of the two, of which the other is a share e: log(1 - share + share e).
+    """
+    d = (teacher - student).clamp(-MOST, MOST)
+    share, e = torch.where(d < 0, beta, 1 - beta).to(d.dtype), (-d.abs()).exp()
+    # near e = 1, where the sums are differences, without the rounding of 1 - share
+    rest = torch.where(d < 0, 1 - beta, beta).to(d.dtype)
+    over_larger = torch.where(e < 0.5, (rest + share * e).log(), torch.log1p(share * torch.expm1(-d.abs())))
+    return over_larger + d.clamp(min=0.0), over_larger - d.clamp(max=0.0)
+
+
+def mixture_sums(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """(JSD, KL_STUDENT) (2, N) of log-probabilities (N, J)."""
+    over_student, over_teacher = mixture_over(student, teacher, beta)
+    kl_student = -(student.exp() * over_student).sum(-1)
+    kl_teacher = -(teacher.exp() * over_teacher).sum(-1)
+    return torch.stack([beta * kl_teacher + (1 - beta) * kl_student, kl_student])
+
+
+def outputs_of(merged: Merged, divergence: Tensor, ignored: Tensor) -> tuple[Tensor, ...]:
+    """All fields of DivergenceStats, the caller's own to write over; the last one empty where it was not asked for."""
+    student, teacher, _, agreed = merged
+    rows = torch.stack([divergence, student[ENTROPY], student[LOGPROB], teacher[LOGPROB]]).masked_fill(ignored, 0.0)
+    agreed = ignored.new_empty(0) if agreed is None else agreed & ~ignored
+    return *(row.clone() for row in rows), agreed
+
+
+def d_logits(
+    log_p: Tensor,  # of the student, (N, J)
+    log_p_teacher: Tensor,
+    target: Tensor,  # as a column
+    student_rows: Tensor,
+    kl: Tensor,  # (N,): the divergence where beta is 1, and KL_STUDENT where it lies between 0 and 1
+    beta: float,
+    d_divergence: Tensor | None,
+    d_entropy: Tensor | None,
+    d_logprob: Tensor | None,
+) -> Tensor:
+    """The gradient of the student's logits z, (N, J)."""
+    p, dz = log_p.exp(), torch.zeros_like(log_p)
+    if d_divergence is not None:
+        kl = kl.where(d_divergence != 0, 0.0)[:, None]  # an infinite one that nothing uses has no part in it
+        if beta == 0:
+            of_z = p - log_p_teacher.exp()
+        elif beta == 1:
+            of_z = p * (log_p - log_p_teacher - kl)
+        else:
+            of_z = (beta - 1) * p * (mixture_over(log_p, log_p_teacher, beta)[0] + kl)
+        dz += d_divergence[:, None] * of_z
+    if d_entropy is not None:
+        dz -= d_entropy[:, None] * p * (log_p + student_rows[ENTROPY, :, None])
+    if d_logprob is not None:
+        onehot = torch.arange(dz.shape[-1], device=dz.device) == target[:, None]
+        dz += d_logprob[:, None] * (onehot.to(dz.dtype) - p)
+    return dz

@@ -1,0 +1,278 @@
+"""DistillationTrainer: TRL's on-policy distillation on token trees, with both heads in one operator.
+
+Generation, teacher, masks, normalisation and logs are TRL's. Two seams of its `_compute_loss` are ours: where it asks
+for the last hidden states of a model, and where it hands those of student and teacher to its divergence.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer import distillation_trainer  # not trl's names: `flashpo run` replaces them
+
+from flashpo._causal_lm import CausalLM
+from flashpo._hosts.trl import COMPLETIONS, GROUPS, ROLLOUTS, TEACHERS, TREES, why_not
+from flashpo.packing.scoring import accept_trees
+from flashpo.packing.tree import pack
+from flashpo.trl._fallback import Fallback
+from flashpo.trl._replaced import replaced
+from flashpo.trl._text_only import beside_text, padding_changes_nothing
+from flashpo.trl.comparison import Comparison, States, why_not_comparable
+from flashpo.trl.packed import groups_stay_together
+from flashpo.trl.patch import active
+from flashpo.trl.sampling import Sampling
+from flashpo.trl.sharing import Sharing, why_not_packed
+from flashpo.trl.teachers import Teachers, check_dataset, places
+from flashpo.trl.trainers import in_place_of_trls, overridden
+
+WHICH = "teacher_index"  # of a batch: the place of each row's teacher among several
+
+
+class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
+    """TRL's DistillationTrainer with FlashPO's rollout engine, token trees and divergence. Several completions of a
+    prompt and several teachers are options of `flashpo.trl.DistillationConfig`.
+
+    Args:
+        teacher_model: as in TRL, or a dict of such by name. Then a column of the dataset (`teacher_column`) names each
+            row's teacher, which alone runs the row; the loss is the mean over all tokens, as with one teacher.
+    """
+
+    _trl_class = distillation_trainer.DistillationTrainer
+    teacher_model: Any
+    _signature_columns: Any
+    _comparison: Comparison | None = None  # of the running `_compute_loss`; None: it is TRL's
+    _tried = False
+
+    def __init__(self, model, teacher_model=None, *args, **kwargs):
+        given = Teachers(teacher_model)
+        lacks = why_not(self._trl_class, TEACHERS) or why_not(self._trl_class, TREES)
+        if lacks and len(given.given) > 1:
+            raise ValueError(f"teacher_model: several teachers cannot be had: {lacks}")
+        with given.constructing(self._trl_class) as first:
+            super().__init__(model, first, *args, **kwargs)
+        self.teachers: dict[str, Any] = given.prepared(self)
+        if len(self.teachers) > 1:
+            for what in ("train_dataset", "eval_dataset"):
+                check_dataset(what, getattr(self, what), self._column, list(self.teachers))
+        self._say_what_trl_lacks()
+        if self._has_whole_models:
+            self._try_out()
+
+    def _say_what_trl_lacks(self) -> None:
+        """Once, what TRL's own code does here; an error where the user has asked for ours."""
+        if self._completions != 1 and (reason := why_not(self._trl_class, COMPLETIONS)):
+            raise ValueError(f"num_generations={self._completions} cannot be had: {reason}")
+        if (reason := why_not(self._trl_class, ROLLOUTS)) and self._rollouts.mode != "generate":
+            self._rollouts.refuse(reason)
+        if reason := why_not(self._trl_class, TREES):
+            self._sharing.allowed(reason)
+
+    # made when they are first needed, as in `Sampling`
+
+    @functools.cached_property
+    def _sharing(self) -> Sharing:
+        return Sharing(self.args)
+
+    @functools.cached_property
+    def _on_trees(self) -> set[Any]:
+        """The models, inside of all wrappers, whose backbones take token trees."""
+        return set()
+
+    @functools.cached_property
+    def _keep_trls(self) -> Fallback:
+        return Fallback("FlashPO leaves the divergence to TRL: {reason}.")
+
+    def _try_out(self) -> None:
+        """Before the models first run: all ranks together, outside of a forward."""
+        if self._tried or self._sharing.mode is False or why_not(self._trl_class, TREES):
+            return
+        self._tried = True
+        names = [f" {name!r}" if len(self.teachers) > 1 else "" for name in self.teachers]
+        models = [("", self.model)]
+        models += [(f"the teacher{name}: ", teacher.eval()) for name, teacher in zip(names, self.teachers.values())]
+        for who, model in models:
+            with self.accelerator.autocast():
+                reason = why_not_packed(model)
+            if self._sharing.allowed(reason and who + reason):
+                lm = CausalLM.of(model)
+                accept_trees(lm.backbone, head=False)
+                self._on_trees.add(lm.base)
+
+    # batches
+
+    @property
+    def _column(self) -> str:
+        return getattr(self.args, "teacher_column", "teacher")  # TRL's own configuration has no such field
+
+    @property
+    def _completions(self) -> int:
+        """Of a prompt, in training."""
+        return getattr(self.args, "num_generations", 1)
+
+    def get_train_dataloader(self):
+        with self._prompts_repeated("repeat_iterable_dataset"):
+            return super().get_train_dataloader()
+
+    def _get_train_sampler(self, dataset=None):
+        with self._prompts_repeated("RepeatSampler"):
+            return super()._get_train_sampler(dataset)
+
+    @contextlib.contextmanager
+    def _prompts_repeated(self, name: str) -> Iterator[None]:
+        """Within it TRL's generation batches hold every prompt `num_generations` times, and as many rows as before."""
+
+        def repeated(original: Callable) -> Callable:
+            def repeat(*args, mini_repeat_count, batch_size, **options):
+                times = self._completions
+                return original(
+                    *args, mini_repeat_count=mini_repeat_count * times, batch_size=batch_size // times, **options
+                )
+
+            return repeat
+
+        if self._completions == 1:
+            yield
+            return
+        with replaced(importlib.import_module(self._trl_class.__module__), name, repeated):
+            yield
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if len(self.teachers) > 1 and self._column not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, self._column]
+
+    @in_place_of_trls(GROUPS)
+    def _prepare_inputs(self, generation_batch):
+        if self._completions == 1 or self._sharing.mode is False:
+            return super()._prepare_inputs(generation_batch)
+        with groups_stay_together(self._trl_class, self._completions):
+            return super()._prepare_inputs(generation_batch)
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if len(self.teachers) > 1:
+            batch[WHICH] = places(inputs, self._column, list(self.teachers)).to(batch["completion_ids"].device)
+        return batch
+
+    @in_place_of_trls(ROLLOUTS)
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        rollouts = self._rollouts.generate(prompt_ids, images, multimodal_fields) if active() else None
+        if rollouts is None:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        return rollouts.completion_ids
+
+    # loss
+
+    def compute_loss(self, *args, **kwargs):
+        self._try_out()
+        loss = super().compute_loss(*args, **kwargs)
+        if overridden(self, "log"):
+            self.flush_metrics()  # theirs may read `_metrics` before it calls ours, or not call it
+        return loss
+
+    @in_place_of_trls(TREES)
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        ours = active() and self._comparable(unwrapped_student)
+        scored = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        parts = [(self.teacher_model, scored, inputs)]
+        if len(self.teachers) > 1:  # TRL's loss of each teacher's rows: the mask of tools leaves out the others
+            of_rows = [(inputs[WHICH] == i)[:, None] * scored for i in range(len(self.teachers))]
+            parts = [(t, rows, inputs | {"tool_mask": rows}) for t, rows in zip(self.teachers.values(), of_rows)]
+            if num_items_in_batch is None:
+                num_items_in_batch = scored.sum().clamp(min=1)
+        results, first = [], self.teacher_model
+        comparisons: list[Comparison] = []
+        try:
+            for self.teacher_model, rows, part in parts:
+                if ours:
+                    known = comparisons[-1].student if comparisons else None
+                    models = unwrapped_student, self.accelerator.unwrap_model(self.teacher_model)
+                    self._comparison = Comparison(models, inputs["completion_ids"], rows, scored, known)
+                    comparisons.append(self._comparison)
+                with self._divergence_by(self._comparison):
+                    results.append(super()._compute_loss(unwrapped_student, part, num_items_in_batch))
+        finally:
+            self._comparison, self.teacher_model = None, first
+        if comparisons:
+            self._pending.sums[self._mode].append(torch.stack([comparison.sums for comparison in comparisons]))
+        return results[0] if len(results) == 1 else tuple(map(sum, zip(*results)))
+
+    def _comparable(self, student) -> bool:
+        """Whether `linear_divergence` takes the heads; says why not."""
+        models = [student, *(self.accelerator.unwrap_model(teacher) for teacher in self.teachers.values())]
+        if reason := why_not_comparable(models):
+            self._keep_trls(reason)
+        return bool(self.teachers) and not reason
+
+    @contextlib.contextmanager
+    def _divergence_by(self, comparison: Comparison | None) -> Iterator[None]:
+        if comparison is None:
+            yield
+            return
+        module = importlib.import_module(self._trl_class.__module__)
+        with replaced(module, "_chunked_divergence_loss", lambda original: comparison.loss):
+            yield
+
+    @in_place_of_trls(TREES)
+    def _get_last_hidden_state(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **multimodal):
+        comparison, tokens = self._comparison, (input_ids, attention_mask)
+        padded: Callable = functools.partial(super()._get_last_hidden_state, logits_to_keep=logits_to_keep)
+        if comparison is None:
+            return padded(unwrapped_model, *tokens, **multimodal)
+        of_student, comparison.asked = not comparison.asked, True  # TRL asks for the student's first
+        if of_student and comparison.student is not None:
+            return comparison.student.hidden
+        scored = comparison.of_all if of_student else comparison.scored
+        beside = beside_text(unwrapped_model, multimodal)
+        if self._takes_tree(unwrapped_model, beside, attention_mask):
+            known = comparison.student and comparison.student.tree
+            tree = known if known is not None and scored is comparison.of_all else pack(*tokens, scored)
+            states = States.on(tree, unwrapped_model)
+        elif of_student or beside or len(self.teachers) < 2:
+            states = States(padded(unwrapped_model, *tokens, **multimodal), None)
+        else:
+            rows = scored.any(1).nonzero()[:, 0]
+            rows = rows if len(rows) else rows.new_zeros(1)  # ranks that meet in a forward all run one
+            hidden = padded(unwrapped_model, *(x[rows] for x in tokens))
+            states = States(hidden.new_zeros(len(input_ids), *hidden.shape[1:]).index_copy(0, rows, hidden), None)
+        if overridden(self, "_get_last_hidden_state"):
+            return states.as_rows()  # theirs takes TRL's, and what it makes of them counts
+        if of_student:
+            comparison.student = states
+        else:
+            comparison.teacher = states
+        return states.hidden
+
+    def _takes_tree(self, model: Any, beside: dict[str, Any], attention_mask: Tensor) -> bool:
+        """`beside`: what the batch has beside text."""
+        if CausalLM.of(model).base not in self._on_trees:
+            return False
+        reason = next((f"the batch has {name}" for name in beside), "")
+        if not reason and not padding_changes_nothing(model) and not attention_mask[:, 0].all():
+            reason = "rows are padded on the left, and the model's positions count the padding"
+        return self._sharing.allowed(reason)
+
+    # logs
+
+    def flush_metrics(self) -> None:
+        """Move the pending sums of all micro-batches into `_metrics`, with one collective."""
+        for mode, pending in self._pending.sums.items():
+            if not pending:
+                continue
+            table = self.accelerator.reduce(torch.stack(pending).sum(0), reduction="sum").tolist()
+            pending.clear()
+            metrics = self._metrics[mode]
+            agreed, log_ratio, _, tokens = map(sum, zip(*table))
+            metrics["teacher/agreement"].append(agreed / max(tokens, 1.0))
+            metrics["teacher/log_ratio"].append(log_ratio / max(tokens, 1.0))
+            for name, (*_, divergence, tokens) in zip(self.teachers, table):
+                if len(table) > 1 and tokens:
+                    metrics[f"teacher/{name}/divergence"].append(divergence / tokens)
+
+    def log(self, logs, *args, **kwargs):
+        self.flush_metrics()
+        return super().log(logs, *args, **kwargs)

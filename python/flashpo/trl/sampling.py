@@ -1,0 +1,42 @@
+"""What the trainers share that sample completions: `flashpo.rollout` answers TRL's generation where it can."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+from flashpo.packing.attention import uninstalled
+from flashpo.trl._pending import Pending
+from flashpo.trl.patch import active
+from flashpo.trl.rollout import TrainerRollouts
+from flashpo.trl.trainers import Accelerated
+
+
+class Sampling(Accelerated):
+    """Beside a TRL class that generates by `_generate`, one turn after the other by `_generate_single_turn`."""
+
+    model: Any
+
+    # made when they are first needed: a trainer may run before its constructor has, or without it
+
+    @functools.cached_property
+    def _pending(self) -> Pending:
+        return Pending()
+
+    @functools.cached_property
+    def _rollouts(self) -> TrainerRollouts:
+        return TrainerRollouts(self)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _generate(self, *args, **kwargs):
+        self._rollouts.forget_turns()
+        with contextlib.ExitStack() as stack:
+            if active():
+                stack.enter_context(self._rollouts.session())  # for the turns of a conversation with tools
+            if isinstance(self.model, torch.nn.Module):
+                stack.enter_context(uninstalled(self.model))  # continuous batching knows attentions by name
+            return super()._generate(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it

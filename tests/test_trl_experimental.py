@@ -1,0 +1,132 @@
+"""What `patch()` does for the trainers in trl.experimental is what flashpo.trl.experimental says, and its page."""
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+pytest.importorskip("trl")
+import transformers
+import trl.experimental
+from datasets import Dataset
+from trl_models import PROMPTS, load, text, tokenizer
+
+import flashpo
+import flashpo.trl
+from flashpo.trl import report
+from flashpo.trl.experimental import EXPERIMENTAL, table
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "trainers.md"
+PROMPT = [{"prompt": p} for p in PROMPTS]
+GOLD = [
+    {"prompt": p, "chosen": text(4, i), "rejected": text(5, 50 + i), "reference": text(3, 90 + i)}
+    for i, p in enumerate(PROMPTS)
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": text(4, i)}]}
+    for i, p in enumerate(PROMPTS)
+]
+LABELLED = [{"prompt": p, "completion": text(4, i), "label": i % 2 == 0} for i, p in enumerate(PROMPTS)]
+HINTS = [{"prompt": [{"role": "user", "content": p}], "privileged_context": text(4, i)} for i, p in enumerate(PROMPTS)]
+
+
+@pytest.fixture(autouse=True)
+def experimental(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def rewards(completions, **_):
+    return [float(i % 2) for i in range(len(completions))]
+
+
+RUNS = {  # rows, arguments of the trainer, options
+    "a2po": (PROMPT, {"reward_funcs": rewards}, {"max_completion_length": 4}),
+    "cpo": (GOLD, {}, {}),
+    "distillation": (PROMPT, {"teacher_model": "a model"}, {"max_completion_length": 4}),
+    "gkd": (CHATS, {"teacher_model": "a model"}, {"lmbda": 0.0}),
+    "gmpo": (PROMPT, {"reward_funcs": rewards}, {"max_completion_length": 4, "num_generations": 2}),
+    "iw_opd": (CHATS, {"teacher_model": "a model"}, {"max_completion_length": 4}),
+    "kto": (
+        [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0} for i, r in enumerate(GOLD)],
+        {},
+        {},
+    ),
+    "online_dpo": (PROMPT, {"reward_funcs": rewards}, {"max_new_tokens": 4, "per_device_train_batch_size": 2}),
+    "orpo": (GOLD, {}, {}),
+    "sdft": (
+        HINTS,
+        {},
+        {
+            "max_completion_length": 4,
+            "num_generations": 2,
+            "distillation_mode": "sampled_token",
+            "distillation_alpha": 1.0,
+        },
+    ),
+    "sdpo": (HINTS, {"reward_funcs": rewards}, {"max_completion_length": 4, "num_generations": 2}),
+    "tpo": (GOLD, {}, {}),
+}
+
+
+@pytest.mark.parametrize("package", RUNS)
+def test_what_runs_under_patch(package, tmp_path):
+    rows, extra, options = RUNS[package]
+    known, module = EXPERIMENTAL[package], importlib.import_module(f"trl.experimental.{package}")
+    cls = getattr(module, known.trainer)
+    config = getattr(module, known.trainer.replace("Trainer", "Config"))
+    settings = dict(
+        use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1, disable_tqdm=True,
+        gradient_checkpointing=False, per_device_train_batch_size=4,
+    )  # fmt: skip
+    extra = {name: load("qwen3") if x == "a model" else x for name, x in extra.items()}
+    rows = [
+        {k: x for k, x in row.items() if package != "kto" or k in ("prompt", "completion", "label")} for row in rows
+    ]
+    flashpo.stats(reset=True)
+    with flashpo.trl.patched():
+        cls(
+            model=load("qwen3"),
+            args=config(output_dir=str(tmp_path), **settings | options),
+            processing_class=tokenizer(),
+            train_dataset=Dataset.from_list(rows),
+            **extra,
+        ).train()
+    ran = [op for op in flashpo.stats() if not op.startswith("merge_")]
+    for begin in known.ops:
+        assert any(op.startswith(begin) for op in ran), ran
+    assert all(op.startswith(known.ops) for op in ran) if known.ops else not ran
+
+
+def test_every_trainer_is_listed():
+    found = {}
+    for module in pkgutil.iter_modules(trl.experimental.__path__):
+        package = importlib.import_module(f"trl.experimental.{module.name}")
+        for name in dir(package):
+            cls = getattr(package, name)
+            if inspect.isclass(cls) and issubclass(cls, transformers.Trainer) and name[0] != "_":
+                found[module.name] = name
+    assert {package: known.trainer for package, known in EXPERIMENTAL.items()} == found
+
+
+def test_the_page_has_the_table():
+    assert table() in PAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("cls", "ops", "says"),
+    [
+        ("flashpo.trl.grpo.GRPOTrainer", ["tree_attention_fwd", "linear_logprob_bwd"], "not generation, loss, adv.*"),
+        ("flashpo.trl.trainers.SFTTrainer", ["tree_attention_fwd", "linear_logprob_bwd"], ""),
+        ("trl.trainer.sft_trainer.SFTTrainer", ["linear_logprob_bwd"], "it is TRL's own SFTTrainer.*"),
+        ("trl.experimental.gkd.GKDTrainer", [], "the model gives it whole logits.*"),
+        ("transformers.Trainer", [], "FlashPO does not know this trainer"),
+    ],
+)
+def test_what_is_said_of_a_trainer(cls, ops, says):
+    module, _, name = cls.rpartition(".")
+    of = getattr(importlib.import_module(module), name)
+    said = report._said(type("Users", (of,), {}), report.Counter(ops))
+    assert re.fullmatch(rf"[\w\s,-]+ by FlashPO(; {says})?" if says else r"[\w\s,-]+ by FlashPO", said), said
