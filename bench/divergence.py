@@ -1,5 +1,5 @@
-"""Benchmark of `linear_divergence` against TRL's kernel of two heads and torch with whole logits; a wrong result is never
-timed."""
+"""Benchmark of `linear_divergence` against the kernel of two heads in TRL and torch with whole logits; a wrong result is
+never timed."""
 
 import functools
 import importlib.util

@@ -25,7 +25,7 @@ WHEELS=${2:-}
 PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
-SUITES="decode_step rollout packing grpo_step tree_attention decode_attention sample linear_logprob
+SUITES="decode_step rollout packing grpo_step tree_attention decode_attention sample linear_logprob linear_divergence
   selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long growth"
 
 step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; a failure does not end the script
