@@ -69,7 +69,8 @@ OPERANDS = (
 FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
     "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
-    "s_rows", "t_rows", "kl", "d_divergence", "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse", "delta",
+    "s_rows", "t_rows", "kl", "d_divergence", "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse",
+    "delta",
 )  # fmt: skip
 SCALES = (
     "eps", "scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap",
