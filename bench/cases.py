@@ -6,6 +6,7 @@ from flashpo.bench.timing import Device, Tables
 
 SUITES = {  # where the tables are, a function of device, with_peers, quick; imported when asked for: some need TRL
     "linear_logprob": "scoring.linear_logprob_tables",
+    "linear_divergence": "divergence.tables",
     "selective_log_softmax": "scoring.selective_log_softmax_tables",
     "gae": "gae.tables",
     "group_advantages": "advantages.tables",

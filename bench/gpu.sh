@@ -27,7 +27,7 @@ PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
 SUITES="decode_step rollout packing grpo_step distillation_step tree_attention decode_attention sample linear_logprob
-  selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long growth"
+  linear_divergence selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long growth"
 
 step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; a failure does not end the script
   local name=$1 start=$SECONDS status

@@ -35,6 +35,25 @@ def trl(h, w, target):
     )[:2]
 
 
+def trl_divergence(h, w, h_teacher, w_teacher, beta):
+    """(divergence, entropy): the kernel of TRL's DistillationTrainer; the divergence alone has a gradient."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return ChunkedDivergenceFunction.apply(h, w, None, h_teacher, w_teacher, None, beta)
+
+
+def eager_divergence(h, w, h_teacher, w_teacher, beta):
+    """torch, as GKD writes it: both logits whole, and no entropy."""
+    student, teacher = (F.linear(*head).float().log_softmax(-1) for head in ((h, w), (h_teacher, w_teacher)))
+    if beta == 0:
+        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1), None
+    if beta == 1:
+        return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1), None
+    mixture = torch.stack([student + math.log1p(-beta), teacher + math.log(beta)]).logsumexp(0)
+    of_teacher, of_student = (F.kl_div(mixture, x, reduction="none", log_target=True) for x in (teacher, student))
+    return (beta * of_teacher + (1 - beta) * of_student).sum(-1), None
+
+
 def cce(h, w, target):
     """Exact gradients (`cce` itself filters them and sums in bf16); no entropy."""
     from cut_cross_entropy import linear_cross_entropy

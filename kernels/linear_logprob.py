@@ -4,6 +4,7 @@ A tile is computed by the same instructions in both passes, so that backward see
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -251,7 +252,7 @@ def d_logits_kernel(
     tl.store(out + n[:, None] * stride_out + column[None, :], d.to(out.dtype.element_ty), mask=i[:, None] < count)
 
 
-def _plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype):
+def plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype):
     """What both passes need: the live tokens first and how many they are, on the device; and the tile."""
     ignored = target == ignore_index
     order = ignored.to(torch.uint8).argsort(stable=True)
@@ -270,7 +271,7 @@ def _plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dty
     return order, live, tile
 
 
-def _unit(x):
+def unit(x):
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -294,8 +295,8 @@ def partial(
     out = hidden.new_empty((R, N), dtype=torch.float32)
     if N == 0:
         return out
-    hidden, weight, target, bias, token_temperature = map(_unit, (hidden, weight, target, bias, token_temperature))
-    order, live, tile = _plan(hidden, weight, target, ignore_index, dtype)
+    hidden, weight, target, bias, token_temperature = map(unit, (hidden, weight, target, bias, token_temperature))
+    order, live, tile = plan(hidden, weight, target, ignore_index, dtype)
     splits = triton.cdiv(J, SPLIT)
     parts = hidden.new_empty((splits, R, N), dtype=torch.float32)
     with torch.cuda.device_of(hidden):
@@ -344,52 +345,75 @@ def backward(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A few thousand columns of d logits at a time, each turned into its share of the gradients by GEMMs in fp32."""
+    hidden, weight, target, bias, token_temperature, d_logprob, d_entropy = map(
+        unit, (hidden, weight, target, bias, token_temperature, d_logprob, d_entropy)
+    )
+    rows = rows.contiguous()
+    order, live, tile = plan(hidden, weight, target, ignore_index, dtype)
+    (N, H), block_n, block_v = hidden.shape, tile["BLOCK_N"], tile["BLOCK_V"]
+
+    def d_logits(dx: Tensor, start: int, stop: int) -> None:
+        d_logits_kernel[(triton.cdiv(N, block_n), triton.cdiv(stop - start, block_v))](
+            hidden,
+            weight,
+            target,
+            bias,
+            token_temperature,
+            order,
+            live,
+            rows,
+            d_logprob,
+            d_entropy,
+            dx,
+            N,
+            start,
+            stop,
+            H,
+            hidden.stride(0),
+            weight.stride(0),
+            dx.stride(0),
+            temperature,
+            logit_scale,
+            softcap,
+            vocab_start,
+            **tile,
+        )
+
+    ignored = target == ignore_index
+    return gradients(d_logits, hidden, weight, bias, ignored, dtype, block_v, want_hidden, want_weight, want_bias)
+
+
+def gradients(
+    d_logits: Callable[[Tensor, int, int], None],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ignored: Tensor,
+    dtype: torch.dtype,
+    block_v: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A few thousand columns of d logits at a time, each turned into its share of the gradients by GEMMs in fp32.
+
+    `d_logits(out, start, stop)` writes those of the vocabulary's entries start ... stop - 1, in whole tiles of block_v.
+    """
     (N, H), J = hidden.shape, len(weight)
     d_hidden = hidden.new_zeros((N, H) if want_hidden else 0, dtype=torch.float32)
     d_weight = torch.empty_like(weight) if want_weight else hidden.new_empty(0)
     d_bias = torch.empty_like(bias) if bias is not None and want_bias else hidden.new_empty(0)
     if N == 0 or not (want_hidden or want_weight or want_bias):
         return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
-    hidden, weight, target, bias, token_temperature, d_logprob, d_entropy = map(
-        _unit, (hidden, weight, target, bias, token_temperature, d_logprob, d_entropy)
-    )
-    rows = rows.contiguous()
-    order, live, tile = _plan(hidden, weight, target, ignore_index, dtype)
     chunk = min(J, max(1024, min(8192, CHUNK_BYTES // (N * dtype.itemsize) // 256 * 256)))
-    width = triton.cdiv(chunk, tile["BLOCK_V"]) * tile["BLOCK_V"]
-    dx = hidden.new_zeros((N, width), dtype=dtype)  # an ignored token's row stays 0
+    dx = hidden.new_zeros((N, triton.cdiv(chunk, block_v) * block_v), dtype=dtype)  # an ignored token's row stays 0
     if want_weight:  # an ignored token's hidden state may be anything, inf too
-        operand = hidden.to(dtype).masked_fill((target == ignore_index)[:, None], 0.0)
+        operand = hidden.to(dtype).masked_fill(ignored[:, None], 0.0)
     for start in range(0, J, chunk):
         stop = min(start + chunk, J)
         part, head = dx[:, : stop - start], slice(start, stop)
         with torch.cuda.device_of(hidden):
-            d_logits_kernel[(triton.cdiv(N, tile["BLOCK_N"]), triton.cdiv(stop - start, tile["BLOCK_V"]))](
-                hidden,
-                weight,
-                target,
-                bias,
-                token_temperature,
-                order,
-                live,
-                rows,
-                d_logprob,
-                d_entropy,
-                dx,
-                N,
-                start,
-                stop,
-                H,
-                hidden.stride(0),
-                weight.stride(0),
-                width,
-                temperature,
-                logit_scale,
-                softcap,
-                vocab_start,
-                **tile,
-            )
+            d_logits(dx, start, stop)
         if want_hidden:
             _add_mm(d_hidden, part, weight[head].to(dtype))
         if want_weight:

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 import flashpo
 from flashpo import (
+    divergence,
     linear_divergence,
     linear_logprob,
     policy_loss,
@@ -19,6 +20,7 @@ from flashpo.ops.packed_linear import pack_linear, packed_linear
 
 TARGET, MASK, OLD = torch.tensor([1, 0, 4]), torch.ones(3, 4, dtype=torch.bool), -torch.ones(3, 4)
 TEACHER = torch.randn(3, 6), torch.randn(5, 6)
+TEACHER_LOGITS = torch.randn(3, 5)
 END, POSITION = torch.full((3,), 3, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
 LENGTHS = {"chosen_length": torch.full((3,), 4), "rejected_length": torch.full((3,), 5)}
 POLICY = {"entropy_coef": 0.1, "loss": "ppo"}
@@ -36,6 +38,11 @@ DIFFERENTIABLE = {
             linear_divergence(h, w, *TEACHER, TARGET, b, beta=0.3, outputs=("entropy", "student_logprob"))
         ),
         [(3, 4), (5, 4), (5,)],
+    ),
+    "divergence": (
+        "Divergence",
+        lambda z: (lambda out: (out.divergence + out.entropy).sum())(divergence(z, TEACHER_LOGITS, TARGET, beta=0.3)),
+        [(3, 5)],
     ),
     "selective_log_softmax": (
         "SelectiveLogSoftmax",

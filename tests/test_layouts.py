@@ -18,6 +18,8 @@ DIFFERENTIABLE = {
     "selective_log_softmax": {"logits"},
     "linear_logprob": {"hidden", "weight", "bias"},
     "linear_divergence": {"student_hidden", "student_weight", "student_bias"},
+    "divergence": {"student_logits"},
+    "topk_divergence": {"student_logits"},
     "policy_loss": {"logprob", "entropy"},
     "value_loss": {"values"},
     "tree_attention": {"q", "k", "v", "sinks"},

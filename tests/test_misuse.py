@@ -123,6 +123,23 @@ MISUSE = {
         "outputs": (("entropy", "is_top1_agreed"), NAMES, NONE),
         "group": (None, GROUP),
     },
+    "divergence": {
+        "student_logits": (logits, FLOAT, NONE),
+        "teacher_logits": (torch.randn(B, V), FLOAT, NONE),
+        "target": (ids, INT64, NONE),
+        "beta": (0.3, SHARE, NONE),
+        "temperature": (1.0, POSITIVE, values(torch.ones(B)), NONE),
+        "ignore_index": (-100, INT, NONE),
+        "outputs": (("entropy", "is_top1_agreed"), NAMES, NONE),
+    },
+    "topk_divergence": {
+        "student_logits": (logits, FLOAT, NONE),
+        "indices": (torch.tensor([[0, 3], [2, -100]]), INT64, NONE),
+        "teacher_logprobs": (torch.randn(B, V).log_softmax(-1)[:, :2], FLOAT, NONE),
+        "beta": (0.3, SHARE, NONE),
+        "temperature": (1.0, POSITIVE, values(torch.ones(B)), NONE),
+        "ignore_index": (-100, INT, NONE),
+    },
     "policy_loss": {
         "logprob": (rows, SAME, NONE),
         "old_logprob": (rows, SAME),

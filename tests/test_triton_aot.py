@@ -20,6 +20,7 @@ from flashpo.kernels import (
     decode_attention,
     decode_layer,
     kv_append,
+    linear_divergence,
     linear_logprob,
     policy_loss,
     selective_log_softmax,
@@ -62,21 +63,27 @@ INTEGERS = {
 }
 OPERANDS = (
     "logits", "d_logits", "hidden", "weight", "bias", "q", "k", "v", "k_cache", "v_cache", "d_out", "dq", "dk", "dv",
+    "s_hidden", "s_weight", "s_bias", "t_hidden", "t_weight", "t_bias",
     "x", "residual", "residual_out", "cos", "sin", "q_weight", "k_weight", "gate", "up",
 )  # fmt: skip
 FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
     "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
-    "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse", "delta",
+    "s_rows", "t_rows", "kl", "d_divergence", "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse",
+    "delta",
 )  # fmt: skip
-SCALES = ("eps", "scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap")
+SCALES = (
+    "eps", "scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap",
+    "s_logit_scale", "s_softcap", "t_logit_scale", "t_softcap", "beta", "rest",
+)  # fmt: skip
 
 
 def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers=None, debug=False, **constants):
     """As a launch with aligned tensors of `dtype` and long rows would; arguments named in `absent` are None."""
     types, aligned = {}, {}
     in_dtype = (linear_logprob.d_logits_kernel, decode_attention.merge_kernel, tree_attention.forward_kernel,
-                decode_layer.norm_kernel, decode_layer.rope_kernel, decode_layer.gated_kernel)  # fmt: skip
+                decode_layer.norm_kernel, decode_layer.rope_kernel, decode_layer.gated_kernel,
+                linear_divergence.d_logits_kernel)  # fmt: skip
     out = dtype if kernel in in_dtype else "fp32"
     for i, name in enumerate(kernel.arg_names):
         if name in constants or name in absent:
@@ -93,7 +100,9 @@ def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers
             types[name] = "*" + (dtype if name in OPERANDS else out if name == "out" else "fp32")
         else:
             types[name] = "i32"
-        if types[name] != "constexpr" and (types[name][0] == "*" or name in ("H", "V") or "stride" in name):
+        if types[name] != "constexpr" and (
+            types[name][0] == "*" or name in ("H", "V", "s_H", "t_H") or "stride" in name
+        ):
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, types, constants, aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages, "debug": debug, "sanitize_overflow": False}
@@ -151,6 +160,31 @@ def test_gemm_kernels(name, dtype, full):
             assert instruction in text
             if target.backend == "cuda" and kernel is linear_logprob.d_logits_kernel:  # 16 bytes a store
                 assert "st.global.v4.b32" in text
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", [1, 2])
+def test_kernels_of_two_heads(name, dtype, mode):
+    target, limit, instruction = TARGETS[name]
+    torch_dtype = DTYPES[dtype]
+    tile = linear_divergence.tiles_of_two((torch_dtype, torch_dtype), limit, torch_dtype.itemsize)
+    constants = dict(zip(("BLOCK_N", "BLOCK_V", "BLOCK_H", "num_stages", "num_warps"), tile))
+    constants |= dict.fromkeys(("S_DTYPE", "T_DTYPE"), linear_logprob.TRITON_DTYPES[torch_dtype])
+    full = mode != 1
+    absent = () if full else ("s_bias", "t_bias", "s_softcap", "t_softcap")
+    split = {"SPLIT": linear_logprob.SPLIT}
+    kernels = {
+        linear_divergence.partial_kernel: (absent, {"MODE": mode, "TOP1": full, **split}),
+        linear_divergence.d_logits_kernel: (absent + (() if full else ("d_entropy", "d_logprob")), {"MODE": mode}),
+    }
+    if mode == 2:
+        kernels[linear_divergence.mixture_kernel] = absent, split
+    for kernel, (missing, own) in kernels.items():
+        compiled = compile(kernel, target, dtype, missing, **own, **constants)
+        assert compiled.metadata.shared <= limit
+        text = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
+        assert "tf32" not in text if dtype == "fp32" else instruction in text
 
 
 @pytest.mark.parametrize("name", TARGETS)

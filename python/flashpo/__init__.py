@@ -19,6 +19,7 @@ from flashpo.ops import (
     UnpairedLoss,
     decode_attention,
     direct_advantage_loss,
+    divergence,
     entropy_threshold,
     gae,
     group_advantages,
@@ -34,6 +35,7 @@ from flashpo.ops import (
     sample,
     selective_log_softmax,
     sequence_logprobs,
+    topk_divergence,
     tree_attention,
     value_loss,
 )
@@ -58,6 +60,7 @@ __all__ = [
     "backend",
     "decode_attention",
     "direct_advantage_loss",
+    "divergence",
     "entropy_threshold",
     "gae",
     "group_advantages",
@@ -77,6 +80,7 @@ __all__ = [
     "selective_log_softmax",
     "sequence_logprobs",
     "stats",
+    "topk_divergence",
     "tree_attention",
     "value_loss",
 ]

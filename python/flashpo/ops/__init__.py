@@ -3,6 +3,7 @@
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES
 from flashpo.ops.decode_attention import decode_attention
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
+from flashpo.ops.divergence import divergence, topk_divergence
 from flashpo.ops.divergence_stats import DivergenceStats
 from flashpo.ops.gae import gae
 from flashpo.ops.group_advantages import Advantages, group_advantages
@@ -38,6 +39,7 @@ __all__ = [
     "UnpairedLoss",
     "decode_attention",
     "direct_advantage_loss",
+    "divergence",
     "entropy_threshold",
     "gae",
     "group_advantages",
@@ -53,6 +55,7 @@ __all__ = [
     "sample",
     "selective_log_softmax",
     "sequence_logprobs",
+    "topk_divergence",
     "tree_attention",
     "value_loss",
 ]

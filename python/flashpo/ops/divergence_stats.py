@@ -33,7 +33,7 @@ from torch import Tensor
 
 from flashpo.ops import token_stats
 from flashpo.ops._check import check_names
-from flashpo.ops.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOGPROB, REF, SUM, merge_partials
+from flashpo.ops.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOGPROB, REF, SUM, TARGET, WSUM, merge_partials
 
 STUDENT, TEACHER, GAP, FORBIDDEN, S_TOP, S_AT, T_TOP, T_AT = 0, 4, 8, 9, 10, 11, 12, 13
 MOST = 80.0  # of |d|: e^80 is finite in fp32, and a probability that is e^-80 of another adds nothing to it
@@ -102,29 +102,36 @@ class Merged(NamedTuple):
     agreed: Tensor | None  # (N,) bool
 
 
+def join(partials: Tensor, beta: float) -> Tensor:
+    """The partial (R, N) of parts of the vocabulary (S, R, N), in their order."""
+    own, other = (STUDENT, TEACHER) if beta == 1 else (TEACHER, STUDENT)
+    shifts, rows = {}, {}
+    for head in (STUDENT, TEACHER):
+        ref, total, weighted, target = (partials[:, head + row] for row in (REF, SUM, WSUM, TARGET))
+        highest = ref.amax(0)
+        shift = (ref - highest).nan_to_num(nan=0.0, neginf=-1e30)  # a part of nothing but -inf weighs 0
+        scale = shift.exp2()
+        sums = (total * scale).sum(0), ((weighted + shift * total) * scale).sum(0)
+        shifts[head], rows[head] = shift, [highest, *sums, (target + shift).amax(0)]
+    moved = partials[:, GAP] + (shifts[own] - shifts[other]) * partials[:, own + SUM]
+    joined = [*rows[STUDENT], *rows[TEACHER], (moved * shifts[own].exp2()).sum(0), partials[:, FORBIDDEN].sum(0)]
+    if partials.shape[1] == partial_rows(top1=True):
+        for head, top, at in ((STUDENT, S_TOP, S_AT), (TEACHER, T_TOP, T_AT)):
+            tops = partials[:, top] + shifts[head]
+            joined += [tops.amax(0), partials[:, at].where(tops == tops.amax(0), torch.inf).amin(0)]
+    return torch.stack(joined)
+
+
 def merge(partials: Tensor, vocab: int, beta: float) -> Merged:
     """The results of the whole vocabulary from its parts (S, R, N)."""
-    parts = [partials[:, first : first + 4] for first in (STUDENT, TEACHER)]
-    student, teacher = (merge_partials(part, vocab) for part in parts)
-    shifts = [(p[:, REF] - p[:, REF].amax(0)).nan_to_num(nan=0.0, neginf=-1e30) for p in parts]
-    agreed = None
-    if partials.shape[1] == partial_rows(top1=True):
-        agreed = _first_of_largest(partials, shifts[0], S_TOP, S_AT) == _first_of_largest(
-            partials, shifts[1], T_TOP, T_AT
-        )
+    whole = join(partials, beta) if len(partials) > 1 else partials[0]
+    student, teacher = (merge_partials(whole[None, first : first + 4], vocab) for first in (STUDENT, TEACHER))
+    agreed = whole[S_AT] == whole[T_AT] if len(whole) == partial_rows(top1=True) else None
     if 0 < beta < 1:
         return Merged(student, teacher, None, agreed)
-    own, other = (0, 1) if beta == 1 else (1, 0)
-    scale, sums = shifts[own].exp2(), parts[own][:, SUM]
-    gap = ((partials[:, GAP] + (shifts[own] - shifts[other]) * sums) * scale).sum(0) / (sums * scale).sum(0)
-    rest = [rows[LOG_Z_REST] for rows in (student, teacher)]
-    divergence = (gap + (rest[other] - rest[own])) * LN2
-    return Merged(student, teacher, divergence.masked_fill(partials[:, FORBIDDEN].sum(0) > 0, torch.inf), agreed)
-
-
-def _first_of_largest(partials: Tensor, shift: Tensor, top: int, at: int) -> Tensor:
-    tops = partials[:, top] + shift
-    return partials[:, at].where(tops == tops.amax(0), torch.inf).amin(0)
+    of_own, own, other = (STUDENT, student, teacher) if beta == 1 else (TEACHER, teacher, student)
+    divergence = (whole[GAP] / whole[of_own + SUM] + (other[LOG_Z_REST] - own[LOG_Z_REST])) * LN2
+    return Merged(student, teacher, divergence.masked_fill(whole[FORBIDDEN] > 0, torch.inf), agreed)
 
 
 def log_probs(z: Tensor, rows: Tensor) -> Tensor:

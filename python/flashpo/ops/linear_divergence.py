@@ -25,7 +25,15 @@ from torch import Tensor
 from flashpo._op import op
 from flashpo.ops import _linear_divergence_cpu as cpu
 from flashpo.ops import divergence_stats as stats
-from flashpo.ops._check import check_device, check_group, check_int, check_positive, check_range, check_share
+from flashpo.ops._check import (
+    KERNEL_DTYPES,
+    check_device,
+    check_group,
+    check_int,
+    check_positive,
+    check_range,
+    check_share,
+)
 from flashpo.ops._first_order import first_order
 from flashpo.ops._wide import wide_dtype
 from flashpo.ops.divergence_stats import DivergenceStats
@@ -291,6 +299,41 @@ def _(heads, *rest):
 @on_heads
 def _(heads, *rest):
     return cpu.backward(heads, *rest) if cpu.takes(heads) else NotImplemented
+
+
+def _takes_triton(heads: Heads) -> bool:
+    tensors = (*heads.student[:2], *heads.teacher[:2])
+    return {x.dtype for x in tensors} | {heads.student.dtype, heads.teacher.dtype} <= {*KERNEL_DTYPES}
+
+
+@linear_divergence_partial.backend("triton")  # kernels/linear_divergence.py
+@on_heads
+def _(heads, *rest):
+    if not _takes_triton(heads):
+        return NotImplemented
+    from flashpo.kernels.linear_divergence import partial
+
+    return partial(heads, *rest)
+
+
+@linear_divergence_mixture.backend("triton")
+@on_heads
+def _(heads, *rest):
+    if not _takes_triton(heads):
+        return NotImplemented
+    from flashpo.kernels.linear_divergence import mixture
+
+    return mixture(heads, *rest)
+
+
+@linear_divergence_bwd.backend("triton")
+@on_heads
+def _(heads, *rest):
+    if not _takes_triton(heads):
+        return NotImplemented
+    from flashpo.kernels.linear_divergence import backward
+
+    return backward(heads, *rest)
 
 
 class LinearDivergence(torch.autograd.Function):
