@@ -62,20 +62,18 @@ def test_a_step_is_that_of_stock_trl(beta):
 
 @pytest.mark.parametrize(
     ("model", "of_teacher"),
-    [("gemma2", "qwen3"), ("cohere", "gemma2"), ("phi", "granite"), ("qwen3_5_text", "qwen3"), ("qwen3_moe", "phi")],
+    [("gemma2", "phi"), ("cohere", "gemma2"), ("phi", "granite"), ("qwen3_5_text", "qwen3")],
 )
 def test_families_that_transform_their_logits(model, of_teacher):
-    """Softcap, scales, a head with a bias; a hybrid and a mixture of experts as students."""
+    """Softcap, scales, a head with a bias; a hybrid."""
     assert_same_steps(model=model, teacher_model=teacher(of_teacher), beta=0.5, temperature=1.3)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"peft_config": LORA},
         {"gradient_checkpointing": True, "peft_config": LORA},
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2},
-        {"pad_to_multiple_of": 8},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2, "pad_to_multiple_of": 8},
         {"train_dataset": Dataset.from_list(ROWS).to_iterable_dataset()},
     ],
     ids=lambda options: next(iter(options)),
@@ -307,9 +305,8 @@ def test_a_subclass_that_changes_hidden_states_is_believed():
 # self-checks
 
 
-@pytest.mark.parametrize("options", [{}, {"num_generations": 4, "gradient_accumulation_steps": 2}], ids=str)
-def test_verify(options):
-    report = flashpo.trl.verify(make(flashpo.trl, **options), steps=1)
+def test_verify():
+    report = flashpo.trl.verify(make(flashpo.trl, num_generations=4, gradient_accumulation_steps=2), steps=1)
     assert {"linear_divergence_bwd", "tree_attention_bwd"} <= report.ops.keys()
 
 

@@ -25,6 +25,7 @@ COMMON = dict(ddp_backend="gloo", max_steps=2, optim="sgd", learning_rate=0.05, 
 OPTIONS = {
     "SFT": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
     "GRPO": dict(per_device_train_batch_size=4, num_generations=4, beta=0.04),
+    "Distillation": dict(per_device_train_batch_size=4, max_completion_length=8, beta=0.5),
 }
 
 
@@ -89,14 +90,16 @@ def whole(trainer) -> dict[str, torch.Tensor]:
     return {n: v.float().cpu() for n, v in trainer.accelerator.get_state_dict(trainer.model_wrapped).items()}
 
 
-def check_same_training(rank: int, folder: str, name: str, sharding: str) -> None:
-    losses, weights = trained(name, trl, model=folder, ddp_find_unused_parameters=False)
-    start = make_trainer(name, trl, model=folder, **COMMON, **OPTIONS[name]).model.state_dict()
+def check_same_training(rank: int, folder: str, name: str, sharding: str, teacher: str) -> None:
+    options = {"model": folder} | ({"teacher_model": teacher} if name == "Distillation" else {})
+    losses, weights = trained(name, trl, ddp_find_unused_parameters=False, **options)
+    start = make_trainer(name, trl, **COMMON, **OPTIONS[name], **options).model.state_dict()
     with launched():
         how = SHARDINGS[sharding]() | dict(use_cpu=False)
         flashpo.stats(reset=True)
-        our_losses, ours = trained(name, flashpo.trl, model=folder, **how, **SAMPLED_BY_TRL.get(name, {}))
-    assert_ran("linear_logprob_partial", "linear_logprob_bwd", "tree_attention_fwd")
+        our_losses, ours = trained(name, flashpo.trl, **how, **SAMPLED_BY_TRL.get(name, {}), **options)
+    head = "linear_divergence" if name == "Distillation" else "linear_logprob"
+    assert_ran(f"{head}_partial", f"{head}_bwd", "tree_attention_fwd")
     if rank == 0:
         torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=1e-5)
         for n, w in weights.items():
@@ -156,17 +159,17 @@ def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
 
 def test_fsdp2():
     folder = model_path()
-    same = [(check_same_training, folder, name, "fsdp2") for name in OPTIONS]
+    same = [(check_same_training, folder, name, "fsdp2", model_path("qwen3_tied")) for name in OPTIONS]
     in_two_processes(*same, (check_ranks_meet, folder, "fsdp2"))
 
 
 @needs_deepspeed
 def test_zero2():
-    in_two_processes((check_same_training, model_path(), "SFT", "zero2"))
+    in_two_processes((check_same_training, model_path(), "SFT", "zero2", ""))
 
 
 @needs_deepspeed
 def test_zero3():
     folder = model_path()
-    same = [(check_same_training, folder, name, "zero3") for name in OPTIONS]
+    same = [(check_same_training, folder, name, "zero3", model_path("qwen3_tied")) for name in OPTIONS]
     in_two_processes(*same, (check_ranks_meet, folder, "zero3"))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo._causal_lm import CausalLM
+from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.packing.head import gathering, parameters
 from flashpo.packing.inputs import inputs
@@ -45,7 +45,10 @@ class States(NamedTuple):
 def why_not_comparable(models: list[Any]) -> str:
     """What `linear_divergence` does not take; empty where it takes these models."""
     for model in models:
-        head = CausalLM.of(model).head
+        try:
+            head = CausalLM.of(model).head
+        except Unsupported as error:
+            return str(error)
         if head.weight.device.type not in DEVICES or head.weight.dtype not in DTYPES:
             return f"a head is {head.weight.dtype} on {head.weight.device.type}"
     return ""
