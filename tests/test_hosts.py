@@ -1,7 +1,9 @@
 """What FlashPO relies on in TRL: found where it is, named where it is missing, and each need for itself."""
 
+import ast
 import dataclasses
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import trl
 import trl.trainer.utils as utils
 from trl.trainer import distillation_trainer
 
+import flashpo
 from flashpo._hosts import Seam, code, report, versions
 from flashpo._hosts import trl as host
 from flashpo.trl import PatchError, patch, patched, unpatch
@@ -95,6 +98,33 @@ def test_an_output_with_another_field(monkeypatch):
     monkeypatch.setattr(utils, "FusedCausalLMOutput", dataclasses.make_dataclass("FusedCausalLMOutput", fields))
     reason = host.why_not(changed("SFTTrainer"), host.TREES)
     assert "FusedCausalLMOutput differs from the one that FlashPO knows in aux_loss, certainty" in reason
+
+
+OURS = sorted(path for path in Path(flashpo.__file__).parent.rglob("*.py") if "_hosts" not in path.parts)
+PRIVATE = (
+    "_attn_implementation_internal", "get_layer_types_and_kwargs", "_prepare_generation_config",
+    "_get_default_generation_params", "_can_set_attn_implementation", "_get_fsdp_state", "_mp_policy", "ds_status",
+    "BaseTunerLayer", "AuxiliaryTrainingWrapper",
+)  # fmt: skip
+PUBLIC = ("trl.trainer", "trl.trainer.grpo_trainer")  # the second for type checkers alone
+
+
+def test_nobody_else_has_private_names():
+    found = []
+    for path in OURS:
+        if "bench" in path.parts:
+            continue
+        text = path.read_text()
+        found += [f"{path}: {name}" for name in PRIVATE if name in text]
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and (node.module or "").startswith("trl.")
+                and node.module not in PUBLIC
+            ):
+                found.append(f"{path}: {node.module}")
+    assert found == []
+    assert len(OURS) > 80
 
 
 # code

@@ -21,6 +21,7 @@ from torch import Tensor
 import flashpo
 from flashpo import _huge_pages, _op
 from flashpo._hosts import report
+from flashpo._hosts.versions import standing
 from flashpo.ops import decode_layer, decode_step
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.packed_linear import pack_linear, packed_linear
@@ -355,13 +356,18 @@ def machine() -> list[tuple[str, str]]:
             return "not installed"
 
     native = _op.native
+
+    def tested(package: str) -> str:
+        found = version(package)
+        return found if found == "not installed" else f"{found}, {standing(package, found)}"
+
     facts = [
         ("flashpo", flashpo.__version__),
         ("python", platform.python_version()),
-        ("torch", torch.__version__),
+        ("torch", tested("torch")),
         ("triton", version("triton") if importlib.util.find_spec("triton") else "not installed"),
-        ("trl", version("trl")),
-        ("transformers", version("transformers")),
+        ("trl", tested("trl")),
+        ("transformers", tested("transformers")),
         ("native", _op.why_no_native or f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
         ("large pages", _huge_pages.why_none() or "on request"),

@@ -390,6 +390,13 @@ def disable_gradient_checkpointing(model: Any, options: dict | None) -> Iterator
         model.gradient_checkpointing_enable(options)
 
 
+def fused_output() -> type:
+    """What a model with TRL's fused head gives."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    return FusedCausalLMOutput
+
+
 def prepare_deepspeed(model: Any, accelerator: Any) -> Any:
     """A model that is not trained, under DeepSpeed."""
     from trl import models

@@ -6,20 +6,20 @@ hooks of ZeRO-3 or FSDP2 reduce.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from flashpo.rollout.sharded import is_dtensor, is_fsdp2_unit
+from flashpo._hosts.sharding import gathered_by_fsdp2, gathered_by_zero3, is_dtensor, is_fsdp2_unit, zero3_shards
 
 
 def gathering(head: Any) -> Callable[[], contextlib.AbstractContextManager] | None:
     """Makes a context in which the head is whole; None where it is, within a forward of its model."""
-    if any(hasattr(p, "ds_id") for p in _own(head)):
-        return lambda: _gathered_by_zero3(head)
+    if zero3_shards(_own(head)):
+        return lambda: gathered_by_zero3(_own(head))
     if is_fsdp2_unit(head) and any(is_dtensor(p) for p in _own(head)):
-        return lambda: _gathered_by_fsdp2(head)
+        return lambda: gathered_by_fsdp2(head)
     return None
 
 
@@ -38,20 +38,3 @@ def _weight_and_bias(head: Any) -> tuple[Any, Any]:
 
 def _own(head: Any) -> list[Any]:
     return [p for p in _weight_and_bias(head) if p is not None]
-
-
-def _gathered_by_zero3(head: Any) -> contextlib.AbstractContextManager:
-    """Not those that are whole: to shard them at the end would take tied ones from the embeddings, which have them."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([p for p in _own(head) if p.ds_status.name != "AVAILABLE"])
-
-
-@contextlib.contextmanager
-def _gathered_by_fsdp2(head: Any) -> Iterator[None]:
-    """A unit of its own, of which no hook runs: at the end of backward FSDP2 reduces the gradients of every unit."""
-    head.unshard()
-    try:
-        yield
-    finally:
-        head.reshard()

@@ -47,7 +47,7 @@ def check_packable(model: nn.Module) -> None:
 
 
 def _head(head: Any) -> Iterator[str]:
-    from flashpo.rollout.sharded import wraps_in_fsdp1  # which imports transformers
+    from flashpo._hosts.sharding import wraps_in_fsdp1  # which imports transformers
 
     if is_tuner_layer(head):
         yield "there is an adapter on the language model head, which a fused head does not apply"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from flashpo._causal_lm import CausalLM
+from flashpo._hosts import sharding
 from flashpo._hosts.transformers import ATTENTION
 from flashpo._op import CALLS
 from flashpo._precision import exact_products
@@ -17,7 +18,6 @@ from flashpo.packing.attention import recorded_dropout
 from flashpo.packing.inputs import inputs
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import TokenTree, pack
-from flashpo.rollout import sharded
 
 LONGEST = 24  # tokens: more than the windows of a small twin
 EVERY = 2  # tokens of the longest row another one leaves it, after which it has as many of its own
@@ -167,12 +167,12 @@ def _rows(config: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return sharded.why_no_view(model) is not None or any(sharded.is_dtensor(p) for p in model.parameters())
+    return sharding.why_no_view(model) is not None or any(sharding.is_dtensor(p) for p in model.parameters())
 
 
 def _wraps(module: nn.Module) -> bool:
     """DDP and FSDP1 keep account of their forwards in attributes, which stay; FSDP2 only changes a module's class."""
-    return isinstance(module, nn.parallel.DistributedDataParallel) or sharded.wraps_in_fsdp1(module)
+    return isinstance(module, nn.parallel.DistributedDataParallel) or sharding.wraps_in_fsdp1(module)
 
 
 @contextlib.contextmanager
@@ -223,7 +223,7 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
             CALLS.clear()  # calls that other threads made meanwhile are not counted
             CALLS.update(calls)
             if is_sharded(model):
-                sharded.reshard(model)
+                sharding.reshard(model)
 
 
 OURS = ("forward", "_flashpo_norm")

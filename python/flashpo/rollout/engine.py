@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._hosts import sharding
 from flashpo._hosts.peft import active_adapter, adapter_states, why_not_by_layers
 from flashpo.ops.tree_attention import release as release_tree_tiles
 from flashpo.rollout import fallback as plain
-from flashpo.rollout import parity, sharded
+from flashpo.rollout import parity
 from flashpo.rollout.arguments import choice, flag, integer, items, kind, number, token_ids
 from flashpo.rollout.cache import BLOCK, allocate, block_bytes, free_bytes, out_of_memory
 from flashpo.rollout.fused import fused_backbone
@@ -284,7 +285,7 @@ class RolloutEngine:
 
     def _plain_view(self):
         """Of weights that the model's own hooks have to gather there is no view."""
-        if sharded.why_no_view(self.model) is None:
+        if sharding.why_no_view(self.model) is None:
             return self.view
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
@@ -374,7 +375,7 @@ class _Call:
     pool: tuple[int, int] = 0, 1  # bytes and blocks; the pool itself may have to be freed before the call ends
     steps: int = 0
     row_steps: int = 0
-    gathered: sharded.Gathered = dataclasses.field(default_factory=sharded.Gathered)
+    gathered: sharding.Gathered = dataclasses.field(default_factory=sharding.Gathered)
 
     def queue(self, scheduler: Scheduler, chosen: Sequence[int], answering: Hashable) -> dict[Row, Completion]:
         """A row for each completion of the chosen prompts; what other adapters have cached serves none of them."""

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from flashpo._causal_lm import CausalLM, Unsupported, masks_windows
+from flashpo._hosts.sharding import is_fsdp2_unit
 from flashpo._hosts.transformers import ATTENTION as ATTRIBUTE
 from flashpo._ownership import ModelInUse as ModelInUse
 from flashpo._ownership import alone
-from flashpo.rollout.sharded import is_fsdp2_unit
 
 ATTENTION = "flashpo_decode"
 HARMLESS = ("position_ids", "cache_position")  # tensors that layers pass on, of no use to attention

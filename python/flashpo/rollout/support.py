@@ -11,9 +11,10 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig
 
 from flashpo._causal_lm import CACHED, STATEFUL, WITH_ATTENTION, CausalLM, Unsupported, layers_of_wrapping
+from flashpo._hosts import sharding
 from flashpo._hosts.peft import why_not_by_layers
 from flashpo._hosts.transformers import layer_types, takes_attentions
-from flashpo.rollout import seam, sharded
+from flashpo.rollout import seam
 from flashpo.rollout.hybrid import is_hybrid
 
 # What trainers set in a config while they run, and what no forward of ours depends on.
@@ -112,7 +113,7 @@ def _refusals(model: nn.Module) -> Iterator[str]:
         yield f"{owner} has a generate of its own"
     if base.config.is_encoder_decoder:
         yield "encoder-decoder models are not supported"
-    if reason := sharded.why_no_view(model):
+    if reason := sharding.why_no_view(model):
         yield reason
     if len(devices := {str(parameter.device) for parameter in model.parameters()}) > 1:
         yield f"its weights are spread over {', '.join(sorted(devices))}"
@@ -130,7 +131,7 @@ def _own_generate(model: nn.Module) -> str | None:
     for module in layers_of_wrapping(model):
         kind: Any = type(module)
         own = vars(module).get("generate")
-        inner = sharded.without_hooks(own)
+        inner = sharding.without_hooks(own)
         if own is not None and (inner is own or getattr(inner, "__func__", None) is not kind.generate):
             return f"this {kind.__name__}"
         if getattr(kind, "generate", None) not in (None, GenerationMixin.generate) and not _is_peft(kind):

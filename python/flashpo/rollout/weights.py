@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashpo._hosts import sharding
 from flashpo._hosts.peft import active_adapter, adapter_states, is_tuner_layer
+from flashpo._hosts.sharding import Gathered
 from flashpo._huge_pages import HugePages
-from flashpo.rollout import sharded
 from flashpo.rollout.adapters import is_plain_linear, lora_linear, vanilla_lora
 from flashpo.rollout.packed_linear import packed_linear
-from flashpo.rollout.sharded import Gathered
 
 Linear = Callable[[Tensor], Tensor]
 MODES, LORA = ("auto", "alias", "shadow"), ("auto", "live", "merged")
@@ -97,13 +97,13 @@ class WeightView:
     def __enter__(self) -> "WeightView":
         if self._inside is not None:
             raise RuntimeError("this WeightView is open already")
-        if reason := sharded.why_no_view(self.model):
+        if reason := sharding.why_no_view(self.model):
             raise ValueError(f"no view of the model's weights: {reason}")
-        sharded.reshard(self.model)
+        sharding.reshard(self.model)
         with contextlib.ExitStack() as inside:
             inside.enter_context(self._unchanged())
             begin = time.perf_counter()
-            size = inside.enter_context(sharded.gathered(self.model, self._buffer))
+            size = inside.enter_context(sharding.gathered(self.model, self._buffer))
             self._gathered += Gathered(size, time.perf_counter() - begin)
             if self.dtype is not None:  # without a cache, which would keep a step's copies in a CUDA graph
                 device = next(self.model.parameters()).device.type

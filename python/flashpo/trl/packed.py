@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flashpo._hosts import sharding
 from flashpo.packing import TokenTree, pack, split_by_tokens
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import packable, why_not_packable
-from flashpo.rollout import sharded
 from flashpo.trl._replaced import replaced
 from flashpo.trl._text_only import beside_text
 from flashpo.trl.sharing import Sharing, why_not_packed
@@ -104,7 +104,7 @@ class PackedScoring:
         else:
             parts = split_by_tokens(*batch, batch_size * input_ids.shape[1], prune=prune)
         trees = [pack(*(x[rows] for x in batch), prune=prune) for rows in parts]
-        if batch_size is not None and any(map(sharded.meets, self._models())):
+        if batch_size is not None and any(map(sharding.meets, self._models())):
             trees += [_one_token(*batch, prune)] * (self._most_of_ranks(len(trees)) - len(trees))
         chunks = []
         for tree in trees:

@@ -17,10 +17,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from flashpo._hosts import sharding
 from flashpo._hosts.transformers import default_generation_params, merged_generation_config
 from flashpo._hosts.trl import generating
 from flashpo.ops.masked_quantile import masked_quantile
-from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, sharded, support
+from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl._text_only import beside_text
@@ -90,11 +91,11 @@ class TrainerRollouts:
         self._said_uncorrected = True
 
     def _by_engine(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
-        sharded_bytes, begin = sharded.zero3_bytes(self.trainer.model), time.perf_counter()
+        sharded_bytes, begin = sharding.zero3_bytes(self.trainer.model), time.perf_counter()
         try:
             self._agreed(self._check_turn, images, multimodal_fields)  # before weights are gathered
             with generating(self.trainer, "flashpo.rollout") as model, torch.no_grad():
-                gathered = sharded.Gathered(sharded_bytes, time.perf_counter() - begin)
+                gathered = sharding.Gathered(sharded_bytes, time.perf_counter() - begin)
                 params = self._agreed(self._prepare, model, prompt_ids)
                 rollouts = self._generate(prompt_ids, params)
         except Unsupported as reason:
@@ -111,7 +112,7 @@ class TrainerRollouts:
             result = check(*arguments)
         except Unsupported as error:
             reason = str(error)
-        if sharded.meets(self.trainer.model):
+        if sharding.meets(self.trainer.model):
             reason = next(filter(None, gather_object([reason])), "")
         if reason:
             raise Unsupported(reason)
@@ -189,10 +190,10 @@ class TrainerRollouts:
         old, pending.old = pending.old, None
         return old
 
-    def _log(self, rollouts: Rollouts, gathered: sharded.Gathered) -> None:
+    def _log(self, rollouts: Rollouts, gathered: sharding.Gathered) -> None:
         """`gathered`: by TRL, around the engine."""
         metrics, stats = self.trainer._metrics[self.trainer._mode], rollouts.stats
-        gathered += sharded.Gathered(stats.gather_bytes, stats.gather_seconds)
+        gathered += sharding.Gathered(stats.gather_bytes, stats.gather_seconds)
         if gathered.size:
             metrics["rollout/gather_bytes"].append(gathered.size)
             metrics["rollout/gather_seconds"].append(gathered.seconds)

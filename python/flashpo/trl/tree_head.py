@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flashpo._hosts.trl import TREES, version, why_not
+from flashpo._hosts.trl import TREES, fused_output, version, why_not
 from flashpo.packing import TokenTree, forward_here, pack, packable
 from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
@@ -96,8 +96,7 @@ def take_trees(
     takes: Callable[[], bool] = lambda: True,
 ) -> None:
     """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's."""
-    from trl.trainer.utils import FusedCausalLMOutput
-
+    output = fused_output()
     padded: Any = model.forward.__func__  # type: ignore[attr-defined]  # bound by add_fused_lm_head
     wanted = tuple(FIELDS[name] for name in outputs)
     config: Any = model.config.get_text_config()
@@ -118,7 +117,7 @@ def take_trees(
         loss = -per_token["log_probs"].sum() / label_mask.sum().clamp(min=1)
         if aux_loss is not None:
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
-        return FusedCausalLMOutput(loss=loss, label_mask=label_mask, aux_loss=aux_loss, **per_token)
+        return output(loss=loss, label_mask=label_mask, aux_loss=aux_loss, **per_token)
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""Whole weights in the place of FSDP2's shards for the length of a rollout, and which shardings we have no view of."""
+"""FSDP2, FSDP1 and DeepSpeed: which weights they shard, and how to have them whole for a while."""
 
 import contextlib
 import inspect
@@ -141,3 +141,24 @@ def _with_compute_dtype(module: nn.Module, states: dict, dtype: torch.dtype | No
     yield module, dtype
     for child in module.children():
         yield from _with_compute_dtype(child, states, dtype)
+
+
+def zero3_shards(params: list[Any]) -> bool:
+    return any(hasattr(p, "ds_id") for p in params)
+
+
+def gathered_by_zero3(params: list[Any]) -> contextlib.AbstractContextManager:
+    """Not those that are whole: to shard them at the end would take tied ones from the embeddings, which have them."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([p for p in params if p.ds_status.name != "AVAILABLE"])
+
+
+@contextlib.contextmanager
+def gathered_by_fsdp2(unit: Any) -> Iterator[None]:
+    """A unit of its own, of which no hook runs: at the end of backward FSDP2 reduces the gradients of every unit."""
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
