@@ -3,12 +3,11 @@
 A small model first imitates sums half of which stop short of the result (examples/arithmetic.py). From there each
 algorithm takes --steps optimisation steps of 64 sequences (DPO: 32 pairs): SFT on complete sums, DPO on complete ones
 against spoiled ones, the others on what the model itself writes, rewarded by exact match. distil has no reward but a
-teacher, the model that sft ended with; judged is GRPO whose reward is a model, trained on the pairs of dpo before. All
-have the same budget of tokens, with prompts and what is generated in vain: DAPO, which replaces groups of equal
-rewards, takes fewer steps for it. The reward drawn is that of held-out problems, sampled at temperature 1 under a fixed
-seed.
+teacher, the model that sft ended with. All have the same budget of tokens, with prompts and what is generated in vain:
+DAPO, which replaces groups of equal rewards, takes fewer steps for it. The reward drawn is that of held-out problems,
+sampled at temperature 1 under a fixed seed.
 
-python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo distil judged
+python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo distil
 python -m flashpo.bench.zoo gmpo sapo          # any name of flashpo.LOSSES
 """
 
@@ -30,8 +29,8 @@ import flashpo
 from flashpo.bench.run import machine, show
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("sft", "dpo", "ppo", "grpo", "dapo", "gspo", "rloo", "cispo", "distil", "judged")
-NEEDS = {"distil": "sft", "judged": "reward"}  # what is trained first where it has not been
+NAMES = ("sft", "dpo", "ppo", "grpo", "dapo", "gspo", "rloo", "cispo", "distil")
+NEEDS = {"distil": "sft"}  # what is trained first where it has not been
 SEQUENCES = 64  # a step
 GENERATIONS = 8  # completions a prompt
 LONGEST = 16  # tokens of a completion
@@ -120,13 +119,10 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         data = Dataset.from_list(rows).select_columns(["prompt", "completion"])
         rate = {"learning_rate": 2e-3 if name == "start" else 2e-4, "lr_scheduler_type": "cosine"}
         return fast.SFTTrainer(str(model), config(trl_config("SFT"), out, steps, seed, **rate), train_dataset=data)
-    if name in ("dpo", "reward"):
+    if name == "dpo":
         rng = random.Random(seed)
         prompts = [row["prompt"] for row in rows[: len(rows) // 2]]
         pairs = [{"prompt": p, "chosen": sums.totals(p), "rejected": sums.spoiled(p, rng)} for p in prompts]
-        if name == "reward":
-            args = config(trl_config("Reward"), out, steps, seed, SEQUENCES // 2, learning_rate=3e-4)
-            return fast.RewardTrainer(str(model), args=args, train_dataset=Dataset.from_list(pairs))
         args = config(trl_config("DPO"), out, steps, seed, SEQUENCES // 2, learning_rate=3e-5, beta=0.3)
         return fast.DPOTrainer(str(model), args=args, train_dataset=Dataset.from_list(pairs))
     data = Dataset.from_list(rows).select_columns(["prompt", "answer"])
@@ -141,14 +137,11 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         made = fast.PPOTrainer, fast.PPOConfig, online | {"num_iterations": 1}  # as many fresh tokens as the others
     elif name == "rloo":
         made = fast.RLOOTrainer, fast.RLOOConfig, online | {"beta": 0.0}
-    elif name == "judged":
-        made = fast.GRPOTrainer, fast.GRPOConfig, online | {"loss": "grpo"}
     else:
         made = fast.GRPOTrainer, fast.GRPOConfig, online | {"loss": name} | ONLINE.get(name, {})
     kind, of_kind, options = made
     args = config(of_kind, out, steps, seed, **options)
-    reward = str(out.parent / NEEDS[name]) if name == "judged" else exact_answer
-    return kind(str(model), reward_funcs=reward, args=args, train_dataset=data)
+    return kind(str(model), reward_funcs=exact_answer, args=args, train_dataset=data)
 
 
 ONLINE: dict[str, dict] = {"dapo": {"dynamic_sampling": 1}}
@@ -163,8 +156,7 @@ def learn(name: str, model: Path, out: Path, steps: int, seed: int, measurements
         made = trainer(name, model, out, steps, seed)
         sums = arithmetic()
         curve = Curve(sums.problems(HELD_OUT, seed + 10**6), sums.tokenizer(), -(-steps // measurements), bar)
-        if name != "reward":  # it writes nothing
-            made.add_callback(curve)
+        made.add_callback(curve)
         made.add_callback(Budget(steps * TOKENS))
         made.remove_callback(transformers.PrinterCallback)
         start = time.perf_counter()
@@ -172,8 +164,6 @@ def learn(name: str, model: Path, out: Path, steps: int, seed: int, measurements
         seconds = time.perf_counter() - start
     tokens = max(row.get("num_tokens", 0) for row in made.state.log_history)
     made.save_model(str(out))
-    if not curve.rewards:
-        return {"s": seconds}, curve
     record = {
         "variant": name,
         "reward at start": curve.rewards[0],

@@ -1,4 +1,4 @@
-"""What GRPO, RLOO and PPO keep from one of their methods for a later one, in one place."""
+"""What trainers that sample keep from one of their methods for a later one, in one place."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ class Pending:
     # on the device until they are logged; a micro-batch each
     stats: dict[str, list[PolicyStats]] = field(default_factory=_of_modes)
     mismatch: dict[str, list[Tensor]] = field(default_factory=_of_modes)
-    sums: dict[str, list[Tensor]] = field(default_factory=_of_modes)  # PPO's, beside `stats`
+    sums: dict[str, list[Tensor]] = field(default_factory=_of_modes)  # PPO's, beside `stats`, and those of distillation
 
     turns: list[bool] = field(default_factory=list)  # of the last batch of generations: whether the engine answered
     old: Tensor | None = None  # log-probs of the rollout that stand for the next scoring of completions

@@ -1,4 +1,5 @@
-"""TRL's configurations with what FlashPO adds: token trees; for GRPO and RLOO any loss, finer groups, the engine."""
+"""TRL's configurations with what FlashPO adds: token trees; the engine; for GRPO and RLOO any loss, finer groups;
+for distillation several completions of a prompt, and several teachers."""
 
 import inspect
 from dataclasses import dataclass, field, fields, replace

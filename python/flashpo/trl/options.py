@@ -1,8 +1,8 @@
 """Which options of TRL's configurations our losses and advantages know.
 
 FlashPO computes the loss and the advantages of GRPO and RLOO in the place of TRL's code. An option that it does not
-know, a value or a whole field that a later TRL has, must not be ignored there: it keeps TRL's own code. SFT, DPO and
-KTO need no such list, their losses are TRL's own.
+know, a value or a whole field that a later TRL has, must not be ignored there: it keeps TRL's own code. SFT, DPO, KTO
+and distillation need no such list: there TRL's own code reads the options.
 """
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass

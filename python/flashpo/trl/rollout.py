@@ -1,4 +1,4 @@
-"""Generation for GRPO, RLOO and PPO by `flashpo.rollout`, on the weights that the trainer is training.
+"""Generation for GRPO, RLOO, PPO and distillation by `flashpo.rollout`, on the weights that the trainer is training.
 
 A turn of generation comes with prompts as token ids, each as often as it is to be completed. The engine gets every
 distinct one once. What it cannot do goes to TRL's own generation, with one warning that names the reason.
