@@ -14,6 +14,7 @@
 #   packing 1.5          training pass of a 1.7B model, 8 completions, prompt 2048, up to 512 tokens; DPO; worst case
 #   grpo_step 8          whole step of an unmodified script, 1.7B, 8 completions, prompt 2048, up to 512 tokens
 #   tree_attention 2     forward and backward against FlashAttention on equal work
+#   tree_recurrence 1    forward and backward against the reference in torch
 #   decode_attention, sample 1   against a copy of as many bytes
 #   linear_logprob 1.5, selective_log_softmax 0.5, policy_loss 0.5, gae 0.5, group_advantages 0.5, overhead 0.5
 #   mismatch 0.5         log-probs of rollout and trainer, beside the trainer's own batching noise
@@ -25,7 +26,7 @@ WHEELS=${2:-}
 PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
-SUITES="decode_step rollout packing grpo_step tree_attention decode_attention sample linear_logprob
+SUITES="decode_step rollout packing grpo_step tree_attention tree_recurrence decode_attention sample linear_logprob
   selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long growth"
 
 step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; a failure does not end the script

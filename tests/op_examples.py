@@ -4,7 +4,18 @@ import torch
 from decode_inputs import plant
 from inputs import Case
 
-from flashpo import gae, group_advantages, kv_append, policy_loss, sample, selective_log_softmax, tree_attention
+from flashpo import (
+    Lineage,
+    gae,
+    group_advantages,
+    kv_append,
+    policy_loss,
+    sample,
+    selective_log_softmax,
+    tree_attention,
+    tree_conv,
+    tree_recurrence,
+)
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 from flashpo.ops.decode_step import decode_layers_
 from flashpo.ops.packed_linear import pack_linear, packed_linear
@@ -44,6 +55,17 @@ def tree():
         torch.tensor(x, dtype=torch.int32) for x in ([9] * 4 + [6] * 2 + [9] * 3, [*range(6), *range(4, 7)])
     )
     tree_attention(q, k, v, end, position, sinks=sinks, softcap=5.0, window=4).sum().backward()
+
+
+def recurrences():
+    lineage = Lineage(torch.tensor([[0, 40], [40, 43], [43, 60]]), torch.tensor([-1, 0, 0]))
+    for delta in (True, False):
+        q, k, v, beta = (torch.rand(60, heads, 8, requires_grad=True) for heads in (2, 2, 4, 4))
+        beta = beta[..., 0] if delta else None
+        out, ends = tree_recurrence(q, k / 3, v, -torch.rand(60, 4), beta, lineage, ends=True)
+        (out.sum() + ends.sum()).backward()
+    x, weight = torch.randn(60, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    tree_conv(x, weight, torch.randn(5), lineage).sum().backward()
 
 
 def decoding():
@@ -101,6 +123,7 @@ EXAMPLES = [
     advantages,
     generalised_advantages,
     tree,
+    recurrences,
     decoding,
     packing,
     decoder_layers_at_once,

@@ -8,6 +8,7 @@ from flashpo.ops import (
     LOSSES,
     PREFERENCE_LOSSES,
     Advantages,
+    Lineage,
     LossSpec,
     PolicyLoss,
     PolicyStats,
@@ -33,6 +34,8 @@ from flashpo.ops import (
     selective_log_softmax,
     sequence_logprobs,
     tree_attention,
+    tree_conv,
+    tree_recurrence,
     value_loss,
 )
 from flashpo.packing import Packable, TokenTree, pack, packable, score
@@ -42,6 +45,7 @@ __all__ = [
     "LOSSES",
     "PREFERENCE_LOSSES",
     "Advantages",
+    "Lineage",
     "LossSpec",
     "Packable",
     "PolicyLoss",
@@ -74,5 +78,7 @@ __all__ = [
     "sequence_logprobs",
     "stats",
     "tree_attention",
+    "tree_conv",
+    "tree_recurrence",
     "value_loss",
 ]
