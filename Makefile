@@ -36,6 +36,7 @@ zoo: $(VENV)/ready
 # The interpreter and the compiler of Triton exclude each other in one process.
 test: $(VENV)/ready
 	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/test_triton.py tests/test_triton_policy.py tests/test_triton_tree.py \
+	tests/test_triton_recurrence.py \
 	tests/test_decode_attention.py tests/test_kv_append.py tests/test_decode_layer.py tests/test_layouts.py \
 	|| test $$? = 5 # no Triton, none of its tests
 	$(PYTEST) --durations=15 tests

@@ -12,7 +12,7 @@ namespace flashpo::FLASHPO_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 64;    // features of one piece of work
-constexpr int64_t TOKENS = 256;  // whose gradients of weights are summed by themselves: beside a large sum they vanish
+constexpr int64_t TOKENS = 64;   // whose gradients of weights are summed by themselves: beside a large sum they vanish
 constexpr int64_t MOST = 8;      // columns of weights
 
 // W numbers, or as many as are left.

@@ -223,6 +223,31 @@ def _laid_out(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | Non
     return [*(dense_rows(x) for x in (q, k, v)), *rest]
 
 
+def _for_triton(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> bool:
+    fits = max(q.shape[2], v.shape[2]) <= 256 and v.shape[0] > 0
+    return v.dtype in KERNEL_DTYPES and q.dtype == k.dtype == v.dtype and decay.dim() == 2 and fits
+
+
+@tree_recurrence_fwd.backend("triton")  # kernels/tree_recurrence.py
+def _(q, k, v, decay, beta, token, place, before, last, sizes, scale, with_states, with_ends):
+    if not _for_triton(q, k, v, decay):
+        return NotImplemented
+    from flashpo.kernels.tree_recurrence import forward
+
+    out, states, ends = forward(q, k, v, decay, beta, token, before, last, sizes, scale, with_ends)
+    return out, states if with_states else states.new_empty((0, *states.shape[1:])), ends
+
+
+@tree_recurrence_bwd.backend("triton")  # kernels/tree_recurrence_backward.py
+def _(q, k, v, decay, beta, token, place, before, last, sizes, *rest):
+    if not _for_triton(q, k, v, decay):
+        return NotImplemented
+    from flashpo.kernels.tree_recurrence_backward import backward
+
+    grads = backward(q, k, v, decay, beta, token, before, last, sizes, *rest)
+    return _in_dtypes(grads, (q, k, v, decay, beta))
+
+
 class TreeRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, decay, beta, lineage: Lineage, scale: float, ends: bool):
