@@ -355,3 +355,34 @@ def test_a_mistake_with_states_is_found(name, mistake, monkeypatch):
     monkeypatch.setattr(reference, name, mistake)
     with pytest.raises(AssertionError):
         test_values_and_gradients(False, True)
+
+
+segments, parents = torch.tensor([[0, 2], [2, 5]]), torch.tensor([-1, 0])
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("segments must be int64", {"segments": segments.int()}),
+        ("segments must be a torch.Tensor, got list", {"segments": [[0, 2]]}),
+        ("segments must be on the host", {"segments": segments.to("meta")}),
+        (r"segments must be \(segments, 2 or more\) with at least one", {"segments": segments[:0]}),
+        ("segments must lie one behind the other from 0 on", {"segments": segments + 1}),
+        ("segments must lie one behind the other", {"segments": torch.tensor([[0, 2], [3, 5]])}),
+        ("none of them empty", {"segments": torch.tensor([[0, 2], [2, 2]])}),
+        ("parents must be one number for each of 2 segments", {"parents": parents[:1]}),
+        ("parents must be earlier segments, or -1", {"parents": torch.tensor([-1, 1])}),
+        ("parents must be earlier segments, or -1", {"parents": torch.tensor([-2, 0])}),
+    ],
+)
+def test_a_lineage_that_is_none(message, change):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Lineage(**({"segments": segments, "parents": parents} | change))
+
+
+def test_a_lineage_of_other_tokens():
+    inputs = make_inputs(4, torch.float32)
+    with pytest.raises(ValueError, match="lineage has 5 tokens, q has 4"):
+        tree_recurrence(*inputs, Lineage(segments, parents))
+    with pytest.raises(ValueError, match="lineage is on meta, x on cpu"):
+        tree_conv(torch.zeros(5, 2), torch.zeros(2, 2), None, Lineage(segments, parents, "meta"))
