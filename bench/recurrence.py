@@ -61,8 +61,8 @@ def lineage_of(group: Group, device: str) -> tuple[Lineage, Tensor]:
     return Lineage(segments, parents, device), torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
-def on(backend: str, f: Callable) -> Callable:
-    def run(*args: Any) -> Tensor:
+def on(backend: str | None, f: Callable) -> Callable:
+    def run(*args: Any) -> Any:
         with flashpo.backend(backend):
             return f(*args)
 
@@ -91,11 +91,14 @@ def measured(device: Device, functions: dict[str, Callable], inputs: list[Tensor
         def step(f=f, upstream=upstream) -> None:
             torch.autograd.grad(f(*leaves), leaves, upstream)
 
-        variants[f"{name} forward"], variants[f"{name} step"] = torch.no_grad()(partial(f, *leaves)), step
+        backend = "torch" if name == "reference" else None  # of the backward pass, too
+        variants[f"{name} forward"] = on(backend, torch.no_grad()(partial(f, *leaves)))
+        variants[f"{name} step"] = on(backend, step)
     seconds = compare(device, variants)
-    exact = torch.no_grad()(functions["reference"])(*(x.double() for x in leaves))
-    error = (torch.no_grad()(functions["FlashPO"])(*leaves).double() - exact).abs().max().item()
-    baseline = (torch.no_grad()(functions["reference"])(*leaves).double() - exact).abs().max().item()
+    reference = on("torch", torch.no_grad()(functions["reference"]))
+    exact, baseline = reference(*(x.double() for x in leaves)), reference(*leaves)
+    error = (variants["FlashPO forward"]().double() - exact).abs().max().item()
+    baseline = (baseline.double() - exact).abs().max().item()
     if not error <= 2 * baseline + 1e-6 * exact.abs().max().item():
         raise AssertionError(f"off by {error}")
     for name, f in variants.items():
@@ -121,7 +124,7 @@ def recurrence_records(device: Device, shape: Shape, group: Group, with_peers: b
     def ours(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None) -> Tensor:
         return tree_recurrence(q, k, v, decay, beta, lineage, scale=scale)[0]
 
-    functions = {"FlashPO": ours, "reference": on("torch", ours)}
+    functions = {"FlashPO": ours, "reference": ours}
     if with_peers and shape.delta and not shape.per_feature:
         functions["transformers, padded rows"] = padded_delta_rule(rows)
     yield from measured(device, functions, inputs)
@@ -134,7 +137,7 @@ def convolution_records(device: Device, features: int, group: Group) -> Iterator
         return tree_conv(x, weight, None, lineage)
 
     inputs = [torch.randn(lineage.tokens, features, device=device.name), torch.randn(features, 4, device=device.name)]
-    yield from measured(device, {"FlashPO": ours, "reference": on("torch", ours)}, inputs)
+    yield from measured(device, {"FlashPO": ours, "reference": ours}, inputs)
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
