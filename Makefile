@@ -17,7 +17,8 @@ PYTEST = $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 # Tests of the C++ kernels: `make test` repeats them on every instruction set, `make sanitize` under sanitizers.
 NATIVE = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
 	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py \
-	tests/test_packed_linear.py tests/test_decode_step.py tests/test_tree_attention.py tests/test_linear_divergence.py
+	tests/test_packed_linear.py tests/test_decode_step.py tests/test_tree_attention.py tests/test_linear_divergence.py \
+	tests/test_tree_recurrence.py
 # What has kernels for AMX, which `make sanitize` runs with its instructions emulated.
 TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_attention.py tests/test_tree_attention.py
 
@@ -35,7 +36,7 @@ zoo: $(VENV)/ready
 # The interpreter and the compiler of Triton exclude each other in one process.
 test: $(VENV)/ready
 	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/test_triton.py tests/test_triton_policy.py tests/test_triton_tree.py \
-	tests/test_triton_divergence.py \
+	tests/test_triton_divergence.py tests/test_triton_recurrence.py \
 	tests/test_decode_attention.py tests/test_kv_append.py tests/test_decode_layer.py tests/test_layouts.py \
 	|| test $$? = 5 # no Triton, none of its tests
 	$(PYTEST) --durations=15 tests

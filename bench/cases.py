@@ -11,6 +11,7 @@ SUITES = {  # where the tables are, a function of device, with_peers, quick; imp
     "gae": "gae.tables",
     "group_advantages": "advantages.tables",
     "tree_attention": "tree.tables",
+    "tree_recurrence": "recurrence.tables",
     "policy_loss": "losses.policy_loss_tables",
     "rollout": "rollout.tables",
     "rollout_long": "rollout.long_tables",

@@ -15,6 +15,7 @@
 #   grpo_step 8          whole step of an unmodified script, 1.7B, 8 completions, prompt 2048, up to 512 tokens
 #   distillation_step 8  the same of distillation, 1.7B into 0.6B, system prompts of 1024 tokens
 #   tree_attention 2     forward and backward against FlashAttention on equal work
+#   tree_recurrence 1    forward and backward against the reference in torch
 #   decode_attention, sample 1   against a copy of as many bytes
 #   linear_logprob 1.5, selective_log_softmax 0.5, policy_loss 0.5, gae 0.5, group_advantages 0.5, overhead 0.5
 #   mismatch 0.5         log-probs of rollout and trainer, beside the trainer's own batching noise
@@ -26,8 +27,9 @@ WHEELS=${2:-}
 PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
-SUITES="decode_step rollout packing grpo_step distillation_step tree_attention decode_attention sample linear_logprob
-  linear_divergence selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long growth"
+SUITES="decode_step rollout packing grpo_step distillation_step tree_attention tree_recurrence decode_attention sample
+  linear_logprob linear_divergence selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long
+  growth"
 
 step() { # step NAME COMMAND...: its output into NAME.log, a line into the summary; a failure does not end the script
   local name=$1 start=$SECONDS status

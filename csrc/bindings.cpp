@@ -126,6 +126,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("tree_attention_fwd", CPU_OR_AMX(tree_attention_fwd), ReleaseGil());
   m.def("tree_attention_bwd", CPU_OR_AMX(tree_attention_bwd), ReleaseGil());
   m.def("tree_attention_scratch", CPU_OR_AMX(tree_attention_scratch), ReleaseGil());
+  m.def("tree_recurrence_fwd", CPU(tree_recurrence_fwd), ReleaseGil());
+  m.def("tree_recurrence_bwd", CPU(tree_recurrence_bwd), ReleaseGil());
+  m.def("tree_recurrence_scratch", CPU(tree_recurrence_scratch), ReleaseGil());
+  m.def("tree_conv_fwd", CPU(tree_conv_fwd), ReleaseGil());
+  m.def("tree_conv_bwd", CPU(tree_conv_bwd), ReleaseGil());
   py::class_<decode::Plan>(m, "DecodePlan")
       .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                     int64_t, int64_t, int>(),

@@ -75,6 +75,23 @@ class Plan;
                           const Tensor& dv, const Tensor& scratch, int threads);                                      \
   int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,                \
                                  const Tensor& position, int64_t window, bool backward, int threads);                 \
+  void tree_recurrence_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay,                    \
+                           const Tensor& beta, const Tensor& token, const Tensor& before, const Tensor& last,         \
+                           const std::vector<int64_t>& sizes, double scale, const Tensor& out, const Tensor& states,  \
+                           const Tensor& ends, const Tensor& scratch, int threads);                                   \
+  void tree_recurrence_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay,                    \
+                           const Tensor& beta, const Tensor& token, const Tensor& before, const Tensor& last,         \
+                           const std::vector<int64_t>& sizes, double scale, const Tensor& states,                     \
+                           const Tensor& d_out, const Tensor& d_ends, const Tensor& dq, const Tensor& dk,             \
+                           const Tensor& dv, const Tensor& d_decay, const Tensor& d_beta, const Tensor& scratch,      \
+                           int threads);                                                                              \
+  int64_t tree_recurrence_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay,             \
+                                  const Tensor& beta, const Tensor& token, const Tensor& before, const Tensor& last,  \
+                                  const std::vector<int64_t>& sizes, bool backward, bool with_states, int threads);   \
+  void tree_conv_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& ancestors,              \
+                     const Tensor& out, int threads);                                                                 \
+  void tree_conv_bwd(const Tensor& x, const Tensor& weight, const Tensor& ancestors, const Tensor& d_out,             \
+                     const Tensor& dx, const Tensor& d_weight, const Tensor& d_bias, int threads);                    \
   int64_t decode_attention_scratch(const decode::Plan& plan, const Tensor& k_cache, const Tensor& v_cache);           \
   void decode_attention(const decode::Plan& plan, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,      \
                         float scale, float softcap, const Tensor& sinks, const Tensor& out, const Tensor& lse,        \

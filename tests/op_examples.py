@@ -5,6 +5,7 @@ from decode_inputs import plant
 from inputs import Case
 
 from flashpo import (
+    Lineage,
     gae,
     group_advantages,
     kv_append,
@@ -13,6 +14,8 @@ from flashpo import (
     sample,
     selective_log_softmax,
     tree_attention,
+    tree_conv,
+    tree_recurrence,
 )
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 from flashpo.ops.decode_step import decode_layers_
@@ -59,6 +62,17 @@ def tree():
         torch.tensor(x, dtype=torch.int32) for x in ([9] * 4 + [6] * 2 + [9] * 3, [*range(6), *range(4, 7)])
     )
     tree_attention(q, k, v, end, position, sinks=sinks, softcap=5.0, window=4).sum().backward()
+
+
+def recurrences():
+    lineage = Lineage(torch.tensor([[0, 40], [40, 43], [43, 60]]), torch.tensor([-1, 0, 0]))
+    for delta in (True, False):
+        q, k, v, beta = (torch.rand(60, heads, 8, requires_grad=True) for heads in (2, 2, 4, 4))
+        beta = beta[..., 0] if delta else None
+        out, ends = tree_recurrence(q, k / 3, v, -torch.rand(60, 4), beta, lineage, ends=True)
+        (out.sum() + ends.sum()).backward()
+    x, weight = torch.randn(60, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    tree_conv(x, weight, torch.randn(5), lineage).sum().backward()
 
 
 def decoding():
@@ -117,6 +131,7 @@ EXAMPLES = [
     advantages,
     generalised_advantages,
     tree,
+    recurrences,
     decoding,
     packing,
     decoder_layers_at_once,

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 import flashpo
 from flashpo import (
+    Lineage,
     divergence,
     linear_divergence,
     linear_logprob,
@@ -14,6 +15,8 @@ from flashpo import (
     sample,
     selective_log_softmax,
     tree_attention,
+    tree_conv,
+    tree_recurrence,
     value_loss,
 )
 from flashpo.ops.packed_linear import pack_linear, packed_linear
@@ -22,6 +25,7 @@ TARGET, MASK, OLD = torch.tensor([1, 0, 4]), torch.ones(3, 4, dtype=torch.bool),
 TEACHER = torch.randn(3, 6), torch.randn(5, 6)
 TEACHER_LOGITS = torch.randn(3, 5)
 END, POSITION = torch.full((3,), 3, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+LINEAGE = Lineage(torch.tensor([[0, 2], [2, 3]]), torch.tensor([-1, 0]))
 LENGTHS = {"chosen_length": torch.full((3,), 4), "rejected_length": torch.full((3,), 5)}
 POLICY = {"entropy_coef": 0.1, "loss": "ppo"}
 
@@ -59,6 +63,16 @@ DIFFERENTIABLE = {
         "TreeAttention",
         lambda q, k, v, sinks: tree_attention(q, k, v, END, POSITION, sinks=sinks).square().sum(),
         [(3, 4, 8), (3, 2, 8), (3, 2, 8), (4,)],
+    ),
+    "tree_recurrence": (
+        "TreeRecurrence",
+        lambda *x: sum(y.square().sum() for y in tree_recurrence(*x, LINEAGE, ends=True)),
+        [(3, 1, 4), (3, 1, 4), (3, 2, 4), (3, 2), (3, 2)],
+    ),
+    "tree_conv": (
+        "TreeConv",
+        lambda x, weight, bias: tree_conv(x, weight, bias, LINEAGE).square().sum(),
+        [(3, 4), (4, 2), (4,)],
     ),
     "preference_loss": (
         "OddsRatio",

@@ -13,6 +13,7 @@ RIGHT = {
 }
 DENSE = {"k_cache", "v_cache"}  # documented so
 TWO_HEADS = {f"{of}_{name}" for of in ("student", "teacher") for name in ("weight", "bias")}
+OF_SOME_TOKENS = {"pack", "tree_recurrence", "tree_conv"}
 WHOLE = {*DENSE, "weight", "bias", *TWO_HEADS, "sinks", "num_items", "kl"}  # not of the batch's rows
 DIFFERENTIABLE = {
     "selective_log_softmax": {"logits"},
@@ -23,6 +24,8 @@ DIFFERENTIABLE = {
     "policy_loss": {"logprob", "entropy"},
     "value_loss": {"values"},
     "tree_attention": {"q", "k", "v", "sinks"},
+    "tree_recurrence": {"q", "k", "v", "decay", "beta"},
+    "tree_conv": {"x", "weight", "bias"},
     "preference_loss": {"chosen", "rejected"},
     "sequence_logprobs": {"logprob"},
 }
@@ -60,7 +63,7 @@ CASES = {
     "policy_loss flat float64": flat(float64) | {"advantage": torch.ones(3).double()},
     "gae flat": flat(RIGHT["gae"]),
 }
-CASES |= {f"{name} without rows": no_rows(case) for name, case in CASES.items() if name != "pack"}
+CASES |= {f"{name} without rows": no_rows(case) for name, case in CASES.items() if name not in OF_SOME_TOKENS}
 for name in ("policy_loss", "policy_loss float64", "gae", "value_loss", "masked_quantile"):
     CASES[f"{name} of one column"] = one_column(CASES[name])
 logits = {"logits": torch.randn(2, 1), "index": torch.zeros(2, dtype=torch.long)}

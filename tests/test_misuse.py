@@ -60,6 +60,7 @@ FLAG = values(1, 0, "yes", [], torch.tensor(True))
 CHOICE = values(3, "nonsense", ["mean"], torch.ones(1))
 NAMES = values("entropy", 3, ("nonsense",), (3,))
 GROUP = values("world", 3, [0])
+LINEAGE = values(None, "tree", 3, torch.zeros(1, 2), flashpo.Lineage(torch.tensor([[0, 9]]), torch.tensor([-1])))
 SCALAR_TENSOR = (lambda x: [x.expand(2), *unusual(x)[:3]],)
 NONE = values(None)  # where it is no default
 FROZEN = (lambda x: [x.clone().requires_grad_()],)  # of an operator without a gradient
@@ -81,6 +82,7 @@ tables = {
     "blocks": table[:, None],
     "position": position,
 }
+lineage = flashpo.Lineage(torch.tensor([[0, B]]), torch.tensor([-1]))
 input_ids, attention = torch.ones(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.long)
 
 # operator -> argument -> (a right value, what is wrong)
@@ -276,6 +278,22 @@ MISUSE = {
         "window": (0, COUNTED, NONE),
         "softcap": (0.0, NUMBER, values(-1.0), NONE),
         "sinks": (torch.zeros(2), FLOAT),
+    },
+    "tree_recurrence": {
+        "q": (q, SAME, NONE),
+        "k": (q.clone(), SAME, NONE),
+        "v": (q.clone(), SAME, NONE),
+        "decay": (-torch.rand(B, 2), FLOAT, NONE),
+        "beta": (torch.rand(B, 2), FLOAT),
+        "lineage": (lineage, LINEAGE),
+        "scale": (1.0, POSITIVE, NONE),
+        "ends": (True, FLAG, NONE),
+    },
+    "tree_conv": {
+        "x": (logits, FLOAT, NONE),
+        "weight": (torch.randn(V, 3), FLOAT, NONE),
+        "bias": (torch.randn(V), FLOAT),
+        "lineage": (lineage, LINEAGE),
     },
     "decode_attention": {
         "q": (q, SAME, NONE, FROZEN),

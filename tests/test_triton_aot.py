@@ -27,10 +27,13 @@ from flashpo.kernels import (
     token_stats,
     tree_attention,
     tree_attention_backward,
+    tree_recurrence,
+    tree_recurrence_backward,
     tree_tiles,
 )
 from flashpo.kernels.policy_terms import Numbers
 from flashpo.ops.loss_spec import LOSSES, LossSpec
+from flashpo.ops.tree_recurrence import CHUNK
 
 # (target, shared memory a program may have, the instruction that multiplies 16-bit matrices)
 TARGETS = {
@@ -60,6 +63,9 @@ INTEGERS = {
     "position": "i32",
     "lists": "i32",
     "counts": "i32",
+    "token": "i64",
+    "before": "i64",
+    "last": "i64",
 }
 OPERANDS = (
     "logits", "d_logits", "hidden", "weight", "bias", "q", "k", "v", "k_cache", "v_cache", "d_out", "dq", "dk", "dv",
@@ -70,11 +76,12 @@ FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
     "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
     "s_rows", "t_rows", "kl", "d_divergence", "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse",
-    "delta",
+    "delta", "decay", "beta", "states", "solved", "update", "read", "ends", "d_update", "d_ends", "d_before",
+    "d_behind", "d_decay", "d_beta",
 )  # fmt: skip
 SCALES = (
     "eps", "scale", "mean_scale", "inverse_temperature", "temperature", "logit_scale", "softcap",
-    "s_logit_scale", "s_softcap", "t_logit_scale", "t_softcap", "beta", "rest",
+    "s_logit_scale", "s_softcap", "t_logit_scale", "t_softcap", "rest",
 )  # fmt: skip
 
 
@@ -85,6 +92,7 @@ def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers
                 decode_layer.norm_kernel, decode_layer.rope_kernel, decode_layer.gated_kernel,
                 linear_divergence.d_logits_kernel)  # fmt: skip
     out = dtype if kernel in in_dtype else "fp32"
+    scales = (*SCALES, "beta") if kernel.__module__.endswith("linear_divergence") else SCALES  # else one of each token
     for i, name in enumerate(kernel.arg_names):
         if name in constants or name in absent:
             types[name] = "constexpr"
@@ -92,7 +100,7 @@ def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers
         elif name == "numbers":
             types[name] = Numbers(*("constexpr" if x is None else "fp32" for x in numbers))
             constants |= {(i, j): None for j, x in enumerate(numbers) if x is None}
-        elif name in SCALES:
+        elif name in scales:
             types[name] = "fp32"
         elif name in INTEGERS:
             types[name] = "*" + INTEGERS[name]
@@ -304,6 +312,26 @@ def test_tree_kernels(name, dtype, dim, full):
         assert compiled.metadata.shared <= limit
         text = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
         assert "tf32" not in text if dtype == "fp32" else instruction in text
+
+
+@pytest.mark.parametrize(  # those with the least shared memory; for minutes, were it more
+    ("name", "dtype", "dims", "delta"),
+    [("RTX 4090", "bf16", (128, 128), True), ("MI300", "fp32", (128, 64), False)],
+)
+def test_recurrence_kernels(name, dtype, dims, delta):
+    target, limit, _ = TARGETS[name]
+    widths = {"DK": dims[0], "DV": dims[1], "C": CHUNK, "REPEAT": 2}
+    options = widths | {"BLOCK_K": dims[0], "BLOCK_V": tree_recurrence.BLOCK_V} | tree_recurrence.LAUNCH
+    absent = ("d_ends",) if delta else ("d_ends", "beta", "solved", "read", "d_beta")
+    backward = tree_recurrence_backward
+    forward_kernels = (tree_recurrence.terms_kernel, tree_recurrence.states_kernel, tree_recurrence.ends_kernel)
+    for kernel in (
+        *forward_kernels, tree_recurrence.out_kernel, backward.updates_kernel, backward.states_kernel,
+        backward.inputs_kernel,
+    ):  # fmt: skip
+        compiled = compile(kernel, target, dtype, absent, **options)
+        assert compiled.metadata.shared <= limit
+        assert "tf32" not in compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]  # fp32 is fp32
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -9,8 +9,6 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 struct Scores {
   float scale, softcap;  // 0: none
 
@@ -21,13 +19,6 @@ struct Scores {
   float score_of(float x) const { return softcap != 0 ? x : x * scale; }
   float unit() const { return softcap != 0 ? LOG2E : scale * LOG2E; }
 };
-
-// One number of all lanes, by halves.
-template <typename F>
-static inline float reduce(vf x, F&& f) {
-  for (int half = W / 2; half > 0; half /= 2) x = f(x, __builtin_shuffle(x, iota() ^ half));
-  return x[0];
-}
 
 struct SoftmaxEnd {
   float lse, factor;  // of o
@@ -40,13 +31,6 @@ static inline SoftmaxEnd softmax_end(const Scores& scores, float m, float l, flo
   const float kept = exp2(splat((score - top) * LOG2E))[0];
   const float sum = l * kept + exp2(splat((sink - top) * LOG2E))[0];
   return {top + std::log(sum), kept / sum};
-}
-
-template <typename T>
-static inline void write_row(const float* row, float factor, int64_t count, T* out) {
-  int64_t j = 0;
-  for (; j + W <= count; j += W) store(out + j, load(row + j) * factor);
-  if (j < count) store_part(out + j, load(row + j) * factor, static_cast<int>(count - j));
 }
 
 }  // namespace flashpo::FLASHPO_ISA

@@ -49,6 +49,8 @@ constexpr float LOWEST = -3.0e38f;  // stands for -inf where a difference is tak
 constexpr float SMALLEST = -126.0f;  // 2^SMALLEST is fp32's smallest normal number
 constexpr float NOTHING = -150.0f;   // 2^NOTHING is 0 in fp32
 
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 static inline vf splat(float x) { return x - vf{}; }
 static inline vi splat_int(int32_t x) { return x - vi{}; }
 static inline vi iota() {
@@ -153,6 +155,21 @@ static inline void store_part(T* p, vf x, int count) {
   alignas(64) T lanes[W];
   store(lanes, x);
   std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// One number of all lanes, by halves.
+template <typename F>
+static inline float reduce(vf x, F&& f) {
+  for (int half = W / 2; half > 0; half /= 2) x = f(x, __builtin_shuffle(x, iota() ^ half));
+  return x[0];
+}
+
+// `count` numbers of a row of whole vectors.
+template <typename T>
+static inline void write_row(const float* row, float factor, int64_t count, T* out) {
+  int64_t j = 0;
+  for (; j + W <= count; j += W) store(out + j, load(row + j) * factor);
+  if (j < count) store_part(out + j, load(row + j) * factor, static_cast<int>(count - j));
 }
 
 // Puts the lanes in which `mask` holds beside each other at p, where W floats may be written over, and counts them.

@@ -174,6 +174,16 @@ void fold_columns(const Head& s, const Head& t, const int64_t* targets, int64_t 
   }
 }
 
+// log2 p = (x - value) unit - rest of a logit x: as exact as LOG_Z + LOG_Z_REST are, with fused multiply-adds or not,
+// since the difference is taken before the product is rounded.
+struct Reference {
+  vf value, rest;
+  Reference(vf log_z, vf log_z_rest, float unit) : value(log_z / unit) {
+    const vd lost = __builtin_convertvector(log_z, vd) - __builtin_convertvector(value, vd) * static_cast<double>(unit);
+    rest = log_z_rest + __builtin_convertvector(lost, vf);
+  }
+};
+
 // Both log-probabilities of a block, in bits, from the merged rows of their whole vocabulary.
 struct LogProbs {
   const Head &s, &t;
@@ -185,12 +195,13 @@ struct LogProbs {
     s.read(row, rows, column, lanes, xs);
     t.read(row, rows, column, lanes, xt);
     const auto result = [&](const float* of, Result r) { return load_lanes(of + r * s.tokens + column, lanes); };
-    const vf s_z = result(s_rows, LOG_Z), s_rest = result(s_rows, LOG_Z_REST);
-    const vf t_z = result(t_rows, LOG_Z), t_rest = result(t_rows, LOG_Z_REST);
     const float s_unit = s.unit(), t_unit = t.unit();
+    const Reference of_s(result(s_rows, LOG_Z), result(s_rows, LOG_Z_REST), s_unit);
+    const Reference of_t(result(t_rows, LOG_Z), result(t_rows, LOG_Z_REST), t_unit);
 #pragma GCC unroll 2
     for (int i = 0; i < rows; ++i)
-      f(i, at_least((xs[i] * s_unit - s_z) - s_rest, -FAR), at_least((xt[i] * t_unit - t_z) - t_rest, -FAR));
+      f(i, at_least((xs[i] - of_s.value) * s_unit - of_s.rest, -FAR),
+        at_least((xt[i] - of_t.value) * t_unit - of_t.rest, -FAR));
   }
 };
 

@@ -3,6 +3,7 @@
 // An element is one chain of multiply-adds over the depth, whatever the size of the tile that it is in.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -34,16 +35,25 @@ struct Ahead {
   }
 };
 
-template <int R, int V, typename T, typename Fetches>
-static inline void product_tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth,
-                                float* c, int64_t c_stride, bool add, Fetches ahead) {
+// Where nothing is to be brought near: operands are in the caches.
+struct Near {
+  void fetch() {}
+  Near next(int64_t, const void*) { return {}; }
+};
+
+using One = std::integral_constant<int64_t, 1>;
+
+// Steps of a: from row to row, and along the depth. One of them is One.
+template <int R, int V, typename T, typename Fetches, typename Stride, typename Step = One>
+static inline void product_tile(const float* a, Stride a_stride, const T* b, int64_t b_stride, int64_t depth,
+                                float* c, int64_t c_stride, bool add, Fetches ahead, Step a_step = {}) {
   vf sum[R][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
     ahead.fetch();
     vf row[V];
     for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * W);
     for (int r = 0; r < R; ++r) {
-      const vf x = splat(a[r * a_stride + k]);
+      const vf x = splat(a[r * a_stride + k * a_step]);
       for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
     }
   }
@@ -55,19 +65,20 @@ static inline void product_tile(const float* a, int64_t a_stride, const T* b, in
   }
 }
 
-template <int V, typename T>
-static inline void product_vectors(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_t b_stride,
-                                   int64_t depth, float* c, int64_t c_stride, bool add, Ahead& ahead) {
+template <int V, typename T, typename Fetches, typename Stride, typename Step = One>
+static inline void product_vectors(int64_t rows, const float* a, Stride a_stride, const T* b, int64_t b_stride,
+                                   int64_t depth, float* c, int64_t c_stride, bool add, Fetches& ahead,
+                                   Step a_step = {}) {
   while (rows > 0) {
     const int64_t tile = std::min<int64_t>(rows, TILE_ROWS);
-    const Ahead near = ahead.next(depth, b);
+    const Fetches near = ahead.next(depth, b);
     switch (tile) {
-      case 1: product_tile<1, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
-      case 2: product_tile<2, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
-      case 3: product_tile<3, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
-      case 4: product_tile<4, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
-      case 5: product_tile<5, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near); break;
-      default: product_tile<TILE_ROWS, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near);
+      case 1: product_tile<1, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near, a_step); break;
+      case 2: product_tile<2, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near, a_step); break;
+      case 3: product_tile<3, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near, a_step); break;
+      case 4: product_tile<4, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near, a_step); break;
+      case 5: product_tile<5, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near, a_step); break;
+      default: product_tile<TILE_ROWS, V>(a, a_stride, b, b_stride, depth, c, c_stride, add, near, a_step);
     }
     rows -= tile;
     a += tile * a_stride;

@@ -224,15 +224,6 @@ struct Sums {
   }
 };
 
-// A worker for each thread.
-template <typename Worker, typename... Arguments>
-std::vector<Worker> crew(Arena& arena, int threads, const Arguments&... arguments) {
-  std::vector<Worker> workers;
-  workers.reserve(threads);
-  for (int i = 0; i < threads; ++i) workers.emplace_back(arena, arguments...);
-  return workers;
-}
-
 Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end) {
   expect(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v must have 3 dimensions");
   const Shape s{q.size(0), k.size(1), k.size(1) > 0 ? q.size(1) / k.size(1) : 0, q.size(2), v.size(2)};

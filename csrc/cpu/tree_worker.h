@@ -1,11 +1,10 @@
 // Tree attention on the CPU: how queries, keys and values lie in tiles, and which of them meet.
 #pragma once
 #include <algorithm>
-#include <atomic>
 
 #include "../tree_tiles.h"
 #include "attention.h"
-#include "parallel.h"
+#include "crew.h"
 #include "tree_math.h"
 
 namespace flashpo::FLASHPO_ISA {
@@ -15,22 +14,6 @@ using tree::Tile;
 using tree::Tiles;
 
 constexpr int64_t MOST_HEADS = 4;  // of queries, in one product
-
-// Memory for floats, part by part out of a scratch tensor; without one, it counts how much is needed.
-class Arena {
- public:
-  explicit Arena(float* p = nullptr) : p_(p) {}
-  float* take(int64_t count) {
-    float* const part = p_ != nullptr ? p_ + used_ : nullptr;
-    used_ += round_up(count, LANES);
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  float* p_;
-  int64_t used_ = 0;
-};
 
 // Columns of a product with so many features.
 constexpr int64_t padded(int64_t features) { return round_up(features, LANES * Math::PACK); }
@@ -47,24 +30,6 @@ struct Shape {
   int64_t value_words() const { return wide_values() / Math::PACK; }
   int64_t most_words() const { return std::max(words(), value_words()); }
 };
-
-template <typename T>
-struct Array {
-  const T* p;
-  int64_t token, head;  // strides
-  explicit Array(const Tensor& x) : p(x.data<const T>()), token(x.stride(0)), head(x.stride(1)) {}
-  const T* at(int64_t i, int64_t h) const { return p + i * token + h * head; }
-};
-
-// f(i, thread) for all i < n: whichever thread is free takes the next.
-template <typename F>
-static inline void take_turns(int64_t n, int threads, F&& f) {
-  std::atomic<int64_t> next{0};
-  parallel_for(threads, threads, [&](int64_t begin, int64_t stop) {
-    for (int64_t thread = begin; thread < stop; ++thread)
-      for (int64_t i; (i = next.fetch_add(1)) < n;) f(i, thread);
-  });
-}
 
 // The keys and values of all heads, tile by tile: packed (heads, tiles, TILE / PACK, wide), or turned (heads, tiles,
 // words, TILE). Backward needs values turned, and keys both ways.

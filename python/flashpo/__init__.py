@@ -9,6 +9,7 @@ from flashpo.ops import (
     PREFERENCE_LOSSES,
     Advantages,
     DivergenceStats,
+    Lineage,
     LossSpec,
     PolicyLoss,
     PolicyStats,
@@ -37,6 +38,8 @@ from flashpo.ops import (
     sequence_logprobs,
     topk_divergence,
     tree_attention,
+    tree_conv,
+    tree_recurrence,
     value_loss,
 )
 from flashpo.packing import Packable, TokenTree, pack, packable, score
@@ -47,6 +50,7 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "Advantages",
     "DivergenceStats",
+    "Lineage",
     "LossSpec",
     "Packable",
     "PolicyLoss",
@@ -82,5 +86,7 @@ __all__ = [
     "stats",
     "topk_divergence",
     "tree_attention",
+    "tree_conv",
+    "tree_recurrence",
     "value_loss",
 ]

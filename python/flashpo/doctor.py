@@ -109,6 +109,43 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     return ((p @ v).transpose(0, 1),)
 
 
+def _lineage(device: torch.device) -> flashpo.Lineage:
+    """Of the same tree."""
+    return flashpo.Lineage(torch.tensor([[0, 70], [70, 130], [130, 150]]), torch.tensor([-1, 0, 0]), device)
+
+
+def _before(token: int) -> int:
+    return 69 if token == 130 else token - 1
+
+
+def _recurrence(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    lineage = _lineage(q.device)
+    return flashpo.tree_recurrence(q, k, v, decay, beta, lineage, scale=0.2, ends=True)  # type: ignore[return-value]
+
+
+def _token_by_token(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    dtype, rep = v.dtype, v.shape[1] // q.shape[1]
+    q, k, v, decay, beta = (wide(x) for x in (q, k, v, decay, beta))
+    q, k, kept = *(x.repeat_interleave(rep, 1) for x in (q, k)), decay.exp()
+    states: list[Tensor] = []
+    for t in range(len(q)):
+        state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2]) if t == 0 else states[_before(t)]
+        state = state * kept[t, :, None, None]
+        u = beta[t, :, None] * (v[t] - torch.einsum("hkv,hk->hv", state, k[t]))
+        states.append(state + k[t, :, :, None] * u[:, None])
+    every = torch.stack(states)
+    return (0.2 * torch.einsum("nhkv,nhk->nhv", every, q)).to(dtype), every[[69, 129, 149]]
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    dtype, (x, weight, bias) = x.dtype, (wide(y) for y in (x, weight, bias))
+    out, token = bias, list(range(len(x)))
+    for w in weight.flip(1).unbind(1):
+        out = out + w * x[[max(t, 0) for t in token]] * torch.tensor([[t >= 0] for t in token], device=x.device)
+        token = [_before(t) if t >= 0 else t for t in token]
+    return (out.to(dtype),)
+
+
 def _decode(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Six rows share all tokens but the last six, of which each has one."""
     q, k, v = q.detach(), k.detach(), v.detach()
@@ -270,6 +307,22 @@ PROBES = {
         lambda: [torch.randn(150, heads, 24, dtype=torch.float64) for heads in (4, 2, 2)],
         lambda q, k, v: (flashpo.tree_attention(q, k, v, *_tree(q.device)),),
         _masked_attention,
+    ),
+    "tree_recurrence": Probe(
+        lambda: [
+            torch.randn(150, 2, 24, dtype=torch.float64),
+            F.normalize(torch.randn(150, 2, 24, dtype=torch.float64), dim=-1),
+            torch.randn(150, 4, 20, dtype=torch.float64),
+            -torch.rand(150, 4, dtype=torch.float64),
+            torch.rand(150, 4, dtype=torch.float64),
+        ],
+        _recurrence,
+        _token_by_token,
+    ),
+    "tree_conv": Probe(
+        lambda: [torch.randn(shape, dtype=torch.float64) for shape in ((150, 40), (40, 4), (40,))],
+        lambda x, weight, bias: (flashpo.tree_conv(x, weight, bias, _lineage(x.device)),),
+        _convolution,
     ),
 }
 

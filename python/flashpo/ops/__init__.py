@@ -1,5 +1,6 @@
 """The ops: each file holds a public function, its reference, fake, backends and gradient."""
 
+from flashpo.ops._lineage import Lineage
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES
 from flashpo.ops.decode_attention import decode_attention
 from flashpo.ops.direct_advantage_loss import direct_advantage_loss
@@ -22,6 +23,8 @@ from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.sequence_logprobs import SequenceLogprobs, sequence_logprobs
 from flashpo.ops.token_stats import TokenStats
 from flashpo.ops.tree_attention import tree_attention
+from flashpo.ops.tree_conv import tree_conv
+from flashpo.ops.tree_recurrence import tree_recurrence
 from flashpo.ops.value_loss import value_loss
 
 __all__ = [
@@ -29,6 +32,7 @@ __all__ = [
     "PREFERENCE_LOSSES",
     "Advantages",
     "DivergenceStats",
+    "Lineage",
     "LossSpec",
     "PolicyLoss",
     "PolicyStats",
@@ -57,5 +61,7 @@ __all__ = [
     "sequence_logprobs",
     "topk_divergence",
     "tree_attention",
+    "tree_conv",
+    "tree_recurrence",
     "value_loss",
 ]

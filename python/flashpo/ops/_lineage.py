@@ -6,10 +6,13 @@ tokens in chunks, each behind the chunk that its state comes from.
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from flashpo.ops._check import check_dtype
 
 
 class Chunks(NamedTuple):
@@ -19,15 +22,21 @@ class Chunks(NamedTuple):
     place: Tensor  # (N,) int64: of each token in `token`, flattened
     before: Tensor  # (M,) int64: the chunk whose state this one starts from, counted within its depth; 0 at a root
     last: Tensor  # (S,) int64: of each segment
-    sizes: tuple[int, ...]  # chunks of each depth, which lie one behind the other
+    sizes: Sequence[int]  # chunks of each depth, which lie one behind the other
 
 
 class Lineage:
-    """Of N tokens in S segments, each of which goes on from the end of its parent.
+    """Of N tokens in S segments, each of which goes on from the end of its parent: what `tree_recurrence` and
+    `tree_conv` need to know of a token tree. It keeps what they ask for: one lineage serves all layers.
 
     Args:
-        segments: (S, 2 or more) int64 on the host: begin and end, one behind the other from 0 to N.
+        segments: (S, 2 or more) int64 on the host: begin and end, one behind the other from 0 to N, none empty; those
+            of a `TokenTree`, for example.
         parents: (S,) int64 on the host: an earlier segment, -1 for one that starts from nothing.
+        device: of the layers' tensors.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
 
     Attributes:
         kept: None, or what layers leave here of each segment's end, by the kind of their state, in the layers' order.
@@ -35,11 +44,12 @@ class Lineage:
 
     kept: dict[str, list[Tensor]] | None = None
 
-    def __init__(self, segments: Tensor, parents: Tensor, device: torch.device):
+    def __init__(self, segments: Tensor, parents: Tensor, device: torch.device | str = "cpu"):
+        _check(segments, parents)
         self.begin, self.stop = segments[:, 0].tolist(), segments[:, 1].tolist()
         self.parent = parents.tolist()
         self.tokens = self.stop[-1]
-        self.device = device
+        self.device = torch.device(device)
         self.ancestors = functools.cache(self._ancestors)  # every layer asks for the same
         self.chunks = functools.cache(self._chunks)
 
@@ -87,5 +97,33 @@ class Lineage:
         token = token.masked_fill(~live, self.tokens)
         first = [0, *itertools.accumulate(map(len, depths))]
         lasts = torch.tensor([first[depth] + at for depth, at in last], device="cpu")
-        there = (x.to(self.device) for x in (token, place, bounds[:, 2], lasts))
+        there = (x.to(self.device) for x in (token, place, bounds[:, 2].contiguous(), lasts))
         return Chunks(*there, tuple(map(len, depths)))  # type: ignore[call-arg, arg-type]  # tensors' number
+
+
+def _check(segments: Tensor, parents: Tensor) -> None:
+    for name, x in (("segments", segments), ("parents", parents)):
+        check_dtype(name, x, torch.int64)
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} must be on the host, got a tensor on {x.device}")
+    if segments.dim() != 2 or segments.shape[0] == 0 or segments.shape[1] < 2:
+        raise ValueError(f"segments must be (segments, 2 or more) with at least one, got {tuple(segments.shape)}")
+    if parents.shape != segments.shape[:1]:
+        raise ValueError(f"parents must be one number for each of {len(segments)} segments, got {tuple(parents.shape)}")
+    begin, stop = segments[:, 0], segments[:, 1]
+    if begin[0] != 0 or (begin >= stop).any() or (begin[1:] != stop[:-1]).any():
+        raise ValueError(
+            f"segments must lie one behind the other from 0 on, none of them empty, got {segments.tolist()}"
+        )
+    if ((parents < -1) | (parents >= torch.arange(len(parents), device="cpu"))).any():
+        raise ValueError(f"parents must be earlier segments, or -1, got {parents.tolist()}")
+
+
+def check_lineage(lineage: Lineage, name: str, x: Tensor) -> None:
+    """`lineage` is of the tokens of `x`, on its device."""
+    if not isinstance(lineage, Lineage):
+        raise TypeError(f"lineage must be a flashpo.Lineage, got {type(lineage).__name__}")
+    if lineage.tokens != x.shape[0]:
+        raise ValueError(f"lineage has {lineage.tokens} tokens, {name} has {x.shape[0]}")
+    if lineage.device.type != x.device.type or lineage.device.index not in (None, x.device.index):
+        raise ValueError(f"lineage is on {lineage.device}, {name} on {x.device}")

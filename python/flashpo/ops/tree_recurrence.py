@@ -16,32 +16,26 @@ and with a token, P_ij = scale q_i k_j exp(G_i - G_j) and A_ij = beta_i k_i k_j 
 u = U - W S_before                             out = scale (q exp(G)) S_before + (P, j <= i) u
 S_behind = exp(G_last) S_before + (k exp(G_last - G))^T u
 
-All but the states is one batch over all chunks of the tree; the states go chunk after chunk, those of one depth at a
-time. That two branches start from one state makes its gradient the sum over both.
+Backward keeps the states before the chunks and computes everything else again. That two branches start from one state
+makes its gradient the sum over both.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flashpo.ops._lineage import Lineage
+from flashpo._op import native, op
+from flashpo.ops import _recurrence_reference as reference
+from flashpo.ops._check import KERNEL_DTYPES, check_device, check_flag, check_float, check_positive
+from flashpo.ops._first_order import first_order
+from flashpo.ops._layout import dense_rows
+from flashpo.ops._lineage import Chunks, Lineage, check_lineage
 from flashpo.ops._wide import wide_dtype
 
 CHUNK = 32
 CHUNK_PER_FEATURE = 16  # a decay for each feature needs C x C x Dk numbers for each head
-
-
-class Terms(NamedTuple):
-    """What of a chunk does not depend on the state before it, over (M, H, ...)."""
-
-    update: Tensor  # U (C, Dv)
-    read: Tensor | None  # W (C, Dk)
-    query: Tensor  # scale q exp(G) (C, Dk)
-    within: Tensor  # P (C, C)
-    write: Tensor  # k exp(G_last - G) (C, Dk)
-    kept: Tensor  # exp(G_last) (Dk or 1, 1)
 
 
 def tree_recurrence(
@@ -55,98 +49,219 @@ def tree_recurrence(
     scale: float = 1.0,
     ends: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """out (N, H, Dv) in the dtype of v, differentiable in all tensors; and the states behind the segments.
+    """Linear attention of the N tokens of a tree, each to itself and its ancestors; differentiable in all tensors.
 
     Args:
         q, k: (N, Hk, Dk); Hk divides H: each serves H / Hk neighbouring heads.
-        v: (N, H, Dv).
+        v: (N, H, Dv), of the dtype of q and k.
         decay: (N, H), or (N, H, Dk) for one of each feature of k; log of what is kept, at most 0.
         beta: (N, H): how much of what the state says about k is replaced; None: v is added.
-        lineage: of the N tokens.
-        ends: whether the states (S, H, Dk, Dv) are wanted, else None.
+        lineage: which token comes from which.
+        scale: of the queries.
+        ends: whether the states behind the segments are wanted.
 
-    Sums, states and exponentials are in fp32 or wider.
+    Returns:
+        (out, states): (N, H, Dv) in the dtype of v; and (S, H, Dk, Dv) in fp32 or wider, or None without `ends`. Sums,
+        states and exponentials are in fp32 or wider.
+
+    Raises:
+        TypeError, ValueError: the message names the argument. Values of decay are not looked at.
     """
-    with torch.autocast(v.device.type, enabled=False):  # it would round the products, as it rounds those of layers
-        return _tree_recurrence(q, k, v, decay, beta, lineage, scale, ends)
+    _check(q, k, v, decay, beta, lineage)
+    check_positive("scale", scale)
+    check_flag("ends", ends)
+    args = q, k, v, decay, beta, lineage, float(scale), ends
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:5]):
+        return TreeRecurrence.apply(*args)
+    chunks = _chunks(lineage, decay)
+    out, _, states = tree_recurrence_fwd(*args[:5], *chunks, float(scale), False, ends)
+    return out, states if ends else None
 
 
-def _tree_recurrence(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, lineage: Lineage, scale: float, ends: bool
-) -> tuple[Tensor, Tensor | None]:
-    per_feature = decay.dim() == 3
-    chunks = lineage.chunks(CHUNK_PER_FEATURE if per_feature else CHUNK)
-    dtype, heads = wide_dtype(v.dtype), v.shape[1]
+def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, lineage: Lineage) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be (tokens, heads, features), got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        check_device(name, x, "q", q)
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q, {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[0] != q.shape[0]:
+        raise ValueError(f"v has {v.shape[0]} tokens, q has {q.shape[0]}")
+    if q.shape[1] == 0 or v.shape[1] == 0 or v.shape[1] % q.shape[1] != 0:
+        raise ValueError(f"v has {v.shape[1]} heads, which is not a multiple of the {q.shape[1]} of q")
+    if 0 in (q.shape[2], v.shape[2]):
+        raise ValueError(f"q and v must have features, got {q.shape[2]} and {v.shape[2]}")
+    shape = v.shape[:2]
+    check_float("decay", decay)
+    if decay.shape not in (shape, (*shape, q.shape[2])):
+        raise ValueError(
+            f"decay must be (tokens, heads of v), {tuple(shape)}, or have one number more for each of the "
+            f"{q.shape[2]} features of k, got {tuple(decay.shape)}"
+        )
+    check_device("decay", decay, "q", q)
+    if beta is not None:
+        check_float("beta", beta)
+        if beta.shape != shape:
+            raise ValueError(f"beta must be (tokens, heads of v), {tuple(shape)}, got {tuple(beta.shape)}")
+        check_device("beta", beta, "q", q)
+    check_lineage(lineage, "q", q)
 
-    def chunked(x: Tensor) -> Tensor:
-        """(N, H or Hk, D) -> (M, H, C, D), zeros where a chunk is shorter: such a token changes no state."""
-        x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, 1))[chunks.token].transpose(1, 2)
-        return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
-    q, k, v_ = chunked(q * scale), chunked(k), chunked(v)
-    decay = chunked(decay if per_feature else decay[..., None])
-    terms = _terms(q, k, v_, decay, None if beta is None else chunked(beta[..., None]))
-    before, update = _states(terms, chunks.before, chunks.sizes)
-    out = terms.query @ before + terms.within @ update
-    out = out.transpose(1, 2).flatten(0, 1)[chunks.place].to(v.dtype)
-    if not ends:
-        return out, None
-    last = chunks.last
-    return out, _behind(before[last], terms.kept[last], terms.write[last], update[last])
+def _chunks(lineage: Lineage, decay: Tensor) -> Chunks:
+    return lineage.chunks(CHUNK if decay.dim() == 2 else CHUNK_PER_FEATURE)
 
 
-def _terms(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> Terms:
-    """q, k (M, H, C, Dk), v (M, H, C, Dv), decay (M, H, C, Dk or 1), beta (M, H, C, 1)."""
-    gap = _gaps(decay)
-    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    factor = gap.exp().masked_fill(later[..., None], 0.0)
+@op
+def tree_recurrence_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor | None,
+    token: Tensor,  # this and the following: of Chunks
+    place: Tensor,
+    before: Tensor,
+    last: Tensor,
+    sizes: list[int],
+    scale: float,
+    with_states: bool,
+    with_ends: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out; the states before the chunks (M, H, Dk, Dv), and those behind the segments (S, H, Dk, Dv), none where they
+    are not asked for.
+    """
+    chunks = Chunks(token, place, before, last, sizes)
+    out, states, ends = reference.forward(reference.Inputs.of(q, k, v, decay, beta, chunks, scale), chunks)
+    none = states.new_empty((0, *states.shape[1:]))
+    return out.to(v.dtype).contiguous(), states if with_states else none, ends if with_ends else none.clone()
 
-    def with_keys(x: Tensor) -> Tensor:
-        """(M, H, C, C): x_i k_j exp(G_i - G_j)."""
-        if factor.shape[-1] == 1:
-            return x @ k.mT * factor[..., 0]
-        return torch.einsum("mhid,mhjd,mhijd->mhij", x, k, factor)
 
-    reach, within = decay.cumsum(2).exp(), with_keys(q)
-    write, kept = k * gap[:, :, -1].exp(), reach[:, :, -1:].mT
-    if beta is None:
-        return Terms(v, None, q * reach, within, write, kept)
-    solved = torch.linalg.solve_triangular(  # it does not read the diagonal
-        with_keys(k) * beta, torch.cat([v, k * reach], -1) * beta, upper=False, unitriangular=True
+@tree_recurrence_fwd.fake
+def _(q, k, v, decay, beta, token, place, before, last, sizes, scale, with_states, with_ends):
+    return _results(q, v, token, last, with_states, with_ends)
+
+
+def _results(q, v, token, last, with_states, with_ends):
+    shape, dtype = (v.shape[1], q.shape[2], v.shape[2]), wide_dtype(v.dtype)
+    counts = (token.shape[0] if with_states else 0, last.shape[0] if with_ends else 0)
+    return v.new_empty(v.shape), *(v.new_empty((n, *shape), dtype=dtype) for n in counts)
+
+
+@op
+def tree_recurrence_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor | None,
+    token: Tensor,
+    place: Tensor,
+    before: Tensor,
+    last: Tensor,
+    sizes: list[int],
+    scale: float,
+    states: Tensor,  # before the chunks, forward's
+    d_out: Tensor,
+    d_ends: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, d_decay, d_beta), contiguous, each in its argument's dtype; d_beta is empty without beta."""
+    chunks = Chunks(token, place, before, last, sizes)
+    inputs = reference.Inputs.of(q, k, v, decay, beta, chunks, scale)
+    dq, dk, dv, d_decay, d_beta = reference.backward(inputs, chunks, states, d_out, d_ends)
+    dq, dk = (x.unflatten(1, (q.shape[1], -1)).sum(2) for x in (dq * scale, dk))
+    return _in_dtypes((dq, dk, dv, d_decay.reshape(decay.shape), d_beta), (q, k, v, decay, beta))
+
+
+def _in_dtypes(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Any:
+    """An operator cannot return None: nothing, where there is no beta."""
+    found = [x.to(of.dtype).contiguous() for x, of in zip(grads, inputs) if x is not None and of is not None]
+    return tuple(found) if len(found) == len(grads) else (*found, found[0].new_empty(0))
+
+
+@tree_recurrence_bwd.fake
+def _(q, k, v, decay, beta, *rest):
+    inputs = (q, k, v, decay, v.new_empty(0) if beta is None else beta)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+
+
+@tree_recurrence_fwd.backend("native")  # csrc/cpu/tree_recurrence.cpp
+def _(q, k, v, decay, beta, token, place, before, last, sizes, scale, with_states, with_ends):
+    if not _for_native(q, k, v):
+        return NotImplemented
+    inputs, chunks, threads = _laid_out(q, k, v, decay, beta), (token, before, last, sizes), torch.get_num_threads()
+    out, states, ends = _results(q, v, token, last, with_states, with_ends)
+    scratch = v.new_empty(
+        native.tree_recurrence_scratch(*inputs, *chunks, False, with_states, threads), dtype=torch.float32
     )
-    update, read = solved.split([v.shape[-1], k.shape[-1]], -1)
-    return Terms(update, read, q * reach, within, write, kept)
+    results = (out, states if with_states else None, ends if with_ends else None)
+    native.tree_recurrence_fwd(*inputs, *chunks, scale, *results, scratch, threads)
+    return out, states, ends
 
 
-def _gaps(decay: Tensor) -> Tensor:
-    """(M, H, C, Dk or 1) -> (M, H, C, C, Dk or 1): of i and j, the sum of the decays behind j up to and with i; 0 above
-    the diagonal. As a product with zeros and ones: differences of running sums, and so the gradients of the decays,
-    would be those of large numbers.
-    """
-    i = torch.arange(decay.shape[2], device=decay.device)
-    between = ((i[None, :, None] < i) & (i <= i[:, None, None])).to(decay.dtype)  # (i, j, t)
-    return (decay.mT @ between.flatten(0, 1).T).mT.unflatten(2, (len(i), len(i)))
+@tree_recurrence_bwd.backend("native")  # csrc/cpu/tree_recurrence.cpp
+def _(q, k, v, decay, beta, token, place, before, last, sizes, scale, states, d_out, d_ends):
+    if not _for_native(q, k, v):
+        return NotImplemented
+    inputs, chunks, threads = _laid_out(q, k, v, decay, beta), (token, before, last, sizes), torch.get_num_threads()
+    grads = [None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (q, k, v, decay, beta)]
+    scratch = v.new_empty(native.tree_recurrence_scratch(*inputs, *chunks, True, True, threads), dtype=torch.float32)
+    upstream = d_out.to(v.dtype).contiguous(), None if d_ends is None else d_ends.float().contiguous()
+    native.tree_recurrence_bwd(*inputs, *chunks, scale, states, *upstream, *grads, scratch, threads)
+    return _in_dtypes(grads, (q, k, v, decay, beta))
 
 
-def _states(terms: Terms, before: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """S_before (M, H, Dk, Dv) and u (M, H, C, Dv) of all chunks."""
-    _, heads, _, features = terms.query.shape
-    state = terms.query.new_zeros(sizes[0], heads, features, terms.update.shape[-1])
-    states, updates = [state], []
-    parts = [[None] * len(sizes) if x is None else x.split(sizes) for x in terms]
-    for depth, (update, read, _, _, write, kept) in enumerate(zip(*parts)):
-        u = update if read is None else update - read @ state
-        updates.append(u)
-        if depth + 1 < len(sizes):
-            state = _handed_on(_behind(state, kept, write, u), before.split(sizes)[depth + 1])
-            states.append(state)
-    return torch.cat(states), torch.cat(updates)
+def _for_native(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return v.device.type == "cpu" and v.dtype in KERNEL_DTYPES and q.dtype == k.dtype == v.dtype
 
 
-def _behind(state: Tensor, kept: Tensor, write: Tensor, u: Tensor) -> Tensor:
-    return kept * state + write.mT @ u
+def _laid_out(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> list[Tensor | None]:
+    """q, k and v with the last dimension dense, the others in fp32 and dense."""
+    rest = (None if x is None else x.float().contiguous() for x in (decay, beta))
+    return [*(dense_rows(x) for x in (q, k, v)), *rest]
 
 
-def _handed_on(behind: Tensor, before: Tensor) -> Tensor:
-    """The states of one depth, for the chunks of the next."""
-    return behind[before]
+def _for_triton(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> bool:
+    fits = max(q.shape[2], v.shape[2]) <= 256 and v.shape[0] > 0
+    return v.dtype in KERNEL_DTYPES and q.dtype == k.dtype == v.dtype and decay.dim() == 2 and fits
+
+
+@tree_recurrence_fwd.backend("triton")  # kernels/tree_recurrence.py
+def _(q, k, v, decay, beta, token, place, before, last, sizes, scale, with_states, with_ends):
+    if not _for_triton(q, k, v, decay):
+        return NotImplemented
+    from flashpo.kernels.tree_recurrence import forward
+
+    out, states, ends = forward(q, k, v, decay, beta, token, before, last, sizes, scale, with_ends)
+    return out, states if with_states else states.new_empty((0, *states.shape[1:])), ends
+
+
+@tree_recurrence_bwd.backend("triton")  # kernels/tree_recurrence_backward.py
+def _(q, k, v, decay, beta, token, place, before, last, sizes, *rest):
+    if not _for_triton(q, k, v, decay):
+        return NotImplemented
+    from flashpo.kernels.tree_recurrence_backward import backward
+
+    grads = backward(q, k, v, decay, beta, token, before, last, sizes, *rest)
+    return _in_dtypes(grads, (q, k, v, decay, beta))
+
+
+class TreeRecurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, decay, beta, lineage: Lineage, scale: float, ends: bool):
+        chunks = _chunks(lineage, decay)
+        out, before, states = tree_recurrence_fwd(q, k, v, decay, beta, *chunks, scale, True, ends)
+        ctx.chunks, ctx.scale = chunks, scale
+        ctx.save_for_backward(q, k, v, decay, beta, before)
+        ctx.set_materialize_grads(False)
+        return out, states if ends else None
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, d_out: Tensor | None, d_ends: Tensor | None):  # type: ignore[override]
+        *inputs, before = ctx.saved_tensors
+        d_out = torch.zeros_like(inputs[2]) if d_out is None else d_out
+        *grads, d_beta = tree_recurrence_bwd(*inputs, *ctx.chunks, ctx.scale, before, d_out, d_ends)
+        return *grads, None if inputs[4] is None else d_beta, None, None, None
