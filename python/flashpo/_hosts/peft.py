@@ -80,9 +80,15 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def adapters_of(model: nn.Module) -> str:
-    """The configurations of all adapters, as text."""
+    """The configurations of all adapters, as text that is the same for those that are."""
     found = (getattr(module, "peft_config", None) for module in model.modules())
-    return repr(next((configs for configs in found if isinstance(configs, dict)), {}))
+    configs = next((configs for configs in found if isinstance(configs, dict)), {})
+    return repr({name: (type(config).__name__, _ordered(config.to_dict())) for name, config in configs.items()})
+
+
+def _ordered(options: dict) -> dict:
+    """Sets as lists: the order of a set is another in its copy."""
+    return {name: sorted(x, key=repr) if isinstance(x, set) else x for name, x in options.items()}
 
 
 def peft_model(model: nn.Module) -> nn.Module | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._hosts.peft import adapters_of
 from flashpo._precision import one_at_a_time
 from flashpo.packing.attention import PREFIX
 from flashpo.packing.trial import Scored, Trial, is_plain, is_sharded, on_trial
@@ -132,11 +133,10 @@ def _kind(model: nn.Module) -> Hashable:
     modules = list(model.modules())
     configs = {id(c): c for m in modules if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     texts = frozenset(c.to_json_string() + str(c._attn_implementation).removeprefix(PREFIX) for c in configs.values())
-    adapters = frozenset(str(m.peft_config) for m in modules if hasattr(m, "peft_config"))
     tensors = frozenset((p.dtype, p.device.type, type(p), p.is_inference()) for p in model.parameters())
     device = next(model.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return texts, adapters, tensors, autocast, tuple((type(m), _own_forward(m), _options(m)) for m in modules)
+    return texts, adapters_of(model), tensors, autocast, tuple((type(m), _own_forward(m), _options(m)) for m in modules)
 
 
 def _own_forward(module: nn.Module) -> Any:
