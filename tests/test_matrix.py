@@ -13,7 +13,7 @@ from rollout_models import greedy, model, prompts
 
 pytest.importorskip("trl")
 import trl
-from trl_models import assert_same, make_trainer, train
+from trl_models import SAMPLED_BY_TRL, assert_same, load, make_trainer, train
 
 import flashpo
 import flashpo.trl
@@ -43,19 +43,23 @@ def by_trl(name: str, **settings):
         return None
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO", "Distillation"])
 def test_a_step_is_that_of_the_installed_trl(name):
-    ours = {"rollout": "generate"} if name in ("GRPO", "RLOO") else {}
-    stock = by_trl(name)
+    ours = SAMPLED_BY_TRL.get(name, {})
+
+    def settings():
+        return {"teacher_model": load("qwen3_tied")} if name == "Distillation" else {}
+
+    stock = by_trl(name, **settings())
     if stock is None:
-        stock = train(make_trainer(name, flashpo.trl, share_prefix=False, **ours))
+        stock = train(make_trainer(name, flashpo.trl, share_prefix=False, **ours, **settings()))
     flashpo.stats(reset=True)
     with said() as warned:
-        steps = train(make_trainer(name, flashpo.trl, **ours))
+        steps = train(make_trainer(name, flashpo.trl, **ours, **settings()))
     assert_same(stock, steps)
-    missing = [seam for seam in host.seams(host.trainer_class(f"{name}Trainer")) if seam.reason]
-    assert len(warned) == len(missing), (warned, missing)
-    assert ("tree_attention_bwd" in flashpo.stats()) == (not missing)
+    trees = not host.why_not(host.trainer_class(f"{name}Trainer"), host.TREES)
+    assert len(warned) == (not trees), warned
+    assert ("tree_attention_bwd" in flashpo.stats()) == trees
 
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO", "PPO"])
