@@ -217,6 +217,8 @@ def test_a_divergence_that_is_another():
     assert host.why_no_divergence(theirs) == ""
     theirs.ChunkedDivergenceFunction = type("Changed", (), {"forward": lambda ctx, hidden: hidden})
     assert "ChunkedDivergenceFunction.forward is (ctx hidden), FlashPO knows" in host.why_no_divergence(theirs)
+    theirs.ChunkedDivergenceFunction = None
+    assert "ChunkedDivergenceFunction is missing" in host.why_no_divergence(theirs)
     theirs._chunked_divergence_loss = lambda *states: sum(states)
     assert "_chunked_divergence_loss does not read ChunkedDivergenceFunction" in host.why_no_divergence(theirs)
 

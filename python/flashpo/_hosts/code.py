@@ -25,6 +25,7 @@ def takes(function: Callable, name: str) -> bool:
     return name in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
 
 
+@functools.cache  # it is asked for every time that TRL's names are replaced
 def names(function: Callable) -> set[str]:
     """What the function, and the functions in it, read and set by name."""
 

@@ -76,14 +76,15 @@ _WITH_REFERENCE = {
     TREES: Needs(methods={"compute_ref_log_probs": "self ..."}, attributes="_metrics ref_model", **_FUSED)
 }
 _SCORE = "_get_per_token_logps_and_entropies"
+_OF_SCORING = Needs(
+    methods={
+        _SCORE: "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss ..."
+    },
+    unpacked={_SCORE: 3},
+    attributes="temperature ref_model",
+)
 _POLICY = {
-    TREES: Needs(
-        methods={
-            _SCORE: "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss ..."
-        },
-        unpacked={_SCORE: 3},
-        attributes="temperature ref_model",
-    ),
+    TREES: _OF_SCORING,
     ADVANTAGES: Needs(
         methods={
             "_generate_and_score_completions": "self inputs",
@@ -114,7 +115,11 @@ TRAINERS: dict[str, dict[str, Needs]] = {
             returns={"_generate_single_turn": "completion_ids logprobs"},
             attributes=_GENERATING,
         ),
-        OLD_LOGPROBS: Needs(methods={"_generate": "self prompts"}, returns={"_generate": "logprobs"}),
+        OLD_LOGPROBS: dataclasses.replace(
+            _OF_SCORING,
+            methods=_OF_SCORING.methods | {"_generate": "self prompts"},
+            returns={"_generate": "logprobs"},
+        ),
         LOSS: Needs(
             methods={"_compute_loss": "self model inputs"},
             known_code={"_compute_loss": ("8b367871012c",)},
@@ -133,7 +138,7 @@ TRAINERS: dict[str, dict[str, Needs]] = {
             unpacked={"_generate_single_turn": 1},
             attributes=_GENERATING,
         ),
-        OLD_LOGPROBS: Needs(),  # of what `_generate_single_turn` has just returned
+        OLD_LOGPROBS: _OF_SCORING,  # those that `_generate_single_turn` has just returned
         LOSS: Needs(
             methods={"_compute_loss": "self model inputs"},
             known_code={"_compute_loss": ("50325e01f920",)},
@@ -239,7 +244,9 @@ def why_no_divergence(module: ModuleType) -> str:
     reader, divergence = (getattr(module, name, None) for name in ("_chunked_divergence_loss", DIVERGENCE))
     if reader is None or not {DIVERGENCE, "_use_triton"} <= code.names(reader):
         return f"{module.__name__}._chunked_divergence_loss does not read {DIVERGENCE} and _use_triton"
-    other = _other_parameters(divergence.forward, _DIVERGENCE_PARAMETERS)  # type: ignore[union-attr]
+    if divergence is None:
+        return f"{module.__name__}.{DIVERGENCE} is missing"
+    other = _other_parameters(divergence.forward, _DIVERGENCE_PARAMETERS)
     return f"{module.__name__}.{DIVERGENCE}.forward is {other}" if other else ""
 
 

@@ -66,8 +66,6 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         """Once, what TRL's own code does here; an error where the user has asked for ours."""
         if self._completions != 1 and (reason := why_not(self._trl_class, COMPLETIONS)):
             raise ValueError(f"num_generations={self._completions} cannot be had: {reason}")
-        if (reason := why_not(self._trl_class, ROLLOUTS)) and self._rollouts.mode != "generate":
-            self._rollouts.refuse(reason)
         if reason := why_not(self._trl_class, TREES):
             self._sharing.allowed(reason)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flashpo._hosts import sharding
+from flashpo._hosts.trl import TREES, why_not
 from flashpo.packing import TokenTree, pack, split_by_tokens
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import packable, why_not_packable
@@ -39,6 +40,8 @@ class PackedScoring:
         """Let the trainer's models, and the backbone of a critic, take token trees; or why one of them cannot."""
         if self.sharing.mode is False or self.sharing.against:
             return ""
+        if reason := why_not(self.trainer._trl_class, TREES):
+            return reason
         with self.trainer.accelerator.autocast():
             if self._reason is None:
                 self._reason = self._try(self._models(), head=True)

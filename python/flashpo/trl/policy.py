@@ -16,7 +16,6 @@ from flashpo._hosts.trl import (
     GROUPS,
     LOSS,
     OLD_LOGPROBS,
-    ROLLOUTS,
     TREES,
     disable_gradient_checkpointing,
     why_not,
@@ -50,7 +49,7 @@ class PolicyTrainer(GroupComparing):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._say_what_trl_lacks()
-        if self._has_whole_models:
+        if self._has_whole_models or why_not(self._trl_class, TREES):
             self._packed.takes({})
 
     @functools.cached_property
@@ -72,10 +71,6 @@ class PolicyTrainer(GroupComparing):
                 raise ValueError(f"{option}={value!r} cannot be had: {reason}")
             if left:
                 self._keep_trls(f"{left} to TRL: {reason}")
-        if (reason := why_not(self._trl_class, ROLLOUTS)) and self._rollouts.mode != "generate":
-            self._rollouts.refuse(reason)
-        if reason := why_not(self._trl_class, TREES):
-            self._packed.sharing.allowed(reason)
 
     # loss
 

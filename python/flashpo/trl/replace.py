@@ -6,16 +6,8 @@ import sys
 from types import ModuleType
 
 from flashpo._hosts.report import of_trainer
+from flashpo._hosts.trl import TRAINERS
 
-TRAINERS = (
-    "SFTTrainer",
-    "DPOTrainer",
-    "KTOTrainer",
-    "RewardTrainer",
-    "GRPOTrainer",
-    "RLOOTrainer",
-    "DistillationTrainer",
-)
 handed_out: set[str] = set()  # the names that the script has asked for
 
 

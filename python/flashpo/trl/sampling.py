@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flashpo._hosts.trl import ROLLOUTS, why_not
 from flashpo.packing.attention import uninstalled
 from flashpo.trl._pending import Pending
 from flashpo.trl.patch import active
@@ -17,6 +18,11 @@ class Sampling(Accelerated):
     """Beside a TRL class that generates by `_generate`, one turn after the other by `_generate_single_turn`."""
 
     model: Any
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if (reason := why_not(self._trl_class, ROLLOUTS)) and self._rollouts.mode != "generate":
+            self._rollouts.refuse(reason)
 
     # made when they are first needed: a trainer may run before its constructor has, or without it
 
