@@ -1,7 +1,7 @@
 # make demo    stock TRL against FlashPO on a small model, in a few minutes; results in out/demo
 # make zoo     every algorithm from the same checkpoint learns the same task: table and curves in out/zoo
 # make test    everything that runs without a GPU
-# Each makes .venv first. Others: lint, sanitize, fuzz, matrix, bench, release, clean.
+# Each makes .venv first. Others: lint, sanitize, fuzz, matrix, bench, bench-kernels, release, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,9 +12,10 @@ RUN = $(VENV)/bin/python
 SITE = $(shell $(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 SOURCES = $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt pyproject.toml constraints.txt
 # A worker for each core; a file's tests share what they have built, in one of them.
-PYTEST = $(RUN) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+WORKERS = -q -n logical --maxprocesses 8 --dist loadfile
+PYTEST = $(RUN) -m pytest $(WORKERS)
 
-# Tests of the C++ kernels: `make test` repeats them on every instruction set, `make sanitize` under sanitizers.
+# Tests of the C++ kernels: `make test` repeats them on the other instruction sets, `make sanitize` under sanitizers.
 NATIVE = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
 	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py \
 	tests/test_packed_linear.py tests/test_decode_step.py tests/test_tree_attention.py tests/test_linear_divergence.py \
@@ -23,9 +24,9 @@ NATIVE = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py
 TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_attention.py tests/test_tree_attention.py
 
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(VENV)-sanitize/bin/python -m pytest -q -p no:cacheprovider
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=3 $(VENV)-sanitize/bin/python -m pytest -p no:cacheprovider $(WORKERS)
 
-.PHONY: demo zoo test lint sanitize fuzz matrix bench release clean
+.PHONY: demo zoo test lint sanitize fuzz matrix bench bench-kernels release clean
 
 demo: $(VENV)/ready
 	$(RUN) -m flashpo.bench.demo --out out/demo
@@ -40,7 +41,7 @@ test: $(VENV)/ready
 	tests/test_decode_attention.py tests/test_kv_append.py tests/test_decode_layer.py tests/test_layouts.py \
 	|| test $$? = 5 # no Triton, none of its tests
 	$(PYTEST) --durations=15 tests
-	$(RUN) tests/instruction_sets.py -q -n logical --maxprocesses 8 --dist loadfile -m native $(NATIVE)
+	$(RUN) tests/instruction_sets.py $(WORKERS) -m native $(NATIVE)
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
@@ -74,6 +75,12 @@ fuzz: $(VENV)/ready
 # Every TRL and transformers of python/flashpo/_hosts/versions.py, an environment each; writes docs/versions.md.
 matrix: $(VENV)/ready
 	$(RUN) tools/matrix.py --folder $(VENV)-matrix $(if $(TRL),--only $(TRL))
+
+# The kernels alone, by pytest-benchmark: ONLY="linear_logprob and bfloat16" chooses, BENCHMARK="--benchmark-save=before".
+ONLY ?= FlashPO
+BENCHMARK ?=
+bench-kernels: $(VENV)/ready
+	$(RUN) -m pytest -q bench --benchmark-only -k "$(ONLY)" $(BENCHMARK)
 
 bench: $(VENV)/ready
 	$(RUN) -m flashpo bench

@@ -9,9 +9,14 @@ import torch
 
 import flashpo
 from flashpo import group_advantages
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Clock, Device, KernelTable
 
 SHAPES = {"512 groups of 64": (512, 64), "65536 rewards in 4096 ragged groups": (4096, None)}  # groups, their size
+REFERENCE, VERL = "FlashPO's reference in torch", "verl's loop"
+
+
+def trls_name(size: int | None) -> str:
+    return "TRL, groups of 16" if size is None else "TRL"
 
 
 def ours(rewards, group):
@@ -50,7 +55,7 @@ def verl(rewards, group):
     return scores
 
 
-def table(device: Device, groups: int, size: int | None, with_peers: bool) -> Iterator[dict]:
+def table(device: Device, groups: int, size: int | None, clock: Clock, with_peers: bool) -> Iterator[dict]:
     if size is None:
         group = torch.cat([torch.arange(groups), torch.randint(groups, (65536 - groups,))])
         group = group[torch.randperm(65536)].to(device.name)
@@ -59,24 +64,24 @@ def table(device: Device, groups: int, size: int | None, with_peers: bool) -> It
     rewards = torch.rand(len(group), device=device.name)
     variants = {
         "FlashPO": lambda: ours(rewards, group),
-        "FlashPO's reference in torch": lambda: reference(rewards, group),
+        REFERENCE: lambda: reference(rewards, group),
     }
     exact = ours(rewards.double(), group)
     error = (ours(rewards, group) - exact).abs().max().item()
     if error > 1e-5:
         raise AssertionError(f"group_advantages is off by {error}")
     if with_peers and importlib.util.find_spec("trl"):
-        if size is None:  # it has no ragged groups: as many rewards in as many groups of one size
-            variants["TRL, groups of 16"] = lambda: trl(rewards, 16)
-        else:
-            variants["TRL"] = lambda: trl(rewards, size)
-    seconds = compare(device, variants)
+        # it has no ragged groups: as many rewards in as many groups of one size
+        variants[trls_name(size)] = lambda: trl(rewards, size or 16)
+    seconds = clock(variants)
     if with_peers:  # apart: it takes a second, and what comes after it in turn finds the caches cold
-        seconds |= compare(device, {"verl's loop": lambda: verl(rewards, group)})
+        seconds |= clock({VERL: lambda: verl(rewards, group)})
     for name in seconds:
         yield {"variant": name, "ms": seconds[name] * 1e3, "times_flashpo": seconds[name] / seconds["FlashPO"]}
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
     for title, (groups, size) in list(SHAPES.items())[: 1 if quick else None]:
-        yield f"group_advantages {title}", partial(table, device, groups, size, with_peers)
+        peers = (trls_name(size), VERL)
+        measure = partial(table, device, groups, size)
+        yield KernelTable(f"group_advantages {title}", ("FlashPO", REFERENCE), peers, measure)

@@ -1,12 +1,13 @@
 """decode_attention of a step: against torch's attention over every row's whole context, and a read of the cache."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from flashpo import decode_attention
-from flashpo.bench.timing import Device, Tables, compare, dtype_name
+from flashpo.bench.timing import Clock, Device, KernelTable, dtype_name
 
 # groups, rows of a group, query heads, key heads, features, tokens of a prompt, of a row; layers, so that no cache
 # of the processor holds what a step reads
@@ -15,6 +16,8 @@ SHAPES = {
     "cuda": [(8, 8, 16, 8, 128, 2048, 512, 8), (32, 8, 16, 8, 128, 512, 512, 4), (64, 1, 16, 8, 128, 1024, 512, 4)],
 }
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+COPY, WHOLE = "copy of as many bytes", "torch, every row's context"
+VARIANTS, PEERS = (COPY, "FlashPO"), (WHOLE,)
 
 
 def tables_of(groups, rows, prompt, own):
@@ -42,7 +45,7 @@ def gather(k_cache, v_cache, tables, row):
     return torch.cat(k, 1), torch.cat(v, 1)
 
 
-def records(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> list[dict]:
+def records(device: Device, shape: tuple[int, ...], dtype: torch.dtype, clock: Clock, with_peers: bool) -> list[dict]:
     groups, rows, query_heads, heads, features, prompt, own, layers = shape
     batch, scale = groups * rows, features**-0.5
     tables, blocks = tables_of(groups, rows, prompt, own)
@@ -63,14 +66,15 @@ def records(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> list[
 
     k, v = (x.double().repeat_interleave(query_heads // heads, 1) for x in dense[0])
     exact = F.scaled_dot_product_attention(q.double()[:, :, None], k, v, scale=scale)[:, :, 0]
-    variants = {"FlashPO": ours, "torch, every row's context": torch_attention}
+    variants = {"FlashPO": ours, WHOLE: torch_attention}
     errors = {name: (f()[0] - exact).abs().max().item() for name, f in variants.items()}
-    if not errors["FlashPO"] <= 2 * errors["torch, every row's context"] + 1e-6:
+    if not errors["FlashPO"] <= 2 * errors[WHOLE] + 1e-6:
         raise AssertionError(f"decode_attention is off by {errors['FlashPO']}")
     moved = layers * (groups * prompt + batch * own) * heads * 2 * features * dtype.itemsize
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device.name).zero_()
     target = torch.empty_like(source)
-    seconds = compare(device, {"copy of as many bytes": lambda: target.copy_(source), **variants})
+    variants[COPY] = lambda: target.copy_(source)
+    seconds = clock({name: variants[name] for name in (VARIANTS + PEERS if with_peers else VARIANTS)})
     return [
         {
             "variant": name,
@@ -83,10 +87,10 @@ def records(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> list[
     ]
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
     for shape in SHAPES[device.name][: 1 if quick else None]:
         for dtype in DTYPES[device.name]:
             groups, rows, query_heads, heads, features, prompt, own, layers = shape
             title = f"decode_attention {groups}x{rows} rows, {query_heads}/{heads} heads of {features}, "
             title += f"{prompt} shared and {own} own tokens, {layers} layers, {dtype_name(dtype)}"
-            yield title, partial(records, device, shape, dtype)
+            yield KernelTable(title, VARIANTS, PEERS, partial(records, device, shape, dtype))

@@ -8,11 +8,13 @@ import torch
 
 from flashpo import linear_divergence
 from flashpo.bench import peers
-from flashpo.bench.timing import Device, Tables, compare, dtype_name
+from flashpo.bench.timing import Clock, Device, KernelTable, dtype_name
 
 # N, H of student and teacher, V
 SHAPES = {"cpu": [(1024, 512, 896, 32768), (1024, 1024, 2048, 151936)], "cuda": [(8192, 2048, 4096, 151936)]}
 DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
+PHASES = ("forward", "step", "step, frozen head")
+PRODUCTS = tuple(f"GEMM {x}" for x in ("logits", "logits of the teacher", "d hidden", "d weight"))
 BETAS = {"forward KL": 0.0, "JSD": 0.5, "reverse KL": 1.0}
 
 
@@ -41,15 +43,16 @@ def products(student, teacher) -> dict:
     (h, w), (h_t, w_t) = student, teacher
     tile, flat = (torch.randn(a, b, device=h.device).to(h.dtype) for a, b in ((len(w), len(h)), (len(h), len(w))))
     d_h, d_w = torch.empty_like(h), torch.empty_like(w)
-    return {
-        "GEMM logits": lambda: torch.mm(w, h.t(), out=tile),
-        "GEMM logits of the teacher": lambda: torch.mm(w_t, h_t.t(), out=tile),
-        "GEMM d hidden": lambda: torch.mm(flat, w, out=d_h),
-        "GEMM d weight": lambda: torch.mm(tile, h, out=d_w),
-    }
+    functions = (
+        lambda: torch.mm(w, h.t(), out=tile),
+        lambda: torch.mm(w_t, h_t.t(), out=tile),
+        lambda: torch.mm(flat, w, out=d_h),
+        lambda: torch.mm(tile, h, out=d_w),
+    )
+    return dict(zip(PRODUCTS, functions))
 
 
-def table(device: Device, shape, dtype, name: str, with_peers: bool) -> Iterator[dict]:
+def table(device: Device, shape, dtype, name: str, clock: Clock, with_peers: bool) -> Iterator[dict]:
     n, *widths, vocab = shape
     beta = BETAS[name]
     heads = []
@@ -61,9 +64,9 @@ def table(device: Device, shape, dtype, name: str, with_peers: bool) -> Iterator
     del some
     functions = {"FlashPO": ours}
     if with_peers:
+        functions["torch eager"] = peers.eager_divergence
         if importlib.util.find_spec("trl"):
             functions["TRL"] = peers.trl_divergence
-        functions["torch eager"] = peers.eager_divergence
     errors = {}
     for system, function in functions.items():
         with torch.no_grad():
@@ -73,11 +76,11 @@ def table(device: Device, shape, dtype, name: str, with_peers: bool) -> Iterator
 
     variants = products(heads[:2], heads[2:])
     for system, function in functions.items():
-        for phase in ("forward", "step", "step, frozen head")[: 3 if system == "FlashPO" else 2]:
+        for phase in PHASES[: 3 if system == "FlashPO" else 2]:
             variants[f"{system} {phase}"] = run(function, heads, beta, phase)
-    seconds = compare(device, variants)
+    seconds = clock(variants)
 
-    student, teacher, d_hidden, d_weight = (seconds[x] for x in variants if x.startswith("GEMM"))
+    student, teacher, d_hidden, d_weight = (seconds[x] for x in PRODUCTS)
     passes = 1 if beta in (0, 1) else 2
     forward = passes * (student + teacher)
     frozen = forward + student + teacher + d_hidden
@@ -97,9 +100,12 @@ def table(device: Device, shape, dtype, name: str, with_peers: bool) -> Iterator
         yield record
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
+    variants = (*PRODUCTS, *(f"FlashPO {phase}" for phase in PHASES))
+    of_peers = tuple(f"{name} {phase}" for name in ("torch eager", "TRL") for phase in PHASES[:2])
     for shape in SHAPES[device.name][: 1 if quick else None]:
         for dtype in DTYPES[device.name]:
             for name in BETAS:
                 title = "linear_divergence {} N={} H={}/{} V={} {}".format(name, *shape, dtype_name(dtype))
-                yield title, functools.partial(table, device, shape, dtype, name, with_peers)
+                measure = functools.partial(table, device, shape, dtype, name)
+                yield KernelTable(title, variants, of_peers, measure)

@@ -6,9 +6,11 @@ from functools import partial
 import torch
 
 from flashpo import gae
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Clock, Device, KernelTable
 
 SHAPES = {"cpu": [(64, 1024), (64, 16384)], "cuda": [(64, 16384), (1024, 16384)]}  # B, T
+COPY, WHITENED, LOOP = "copy of rewards and values", "FlashPO, whitened", "torch loop over T"
+VARIANTS, PEERS = (COPY, "FlashPO", WHITENED), (LOOP,)
 
 
 def loop(rewards, values, mask, gamma, lam):
@@ -25,30 +27,25 @@ def loop(rewards, values, mask, gamma, lam):
     return advantages * mask, (advantages + values) * mask
 
 
-def records(device: Device, shape: tuple[int, int]) -> Iterator[dict]:
+def records(device: Device, shape: tuple[int, int], clock: Clock, with_peers: bool) -> Iterator[dict]:
     rewards, values = torch.randn(2, *shape, device=device.name)
     mask = torch.rand(shape, device=device.name) < 0.9
     inputs = rewards, values, mask
     exact = loop(rewards.double(), values.double(), mask, 1.0, 0.95)
-    errors = {
-        name: max((x - y).abs().max().item() for x, y in zip(f(), exact))
-        for name, f in {
-            "FlashPO": lambda: gae(*inputs, gamma=1.0, lam=0.95),
-            "torch loop over T": lambda: loop(*inputs, 1.0, 0.95),
-        }.items()
+    functions = {
+        "FlashPO": lambda: gae(*inputs, gamma=1.0, lam=0.95),
+        LOOP: lambda: loop(*inputs, 1.0, 0.95),
     }
-    if errors["FlashPO"] > 2 * errors["torch loop over T"] + 1e-5:
+    errors = {name: max((x - y).abs().max().item() for x, y in zip(f(), exact)) for name, f in functions.items()}
+    if errors["FlashPO"] > 2 * errors[LOOP] + 1e-5:
         raise AssertionError(f"gae is off by {errors['FlashPO']}")
     out = torch.empty_like(rewards), torch.empty_like(rewards)
-    seconds = compare(
-        device,
-        {
-            "copy of rewards and values": lambda: (out[0].copy_(rewards), out[1].copy_(values)),
-            "FlashPO": lambda: gae(*inputs, gamma=1.0, lam=0.95),
-            "FlashPO, whitened": lambda: gae(*inputs, gamma=1.0, lam=0.95, whiten=True),
-            "torch loop over T": lambda: loop(*inputs, 1.0, 0.95),
-        },
-    )
+    functions |= {
+        COPY: lambda: (out[0].copy_(rewards), out[1].copy_(values)),
+        WHITENED: lambda: gae(*inputs, gamma=1.0, lam=0.95, whiten=True),
+    }
+    names = VARIANTS + PEERS if with_peers else VARIANTS
+    seconds = clock({name: functions[name] for name in names})
     moved = rewards.numel() * (4 * 4 + 1)  # rewards, values, mask; advantages, returns
     for name, time in seconds.items():
         record = {"variant": name, "ms": time * 1e3, "times_flashpo": time / seconds["FlashPO"]}
@@ -57,6 +54,6 @@ def records(device: Device, shape: tuple[int, int]) -> Iterator[dict]:
         yield record | ({"max_error": errors[name]} if name in errors else {})
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
     for shape in SHAPES[device.name][: 1 if quick else None]:
-        yield f"gae B={shape[0]} T={shape[1]}", partial(records, device, shape)
+        yield KernelTable(f"gae B={shape[0]} T={shape[1]}", VARIANTS, PEERS, partial(records, device, shape))

@@ -1,13 +1,13 @@
 """Benchmark of `policy_loss`: forward and backward of a loss on log-probs that are given, against TRL's own chain."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from flashpo import policy_loss
 from flashpo.bench.peers import trl_policy_loss
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Clock, Device, KernelTable
 
 SHAPES = {"cpu": (64, 4096), "cuda": (256, 8192)}  # sequences, tokens
 KL = {"kl_coef": 0.04, "kl_ratio_correction": True}
@@ -18,6 +18,8 @@ SPECS = {  # title -> (name in LOSSES, its overrides, what TRL's chain is told)
     "cispo": ("cispo", {}, {"epsilon_high": 5.0}),
     "vespo": ("vespo", {}, {}),
 }
+COPY = "copy of as many bytes"
+PEERS = ("TRL eager", "TRL eager, with its metrics", "TRL, torch.compile")
 
 
 def make(device: Device, with_ref: bool) -> dict[str, torch.Tensor]:
@@ -43,7 +45,7 @@ def step(loss: Callable, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.
     return run
 
 
-def table(device: Device, title: str, with_peers: bool) -> list[dict]:
+def table(device: Device, title: str, clock: Clock, with_peers: bool) -> list[dict]:
     name, overrides, options = SPECS[title]
     inputs = make(device, "kl_coef" in overrides)
     num_items = inputs["mask"].sum().float() if name in ("dapo", "cispo", "vespo") else None
@@ -64,27 +66,25 @@ def table(device: Device, title: str, with_peers: bool) -> list[dict]:
     floor_bytes = sum(x.nbytes for x in inputs.values()) + inputs["logprob"].nbytes
     source = torch.empty(floor_bytes // 2, dtype=torch.uint8, device=device.name).zero_()
     target = torch.empty_like(source)
-    variants = {"copy of as many bytes": lambda: target.copy_(source), "FlashPO": step(ours, inputs)}
+    variants = {COPY: lambda: target.copy_(source), "FlashPO": step(ours, inputs)}
     if with_peers:
         torch._dynamo.reset()
-        variants |= {
-            "TRL eager": step(trl, inputs),
-            "TRL eager, with its metrics": step(functools.partial(trl, metrics=True), inputs),
-            "TRL, torch.compile": step(torch.compile(trl), inputs),
-        }
-    seconds = compare(device, variants)
+        of_trl = trl, functools.partial(trl, metrics=True), torch.compile(trl)
+        variants |= {name: step(loss, inputs) for name, loss in zip(PEERS, of_trl)}
+    seconds = clock(variants)
     return [
         {
             "variant": variant,
             "ms": seconds[variant] * 1e3,
             "times_flashpo": seconds[variant] / seconds["FlashPO"],
-            "share_of_copy_bandwidth": seconds["copy of as many bytes"] / seconds[variant],
+            "share_of_copy_bandwidth": seconds[COPY] / seconds[variant],
         }
         for variant in variants
     ]
 
 
-def policy_loss_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def policy_loss_tables(device: Device, quick: bool) -> Iterator[KernelTable]:
     for title in list(SPECS)[: 1 if quick else None]:
         shape = "B={} T={}".format(*SHAPES[device.name])
-        yield f"policy_loss {title} {shape} forward and backward", functools.partial(table, device, title, with_peers)
+        measure = functools.partial(table, device, title)
+        yield KernelTable(f"policy_loss {title} {shape} forward and backward", (COPY, "FlashPO"), PEERS, measure)

@@ -1,18 +1,20 @@
 """packed_linear over the weights of a whole model, so that no cache holds them: against F.linear and a read of them."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from flashpo.bench.timing import Device, Tables, compare, dtype_name
+from flashpo.bench.timing import Clock, Device, KernelTable, dtype_name
 from flashpo.ops.packed_linear import pack_linear, packed_linear, packs
 
 COLUMNS, DEPTH, LAYERS = 1536, 512, 48  # 151 MB of float32
 ROWS = (1, 8, 32, 128)
+READ = "read of as many bytes"
 
 
-def records(device: Device, dtype: torch.dtype, rows: int) -> list[dict]:
+def records(device: Device, dtype: torch.dtype, rows: int, clock: Clock, with_peers: bool) -> list[dict]:
     weights = [torch.randn(COLUMNS, DEPTH).to(dtype) for _ in range(LAYERS)]
     packed = [pack_linear(weight) for weight in weights]
     x = torch.randn(rows, DEPTH).to(dtype)
@@ -24,24 +26,25 @@ def records(device: Device, dtype: torch.dtype, rows: int) -> list[dict]:
     moved = LAYERS * weights[0].nbytes
     source = torch.empty(moved, dtype=torch.uint8).zero_()
     variants = {
-        "read of as many bytes": lambda: source.view(torch.int64).sum(),
+        READ: lambda: source.view(torch.int64).sum(),
         "FlashPO": lambda: [packed_linear(x, weight, columns=COLUMNS) for weight in packed],
-        "F.linear": lambda: [F.linear(x, weight) for weight in weights],
     }
-    seconds = compare(device, variants)
+    if with_peers:
+        variants["F.linear"] = lambda: [F.linear(x, weight) for weight in weights]
+    seconds = clock(variants)
     return [
         {
             "variant": name,
             "ms": time * 1e3,
             "times_flashpo": time / seconds["FlashPO"],
             "gb_per_s": moved / time / 1e9,
-            "gflops": 2 * rows * LAYERS * COLUMNS * DEPTH / time / 1e9 if name != "read of as many bytes" else None,
+            "gflops": 2 * rows * LAYERS * COLUMNS * DEPTH / time / 1e9 if name != READ else None,
         }
         for name, time in seconds.items()
     ]
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
     if device.name != "cpu":
         return
     for dtype in (torch.float32, torch.bfloat16):
@@ -49,4 +52,4 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
             continue
         for rows in ROWS[2:3] if quick else ROWS:
             title = f"packed_linear {LAYERS} x ({COLUMNS}, {DEPTH}), {rows} rows, {dtype_name(dtype)}"
-            yield title, partial(records, device, dtype, rows)
+            yield KernelTable(title, (READ, "FlashPO"), ("F.linear",), partial(records, device, dtype, rows))

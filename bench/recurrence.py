@@ -12,7 +12,7 @@ from torch import Tensor
 
 import flashpo
 from flashpo import Lineage, tree_conv, tree_recurrence
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Clock, Device, KernelTable
 
 
 class Shape(NamedTuple):
@@ -47,6 +47,7 @@ GROUPS = {
     "cpu": [Group(256, 8, 64), Group(1024, 8, 64), Group(0, 8, 320)],
     "cuda": [Group(2048, 8, 512), Group(0, 8, 2560)],
 }
+PADDED, PHASES = "transformers, padded rows", ("forward", "step")
 
 
 def lineage_of(group: Group, device: str) -> tuple[Lineage, Tensor]:
@@ -81,7 +82,7 @@ def padded_delta_rule(rows: Tensor) -> Callable:
     return run
 
 
-def measured(device: Device, functions: dict[str, Callable], inputs: list[Tensor]) -> Iterator[dict]:
+def measured(device: Device, functions: dict[str, Callable], inputs: list[Tensor], clock: Clock) -> Iterator[dict]:
     """Forward, and forward with backward."""
     leaves = [x.requires_grad_() for x in inputs]
     variants = {}
@@ -94,13 +95,13 @@ def measured(device: Device, functions: dict[str, Callable], inputs: list[Tensor
         backend = "torch" if name == "reference" else None  # of the backward pass, too
         variants[f"{name} forward"] = on(backend, torch.no_grad()(partial(f, *leaves)))
         variants[f"{name} step"] = on(backend, step)
-    seconds = compare(device, variants)
     reference = on("torch", torch.no_grad()(functions["reference"]))
     exact, baseline = reference(*(x.double() for x in leaves)), reference(*leaves)
     error = (variants["FlashPO forward"]().double() - exact).abs().max().item()
     baseline = (baseline.double() - exact).abs().max().item()
     if not error <= 2 * baseline + 1e-6 * exact.abs().max().item():
         raise AssertionError(f"off by {error}")
+    seconds = clock(variants)
     for name, f in variants.items():
         phase = name.rpartition(" ")[2]
         yield {
@@ -111,7 +112,7 @@ def measured(device: Device, functions: dict[str, Callable], inputs: list[Tensor
         }
 
 
-def recurrence_records(device: Device, shape: Shape, group: Group, with_peers: bool) -> Iterator[dict]:
+def recurrence_records(device: Device, shape: Shape, group: Group, clock: Clock, with_peers: bool) -> Iterator[dict]:
     lineage, rows = lineage_of(group, device.name)
     N, scale = lineage.tokens, shape.features**-0.5
     q, k = torch.randn(2, N, shape.key_heads, shape.features, device=device.name)
@@ -125,27 +126,34 @@ def recurrence_records(device: Device, shape: Shape, group: Group, with_peers: b
         return tree_recurrence(q, k, v, decay, beta, lineage, scale=scale)[0]
 
     functions = {"FlashPO": ours, "reference": ours}
-    if with_peers and shape.delta and not shape.per_feature:
-        functions["transformers, padded rows"] = padded_delta_rule(rows)
-    yield from measured(device, functions, inputs)
+    if with_peers and peers_of(shape):
+        functions[PADDED] = padded_delta_rule(rows)
+    yield from measured(device, functions, inputs, clock)
 
 
-def convolution_records(device: Device, features: int, group: Group) -> Iterator[dict]:
+def convolution_records(device: Device, features: int, group: Group, clock: Clock, with_peers: bool) -> Iterator[dict]:
     lineage, _ = lineage_of(group, device.name)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return tree_conv(x, weight, None, lineage)
 
     inputs = [torch.randn(lineage.tokens, features, device=device.name), torch.randn(features, 4, device=device.name)]
-    yield from measured(device, {"FlashPO": ours, "reference": ours}, inputs)
+    yield from measured(device, {"FlashPO": ours, "reference": ours}, inputs, clock)
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def peers_of(shape: Shape) -> tuple[str, ...]:
+    """transformers has the delta rule with one decay a head."""
+    return tuple(f"{PADDED} {phase}" for phase in PHASES) if shape.delta and not shape.per_feature else ()
+
+
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
+    variants = tuple(f"{name} {phase}" for name in ("FlashPO", "reference") for phase in PHASES)
     for group in GROUPS[device.name][: 1 if quick else None]:
         tokens = "{} + {} of up to {} tokens".format(*group)
         for shape in SHAPES[device.name]:
             heads = f"{shape.key_heads}/{shape.heads} heads of {shape.features}/{shape.values}"
             title = f"tree_recurrence {shape.name} {tokens}, {heads}"
-            yield title, partial(recurrence_records, device, shape, group, with_peers)
+            yield KernelTable(title, variants, peers_of(shape), partial(recurrence_records, device, shape, group))
         features = 1024 if device.name == "cpu" else 8192
-        yield f"tree_conv {tokens}, {features} features", partial(convolution_records, device, features, group)
+        measure = partial(convolution_records, device, features, group)
+        yield KernelTable(f"tree_conv {tokens}, {features} features", variants, (), measure)

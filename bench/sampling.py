@@ -8,7 +8,7 @@ import torch
 
 import flashpo
 from flashpo import sample
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Clock, Device, KernelTable
 
 SHAPES = [(32, 32768), (64, 151936)]  # B, V
 FILTERS = {
@@ -49,7 +49,7 @@ def warped(top_k=0, top_p=1.0, min_p=0.0):
     return run
 
 
-def records(device: Device, shape: tuple[int, int], dtype, with_peers: bool) -> Iterator[dict]:
+def records(device: Device, shape: tuple[int, int], dtype, clock: Clock, with_peers: bool) -> Iterator[dict]:
     rows, vocab = shape
     logits = (torch.randn(rows, vocab, device=device.name) * 3).to(dtype)
     seed = torch.arange(rows, device=device.name)
@@ -64,14 +64,15 @@ def records(device: Device, shape: tuple[int, int], dtype, with_peers: bool) -> 
         "torch multinomial": _error(logits, *multinomial(logits)),
     }
     words = logits.view(torch.int32)
-    variants = {"read (max)": lambda: words.amax(), "torch multinomial": lambda: multinomial(logits)}
-    variants["torch inverse CDF"] = lambda: inverse_cdf(logits)
+    variants = {"read (max)": lambda: words.amax()}
+    if with_peers:
+        variants |= {"torch multinomial": lambda: multinomial(logits), "torch inverse CDF": lambda: inverse_cdf(logits)}
     for name, options in FILTERS.items():
         variants[f"FlashPO{name}"] = lambda options=options: sample(logits, **options, seed=seed, offset=0)
         if with_peers and options and importlib.util.find_spec("transformers"):
             peer = warped(**options)
             variants[f"transformers{name}"] = lambda peer=peer: peer(logits)
-    seconds = compare(device, variants)
+    seconds = clock(variants)
     for name, time in seconds.items():
         record = {"variant": name, "ms": time * 1e3}
         if name != "read (max)":
@@ -85,8 +86,10 @@ def _error(logits, token, logprob) -> float:
     return logits.double().log_softmax(-1).gather(-1, token).sub(logprob).abs().max().item()
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
+    variants = ("read (max)", *(f"FlashPO{name}" for name in FILTERS))
+    peers = ("torch multinomial", "torch inverse CDF", *(f"transformers{name}" for name in FILTERS if name))
     for shape in SHAPES[: 1 if quick else None]:
         for dtype in (torch.float32, torch.bfloat16):
             title = f"sample B={shape[0]} V={shape[1]} {str(dtype)[6:]}"
-            yield title, partial(records, device, shape, dtype, with_peers)
+            yield KernelTable(title, variants, peers, partial(records, device, shape, dtype))

@@ -1,5 +1,6 @@
 """Benchmarks of the log-prob ops: each gives records of one table. Correctness first; a wrong result is never timed."""
 
+import importlib.util
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -8,12 +9,19 @@ import torch
 
 from flashpo import linear_logprob, selective_log_softmax
 from flashpo.bench import peers
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Clock, Device, KernelTable, Tables
 
 HEAD_SHAPES = {"cpu": [(1024, 896, 32768), (2048, 1024, 151936)], "cuda": [(8192, 4096, 151936)]}  # N, H, V
 LOGITS_SHAPES = {"cpu": (2048, 151936), "cuda": (8192, 151936)}  # larger than any cache
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DTYPES = {"cpu": DTYPES, "cuda": (torch.bfloat16,)}
+PHASES = ("forward", "step")
+PRODUCTS, FROZEN = ("GEMM logits", "GEMM d hidden", "GEMM d weight"), "FlashPO step, frozen head"
+MOVES = ("read (max)", "read (sum)", "copy")
+
+
+def of(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{name} {phase}" for name in names for phase in PHASES)
 
 
 def worst_error(function, inputs, target, rows=64) -> float:
@@ -49,7 +57,7 @@ def ours(h, w, target):
     return linear_logprob(h, w, target)[:2]
 
 
-def head(device: Device, shape, dtype, with_peers: bool) -> Iterator[dict]:
+def head(device: Device, shape, dtype, clock: Clock, with_peers: bool) -> Iterator[dict]:
     n, hidden, vocab = shape
     h = torch.randn(n, hidden, device=device.name).to(dtype)
     w = (torch.randn(vocab, hidden, device=device.name) * (3 / hidden**0.5)).to(dtype)
@@ -67,18 +75,19 @@ def head(device: Device, shape, dtype, with_peers: bool) -> Iterator[dict]:
     logits, flat = (torch.empty(a, b, dtype=dtype, device=device.name) for a, b in ((vocab, n), (n, vocab)))
     logits.normal_(), flat.normal_()
     d_h, d_w = torch.empty_like(h), torch.empty_like(w)
-    variants = {
-        "GEMM logits": lambda: torch.mm(w, h.t(), out=logits),
-        "GEMM d hidden": lambda: torch.mm(flat, w, out=d_h),
-        "GEMM d weight": lambda: torch.mm(logits, h, out=d_w),
-    }
+    products = (
+        lambda: torch.mm(w, h.t(), out=logits),
+        lambda: torch.mm(flat, w, out=d_h),
+        lambda: torch.mm(logits, h, out=d_w),
+    )
+    variants = dict(zip(PRODUCTS, products))
     for name, f in functions.items():
         variants[f"{name} forward"] = forward(f, inputs, target)
         variants[f"{name} step"] = step(f, inputs, target, upstream)
-    variants["FlashPO step, frozen head"] = step(ours, inputs, target, upstream, frozen=(1,))
-    seconds = compare(device, variants)
+    variants[FROZEN] = step(ours, inputs, target, upstream, frozen=(1,))
+    seconds = clock(variants)
 
-    once, d_hidden, d_weight = (seconds[f"GEMM {x}"] for x in ("logits", "d hidden", "d weight"))
+    once, d_hidden, d_weight = (seconds[x] for x in PRODUCTS)
     floors = {"forward": once, "step": 2 * once + d_hidden + d_weight, "step, frozen head": 2 * once + d_hidden}
     for name in variants:
         if name.startswith("GEMM"):
@@ -97,7 +106,7 @@ def head(device: Device, shape, dtype, with_peers: bool) -> Iterator[dict]:
         }
 
 
-def logits(device: Device, dtype, with_peers: bool) -> Iterator[dict]:
+def logits(device: Device, dtype, clock: Clock, with_peers: bool) -> Iterator[dict]:
     n, vocab = LOGITS_SHAPES[device.name]
     x = torch.randn(n, vocab, device=device.name).mul_(3).to(dtype)
     target = torch.randint(vocab, (n,), device=device.name)
@@ -105,19 +114,19 @@ def logits(device: Device, dtype, with_peers: bool) -> Iterator[dict]:
     functions = {"FlashPO": lambda x, t: selective_log_softmax(x, t)[:2]}
     if with_peers:
         functions["torch eager"] = peers.eager_logits
-        if "TRL" in peers.installed(device.name):
+        if importlib.util.find_spec("trl"):
             functions["TRL"] = peers.trl_logits
     errors = {name: worst_error(f, (x,), target) for name, f in functions.items()}
     if errors["FlashPO"] > 1e-4:
         raise AssertionError(f"selective_log_softmax is off by {errors['FlashPO']} nats")
     words = x.view(torch.int32)
     other = torch.empty_like(x)
-    variants = {"read (max)": lambda: words.amax(), "read (sum)": lambda: x.view(torch.float32).sum()}
-    variants["copy"] = lambda: other.copy_(x)
+    moves = (lambda: words.amax(), lambda: x.view(torch.float32).sum(), lambda: other.copy_(x))
+    variants = dict(zip(MOVES, moves))
     for name, f in functions.items():
         variants[f"{name} forward"] = forward(f, (x,), target)
         variants[f"{name} step"] = step(f, (x,), target, upstream)
-    seconds = compare(device, variants)
+    seconds = clock(variants)
     size = x.numel() * x.itemsize
     read = size / min(seconds["read (max)"], seconds["read (sum)"])
     for name in variants:
@@ -146,17 +155,20 @@ def overhead(device: Device) -> Iterator[dict]:
             yield {"variant": f"{name}, {'with' if grad else 'no'} grad", "us": best * 1e6}
 
 
-def linear_logprob_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def linear_logprob_tables(device: Device, quick: bool) -> Iterator[KernelTable]:
+    variants = (*PRODUCTS, *of(("FlashPO",)), FROZEN)
+    names = ("torch eager", "torch.compile", "TRL", *(("CCE exact", "Liger") if device.cuda else ()))
     for shape in HEAD_SHAPES[device.name][: 1 if quick else None]:
         for dtype in HEAD_DTYPES[device.name]:
             title = f"linear_logprob N={shape[0]} H={shape[1]} V={shape[2]} {str(dtype)[6:]}"
-            yield title, partial(head, device, shape, dtype, with_peers)
+            yield KernelTable(title, variants, of(names), partial(head, device, shape, dtype))
 
 
-def selective_log_softmax_tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def selective_log_softmax_tables(device: Device, quick: bool) -> Iterator[KernelTable]:
+    variants = (*MOVES, *of(("FlashPO",)))
     for dtype in DTYPES:
         title = "selective_log_softmax N={} V={} {}".format(*LOGITS_SHAPES[device.name], str(dtype)[6:])
-        yield title, partial(logits, device, dtype, with_peers)
+        yield KernelTable(title, variants, of(("torch eager", "TRL")), partial(logits, device, dtype))
 
 
 def overhead_tables(device: Device, with_peers: bool, quick: bool) -> Tables:

@@ -5,11 +5,22 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
 Function = Callable[[], object]
 Tables = Iterator[tuple[str, Callable[[], Iterable[dict]]]]  # of titles, and what measures and gives the records
+Clock = Callable[[dict[str, Function]], dict[str, float]]  # the median seconds of each
+
+
+class KernelTable(NamedTuple):
+    """One operator at one shape: `flashpo bench` prints it, and pytest-benchmark has a case for each variant of it."""
+
+    title: str
+    variants: tuple[str, ...]  # FlashPO's, and what shows their floor
+    peers: tuple[str, ...]  # of those, what is not installed is not measured
+    measure: Callable[[Clock, bool], Iterable[dict]]  # with_peers; checks the results before it asks the clock
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -66,10 +77,10 @@ def _status_bytes(field: str) -> int:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
 
 
-def compare(
+def interleave(
     device: Device, variants: dict[str, Function], budget: float | None = None, rounds: int = 5
-) -> dict[str, float]:
-    """Median seconds of each variant. All take turns, so that a change of the machine's mood meets all of them.
+) -> dict[str, list[float]]:
+    """Seconds of each call of each variant. All take turns, so that a change of the machine's mood meets all of them.
 
     Each is warmed up for a tenth of `budget` seconds, then called in at least `rounds` rounds, and in more as long as
     its share of `budget` lasts. The default is 4, on a GPU, whose times vary less, 0.5.
@@ -89,4 +100,12 @@ def compare(
             times[name].append(device.seconds(f))
         if len(times[name]) >= 200:
             break
+    return times
+
+
+def compare(
+    device: Device, variants: dict[str, Function], budget: float | None = None, rounds: int = 5
+) -> dict[str, float]:
+    """Median seconds of each variant, see `interleave`."""
+    times = interleave(device, variants, budget, rounds)
     return {name: statistics.median(values) for name, values in times.items()}

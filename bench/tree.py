@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flashpo import tree_attention
-from flashpo.bench.timing import Device, Tables, compare
+from flashpo.bench.timing import Clock, Device, KernelTable
 
 
 class Shape(NamedTuple):
@@ -36,7 +36,7 @@ SHAPES = {
         Shape(32, 0, 1, 2048, 16, 8, 128),
     ],
 }
-EQUAL = "flash, equal work"
+EQUAL, PADDED, DENSE, FLEX = "flash, equal work", "SDPA, padded rows", "SDPA, dense mask", "flex_attention"
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
@@ -75,7 +75,7 @@ def systems(tree: Groups, with_peers: bool) -> dict:
     """name -> (attention, whether it takes padded rows): (q, k, v) -> out, of (N, heads, D) or (B, heads, T, D)."""
     found = {
         "FlashPO": (lambda q, k, v: tree_attention(q, k, v, tree.end, tree.position), False),
-        "SDPA, padded rows": (lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True), True),
+        PADDED: (lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True), True),
     }
     if not with_peers:
         return found
@@ -86,7 +86,7 @@ def systems(tree: Groups, with_peers: bool) -> dict:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
-    found["SDPA, dense mask"] = dense, False
+    found[DENSE] = dense, False
     if tree.end.is_cuda:  # no backward on CPUs
         N = len(tree.end)
         blocks = create_block_mask(lambda b, h, q, k: (k <= q) & (q < tree.end[k]), None, None, N, N, device="cuda")
@@ -96,7 +96,7 @@ def systems(tree: Groups, with_peers: bool) -> dict:
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
             return compiled(q, k, v, block_mask=blocks, enable_gqa=True)[0].transpose(0, 1)
 
-        found["flex_attention"] = flex, False
+        found[FLEX] = flex, False
     return found
 
 
@@ -119,7 +119,7 @@ def equal_work(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> tup
     return {f"{EQUAL} forward": torch.no_grad()(attention), f"{EQUAL} step": step}, rows * of_row
 
 
-def records(device: Device, shape: Shape, dtype: torch.dtype, with_peers: bool) -> Iterator[dict]:
+def records(device: Device, shape: Shape, dtype: torch.dtype, clock: Clock, with_peers: bool) -> Iterator[dict]:
     tree = groups(shape, device.name)
     N, heads = len(tree.end), (shape.heads, shape.kv_heads, shape.kv_heads)
     flat = [torch.randn(N, h, shape.dim, device=device.name).to(dtype) for h in heads]
@@ -148,7 +148,7 @@ def records(device: Device, shape: Shape, dtype: torch.dtype, with_peers: bool) 
         out = out[tree.real[:2]][:, : exact.shape[1]]
         errors[name] = (out.double() - exact).abs().max().item()
         variants[f"{name} forward"], variants[f"{name} step"] = forward, step
-    if errors["FlashPO"] > 2 * errors["SDPA, padded rows"] + 1e-6:
+    if errors["FlashPO"] > 2 * errors[PADDED] + 1e-6:
         raise AssertionError(f"tree_attention is off by {errors['FlashPO']}")
 
     pairs = (tree.position + 1).sum().item()  # of a query and a key that it sees
@@ -157,7 +157,7 @@ def records(device: Device, shape: Shape, dtype: torch.dtype, with_peers: bool) 
     size = 1024 if device.name == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
-    seconds = compare(device, variants | {"GEMM": lambda: torch.mm(a, b, out=c)})
+    seconds = clock(variants | {"GEMM": lambda: torch.mm(a, b, out=c)})
     gemm = 2 * size**3 / seconds["GEMM"]
     yield {"variant": "GEMM", "ms": seconds["GEMM"] * 1e3, "gflop_per_s": gemm / 1e9}
     for name, f in variants.items():
@@ -176,11 +176,14 @@ def records(device: Device, shape: Shape, dtype: torch.dtype, with_peers: bool) 
         }
 
 
-def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
+def tables(device: Device, quick: bool) -> Iterator[KernelTable]:
+    variants = ("GEMM", *(f"{name} {phase}" for name in ("FlashPO", PADDED, EQUAL) for phase in ("forward", "step")))
+    others = (DENSE, FLEX) if device.cuda else (DENSE,)
+    peers = tuple(f"{name} {phase}" for name in others for phase in ("forward", "step"))
     for shape in SHAPES[device.name][: 1 if quick else None]:
         for dtype in DTYPES[device.name]:
             tokens = "{} x ({} + {} of up to {})".format(*shape[:4])
             title = (
                 f"tree_attention {tokens} tokens, {shape.heads}/{shape.kv_heads} heads of {shape.dim} {str(dtype)[6:]}"
             )
-            yield title, partial(records, device, shape, dtype, with_peers)
+            yield KernelTable(title, variants, peers, partial(records, device, shape, dtype))

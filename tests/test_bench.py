@@ -6,12 +6,15 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 from flashpo.bench import decode_step, grpo_step, packing, rollout, run, tree
-from flashpo.bench.cases import SUITES
+from flashpo.bench.cases import SUITES, load
+from flashpo.bench.timing import Device
 
 ON_CPUS = {"packed_linear"}  # alone
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,6 +52,34 @@ def test_what_was_measured_before_the_end_is_kept(end, raised, tmp_path, monkeyp
     (line,) = (tmp_path / "bench.jsonl").read_text().splitlines()
     assert json.loads(line)["tables"] == {"the first": [{"variant": "FlashPO", "ms": 1.5}]}
     assert capsys.readouterr().out.splitlines()[-1] == line
+
+
+def test_kernels_are_cases_of_pytest_benchmark(tmp_path):
+    """One variant of a table; what shows its floor is measured with it, its peers are not."""
+    chosen = ["-k", "gae and 1024 and whitened", "--benchmark-max-time=0.01", f"--benchmark-json={tmp_path}/out.json"]
+    pytest_run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench", "--benchmark-only", *chosen]
+    done = subprocess.run(pytest_run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    (case,) = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    assert case["group"] == "gae B=64 T=1024"
+    assert case["stats"]["rounds"] >= 5
+    assert case["extra_info"]["ms"] == pytest.approx(case["stats"]["median"] * 1e3)
+    assert case["extra_info"]["times_flashpo"] > 0
+
+
+def test_the_cases_of_a_table_are_what_it_measures():
+    class Asked(Exception):
+        """By a clock that measures nothing."""
+
+    def clock(variants):
+        raise Asked(*variants)
+
+    torch.manual_seed(0)
+    for place in ("gae.tables", "advantages.tables", "losses.policy_loss_tables", "decoding.tables"):
+        table = next(iter(load(place)(Device("cpu"), True)))
+        with pytest.raises(Asked) as asked:
+            list(table.measure(clock, False))
+        assert set(asked.value.args) == set(table.variants), table.title
 
 
 def test_titles_are_distinct():
