@@ -17,7 +17,7 @@ from trl_models import PROMPTS, load, text, tokenizer
 import flashpo
 import flashpo.trl
 from flashpo.trl import report
-from flashpo.trl.experimental import EXPERIMENTAL, table
+from flashpo.trl.experimental import EXPERIMENTAL, share_prompts, table
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "trainers.md"
 PROMPT = [{"prompt": p} for p in PROMPTS]
@@ -71,8 +71,7 @@ RUNS = {  # rows, arguments of the trainer, options
 }
 
 
-@pytest.mark.parametrize("package", RUNS)
-def test_what_runs_under_patch(package, tmp_path):
+def make(package, folder, **more):
     rows, extra, options = RUNS[package]
     known, module = EXPERIMENTAL[package], importlib.import_module(f"trl.experimental.{package}")
     cls = getattr(module, known.trainer)
@@ -85,19 +84,52 @@ def test_what_runs_under_patch(package, tmp_path):
     rows = [
         {k: x for k, x in row.items() if package != "kto" or k in ("prompt", "completion", "label")} for row in rows
     ]
+    return cls(
+        model=load("qwen3"),
+        args=config(output_dir=str(folder), **settings | options | more),
+        processing_class=tokenizer(),
+        train_dataset=Dataset.from_list(rows),
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("package", RUNS)
+def test_what_runs_under_patch(package, tmp_path):
+    known = EXPERIMENTAL[package]
     flashpo.stats(reset=True)
     with flashpo.trl.patched():
-        cls(
-            model=load("qwen3"),
-            args=config(output_dir=str(tmp_path), **settings | options),
-            processing_class=tokenizer(),
-            train_dataset=Dataset.from_list(rows),
-            **extra,
-        ).train()
+        make(package, tmp_path).train()
     ran = [op for op in flashpo.stats() if not op.startswith("merge_")]
     for begin in known.ops:
         assert any(op.startswith(begin) for op in ran), ran
     assert all(op.startswith(known.ops) for op in ran) if known.ops else not ran
+
+
+@pytest.mark.parametrize("package", [name for name, known in EXPERIMENTAL.items() if known.shares])
+def test_shared_prompts_train_as_padded_rows(package, tmp_path):
+    def step(sharing):
+        trainer = make(package, tmp_path, logging_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=1e9)
+        if sharing:
+            share_prompts(trainer)
+        with flashpo.trl.patched():
+            trainer.train()
+        return trainer.state.log_history[0], dict(trainer.model.named_parameters())
+
+    (log, weights), before = step(False), dict(load("qwen3").named_parameters())
+    flashpo.stats(reset=True)
+    shared_log, shared = step(True)
+    assert "tree_attention_bwd" in flashpo.stats()
+    for name in log.keys() - {"logits/chosen", "logits/rejected"}:  # which count padding
+        if "runtime" not in name and "second" not in name:
+            assert shared_log[name] == pytest.approx(log[name], rel=1e-4, abs=1e-5), name
+    for name, x in weights.items():
+        step_of = (x - before[name]).abs().max()
+        assert (shared[name] - x).abs().max() <= 1e-3 * step_of + 1e-7, name
+
+
+def test_only_trainers_that_pad_on_the_right_share_prompts(tmp_path):
+    with pytest.raises(TypeError, match=r"trainer must be one of TRL's CPOTrainer, .*, got a SDPOTrainer"):
+        share_prompts(make("sdpo", tmp_path))
 
 
 def test_every_trainer_is_listed():

@@ -21,3 +21,9 @@ class Fallback:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(self.says.format(reason=reason), stacklevel=3)
+
+    def allows(self, reason: str) -> bool:
+        """Whether there is no reason, "", for TRL's code; warns of one that is new."""
+        if reason:
+            self(reason)
+        return not reason

@@ -1,16 +1,21 @@
-"""What `patch()` does for the trainers in `trl.experimental`, by their packages there.
+"""What FlashPO does for the trainers in `trl.experimental`, by their packages there.
 
 They are classes of their own, and most call the model for whole logits. Where they hand these to TRL's functions for
-log-probs, `patch()` reaches them; where they hand them to torch, nothing is replaced.
+log-probs, `patch()` reaches them; where they hand them to torch, nothing is replaced. Where the rows of a batch are
+padded on the right, `share_prompts` lets the layers below the head compute each distinct token of a batch once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from flashpo.trl._fallback import Fallback
+from flashpo.trl.reward_models import run_on_trees
 
 
 class Experimental(NamedTuple):
     trainer: str
     ops: tuple[str, ...]  # operators of ours that run under `patch()`, by how their names begin
     rest: str  # why not more
+    shares: bool = False  # whether `share_prompts` knows it
 
 
 _LOGITS = "the model gives it whole logits"
@@ -23,7 +28,7 @@ EXPERIMENTAL = {
     "async_distillation": Experimental("AsyncDistillationTrainer", (), "its teachers are servers that send top-k"),
     "async_grpo": Experimental("AsyncGRPOTrainer", _HEAD, "vLLM generates, in a process of its own"),
     "bema_for_ref_model": Experimental("DPOTrainer", _HEAD, "it is derived from TRL's own DPOTrainer"),
-    "cpo": Experimental("CPOTrainer", _LOGPROBS, _METRICS),
+    "cpo": Experimental("CPOTrainer", _LOGPROBS, _METRICS, shares=True),
     "distillation": Experimental(
         "DistillationTrainer", ("linear_divergence",), "it is derived from TRL's own DistillationTrainer"
     ),
@@ -33,12 +38,43 @@ EXPERIMENTAL = {
     "iw_opd": Experimental("IWOPDTrainer", (), _IN_TORCH),
     "kto": Experimental("KTOTrainer", _HEAD, "it is derived from TRL's own KTOTrainer"),
     "online_dpo": Experimental("OnlineDPOTrainer", (), _IN_TORCH),
-    "orpo": Experimental("ORPOTrainer", _LOGPROBS, _METRICS),
+    "orpo": Experimental("ORPOTrainer", _LOGPROBS, _METRICS, shares=True),
     "sdft": Experimental("SDFTTrainer", _LOGPROBS, f"{_LOGITS}; all but log-probs of sampled tokens is in plain torch"),
     "sdpo": Experimental("SDPOTrainer", _LOGPROBS, f"{_LOGITS}; all but log-probs of sampled tokens is in plain torch"),
     "server_distillation": Experimental("ServerDistillationTrainer", (), "its teacher is a server that sends top-k"),
-    "tpo": Experimental("TPOTrainer", _LOGPROBS, _METRICS),
+    "tpo": Experimental("TPOTrainer", _LOGPROBS, _METRICS, shares=True),
 }
+
+
+def of(cls: type) -> Experimental | None:
+    """The entry of a class of TRL's, or of one derived from it."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("trl.experimental."):
+            return EXPERIMENTAL.get(base.__module__.split(".")[2])
+    return None
+
+
+def share_prompts(trainer: Any) -> None:
+    """Let an experimental trainer's model run each distinct token of a batch once, below its head; for good.
+
+    `flashpo run` does it when such a trainer begins to train. Loss and gradients stay TRL's. Padding has logits of 0
+    then, so the means of whole logits that CPO and ORPO log (`logits/chosen`, `logits/rejected`), which count padding,
+    are others.
+
+    Args:
+        trainer: one that `EXPERIMENTAL` says `shares`, or of a class derived from such a one; before it trains.
+
+    Raises:
+        TypeError: it is another.
+    """
+    known = of(type(trainer))
+    if known is None or not known.shares:
+        names = ", ".join(x.trainer for x in EXPERIMENTAL.values() if x.shares)
+        raise TypeError(f"trainer must be one of TRL's {names}, got a {type(trainer).__name__}")
+    refuse = Fallback(f"FlashPO runs the model of {known.trainer} on padded rows: {{reason}}.")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return refuse("it is sharded only when it trains")
+    run_on_trees(trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model), refuse.allows)
 
 
 def table() -> str:
@@ -47,7 +83,8 @@ def table() -> str:
     names["linear_divergence"] = "both LM heads and their divergence"
     rows = [
         f"| `trl.experimental.{package}.{known.trainer}` | {', '.join(names[op] for op in known.ops) or 'nothing'} | "
-        f"{known.rest} |"
+        f"{'yes' if known.shares else ''} | {known.rest} |"
         for package, known in EXPERIMENTAL.items()
     ]
-    return "\n".join(["| trainer | by FlashPO under `patch()` | why not more |", "| --- | --- | --- |", *rows])
+    titles = "| trainer | by FlashPO under `patch()` | prompts shared under `flashpo run` | why not more |"
+    return "\n".join([titles, "| --- | --- | --- | --- |", *rows])

@@ -45,15 +45,5 @@ class RewardModels:
         self._tried = True
         for model, name in zip(self.trainer.reward_funcs, self.trainer.reward_func_names):
             if isinstance(model, nn.Module):
-                run_on_trees(self.trainer.accelerator, model, _allowed_for(name))
-
-
-def _allowed_for(name: str) -> Callable[[str], bool]:
-    refuse = Fallback(f"FlashPO runs the reward model {name} on padded rows: {{reason}}.")
-
-    def allowed(reason: str) -> bool:
-        if reason:
-            refuse(reason)
-        return not reason
-
-    return allowed
+                refuse = Fallback(f"FlashPO runs the reward model {name} on padded rows: {{reason}}.")
+                run_on_trees(self.trainer.accelerator, model, refuse.allows)
