@@ -19,6 +19,7 @@ B, T = 6, 13
 def grpo():
     trainer = make_trainer("GRPO", flashpo.trl, beta=0.04, steps_per_generation=4, gradient_accumulation_steps=4)
     trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 4  # as transformers' training loop sets it
     return trainer
 
 
@@ -118,7 +119,7 @@ def test_grpo(grpo, loss_type, level, monkeypatch):
             )
         if i % 3 == 0:
             del inputs["old_per_token_logps"]
-        grpo.current_gradient_accumulation_steps = accumulation
+        monkeypatch.setattr(grpo, "current_gradient_accumulation_steps", accumulation)
         configure(
             grpo, monkeypatch, beta=beta, delta=delta, use_vllm=ratio is not None, steps_per_generation=per_generation,
             vllm_importance_sampling_correction=True, use_bias_correction_kl=corrected,
@@ -147,7 +148,6 @@ def test_grpo_entropy_bonus(grpo, loss_type, adaptive, monkeypatch):
         entropy_coef=0.03, top_entropy_quantile=0.5, entropy_target=1.7, entropy_coef_delta=0.01, entropy_coef_max=0.05,
         _last_world_entropy=0.0, _entropy_window_stats=None,
     )  # fmt: skip
-    grpo.current_gradient_accumulation_steps = 4
     bonus = [assert_same_loss(grpo, *tensors())["d entropy"].abs().max() > 0 for _ in range(3)]
     assert bonus[0]
 
