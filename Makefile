@@ -48,12 +48,14 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Torch comes first and by its exact version: a range would admit another build of it.
+# Torch comes first and by its exact version: a range would admit another build of it. What builds FlashPO is installed,
+# too: each isolated build would compile everything again (tests/test_wheel.py).
 $(VENV)/ready: $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch==2.13.0
 	$(RUN) -m pip install -q -c constraints.txt triton || echo "no Triton for this platform: its tests are skipped"
-	$(RUN) -m pip install -q -c constraints.txt -e ".[trl,test,test-verl,bench]"
+	$(RUN) -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[trl,test,test-verl,bench]"
 	$(RUN) -m pip install -q -c constraints.txt --no-deps verl || echo "no verl for this Python: its tests are skipped"
 	touch $@
 

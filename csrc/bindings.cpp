@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "decode_layer.h"
 #include "decode_plan.h"
 #include "ops.h"
+#include "policy_table.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -104,6 +106,14 @@ PYBIND11_MODULE(_C, m) {
   const Isa isa = choose_isa(isas);
   m.attr("isa") = NAMES[static_cast<int>(isa)];
   m.attr("isas") = py::tuple(py::cast(names_of(isas)));
+  using Names = std::map<std::string, std::string>;
+  m.attr("policy_choices") = Names{
+      {"ratio", names_of(Ratio{})}, {"surrogate", names_of(Surrogate{})}, {"kl", names_of(Kl{})},
+      {"importance", names_of(Importance{})}, {"aggregation", names_of(Aggregation{})},
+      {"empty_sequences", names_of(Empty{})}, {"entropy_mean", names_of(EntropyMean{})}};
+  m.attr("policy_numbers") = names_of(Number{});
+  m.attr("policy_stats") = py::make_tuple(stat::SUM_NAMES, stat::EXTREME_NAMES);
+  m.attr("log_ratio_edges") = py::tuple(py::cast(std::vector<float>(std::begin(EDGES), std::end(EDGES))));
 
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;  // after the casters: they need it
   m.def("selective_log_softmax_fwd", CPU(selective_log_softmax_fwd), ReleaseGil());

@@ -1,6 +1,8 @@
 """The C++ kernel of `policy_loss` against the reference in float64, over random specs and inputs."""
 
+import importlib
 import random
+import types
 from dataclasses import replace
 
 import pytest
@@ -129,3 +131,24 @@ def test_compiles_into_one_graph(graphs, counting):
             (expected,), (got,) = (torch.autograd.grad(f(x, *rest), x) for f in (loss, compiled))
             assert torch.equal(expected, got)
     assert len(graphs) == 1
+
+
+implementation = importlib.import_module("flashpo.ops.policy_loss")  # whose name in the package is the function
+TABLES = ("policy_choices", "policy_numbers", "policy_stats", "log_ratio_edges")
+
+
+@pytest.mark.parametrize("other", TABLES)
+def test_an_extension_of_other_sources_is_refused(other, monkeypatch):
+    """One that numbers anything in another order would compute another loss without a word."""
+    tables = {name: getattr(implementation.native, name) for name in TABLES}
+    changed = {
+        "policy_choices": tables["policy_choices"] | {"ratio": "sequence, token, sequence_token, sequence_sum"},
+        "policy_numbers": tables["policy_numbers"].replace("clip_low, clip_high", "clip_high, clip_low"),
+        "policy_stats": tuple(reversed(tables["policy_stats"])),
+        "log_ratio_edges": tables["log_ratio_edges"][1:],
+    }
+    monkeypatch.setattr(implementation, "native", types.SimpleNamespace(**tables))
+    implementation._compare_with_native()
+    monkeypatch.setattr(implementation.native, other, changed[other])
+    with pytest.raises(ImportError, match="other losses"):
+        implementation._compare_with_native()

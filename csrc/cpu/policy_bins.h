@@ -1,15 +1,11 @@
 // How many log-ratios are in each bin of policy_stats.py. A token's becomes a byte, its rank among half octaves, so
 // that a block of tokens is a few vectors, which are compared with one edge after the other.
 #pragma once
-#include <iterator>
-
+#include "../policy_table.h"
 #include "isa.h"
 
 namespace flashpo::FLASHPO_ISA {
 
-constexpr float EDGES[] = {1 / 1024.f, 1 / 256.f, 1 / 64.f, 1 / 32.f,  1.5f / 32, 1 / 16.f,
-                           1.5f / 16,  1 / 8.f,   1.5f / 8, 1 / 4.f,   1 / 2.f,   2};  // LOG_RATIO_EDGES
-constexpr int EDGES_A_SIDE = std::size(EDGES), BINS = 2 * EDGES_A_SIDE + 1;
 constexpr int64_t BLOCK = 60;  // vectors of tokens: 15 of bytes, whose counts fit into 4 bits
 
 using vb = int8_t __attribute__((vector_size(4 * W)));

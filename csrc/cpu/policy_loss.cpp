@@ -9,12 +9,7 @@
 namespace flashpo::FLASHPO_ISA {
 namespace {
 
-enum Stat {  // as policy_stats.py names them
-  LOSS, POLICY_LOSS, TOKENS, SEQUENCES, LIVE_SEQUENCES, ENTROPY_SUM, KL, APPROX_KL, RATIOS, RATIO, RATIO_SQUARED,
-  CLIP_LOW, CLIP_HIGH, BELOW, ABOVE, CAPPED, SATURATED, WEIGHTS, WEIGHT, WEIGHT_SQUARED, OFF_POLICY_SEQUENCES,
-  HIGH_ENTROPY_TOKENS, HIGH_ENTROPY, PHIS, PHI, LOG_RATIO_BINS, RATIO_MIN = LOG_RATIO_BINS + BINS, RATIO_MAX,
-  CLIP_LOW_MIN, CLIP_HIGH_MAX, WEIGHT_MIN, WEIGHT_MAX, STATS
-};
+using namespace stat;
 
 // Everything of one sequence: its gradients are written, its statistics returned.
 struct Partial {
@@ -53,8 +48,8 @@ Partial run_sequence(const Batch& b, int64_t sequence, Sequence q) {
   if (s.empty_sequences == Empty::surrogate && b.advantage_of_sequence && !live)
     out[POLICY_LOSS] -= q.advantage / b.items;
   out[HIGH_ENTROPY] = total(sums.high_entropy);
-  out[ENTROPY_SUM] = total(sums.entropy);
-  const double bonus = s.entropy_mean == EntropyMean::tokens ? out[HIGH_ENTROPY] : out[ENTROPY_SUM];
+  out[stat::ENTROPY] = total(sums.entropy);
+  const double bonus = s.entropy_mean == EntropyMean::tokens ? out[HIGH_ENTROPY] : out[stat::ENTROPY];
   out[LOSS] = b.scale * (out[POLICY_LOSS] - (s.entropy_coef != 0 ? s.entropy_coef * of_bonus * bonus : 0));
   out[TOKENS] = static_cast<double>(q.tokens);
   out[SEQUENCES] = 1;
@@ -124,7 +119,7 @@ void policy_loss_fwd(const Tensor& logprob, const Tensor& old_logprob, const Ten
     expect_dense(name, x, DType::f32, {sequences, 1});
     return nullptr;
   };
-  expect_dense("spec", spec, DType::f64, {Spec::NUMBERS});
+  expect_dense("spec", spec, DType::f64, {NUMBERS});
   expect_dense("cu_seqlens", cu_seqlens, DType::i64, {sequences + 1});
   expect_dense("entropy_threshold", entropy_threshold, DType::f32, {1}, true);
   expect_dense("num_items", num_items, DType::f32, {1}, true);

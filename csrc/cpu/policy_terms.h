@@ -1,28 +1,20 @@
 // The terms of `policy_loss` for W tokens of one sequence: names and formulas as in
-// python/flashpo/ops/_policy_loss_reference.py, choices numbered as in loss_spec.py.
+// python/flashpo/ops/_policy_loss_reference.py.
 #pragma once
 #include <algorithm>
 #include <limits>
 
 #include "../ops.h"
+#include "../policy_table.h"
 #include "isa.h"
 
 namespace flashpo::FLASHPO_ISA {
 
-enum class Ratio { token, sequence, sequence_token, sequence_sum };
-enum class Surrogate { clip, cispo, sapo, vespo, gmpo, dppo_tv, dppo_kl, reinforce };
-enum class Kl { k1, abs, k2, k3, k1_plus, abs_plus, k3_plus };
-enum class Importance { none, token_truncate, token_mask, sequence_truncate, sequence_mask, geometric_mask };
-enum class Aggregation { token_mean, token_sum, sequence_mean, sequence_sum, fixed_length, local_token_mean };
-enum class Empty { zero, excluded, surrogate };
-enum class EntropyMean { tokens, loss };
-
 constexpr float SATURATION = 64.0f;
 const double VESPO_LOG_MIN = std::log(1e-8), VESPO_LOG_MAX = 20.0;
 
-// A LossSpec: its fields in their order, as numbers; None is NaN.
+// A LossSpec.
 struct Spec {
-  static constexpr int NUMBERS = 29;
   Ratio ratio;
   Surrogate surrogate;
   float lowest, highest, clip_low, clip_high, ratio_cap, dual_clip, log_ratio_min, log_ratio_max;
@@ -42,43 +34,45 @@ struct Spec {
   double entropy_coef;
   EntropyMean entropy_mean;
 
-  explicit Spec(const double* next) {
-    const auto choice = [&](auto& field) { field = static_cast<std::decay_t<decltype(field)>>(*next++); };
-    const auto number = [&](auto& field, double none = 0) {
-      field = static_cast<std::decay_t<decltype(field)>>(std::isnan(*next) ? none : *next);
-      ++next;
+  explicit Spec(const double* numbers) {
+    const auto at = [&](Number name) { return numbers[static_cast<int>(name)]; };
+    const auto choice = [&](Number name, auto& field) { field = static_cast<std::decay_t<decltype(field)>>(at(name)); };
+    const auto number = [&](Number name, auto& field, double none = 0) {
+      field = static_cast<std::decay_t<decltype(field)>>(std::isnan(at(name)) ? none : at(name));
     };
     const double inf = std::numeric_limits<double>::infinity();
-    choice(ratio);
-    choice(surrogate);
-    lowest = static_cast<float>(std::isnan(next[0]) ? -inf : 1 - next[0]);
-    highest = static_cast<float>(std::isnan(next[1]) ? inf : 1 + next[1]);
-    number(clip_low, inf);
-    number(clip_high, inf);
-    number(ratio_cap, inf);
-    number(dual_clip, inf);
-    number(log_ratio_min, -inf);
-    number(log_ratio_max, inf);
-    number(sapo_positive);
-    number(sapo_other);
-    for (auto& sign : vespo_gamma)
-      for (double& x : sign) number(x);
-    number(kl_coef);
-    choice(kl);
-    choice(kl_ratio_correction);
-    number(kl_log_clamp, inf);
-    number(kl_clamp, inf);
-    choice(importance);
-    number(importance_min, -inf);
-    number(importance_max, inf);
-    off_policy = !std::isnan(*next);
-    number(off_policy_threshold);
-    ++next;  // top_entropy: its threshold is an argument
-    choice(aggregation);
-    number(max_length);
-    choice(empty_sequences);
-    number(entropy_coef);
-    choice(entropy_mean);
+    choice(Number::ratio, ratio);
+    choice(Number::surrogate, surrogate);
+    const double low = at(Number::clip_low), high = at(Number::clip_high);
+    lowest = static_cast<float>(std::isnan(low) ? -inf : 1 - low);
+    highest = static_cast<float>(std::isnan(high) ? inf : 1 + high);
+    number(Number::clip_low, clip_low, inf);
+    number(Number::clip_high, clip_high, inf);
+    number(Number::ratio_cap, ratio_cap, inf);
+    number(Number::dual_clip, dual_clip, inf);
+    number(Number::log_ratio_min, log_ratio_min, -inf);
+    number(Number::log_ratio_max, log_ratio_max, inf);
+    number(Number::sapo_temperatures_0, sapo_positive);
+    number(Number::sapo_temperatures_1, sapo_other);
+    number(Number::vespo_gamma_0_0, vespo_gamma[0][0]);
+    number(Number::vespo_gamma_0_1, vespo_gamma[0][1]);
+    number(Number::vespo_gamma_1_0, vespo_gamma[1][0]);
+    number(Number::vespo_gamma_1_1, vespo_gamma[1][1]);
+    number(Number::kl_coef, kl_coef);
+    choice(Number::kl, kl);
+    choice(Number::kl_ratio_correction, kl_ratio_correction);
+    number(Number::kl_log_clamp, kl_log_clamp, inf);
+    number(Number::kl_clamp, kl_clamp, inf);
+    choice(Number::importance, importance);
+    number(Number::importance_min, importance_min, -inf);
+    number(Number::importance_max, importance_max, inf);
+    off_policy = !std::isnan(at(Number::off_policy_threshold));
+    number(Number::off_policy_threshold, off_policy_threshold);
+    choice(Number::aggregation, aggregation);  // top_entropy's threshold is an argument
+    number(Number::max_length, max_length);
+    choice(Number::empty_sequences, empty_sequences);
+    number(Number::entropy_coef, entropy_coef);
+    choice(Number::entropy_mean, entropy_mean);
   }
 
   bool of_tokens() const { return ratio == Ratio::token; }

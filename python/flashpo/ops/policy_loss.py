@@ -26,7 +26,7 @@ from flashpo.ops._check import (
 from flashpo.ops._first_order import first_order
 from flashpo.ops.loss_spec import CHOICES, LossSpec, resolve, resolved_key
 from flashpo.ops.masked_quantile import entropy_threshold
-from flashpo.ops.policy_stats import INDEX, NAMES, PolicyStats
+from flashpo.ops.policy_stats import EXTREMES, INDEX, LOG_RATIO_BINS, LOG_RATIO_EDGES, NAMES, SUMS, PolicyStats
 
 
 class PolicyLoss(NamedTuple):
@@ -225,14 +225,40 @@ def _(logprob, *rest):
     return tuple(logprob.new_empty(shape) for shape in ((), len(NAMES), (rows, logprob.shape[0]), rows))
 
 
+def _numbers_of(spec: LossSpec) -> dict[str, float]:
+    """A spec's fields as csrc/policy_table.h names them: choices by number, None as NaN, tuples one by one."""
+    numbers: dict[str, float] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, tuple):
+            for i, each in enumerate(value):
+                add(f"{name}_{i}", each)
+        else:
+            numbers[name] = math.nan if value is None else float(value)
+
+    for name, value in asdict(spec).items():
+        add(name, CHOICES[name].index(value) if name in CHOICES else value)
+    return numbers
+
+
 @functools.lru_cache(maxsize=256)
 def _numbers(key: str) -> Tensor:
-    """A spec's fields in their order, as csrc/cpu/policy_terms.h reads them: choices by number, None as NaN."""
-    numbers: list[float] = []
-    for name, value in asdict(LossSpec.from_key(key)).items():
-        value = CHOICES[name].index(value) if name in CHOICES else math.nan if value is None else value
-        numbers += torch.tensor(value, dtype=torch.float64, device="cpu").flatten().tolist()
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return torch.tensor(list(_numbers_of(LossSpec.from_key(key)).values()), dtype=torch.float64, device="cpu")
+
+
+def _compare_with_native() -> None:
+    """Raises ImportError where the extension numbers choices, fields or statistics in another way than Python does."""
+    choices = {name: ", ".join(x.replace("+", "_plus") for x in values) for name, values in CHOICES.items()}
+    sums = ", ".join(name for name in SUMS if name not in LOG_RATIO_BINS).upper()
+    ours = choices, ", ".join(_numbers_of(LossSpec())), (sums, ", ".join(dict(EXTREMES)).upper()), LOG_RATIO_EDGES
+    if ours != (native.policy_choices, native.policy_numbers, native.policy_stats, native.log_ratio_edges):
+        raise ImportError(
+            "flashpo._C has other losses than flashpo.ops.policy_loss: build it from these sources"
+        )
+
+
+if native is not None:
+    _compare_with_native()
 
 
 @policy_loss_fwd.backend("native")  # csrc/cpu/policy_loss.cpp
