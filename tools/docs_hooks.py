@@ -18,7 +18,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
-FILES = {"bench/results": ("*.png", "results"), "examples": ("*.py", "examples"), ".": ("LICENSE", ".")}
+FILES = {"bench/results": ("*.png", "results"), "examples": ("*.*", "examples"), ".": ("LICENSE", ".")}
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
