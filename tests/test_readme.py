@@ -52,3 +52,21 @@ def test_links_and_files_that_are_named_exist(page):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_numbers_in_sentences_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    tables = {
+        title: {record["variant"]: record for record in records} for title, (_, records) in readme.newest().items()
+    }
+    step = tables["GRPO step, 1.7B model, prompt=2048, completions mean length 256 on gpu-h200"]
+    more = step["flashpo run"]["peak_mb"] / step["stock TRL"]["peak_mb"] - 1
+    assert f"**{100 * more:.0f} % more memory**" in text
+    alone = tables["training pass, nothing shared, no padding"]["padded, FlashPO's head pass"]["times_flashpo"] - 1
+    assert f"token trees bring {100 * alone:.0f} %" in text
+    passes = {title: rows for title, rows in tables.items() if title.startswith("training pass, GRPO, prompt ")}
+    on_cpu = {title: rows["FlashPO pass"]["off_by_nats"] for title, rows in passes.items() if "gpu" not in title}
+    single, half = (max(x for title, x in on_cpu.items() if ("bfloat16" in title) == b) for b in (False, True))
+    flat = " ".join(text.split())
+    assert f"{single:.1e} nats".replace("e-0", "e-") in flat
+    assert f"to {half:.2f} in bfloat16" in flat
