@@ -42,7 +42,7 @@ LINES = (
     _of_growth(4096),
     _of_growth(1024),
     _of_growth(128),
-    Line("DPO pass", FP32, "512", "a pair", CPU, "training pass, DPO, prompt 512", **PASS),
+    Line("DPO pass, answers of one length", FP32, "512", "a pair", CPU, "training pass, DPO, prompt 512", **PASS),
     Line("training pass, nothing shared, no padding", FP32, "256", "1", CPU,
          "training pass, nothing shared, no padding", **PASS),
     Line("the same, TRL with FlashPO's LM head ÷ FlashPO", FP32, "256", "1", CPU,
