@@ -1,4 +1,4 @@
-"""The table of algorithms in README: by which operators and trainer each runs, whose results it reproduces in which
+"""The table of docs/algorithms.md: by which operators and trainer each runs, whose results it reproduces in which
 test, and how much it learned in `make zoo`."""
 
 from typing import NamedTuple
@@ -62,7 +62,7 @@ ALGORITHMS = (
 
 
 def records(learned: dict[str, dict]) -> list[dict]:
-    """Rows for README, given the zoo's newest record of each name."""
+    """Its rows, given the zoo's newest record of each name."""
     rows = []
     for algorithm in ALGORITHMS:
         found = learned.get(algorithm.zoo or "")

@@ -39,29 +39,45 @@ this page.
 | packed, prefix-shared training | {packed} |
 | not built small, so not tried here | {untried} |
 
-**Rollout engine.** A model that it refuses is not an error: `RolloutEngine` warns once, with the reason, and answers by
-transformers' `generate` with the same sampler (`fallback="error"` raises instead). The self-check runs before the first
-rollout of every class and config, on the model itself and on a small fp32 twin of it, so that a family that is not in
-this table, or a model with code of its own, is refused rather than sampled from wrongly.
-Refused for any family: adapters of PEFT that do more than change layers (see below), weights on several devices,
-tensor parallelism, FSDP1, ZeRO-3 weights that have not been gathered, weights that are offloaded. Sequences must not
-be longer than the positions that the model has, nor, with dynamic or longrope scaling, than the length from which
-rotary frequencies depend on the longest row of a batch.
-Layers of quantised bases (bitsandbytes, torchao and others) compute as they do in training, also below LoRA.
+## What happens with a model that is refused
 
-**Packed training.** A model that cannot run on token trees trains on padded rows, as in TRL, after one warning that
-names the reason (`share_prefix=True` raises instead). A comparison with the model's own padded forward, log-probs and
-gradients, comes before the first step of every class, config, dtype and set of adapters, on the model itself and on a
-small fp32 twin of it (`flashpo.packable(model, check=True)` asks for it; `flashpo.score` does before a model's first
-tree), so that a family that is not in this table, or a model with code of its own, trains padded rather than wrongly.
-Refused for any family: dropout in attention while it trains (without it, by the configuration or a trainer's
-`disable_dropout`, the families below that have it run packed), adapters of PEFT that do more than change layers (see
-below), a head that FSDP1 wraps by itself, `neftune_noise_alpha`; an adapter on the language model head raises, as it
-does in TRL. A head that ZeRO-3 or FSDP2 shards is gathered while the fused head reads it, in forward and again in
-backward. Trainers ask of every batch, too: refused are images and any other input that says something beside token ids,
-mask and labels; in SFT, DPO and KTO a mask with gaps
-or of more than two dimensions, position ids that do not count each row of a padding-free batch from 0, a label on
-padding or on the first token of a row that is padded on the left.
+It still trains and generates, as in TRL.
+
+- **Rollout engine.** `RolloutEngine` warns once, with the reason, and answers by transformers' `generate` with the same
+  sampler. `fallback="error"` raises instead.
+- **Packed training.** The model trains on padded rows after one warning with the reason. `share_prefix=True` raises
+  instead.
+
+A family that is not in these tables, or a model with code of its own, is not used wrongly: it is compared with its own
+forward first. Before the first rollout of each class and configuration, a rollout is compared with a plain forward.
+Before the first training step of each class, configuration, dtype and set of adapters, log-probs and gradients of a
+token tree are compared with those of padded rows. Both are done on the model itself and on a small fp32 twin of it.
+`flashpo.packable(model, check=True)` asks for the second comparison.
+
+## What is refused for any family
+
+By the rollout engine:
+
+- adapters of PEFT that do more than change layers, see [below](#adapters);
+- weights on several devices, tensor parallelism, FSDP1, offloaded weights, ZeRO-3 weights that have not been gathered;
+- sequences longer than the positions of the model, or, with dynamic or longrope scaling, longer than the length from
+  which rotary frequencies depend on the longest row of a batch.
+
+In packed training:
+
+- dropout in attention while the model trains. Families below that have it run packed without it, by the configuration
+  or by a trainer's `disable_dropout`;
+- adapters of PEFT that do more than change layers; an adapter on the LM head raises, as it does in TRL;
+- an LM head that FSDP1 wraps by itself;
+- `neftune_noise_alpha`.
+
+Single batches train padded if they have images, or another input that says something beside token ids, mask and labels.
+So do batches of SFT, DPO and KTO with a mask that has gaps or more than two dimensions, with position ids that do not
+count each row of a padding-free batch from 0, or with a label on padding or on the first token of a row that is padded
+on the left.
+
+Layers of quantised bases (bitsandbytes, torchao and others) compute as they do in training, also below LoRA. An LM head
+that ZeRO-3 or FSDP2 shards is gathered while it is read, in forward and again in backward.
 
 {adapters}
 {multimodal}

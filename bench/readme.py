@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table: TITLE -->` and `<!-- end -->`; TITLE is that of `flashpo bench`, for a GPU with the
 name of its file behind it, "TITLE on gpu-h200". The newest record is taken, with the machine and the command that made
-it. "algorithms" is the table of algorithms.py, with
-what each learned in the newest `make zoo` that ran it.
+it. "algorithms" is the table of algorithms.py, with what each learned in the newest `make zoo` that ran it;
+"expectations" that of expectations.py.
 """
 
 import json
@@ -11,11 +11,11 @@ import pathlib
 import re
 import sys
 
-from flashpo.bench import algorithms
+from flashpo.bench import algorithms, expectations
 from flashpo.bench.run import number
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "algorithms.md", ROOT / "docs" / "benchmarks.md")
 HEADS = {
     "ms": "ms",
     "ms_trl": "TRL, ms",
@@ -100,8 +100,12 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match) -> str:
         title = match[1]
-        if title == "algorithms":
-            return f"<!-- table: {title} -->\n" + "\n".join(rows_of(algorithms.records(learned()))) + "\n<!-- end -->"
+        made = {
+            "algorithms": lambda: rows_of(algorithms.records(learned())),
+            "expectations": lambda: expectations.rows(tables),
+        }
+        if title in made:
+            return f"<!-- table: {title} -->\n" + "\n".join(made[title]()) + "\n<!-- end -->"
         if title not in tables:
             raise SystemExit(f"a page asks for {title!r}, which bench/results does not have; it has {sorted(tables)}")
         return f"<!-- table: {title} -->\n{markdown(*tables[title])}\n<!-- end -->"

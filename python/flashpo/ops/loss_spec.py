@@ -51,53 +51,75 @@ CHOICES = {  # field -> its values, in the order in which the kernels number the
 class LossSpec:
     """A policy loss. `LOSSES["dapo"]` is one; `dataclasses.replace(spec, clip_high=0.3)` makes another.
 
-    Raises ValueError or TypeError where an option is no finite number, where options contradict each other, and where
-    one would do nothing; but numbers of another surrogate, and how to do a KL or an entropy bonus whose coefficient is
-    0, may stand.
+    Args:
+        ratio: the level of the ratio w. "token": each token has its own. "sequence": exp(mean d) of the sequence
+            (GSPO). "sequence_token": that value with the gradient of each token alone (GSPO-token). "sequence_sum":
+            exp(sum d), the sequence's without the mean (RLOO).
+        surrogate: the loss of a token, see the table above.
+        clip_low, clip_high: how far the ratio may go below and above 1; None: it is not clipped on that side.
+        ratio_cap: the largest ratio: TRL's delta (INTELLECT-2) for `clip`, the cap of the weight for `dppo_*`.
+        dual_clip: c > 1; the loss is at most -c A where A < 0 (arXiv 1912.09729).
+        log_ratio_min, log_ratio_max: log w is clamped to them before exp, without gradient beyond (verl).
+        sapo_temperatures: for A > 0, for the others.
+        vespo_gamma: (k, lambda) for A >= 0, for A < 0.
+        kl_coef: beta, the coefficient of the KL to a reference.
+        kl: the estimator of that KL from a sample. "k1": log pi - log ref. "abs": |k1|. "k2": k1^2 / 2. "k3":
+            exp(-k1) + k1 - 1 (Schulman). With "+": the value of that estimator and the gradient of k2.
+        kl_ratio_correction: multiply the KL by w, with its gradient: unbiased off-policy (DeepSeek-V3.2).
+        kl_log_clamp: for k3, |log ref - log pi| is clamped to it before the estimate (verl).
+        kl_clamp: |KL| is clamped to it after the estimate (verl).
+        importance: weights against the mismatch of sampler and trainer, from r = pi_old / pi_rollout. "token_truncate",
+            "sequence_truncate": r of a token, or the product over its sequence, clamped to the bounds. "token_mask",
+            "sequence_mask": 0 in place of an r outside of them. "geometric_mask": the tokens' r, and 0 where the
+            sequence's geometric mean lies outside. For `vespo`, log r goes into W instead. "none": no weights.
+        importance_min, importance_max: the bounds; None: there is none on that side.
+        off_policy_threshold: drop sequences with A < 0 whose mean(log pi_rollout - log pi) is above it.
+        top_entropy: only this share of the tokens, those of highest entropy, has a loss. The KL is over all.
+        aggregation: "token_mean": the sum over tokens / their number, that of the global batch where `num_items` says
+            it. "local_token_mean": always by the number in this call. "token_sum": the sum. "sequence_mean": the mean
+            over sequences of their tokens' mean. "sequence_sum": of their tokens' sum. "fixed_length": of their
+            tokens' sum / max_length.
+        max_length: for "fixed_length".
+        empty_sequences: what a sequence without live tokens counts. "zero": 0 (TRL). "excluded": it does not count
+            (verl). "surrogate": the loss at w = 1, which is -A.
+        entropy_coef: the coefficient of the entropy bonus.
+        entropy_mean: "tokens": the bonus is a mean over the tokens of this call (TRL). "loss": it is aggregated as the
+            loss is.
+
+    Raises:
+        TypeError, ValueError: an option is no finite number, options contradict each other, or one would do nothing.
+            But numbers of a surrogate that is not selected may stand, and so may what belongs to a KL or an entropy
+            bonus whose coefficient is 0.
     """
 
-    # Level of w: one token's; the sequence's, exp(mean d) (GSPO); its value with the gradient of one token each
-    # (GSPO-token); the sequence's without the mean, exp(sum d) (RLOO)
     ratio: Ratio = "token"
     surrogate: Surrogate = "clip"
-    clip_low: float | None = 0.2  # None: not clipped on that side
+    clip_low: float | None = 0.2
     clip_high: float | None = 0.2
-    ratio_cap: float | None = None  # TRL's delta (INTELLECT-2) for `clip`; the cap of the weight for `dppo_*`
-    dual_clip: float | None = None  # c > 1 (arXiv 1912.09729)
-    log_ratio_min: float | None = None  # log w is clamped before exp, without gradient beyond (verl)
+    ratio_cap: float | None = None
+    dual_clip: float | None = None
+    log_ratio_min: float | None = None
     log_ratio_max: float | None = None
-    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # for A > 0, for the others
-    vespo_gamma: tuple[tuple[float, float], tuple[float, float]] = (
-        (2.0, 3.0),
-        (3.0, 2.0),
-    )  # (k, lambda): A >= 0, A < 0
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
+    vespo_gamma: tuple[tuple[float, float], tuple[float, float]] = ((2.0, 3.0), (3.0, 2.0))
 
-    # beta KL, of a sample: k1 log pi - log ref, abs |k1|, k2 k1^2 / 2, k3 exp(-k1) + k1 - 1 (Schulman); with "+" the
-    # value of that estimator and the gradient of k2
     kl_coef: float = 0.0
     kl: KL = "k3"
-    kl_ratio_correction: bool = False  # times w, with its gradient: unbiased off-policy (DeepSeek-V3.2)
-    kl_log_clamp: float | None = None  # k3: |log ref - log pi| is clamped before, |KL| after the estimate (verl)
+    kl_ratio_correction: bool = False
+    kl_log_clamp: float | None = None
     kl_clamp: float | None = None
 
-    # Weight against the mismatch of sampler and trainer: r = pi_old / pi_rollout of a token or a sequence (product),
-    # clamped to [min, max] (truncate) or replaced by 0 outside of it (mask). geometric_mask: the tokens' r, where the
-    # sequence's geometric mean lies within the bounds. vespo takes log r into W instead.
     importance: Importance = "none"
     importance_min: float | None = None
     importance_max: float | None = None
-    off_policy_threshold: float | None = None  # drop sequences with A < 0 and mean(log pi_rollout - log pi) above it
-    top_entropy: float = 1.0  # only this share of the tokens, those of highest entropy, has a loss (KL: all)
+    off_policy_threshold: float | None = None
+    top_entropy: float = 1.0
 
-    # token_mean: / tokens, of the global batch where num_items says how many; local_token_mean: of this call always;
-    # token_sum: / 1; sequence_mean: the mean over sequences of their tokens' mean; sequence_sum: of their tokens' sum;
-    # fixed_length: of their tokens' sum / max_length
     aggregation: Aggregation = "token_mean"
     max_length: int | None = None
-    # A sequence without live tokens: counts as 0 (TRL); does not count (verl); counts as the loss at w = 1, that is -A
     empty_sequences: EmptySequences = "zero"
     entropy_coef: float = 0.0
-    entropy_mean: EntropyMean = "tokens"  # bonus: mean over this call's tokens (TRL), or aggregated as the loss
+    entropy_mean: EntropyMean = "tokens"
 
     def __post_init__(self):
         for name, values in CHOICES.items():

@@ -120,10 +120,10 @@ def _refusals(model: nn.Module) -> Iterator[str]:
     if not takes_attentions(lm.text):
         yield f"{type(base).__name__} does not use transformers' attention interface"
     if "position_ids" not in inspect.signature(base.base_model.forward).parameters:
-        yield f"{type(base.base_model).__name__} takes no position_ids: where a token stands is its own affair"
+        yield f"{type(base.base_model).__name__} takes no position_ids, by which decoding says where a token stands"
     types, _ = layer_types(config)
     if other := sorted(set(types) - {*CACHED, *STATEFUL, "dummy"}):
-        yield f"layers of type {', '.join(other)} are no attention to all earlier keys and values or a window of them"
+        yield f"layers of type {', '.join(other)} are not supported: attention must see all earlier tokens or a window"
 
 
 def _own_generate(model: nn.Module) -> str | None:

@@ -28,8 +28,9 @@ class SharingOptions:
     share_prefix: str = field(  # or a bool; TRL's parser of the command line reads a union with one as a flag
         default="auto",
         metadata={
-            "help": "Score and train each distinct token of a micro-batch once, padding never. auto: where model and "
-            "batch allow it, else padded, with a warning; True: an error where they do not; False: padded."
+            "help": "Whether to score and train on token trees: each distinct token of a micro-batch is computed once, "
+            "padding never. 'auto': where model and batch allow it, else on padded rows after a warning. True: an "
+            "error where they do not. False: always on padded rows, as TRL does."
         },
     )
 
@@ -48,18 +49,21 @@ class EngineOptions(SharingOptions):
     rollout: str = field(
         default="auto",
         metadata={
-            "help": "Who generates. auto: flashpo.rollout, or TRL, with a warning, where it cannot; engine: an error "
-            "where it cannot; generate: TRL."
+            "help": "Who generates. 'auto': FlashPO's rollout engine, or TRL after a warning where the engine cannot. "
+            "'engine': an error where it cannot. 'generate': always TRL."
         },
     )
     rollout_options: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of flashpo.rollout.RolloutEngine, a dict or JSON: kv_memory ..."}
+        default=None,
+        metadata={
+            "help": "Arguments of flashpo.rollout.RolloutEngine, a dict or JSON of one: {'kv_memory': 4000000000}, say."
+        },
     )
     rollout_release: bool = field(
         default=False,
         metadata={
-            "help": "Free the engine's cache, CUDA graphs and copies of weights after each generation: more memory for "
-            "the update, at the price of making them again."
+            "help": "Free the engine's cache, CUDA graphs and copies of weights after each generation. That leaves "
+            "more memory for the update, and costs the time of making them again."
         },
     )
 
@@ -83,10 +87,10 @@ class CorrectionOptions(EngineOptions):
     rollout_correction: str = field(
         default="auto",
         metadata={
-            "help": "Where the weights of TRL's options vllm_importance_sampling_... come from when the engine "
-            "generates. auto: from the log-probs that the trainer computes anyway, and nowhere if these are computed "
-            "with dropout or other noise, without which the engine samples: then completions are not weighed, as TRL "
-            "does not weigh its own. scored: under such noise from one more forward without it."
+            "help": "How to find the mismatch between sampler and trainer, for which TRL's options "
+            "vllm_importance_sampling_... correct, when the engine generates. 'auto': from the log-probs that the "
+            "trainer computes anyway; if these are computed with dropout or other noise, completions are not weighed, "
+            "as TRL does not weigh its own. 'scored': under such noise, by one more forward without it."
         },
     )
 
@@ -109,38 +113,38 @@ class PolicyOptions(EngineOptions):
     loss: str | None = field(
         default=None,
         metadata={
-            "help": "A name in flashpo.LOSSES (dapo, gspo, gmpo, dppo_tv ...) or a flashpo.LossSpec, in place of TRL's "
-            "own options of the loss, which must be left alone then. None: what those say."
+            "help": "The loss: a name in flashpo.LOSSES (dapo, gspo, gmpo, dppo_tv ...) or a flashpo.LossSpec. TRL's "
+            "own options of the loss must then be left at their defaults. None: the loss that those options say."
         },
     )
     group_by: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Columns of the dataset, or fields that a rollout function returns, which split the generations of "
-            "a prompt into groups of their own for the advantages: agent, turn ..."
+            "help": "Columns of the dataset, or fields that a rollout function returns, by which the completions of a "
+            "prompt are split into finer groups for the advantages, such as ['agent', 'turn']."
         },
     )
     dynamic_sampling: int = field(
         default=0,
         metadata={
-            "help": "Rounds of generation, at most, in which groups of equal rewards are replaced by fresh prompts "
-            "(DAPO). 0: they stay, with advantage 0."
+            "help": "In how many rounds of generation, at most, groups of equal rewards are replaced by fresh prompts "
+            "(DAPO). 0: such groups stay, with advantage 0."
         },
     )
 
     old_logprobs: str = field(
         default="trainer",
         metadata={
-            "help": "Where log-probs of the old policy come from, where updates lie between sampling and training. "
-            "trainer: a forward pass; rollout: those that the engine sampled with, which saves that pass."
+            "help": "Where the log-probs of the old policy come from, if the policy is updated between sampling and "
+            "training. 'trainer': a forward pass. 'rollout': the engine sampled with them, which saves that pass."
         },
     )
     skip_zero_advantage: bool = field(
         default=True,
         metadata={
-            "help": "Leave completions of prompts without any advantage (groups of equal rewards) out of the training "
-            "pass, where the loss gives them no gradient and token trees are used: a forward without gradient has "
-            "their log-probs, so that results and metrics are the same. False: they are trained on, for nothing."
+            "help": "Leave completions of groups of equal rewards out of the training pass, where the loss gives them "
+            "no gradient and token trees are used. A forward without gradient computes their log-probs, so that "
+            "results and metrics are the same. False: they are trained on, to no effect."
         },
     )
 
@@ -242,13 +246,13 @@ class DistillationConfig(EngineOptions, trl.DistillationConfig):
     num_generations: int = field(
         default=1,
         metadata={
-            "help": "How many completions of a prompt a generation batch has, one after the other. The batch keeps its "
-            "number of rows: per_device_train_batch_size * processes * gradient_accumulation_steps, a multiple of this."
+            "help": "How many completions of each prompt a generation batch has. The batch keeps its number of rows, "
+            "per_device_train_batch_size * processes * gradient_accumulation_steps, which must be a multiple of this."
         },
     )
     teacher_column: str = field(
         default="teacher",
-        metadata={"help": "With several teachers: the column of the dataset that names each row's."},
+        metadata={"help": "With several teachers: the column of the dataset that names the teacher of each row."},
     )
 
     def __post_init__(self):

@@ -55,13 +55,24 @@ class PPOConfig(CorrectionOptions, trl.GRPOConfig):
     num_generations: int | None = field(default=1, metadata={"help": "Number of completions of each prompt."})
     num_iterations: int = field(default=4, metadata={"help": "Epochs over each batch of generations."})
     beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty; 0: no reference model."})
-    critic: str = field(default="shared", metadata={"help": "'shared', 'separate' or the path of a model."})
+    critic: str = field(
+        default="shared",
+        metadata={
+            "help": "The critic's backbone: 'shared' with the policy, 'separate', a copy of it, or the path of a model."
+        },
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
     whiten_advantages: bool = field(default=True, metadata={"help": "Standardise advantages over all tokens."})
     vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
     cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip range of values; None: no clipping."})
-    kl_in: str = field(default="reward", metadata={"help": "Where the KL penalty goes.", "choices": ["reward", "loss"]})
+    kl_in: str = field(
+        default="reward",
+        metadata={
+            "help": "Where the KL penalty goes: into the reward of each token, or into the loss.",
+            "choices": ["reward", "loss"],
+        },
+    )
 
     def __post_init__(self):
         defaults = {f.name: f.default for f in fields(trl.GRPOConfig)}
