@@ -1,7 +1,8 @@
 # make demo    stock TRL against FlashPO on a small model, in a few minutes; results in out/demo
 # make zoo     every algorithm from the same checkpoint learns the same task: table and curves in out/zoo
 # make test    everything that runs without a GPU
-# Each makes .venv first. Others: lint, sanitize, fuzz, matrix, bench, bench-kernels, release, clean.
+# Each makes .venv first. Others: lint, sanitize, fuzz, matrix, bench, bench-kernels, docs,
+# release, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=3 $(VENV)-sanitize/bin/python -m pytest -p no:cacheprovider $(WORKERS)
 
-.PHONY: demo zoo test lint sanitize fuzz matrix bench bench-kernels release clean
+.PHONY: demo zoo test lint sanitize fuzz matrix bench bench-kernels docs release clean
 
 demo: $(VENV)/ready
 	$(RUN) -m flashpo.bench.demo --out out/demo
@@ -87,6 +88,13 @@ bench-kernels: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) -m flashpo bench
 
+# The site of docs/ in out/docs. mkdocs reads the code and does not import it: this environment has no torch.
+DOCS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+docs:
+	test -x $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install -q $$($(VENV)-docs/bin/python -c '$(DOCS)')
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict -q
+
 # The sdist and a wheel for each Python in dist/, each tried in a clean environment. LOAD_ONLY names those for which no
 # torch is installed (gigabytes, but for where the index has one for CPUs).
 LOAD_ONLY ?=
@@ -96,4 +104,4 @@ release:
 	$(VENV)-release/bin/python tools/release.py --load-only $(LOAD_ONLY)
 
 clean:
-	rm -rf $(VENV) $(VENV)-sanitize $(VENV)-release $(VENV)-matrix build dist out
+	rm -rf $(VENV) $(VENV)-sanitize $(VENV)-release $(VENV)-matrix $(VENV)-docs build dist out
