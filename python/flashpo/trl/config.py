@@ -26,8 +26,15 @@ def documented(cls: type) -> type:
     """Adds to a configuration's docstring the fields that it has beyond TRL's, by their metadata."""
     inherited = {f.name for base in cls.__mro__ if base.__module__.startswith("trl.") for f in fields(base)}
     own = [f for f in fields(cls) if f.name not in inherited or f.name in vars(cls).get("__annotations__", {})]
-    options = {"width": 116, "initial_indent": "    ", "subsequent_indent": " " * 8}
-    entries = [textwrap.fill(f"{f.name} ({f.default!r}): {f.metadata['help']}", **options) for f in own]
+    entries = [
+        textwrap.fill(
+            f"{f.name} ({f.default!r}): {f.metadata['help']}",
+            width=116,
+            initial_indent="    ",
+            subsequent_indent=" " * 8,
+        )
+        for f in own
+    ]
     cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nArgs:\n" + "\n".join(entries)
     return cls
 
