@@ -35,6 +35,8 @@ class Event:
         self.made.append(self)
 
     def query(self):
+        if self.behind is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return self.index < len(self.made) - self.behind
 
     def elapsed_time(self, end):
@@ -83,11 +85,14 @@ def test_stopped():
 
 def test_events_are_read_when_the_device_has_passed_them(monkeypatch):
     monkeypatch.setattr(Event, "made", [])
+    monkeypatch.setattr(Event, "behind", 0)
     clock = phases(Event)
     with clock.of(TRAINING), clock.of(HEAD):
         pass
     Event.behind = 2
     assert dict(clock.read()) == {TRAINING: 1}
+    Event.behind = None
+    assert dict(clock.read()) == {TRAINING: 1}, "the device has failed"
     Event.behind = 0
     assert dict(clock.read()) == {TRAINING: 2, HEAD: 1}
 
@@ -192,6 +197,21 @@ def test_rows_that_run_in_two_forwards_are_counted_once():
         trainer.train()
         counted[skip] = trainer._phases.counts
     assert counted[True] == counted[False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (dict(trees="no"), TypeError, "trees must be True or False, got 'no'"),
+        (dict(verify=-1), ValueError, "verify must be a number of steps, 0 for none, got -1"),
+        (dict(report=3), TypeError, "report must be a path or None, got 3"),
+    ],
+)
+def test_accelerate_refuses_what_is_no_switch(arguments, error, says):
+    before = switches.current()
+    with pytest.raises(error, match=says):
+        flashpo.trl.accelerate(**arguments)
+    assert switches.current() is before
 
 
 OFF = {

@@ -111,9 +111,11 @@ class Phases:
 
     def read(self) -> Counter[str]:
         """`seconds`, with all that the device has passed by now."""
-        while self._passing and self._passing[0][2].query():
-            phase, begin, end = self._passing.pop(0)
-            self.seconds[phase] += begin.elapsed_time(end) / 1000
+        with contextlib.suppress(RuntimeError):  # of a device that has failed: what it passed before stays known
+            while self._passing and self._passing[0][2].query():
+                phase, begin, end = self._passing[0]
+                self.seconds[phase] += begin.elapsed_time(end) / 1000
+                del self._passing[0]
         return self.seconds
 
     def metrics(self, step: int) -> dict[str, float]:

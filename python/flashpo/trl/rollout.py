@@ -65,7 +65,7 @@ class TrainerRollouts:
             return self.refuse.first if self.mode != "generate" else self._off
         try:
             self._check_turn(None, None)
-            if trainer._has_whole_models:
+            if trainer._has_whole_models and not sharding.meets(trainer.model):  # no other rank asks
                 sampling_params(trainer.model, trainer.generation_config)
                 return support(trainer.model).reason
         except Unsupported as reason:
