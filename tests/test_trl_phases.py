@@ -97,6 +97,18 @@ def test_events_are_read_when_the_device_has_passed_them(monkeypatch):
     assert dict(clock.read()) == {TRAINING: 2, HEAD: 1}
 
 
+@pytest.mark.gpu
+def test_events_of_a_gpu():
+    clock, x = Phases(on_cuda=True), torch.randn(1024, 1024, device="cuda")
+    with clock.of(TRAINING):
+        x = x @ x
+        with clock.of(HEAD):
+            x @ x
+    torch.cuda.synchronize()
+    assert set(clock.read()) == {TRAINING, HEAD}
+    assert all(seconds > 0 for seconds in clock.seconds.values())
+
+
 def test_a_graph_that_is_captured_has_no_time():
     clock = phases(lambda: None)
     with clock.of(TRAINING):
