@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashpo
-from flashpo import _op, cli, doctor
+from flashpo import _op, _probes, cli, doctor
 
 
 def python_m(*args, **env):
@@ -81,7 +81,7 @@ def test_doctor_shows_every_operator_and_reason(capsys):
 def test_doctor_probes_every_operator():
     used, problem = doctor.chosen("cpu")
     assert problem is None
-    assert set(used) == set(_op.OPS), "an operator without a probe in flashpo.doctor"
+    assert set(used) == set(_op.OPS), "an operator without a probe in flashpo._probes"
     for name, backend in used.items():
         best = next(b for b in _op.OPS[name].kernels if _op.why_unavailable(b, "cpu") is None)
         assert backend == best
@@ -93,6 +93,52 @@ def test_doctor_reports_a_forced_backend_that_cannot_run(monkeypatch, capsys):
     with flashpo.backend("triton"):
         assert cli.main(["doctor"]) == 0
     assert "ERROR: NotImplementedError: flashpo::" in capsys.readouterr().out
+
+
+def test_doctor_begins_with_a_verdict(monkeypatch, capsys):
+    assert cli.main(["doctor"]) == 0
+    assert re.fullmatch(r"FlashPO runs here: cpu by .*", capsys.readouterr().out.splitlines()[0])
+    lacking = ["TRL 1.16.0: supported; all as in TRL", "  GRPOTrainer, loss: not used, TRL computes it: it is another"]
+    monkeypatch.setattr(doctor.report, "of_trl", lambda: lacking)
+    monkeypatch.setattr(_op, "why_unavailable", lambda backend, device: None if backend == "torch" else "too old")
+    said = doctor.verdict(["cpu"], lacking, ["ERROR: it is broken"])
+    reasons = "ERROR: it is broken; cpu has no kernels; 1 uses of TRL are missing"
+    assert said == f"FlashPO runs here in part: {reasons} (cpu by plain torch, TRL 1.16.0)"
+
+
+FAMILIES = {  # parts that run
+    "qwen3": ("yes", "yes", "yes"),
+    "gemma2": ("yes", "no, it is made of Gemma2DecoderLayer; the fused form is for Llama", "yes"),
+    "gpt2": (
+        "yes",
+        "no, it is made of GPT2Model; the fused form is for Llama",
+        "no, gpt2: GPT2Attention has a dropout",
+    ),
+    "qwen3_5_text": ("yes", "no, it is made of Qwen3_5DecoderLayer; the fused form", "yes"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_doctor_tells_what_would_run_for_a_model(family, tmp_path, capsys):
+    pytest.importorskip("trl")
+    from trl_models import CONFIGS
+
+    CONFIGS[family]().save_pretrained(tmp_path)
+    assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path}: ")
+    for row, part, said in zip(rows, ("rollout engine", "fused decode", "token trees"), FAMILIES[family]):
+        assert row.startswith(f"  {f'{part}:':16s}{said}")
+    assert rows[3].startswith("  KV cache of a sequence, in float32: ")
+    if family == "qwen3":  # 2 layers of a key and a value of 16 numbers
+        assert f"{2 * 2 * 16 * 4 * 1024 / 2**20:.1f} MiB for 1,024 tokens" in rows[3]
+
+
+def test_doctor_of_what_is_no_model(tmp_path, capsys):
+    assert cli.main(["doctor", "--model", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"flashpo doctor: no causal language model at {tmp_path}: ")
+    assert len(said.splitlines()) == 1
 
 
 def test_check_passes(capsys):
@@ -118,7 +164,7 @@ def test_check_fails(monkeypatch, capsys, broken):
         factor = 1.01 if broken == "wrong by 1 %" else torch.nan
         return tuple(x * factor for x in probe.ours(*inputs))
 
-    monkeypatch.setattr(doctor, "PROBES", {"linear_logprob": doctor.Probe(probe.make, ours, probe.plain)})
+    monkeypatch.setattr(doctor, "PROBES", {"linear_logprob": _probes.Probe(probe.make, ours, probe.plain)})
     assert cli.main(["doctor", "--check"]) == 1
     out = capsys.readouterr().out
     assert "checks FAILED" in out

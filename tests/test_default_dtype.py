@@ -7,7 +7,7 @@ import torch
 from op_examples import EXAMPLES
 from rollout_models import FAMILIES, prompts
 
-from flashpo.doctor import PROBES, _run
+from flashpo._probes import PROBES, run
 from flashpo.packing.trial import Trial, on_trial
 from flashpo.rollout import RolloutEngine, SamplingParams, parity
 
@@ -30,9 +30,9 @@ DTYPES = [torch.bfloat16, torch.float64]
 def test_operators(name, dtype):
     probe = PROBES[name]
     inputs = probe.make()
-    plain = _run(probe.ours, inputs, "cpu", torch.float32, torch.float32)
+    plain = run(probe.ours, inputs, "cpu", torch.float32, torch.float32)
     with default_dtype(dtype):
-        changed = _run(probe.ours, inputs, "cpu", torch.float32, torch.float32)
+        changed = run(probe.ours, inputs, "cpu", torch.float32, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(plain, changed))
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +118,27 @@ def test_ppo(critic, model, tmp_path):
     assert "reward" in history[0]
     assert "reward" not in history[1]  # the second minibatch of the same generations
     assert (tmp_path / "critic.safetensors").exists()
+
+
+NOTEBOOKS = """
+import json, sys
+for path in sys.argv[1:]:
+    cells, names = json.load(open(path))["cells"], {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), path, "exec"), names)
+"""
+
+
+def test_notebooks():
+    """Their code cells, one after the other, in one process for both."""
+    paths = sorted(EXAMPLES.glob("*.ipynb"))
+    assert [path.name for path in paths] == ["dpo.ipynb", "grpo.ipynb"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", NOTEBOOKS, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=EXAMPLES, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for name, parts in (("DPO", "token trees, LM head"), ("GRPO", "rollout engine, token trees, LM head, loss, adv")):
+        assert f"flashpo: flashpo.trl.{name}Trainer runs in the place of trl.{name}Trainer\n" in done.stderr
+        assert re.search(rf"flashpo: {name}Trainer \(flashpo.trl.\w+\): {parts}", done.stderr)
+    assert "all agree" in done.stdout

@@ -262,7 +262,8 @@ def test_seams_are_said_in_a_line_each():
     first, *lines = report.of_trl()
     everyone = ", ".join(host.TRAINERS)
     assert first == f"TRL {trl.__version__}: supported; {everyone} accelerated"
-    assert len(lines) == 2 + len(TRAINERS)
+    assert len(lines) == 3 + len(TRAINERS)
+    assert "  divergence of distillation: used, linear_divergence" in lines
     assert all(": used, " in line for line in lines)
     missing = str(Seam("GRPOTrainer, loss", "policy_loss", "TRL computes the loss", "it is another one"))
     assert missing == "GRPOTrainer, loss: not used, TRL computes the loss: it is another one"

@@ -1,6 +1,9 @@
 """`python -m flashpo.run` and `accelerate launch -m flashpo.run`: an unmodified script, and a report at the end."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -53,13 +56,36 @@ def script(tmp_path):
     return path
 
 
-def run(*args, command=(sys.executable, "-m", "flashpo.run")):
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=300)
+def run(*args, command=(sys.executable, "-m", "flashpo.run"), **env):
+    command = [*command, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | env)
 
 
 def test_script_is_accelerated_and_reported(script, tmp_path):
-    done = run(script, model_path(), tmp_path / "out")
+    switches = ["--no-rollout", "--verbose", "--verify", "1", "--report", tmp_path / "report.json"]
+    done = run(*switches, script, model_path(), tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    start = (
+        "flashpo.trl.SFTTrainer runs in the place of trl.SFTTrainer, with --no-rollout",
+        "SFTTrainer: token trees yes",
+    )
+    for line in (
+        *start,
+        "flashpo 0.1.0, torch ",
+        "  1 steps in ",
+        "  training pass ",
+        "  tokens scored and trained on: ",
+    ):
+        assert done.stderr.count(f"flashpo: {line}") == 1, line
+    assert re.search(r"flashpo: \d+ comparisons, all agree", done.stderr)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["finished"]
+    assert report["switches"]["rollout"] is False
+    (trainer,) = report["trainers"]
+    assert trainer["class"] == "flashpo.trl.trainers.SFTTrainer"
+    assert trainer["steps"] == 1
+    assert set(trainer["phases"]) == {"training", "head", "rest"}
+    assert report["operators"]["linear_logprob_bwd"]
     assert "module __main__ argv True 3" in done.stdout
     assert "trainers from flashpo.trl.trainers flashpo.trl.trainers trl.trainer.sft_trainer" in done.stdout
     assert "flashpo: in the place of TRL's classes: DPOTrainer, SFTTrainer" in done.stderr
@@ -78,7 +104,8 @@ def test_the_command_line_of_trl(tmp_path):
     done = run("trl", "sft", "--config", config, *settings)
     assert done.returncode == 0, done.stderr
     assert "flashpo: in the place of TRL's classes: SFTTrainer" in done.stderr
-    assert "flashpo: linear_logprob_bwd: " in done.stderr
+    assert "flashpo: SFTTrainer (flashpo.trl.trainers): token trees, LM head by FlashPO\n" in done.stderr
+    assert "linear_logprob_bwd" not in done.stderr, "operators are told under --verbose"
 
 
 GRPO_SCRIPT = """
@@ -97,10 +124,10 @@ GRPOTrainer(sys.argv[1], reward_funcs=reward, args=config, train_dataset=data).t
 def test_a_grpo_script_generates_with_the_engine_and_trains_on_trees(tmp_path):
     path = tmp_path / "grpo.py"
     path.write_text(GRPO_SCRIPT)
-    done = run(path, model_path(), tmp_path / "out")
+    done = run(path, model_path(), tmp_path / "out", FLASHPO_OPTIONS="--verbose")
     assert done.returncode == 0, done.stderr
     for line in (
-        "GRPOTrainer (flashpo.trl.grpo): generation, token trees, LM head, loss, advantages by FlashPO\n",
+        "GRPOTrainer (flashpo.trl.grpo): rollout engine, token trees, LM head, loss, advantages by FlashPO\n",
         "in the place of TRL's classes: GRPOTrainer",
         "decode_attention_fwd: ",
         "sample_rows: ",
@@ -118,9 +145,8 @@ def test_trls_own_distillation_script(tmp_path):
     options = ["--max_completion_length", "6", "--dataset_name", data, "--output_dir", tmp_path / "out"]
     done = run("trl", "distillation", *models, *settings, *options)
     assert done.returncode == 0, done.stderr
-    said = "DistillationTrainer (flashpo.trl.distillation): generation, token trees, LM head by FlashPO\n"
+    said = "DistillationTrainer (flashpo.trl.distillation): rollout engine, token trees, LM head by FlashPO\n"
     assert f"flashpo: {said}" in done.stderr
-    assert "flashpo: linear_divergence_bwd: " in done.stderr
 
 
 UNKNOWN = """
@@ -144,6 +170,7 @@ def test_a_trainer_that_is_not_known(tmp_path):
     done = run(path, model_path(), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "flashpo: Mine (__main__): nothing by FlashPO; FlashPO does not know this trainer\n" in done.stderr
+    assert "flashpo: Mine (__main__) is not replaced: FlashPO does not know this trainer\n" in done.stderr
     assert "WARNING: none of its operators ran in this process: see the trainers" in done.stderr
 
 
@@ -151,7 +178,8 @@ def test_report_comes_after_an_exception_too(script, tmp_path):
     done = run(script, model_path(), tmp_path / "out", "fail")
     assert done.returncode == 1
     assert "RuntimeError: the script failed" in done.stderr
-    assert "flashpo: linear_logprob_partial: " in done.stderr
+    assert "flashpo: the script did not come to its end; what ran until then\n" in done.stderr
+    assert "flashpo: SFTTrainer (flashpo.trl.trainers): token trees, LM head by FlashPO\n" in done.stderr
 
 
 def test_warns_when_nothing_ran(tmp_path):
@@ -171,14 +199,63 @@ def test_no_diagnosis_of_a_script_that_failed(tmp_path, end, status):
     path.write_text(f"import sys; {end}")
     done = run(path)
     assert done.returncode == status
-    assert "none of its operators ran in this process before the script ended with an error" in done.stderr
+    assert "did not come to its end; none of its operators ran in this process until then" in done.stderr
     assert "did not import" not in done.stderr
     assert "WARNING" not in done.stderr
+
+
+TOLD_TO_STOP = """
+import os, signal, sys, time
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **others):
+        print("a step")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+settings = dict(use_cpu=True, bf16=False, max_steps=9, report_to="none", save_strategy="no")
+rows = [{"prompt": "a b ", "completion": f"{w} d e"} for w in "abcdefgh"]
+data = Dataset.from_list(rows)
+SFTTrainer(sys.argv[1], args=SFTConfig(sys.argv[2], **settings), train_dataset=data, callbacks=[Stops()]).train()
+"""
+
+
+def test_report_comes_after_sigterm(tmp_path):
+    """And whoever started the process sees that a signal has ended it."""
+    path = tmp_path / "stops.py"
+    path.write_text(TOLD_TO_STOP)
+    done = run(path, model_path(), tmp_path / "out")
+    assert done.returncode == -signal.SIGTERM
+    assert "a step" in done.stdout
+    assert "flashpo: the script did not come to its end; what ran until then\n" in done.stderr
+    assert "flashpo: SFTTrainer (flashpo.trl.trainers): token trees, LM head by FlashPO\n" in done.stderr
+    assert "flashpo:   1 steps in " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_alone(script, tmp_path):
+    """It ends before the training, with the verdict."""
+    done = run("verify", script, model_path(), tmp_path / "out", command=(sys.executable, "-m", "flashpo"))
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"flashpo: \d+ comparisons, all agree; .*", done.stderr.splitlines()[-1])
+    assert "train_runtime" not in done.stdout
+    path = tmp_path / "plain.py"
+    path.write_text("")
+    done = run("verify", path, command=(sys.executable, "-m", "flashpo"))
+    assert done.returncode == 1
+    assert done.stderr == "flashpo verify: the script trained nothing, so that nothing was verified\n"
 
 
 WRONG = {
     "a command that TRL does not have": (["trl", "foo"], "trl has no command 'foo'; it has "),
     "a helper of TRL's": (["trl", "utils"], "trl has no command 'utils'"),
+    "no switch": (["--no-tree", "script.py"], "unrecognized arguments: --no-tree"),
+    "no number": (["--verify", "x", "script.py"], "argument --verify: invalid int value: 'x'"),
+    "a negative number": (["--verify", "-1", "script.py"], "verify must be a number of steps"),
+    "a variable": (["script.py"], "FLASHPO_OPTIONS: unrecognized arguments: --fast"),
     "no backend": (["script.py"], "FLASHPO_BACKEND must be one of ('native', 'triton', 'torch') or None, got 'cuda'"),
 }
 
@@ -188,6 +265,8 @@ def test_a_wrong_command_line_is_one_line(case, monkeypatch, capsys):
     args, message = WRONG[case]
     if case == "no backend":
         monkeypatch.setenv("FLASHPO_BACKEND", "cuda")
+    if case == "a variable":
+        monkeypatch.setenv("FLASHPO_OPTIONS", "--no-head --fast")
     assert main(args) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"flashpo run: {message}")
@@ -229,7 +308,7 @@ def test_accelerate_launch(script, tmp_path):
     done = run(script, model_path(), tmp_path / "out", command=(launch, *options))
     assert done.returncode == 0, done.stderr
     assert "module __main__" in done.stdout
-    assert "flashpo: linear_logprob_bwd: " in done.stderr
+    assert "token trees, LM head by FlashPO" in done.stderr
 
 
 def test_two_processes_and_one_report(script, tmp_path):
@@ -237,4 +316,4 @@ def test_two_processes_and_one_report(script, tmp_path):
     done = run(script, model_path(), tmp_path / "out", command=(*torchrun, "-m", "flashpo.run"))
     assert done.returncode == 0, done.stderr
     assert {"done by 0", "done by 1"} <= set(os.listdir(tmp_path / "out"))
-    assert done.stderr.count("flashpo: linear_logprob_bwd: ") == 1, "by the first process"
+    assert done.stderr.count("token trees, LM head by FlashPO") == 1, "by the first process"

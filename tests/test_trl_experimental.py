@@ -150,7 +150,11 @@ def test_the_page_has_the_table():
 @pytest.mark.parametrize(
     ("cls", "ops", "says"),
     [
-        ("flashpo.trl.grpo.GRPOTrainer", ["tree_attention_fwd", "linear_logprob_bwd"], "not generation, loss, adv.*"),
+        (
+            "flashpo.trl.grpo.GRPOTrainer",
+            ["tree_attention_fwd", "linear_logprob_bwd"],
+            "not rollout engine: see below; not loss: .*",
+        ),
         ("flashpo.trl.trainers.SFTTrainer", ["tree_attention_fwd", "linear_logprob_bwd"], ""),
         ("trl.trainer.sft_trainer.SFTTrainer", ["linear_logprob_bwd"], "it is TRL's own SFTTrainer.*"),
         ("trl.experimental.gkd.GKDTrainer", [], "the model gives it whole logits.*"),
@@ -160,5 +164,5 @@ def test_the_page_has_the_table():
 def test_what_is_said_of_a_trainer(cls, ops, says):
     module, _, name = cls.rpartition(".")
     of = getattr(importlib.import_module(module), name)
-    said = report._said(type("Users", (of,), {}), report.Counter(ops))
+    said = report._said(type("Users", (of,), {}), report.Run(report.Counter(ops)), finished=True)
     assert re.fullmatch(rf"[\w\s,-]+ by FlashPO(; {says})?" if says else r"[\w\s,-]+ by FlashPO", said), said

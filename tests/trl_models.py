@@ -197,6 +197,11 @@ class Recorder(TrainerCallback):
 CLOCKS = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time", "epoch", "total_flos")
 
 
+def is_clock(name: str) -> bool:
+    """Of a metric: whether it is never the same twice."""
+    return name in CLOCKS or name.startswith("flashpo/seconds/")
+
+
 def train(trainer) -> list[Step]:
     """`trainer.train()`; each logged step's loss, metrics and gradients."""
     recorder = Recorder()
@@ -208,7 +213,7 @@ def train(trainer) -> list[Step]:
         trainer.train()
     steps = []
     for log, gradients in zip(trainer.state.log_history, recorder.gradients):
-        metrics = {k: float(v) for k, v in log.items() if k not in CLOCKS and v is not None}
+        metrics = {k: float(v) for k, v in log.items() if not is_clock(k) and v is not None}
         steps.append(Step(metrics.pop("loss"), metrics, gradients))
     assert steps, "the trainer logged no step"
     return steps

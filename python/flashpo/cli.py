@@ -1,4 +1,4 @@
-"""`flashpo run | doctor | bench`: every command takes the rest of the command line as it is."""
+"""`flashpo run | verify | doctor | bench`: every command takes the rest of the command line as it is."""
 
 import sys
 
@@ -6,9 +6,12 @@ from flashpo import _op
 
 USAGE = """usage: flashpo <command> ...
 
-  run script.py [args]    run an unmodified TRL script, accelerated; also: run trl grpo [args]
-  doctor [--check]        what of FlashPO runs on this machine, and why the rest does not;
-                          --check compares every backend with float64
+  run script.py [args]    run an unmodified TRL script, accelerated; also: run trl grpo [args];
+                          run --help tells the switches in front of the script
+  verify script.py [args] take two steps of the script's first trainer by TRL's code and by
+                          FlashPO's, compare, and end
+  doctor                  what of FlashPO runs on this machine, and why the rest does not;
+                          --model PATH: for that model; --check: compare every backend with float64
   bench [suite] [options] time the operators against torch, TRL and others (bench --help)
   --version               print the version"""
 
@@ -29,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"flashpo: {error}", file=sys.stderr)
         return 2
-    if command == "run":
+    if command in ("run", "verify"):
         from flashpo.run import main as run
 
-        return run(rest)
+        return run(rest, verify_alone=command == "verify")
     if command == "doctor":
         from flashpo.doctor import main as doctor
 

@@ -1,88 +1,133 @@
-"""Runs an unmodified TRL script, accelerated: `python -m flashpo.run script.py [args]`, or `... trl grpo [args]`.
+"""Runs an unmodified TRL script, accelerated: `flashpo run [switches] script.py [args]`, or `... trl grpo [args]`.
 
-For several processes: `accelerate launch -m flashpo.run script.py [args]`. At the end, also of a script that failed,
-says what ran on which backend and how often.
+For several processes: `accelerate launch -m flashpo.run script.py [args]`. At the end, also of a script that failed or
+was told to stop, says what ran and where the time went.
 """
 
 import dataclasses
 import importlib.util
 import os
 import runpy
+import signal
 import sys
+import threading
 
-from flashpo._on_import import when_imported
 from flashpo._op import check_environment, stats
+from flashpo.trl import acceleration, start, switches
+from flashpo.trl.acceleration import operators
+from flashpo.trl.replace import handed_out
+from flashpo.trl.start import is_first_process
 
-MODULES = ("trl", "trl.trainer", "trl.trainer.utils")
 TRLS_SCRIPTS = "trl.scripts."
-USAGE = """usage: flashpo run script.py [args ...]
-       flashpo run -m module [args ...]
-       flashpo run trl grpo|sft|dpo ... [args ...]    a script of TRL's command line, in this process"""
+USAGE = """usage: flashpo run [switches] script.py [args ...]
+       flashpo run [switches] -m module [args ...]
+       flashpo run [switches] trl grpo|sft|dpo ... [args ...]    a script of TRL's command line, in this process
+       flashpo verify script.py [args ...]                       compare two steps with TRL's code, and end
+
+switches, also in the variable FLASHPO_OPTIONS:
+  --no-rollout      TRL generates
+  --no-trees        padded rows, no token trees
+  --no-head         TRL's LM head and log-probs, and with them padded rows
+  --verify STEPS    before each training take so many steps by TRL's code and by FlashPO's, and compare
+  --report PATH     write the numbers of the table at the end to a JSON file
+  --verbose         the table with the calls of every operator"""
 
 
-def accelerate(name: str) -> None:
-    """What is done to a module of TRL that has been imported."""
-    from flashpo._hosts.trl import PatchError
-    from flashpo.trl.patch import patch
-    from flashpo.trl.replace import replace_trainers
+def main(argv: list[str], verify_alone: bool = False) -> int:
+    """Run a script with the arguments after it as if it were `python script.py ...`, with TRL patched.
 
-    if name != "trl.trainer.utils":
-        replace_trainers(name)
-        return
-    from flashpo.trl.report import watch_trainers
-
-    watch_trainers()
-    try:
-        patch()
-    except PatchError as error:  # the trainers that the script gets do without
-        if os.environ.get("RANK", "0") == "0":
-            print(f"flashpo: {error}", file=sys.stderr)
-
-
-def main(argv: list[str]) -> int:
-    """Run `argv[0]` with the arguments after it as if it were `python argv[0] ...`, with TRL patched."""
+    Args:
+        argv: switches, the script or `-m` and a module or `trl` and a command, its arguments.
+        verify_alone: end when its first trainer has been verified; the status is 1 where that failed.
+    """
+    words, argv = switches.split(argv)
+    if "--help" in words or argv[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    command = "verify" if verify_alone else "run"
     try:
         check_environment()
+        chosen = switches.parse(words, switches.of_environment())
         if argv[:1] == ["trl"] and len(argv) > 1 and not os.path.isfile("trl"):
             argv = ["-m", _script_of_trl(argv[1]), *argv[2:]]
     except ValueError as error:
-        print(f"flashpo run: {error}", file=sys.stderr)
+        print(f"flashpo {command}: {error}", file=sys.stderr)
         return 2
-    if argv[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
     if not argv or argv == ["-m"]:
         print(USAGE, file=sys.stderr)
         return 2
     module = argv[0] == "-m"
     script, arguments = (argv[1], argv[2:]) if module else (argv[0], argv[1:])
     if not module and not os.path.isfile(script):
-        print(f"flashpo run: no such file: {script}", file=sys.stderr)
+        print(f"flashpo {command}: no such file: {script}", file=sys.stderr)
         return 2
-    for name in MODULES:  # not before: the script may first set variables that libraries read when they are imported
-        when_imported(name, accelerate)
+    if verify_alone:
+        chosen = dataclasses.replace(chosen, verify=chosen.verify or 2)
+        start.verify_alone = True
+    switches.use(chosen)
+    acceleration.install()
     sys.argv = [script, *arguments]
     sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.abspath(script))
     if module and not _exists(script):
-        print(f"flashpo run: no such module: {script}", file=sys.stderr)
+        print(f"flashpo {command}: no such module: {script}", file=sys.stderr)
         return 2
-    finished = False
+    arguments = arguments if module and script.startswith(TRLS_SCRIPTS) else []
     try:
+        _stop_on_sigterm()
         if module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(script, run_name="__main__")
-        finished = True
+    except start.Verified as end:
+        return int(str(end.code))
+    except _Terminated:
+        _report(False, [])
+        sys.stdout.flush()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)  # so that whoever started this process sees what stopped it
     except SystemExit as end:
-        finished = not end.code
+        _report(not end.code, arguments)
         raise
-    finally:
-        if os.environ.get("RANK", "0") == "0":
-            print(summary(finished), file=sys.stderr)
-            if not finished and module and script.startswith(TRLS_SCRIPTS):
-                for note in _notes_on(arguments):
-                    print(note, file=sys.stderr)
+    except BaseException:
+        _report(False, arguments)
+        raise
+    if verify_alone:
+        print("flashpo verify: the script trained nothing, so that nothing was verified", file=sys.stderr)
+        return 1
+    _report(True, [])
     return 0
+
+
+class _Terminated(SystemExit):
+    """SIGTERM has come: of a scheduler, or a launcher whose other processes have failed."""
+
+
+def _stop_on_sigterm() -> None:
+    """Let the signal end the script as an exception does, unless somebody else handles it."""
+    here = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() != here:  # a child by fork, a loader of data say, which has no report to make
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise _Terminated(128 + signal.SIGTERM)
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _report(finished: bool, arguments: list[str]) -> None:
+    """The end of a run; `arguments`: those of a script of TRL's that has failed, which may not have known them."""
+    if not is_first_process():
+        return
+    print(summary(finished), file=sys.stderr)
+    try:
+        acceleration.write(finished)
+    except OSError as error:
+        print(f"flashpo run: --report: {error}", file=sys.stderr)
+    if not finished:
+        for note in _notes_on(arguments):
+            print(note, file=sys.stderr)
 
 
 def _script_of_trl(command: str) -> str:
@@ -110,13 +155,15 @@ def _exists(module: str) -> bool:
 
 def _notes_on(arguments: list[str]) -> list[str]:
     """A line for each option that only FlashPO's configurations have: TRL's scripts do not read those."""
+    given = {argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")}
+    if not given:
+        return []
     import trl
 
     from flashpo.trl.config import GRPOConfig
 
     ours = {field.name for field in dataclasses.fields(GRPOConfig)}
     ours -= {field.name for field in dataclasses.fields(trl.GRPOConfig)}
-    given = {argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")}
     return [
         f"flashpo: --{name} is an option of the configurations in flashpo.trl, which TRL's own scripts do not "
         "read: set it in a script of your own (from flashpo.trl import GRPOConfig)"
@@ -125,24 +172,27 @@ def _notes_on(arguments: list[str]) -> list[str]:
 
 
 def summary(finished: bool = True) -> str:
-    """What of ours ran in this process, one line a trainer and one an operator; `finished`: the script came to its
-    end."""
-    from flashpo.trl.replace import handed_out
+    """A table for each trainer of this process, what was left to other code, and with --verbose every operator's calls.
 
+    Args:
+        finished: whether the script came to its end. If it did not, nothing is said about why something did not run.
+    """
     report = sys.modules.get("flashpo.trl.report")  # there once the script has imported a trainer
-    trainers: list[str] = report.lines() if report else []
+    lines: list[str] = report.lines(finished) if report else []
     counts = stats()
-    lines = [f"flashpo: {op}: " + ", ".join(f"{n} x {b}" for b, n in used.items()) for op, used in counts.items()]
+    if switches.current().verbose:
+        lines += operators()
     if counts and handed_out:
-        lines.insert(0, f"flashpo: in the place of TRL's classes: {', '.join(sorted(handed_out))}")
-    if not counts and not finished:
-        lines = ["flashpo: none of its operators ran in this process before the script ended with an error"]
+        lines.insert(0, f"in the place of TRL's classes: {', '.join(sorted(handed_out))}")
+    if not finished:
+        how = "what ran until then" if counts else "none of its operators ran in this process until then"
+        lines.insert(0, f"the script did not come to its end; {how}")
     elif not counts:
         imported = "trl.trainer.utils" in sys.modules
         why = "no trainer ran" if imported else "the script did not import a TRL trainer"
-        why = "see the trainers" if trainers else why
-        lines = [f"flashpo: WARNING: none of its operators ran in this process: {why}; nothing was accelerated"]
-    return "\n".join(trainers + lines)
+        why = "see the trainers" if report and report.ran else why
+        lines.append(f"WARNING: none of its operators ran in this process: {why}; nothing was accelerated")
+    return "\n".join(f"flashpo: {line}" for line in lines)
 
 
 if __name__ == "__main__":

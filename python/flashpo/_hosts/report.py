@@ -13,7 +13,7 @@ def of_trl() -> list[str]:
     try:
         classes = [trl.trainer_class(name) for name in trl.TRAINERS]
         seams = {cls.__name__: trl.seams(cls) for cls in classes}
-        scoring = trl.scoring_seams()
+        scoring = [*trl.scoring_seams(), trl.divergence_seam()]
     except Exception as error:  # of any kind: it is an installation of TRL that does not import
         return [f"TRL {trl.version()} does not import: {type(error).__name__}: {error}"]
     whole = [name for name, found in seams.items() if not any(seam.reason for seam in found)]

@@ -264,6 +264,12 @@ def scoring_seams() -> list[Seam]:
     ]
 
 
+def divergence_seam() -> Seam:
+    """Not among `scoring_seams`: to ask it imports a trainer."""
+    reason = why_no_divergence(importlib.import_module("trl.trainer.distillation_trainer"))
+    return Seam("divergence of distillation", "linear_divergence", "TRL's own compares student and teacher", reason)
+
+
 @functools.cache
 def why_not(trl_class: type, what: str) -> str:
     """Why a trainer class of TRL does not meet the needs of `what`, empty where it does."""

@@ -22,11 +22,18 @@ from flashpo.packing.tree import TokenTree, pack
 NEUTRAL = ("use_cache", "margin")  # TRL's RewardTrainer hands its column on
 
 
-def take_rows(backbone: nn.Module, allowed: Callable[[str], bool]) -> None:
+def not_told(tokens: int, of: int, on_tree: bool) -> None:
+    """Of nobody who wants to know what `take_rows` runs."""
+
+
+def take_rows(
+    backbone: nn.Module, allowed: Callable[[str], bool], ran: Callable[[int, int, bool], None] = not_told
+) -> None:
     """Let `backbone`, for which token trees are right, run padded batches on them; for good.
 
     Args:
         allowed: whether a batch may run so, asked with what is against it, "" where nothing is.
+        ran: told of each batch how many tokens run, how many the padded rows have, and whether it is a tree.
     """
     accept_trees(backbone, head=False)
     padded: Any = backbone.forward.__func__  # type: ignore[attr-defined]
@@ -35,7 +42,7 @@ def take_rows(backbone: nn.Module, allowed: Callable[[str], bool]) -> None:
     @functools.wraps(padded)
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **given):
         asked = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-        tree = _tree_of(input_ids, attention_mask, given, known, allowed) if asked else None
+        tree = _tree_of(input_ids, attention_mask, given, known, allowed, ran) if asked else None
         if tree is None:
             return padded(self, input_ids, attention_mask=attention_mask, **given)
         states = padded(self, **inputs(tree, self), use_cache=False).last_hidden_state[0]
@@ -45,15 +52,19 @@ def take_rows(backbone: nn.Module, allowed: Callable[[str], bool]) -> None:
 
 
 @torch.compiler.disable  # it reads the batch on the host
-def _tree_of(input_ids: Any, attention_mask: Any, given: dict, known: Any, allowed: Callable) -> TokenTree | None:
+def _tree_of(
+    input_ids: Any, attention_mask: Tensor, given: dict, known: Any, allowed: Callable, ran: Callable
+) -> TokenTree | None:
     """None: the rows are to be padded."""
-    if not allowed(""):
-        return None
-    try:
-        return _pack(input_ids, attention_mask, given, known)
-    except (TypeError, ValueError) as error:
-        allowed(str(error))
-        return None
+    tree = None
+    if allowed(""):
+        try:
+            tree = _pack(input_ids, attention_mask, given, known)
+        except (TypeError, ValueError) as error:
+            allowed(str(error))
+    padded = attention_mask.numel()
+    ran(padded if tree is None else len(tree.tokens), padded, tree is not None)
+    return tree
 
 
 def _pack(input_ids: Any, attention_mask: Any, given: dict, known: Any) -> TokenTree:

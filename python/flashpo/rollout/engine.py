@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashpo import _fallbacks
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts import sharding
 from flashpo._hosts.peft import active_adapter, adapter_states, why_not_by_layers
@@ -233,6 +234,7 @@ class RolloutEngine:
         self.runner = self.scheduler = None
         text = str(error)  # a record of the error itself would keep the pool: its traceback has it
         log.warning("the rollout goes on with transformers' generate: %s", text)
+        _fallbacks.note(f"a rollout went on with transformers' generate: {text}")
 
     def _generate_plainly(self, call: "_Call") -> None:
         """What the engine has not."""
@@ -282,6 +284,7 @@ class RolloutEngine:
         if self._said != reason:
             self._said = reason
             log.warning("rollouts by transformers' generate: %s", reason)
+            _fallbacks.note(f"rollouts by transformers' generate: {reason}")
 
     def _plain_view(self):
         """Of weights that the model's own hooks have to gather there is no view."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashpo import _fallbacks
 from flashpo._causal_lm import CausalLM
 from flashpo.ops import decode_attention, sample
 from flashpo.ops.sample import Sample
@@ -297,4 +298,5 @@ class Runner:
             if out_of_memory(error):
                 raise
             log.warning("the decode step runs without a CUDA graph: %s", error)
+            _fallbacks.note(f"the decode step runs without a CUDA graph: {error}")
             return step, step

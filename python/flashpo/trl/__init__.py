@@ -6,6 +6,7 @@ Importing this package does not import TRL yet: a script may still want to set i
 import importlib
 
 from flashpo._hosts.trl import PatchError
+from flashpo.trl.acceleration import accelerate
 from flashpo.trl.patch import patch, patched, unpatch
 from flashpo.trl.verify import VerificationError, verify
 
@@ -21,7 +22,7 @@ _MODULES = {  # where the classes are
     "PPOTrainer": "ppo",
     "PPOConfig": "ppo_config",
 }
-__all__ = ["PatchError", "VerificationError", "patch", "patched", "unpatch", "verify", *_MODULES]
+__all__ = ["PatchError", "VerificationError", "accelerate", "patch", "patched", "unpatch", "verify", *_MODULES]
 
 
 def __getattr__(name: str):

@@ -2,13 +2,20 @@
 
 import warnings
 
+from flashpo import _fallbacks
+
 
 class Fallback:
     """`says`: what TRL does here, a sentence with a {reason}; `error`: the message where the user has ruled TRL out."""
 
     def __init__(self, says: str, error: str | None = None):
         self.says, self.error = says, error
-        self._said: set[str] = set()
+        self._said: dict[str, None] = {}  # reasons, in their order
+
+    @property
+    def first(self) -> str:
+        """The first reason, empty where there was none."""
+        return next(iter(self._said), "")
 
     def __call__(self, reason: str) -> None:
         """Warn of a reason that is new.
@@ -19,8 +26,10 @@ class Fallback:
         if self.error is not None:
             raise ValueError(self.error.format(reason=reason)) from None
         if reason not in self._said:
-            self._said.add(reason)
-            warnings.warn(self.says.format(reason=reason), stacklevel=3)
+            self._said[reason] = None
+            sentence = self.says.format(reason=reason)
+            _fallbacks.note(sentence)
+            warnings.warn(sentence, stacklevel=3)
 
     def allows(self, reason: str) -> bool:
         """Whether there is no reason, "", for TRL's code; warns of one that is new."""

@@ -20,6 +20,7 @@ from flashpo._hosts.trl import ADVANTAGES, version
 from flashpo.ops.group_advantages import group_advantages
 from flashpo.trl import options
 from flashpo.trl._fallback import Fallback
+from flashpo.trl._phases import REWARDS
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.patch import active
 from flashpo.trl.reward_models import RewardModels
@@ -66,6 +67,10 @@ class GroupComparing(Sampling, Base):
             (rows of all ranks,), or (this rank's rows, completion length): one advantage a token.
         """
         raise NotImplementedError
+
+    def _calculate_rewards(self, *args, **kwargs):
+        with self._phases.of(REWARDS):
+            return super()._calculate_rewards(*args, **kwargs)
 
     @in_place_of_trls(ADVANTAGES)
     def _generate_and_score_completions(self, inputs):

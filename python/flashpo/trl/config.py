@@ -2,6 +2,7 @@
 for distillation several completions of a prompt, and several teachers."""
 
 import inspect
+import textwrap
 from dataclasses import dataclass, field, fields, replace
 
 import trl
@@ -19,6 +20,23 @@ GRPO_LOSS_OPTIONS = (
     "use_adaptive_entropy",
 )  # fmt: skip
 RLOO_LOSS_OPTIONS = ("epsilon", "epsilon_high")
+
+
+def documented(cls: type) -> type:
+    """Adds to a configuration's docstring the fields that it has beyond TRL's, by their metadata."""
+    inherited = {f.name for base in cls.__mro__ if base.__module__.startswith("trl.") for f in fields(base)}
+    own = [f for f in fields(cls) if f.name not in inherited or f.name in vars(cls).get("__annotations__", {})]
+    entries = [
+        textwrap.fill(
+            f"{f.name} ({f.default!r}): {f.metadata['help']}",
+            width=116,
+            initial_indent="    ",
+            subsequent_indent=" " * 8,
+        )
+        for f in own
+    ]
+    cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nArgs:\n" + "\n".join(entries)
+    return cls
 
 
 @dataclass
@@ -174,9 +192,10 @@ class PolicyOptions(EngineOptions):
         return spec
 
 
+@documented
 @dataclass
 class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
-    """`trl.GRPOConfig` and:"""
+    """All arguments of `trl.GRPOConfig`, and those below."""
 
     _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
 
@@ -196,9 +215,10 @@ class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
         return self._with_length(spec)
 
 
+@documented
 @dataclass
 class RLOOConfig(PolicyOptions, trl.RLOOConfig):
-    """`trl.RLOOConfig` and:"""
+    """All arguments of `trl.RLOOConfig`, and those below."""
 
     _VALID_DICT_FIELDS = [*trl.RLOOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
 
@@ -217,29 +237,34 @@ class RLOOConfig(PolicyOptions, trl.RLOOConfig):
         return self._with_length(spec)
 
 
+@documented
 @dataclass
 class SFTConfig(SharingOptions, trl.SFTConfig):
-    """`trl.SFTConfig` and:"""
+    """All arguments of `trl.SFTConfig`, and those below."""
 
 
+@documented
 @dataclass
 class DPOConfig(SharingOptions, trl.DPOConfig):
-    """`trl.DPOConfig` and:"""
+    """All arguments of `trl.DPOConfig`, and those below."""
 
 
+@documented
 @dataclass
 class KTOConfig(SharingOptions, trl.KTOConfig):
-    """`trl.KTOConfig` and:"""
+    """All arguments of `trl.KTOConfig`, and those below."""
 
 
+@documented
 @dataclass
 class RewardConfig(SharingOptions, trl.RewardConfig):
-    """`trl.RewardConfig` and:"""
+    """All arguments of `trl.RewardConfig`, and those below."""
 
 
+@documented
 @dataclass
 class DistillationConfig(EngineOptions, trl.DistillationConfig):
-    """`trl.DistillationConfig` and:"""
+    """All arguments of `trl.DistillationConfig`, and those below."""
 
     _VALID_DICT_FIELDS = [*trl.DistillationConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
 

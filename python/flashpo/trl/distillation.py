@@ -18,12 +18,13 @@ from flashpo._causal_lm import CausalLM
 from flashpo._hosts.trl import COMPLETIONS, GROUPS, ROLLOUTS, TEACHERS, TREES, why_not
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import pack
+from flashpo.trl import start
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._replaced import replaced
 from flashpo.trl._text_only import beside_text, padding_changes_nothing
 from flashpo.trl.comparison import Comparison, States, why_not_comparable
 from flashpo.trl.packed import groups_stay_together
-from flashpo.trl.patch import active
+from flashpo.trl.patch import active, scores
 from flashpo.trl.sampling import Sampling
 from flashpo.trl.sharing import Sharing, why_not_packed
 from flashpo.trl.teachers import Teachers, check_dataset, places
@@ -61,6 +62,9 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         self._say_what_trl_lacks()
         if self._has_whole_models:
             self._try_out()
+
+    def _why_not_parts(self):
+        return super()._why_not_parts() | {"token trees": self._sharing.why_not, **start.why_no_head()}
 
     def _say_what_trl_lacks(self) -> None:
         """Once, what TRL's own code does here; an error where the user has asked for ours."""
@@ -174,7 +178,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
 
     @in_place_of_trls(TREES)
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-        ours = active() and self._comparable(unwrapped_student)
+        ours = scores() and self._comparable(unwrapped_student)
         scored = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         parts = [(self.teacher_model, scored, inputs)]
         if len(self.teachers) > 1:  # TRL's loss of each teacher's rows: the mask of tools leaves out the others
@@ -226,6 +230,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             return comparison.student.hidden
         scored = comparison.of_all if of_student else comparison.scored
         beside = beside_text(unwrapped_model, multimodal)
+        phase, padded_tokens = self._phases.reference_begins(), input_ids.numel()
         if self._takes_tree(unwrapped_model, beside, attention_mask):
             known = comparison.student and comparison.student.tree
             tree = known if known is not None and scored is comparison.of_all else pack(*tokens, scored)
@@ -237,6 +242,10 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             rows = rows if len(rows) else rows.new_zeros(1)  # ranks that meet in a forward all run one
             hidden = padded(unwrapped_model, *(x[rows] for x in tokens))
             states = States(hidden.new_zeros(len(input_ids), *hidden.shape[1:]).index_copy(0, rows, hidden), None)
+            padded_tokens = len(rows) * input_ids.shape[1]
+        run = padded_tokens if states.tree is None else len(states.tree.tokens)
+        self._phases.ran(run, input_ids.numel(), states.tree is not None)
+        self._phases.reference_ends(phase)
         if overridden(self, "_get_last_hidden_state"):
             return states.as_rows()  # theirs takes TRL's, and what it makes of them counts
         if of_student:

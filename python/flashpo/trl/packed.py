@@ -107,6 +107,7 @@ class PackedScoring:
         else:
             parts = split_by_tokens(*batch, batch_size * input_ids.shape[1], prune=prune)
         trees = [pack(*(x[rows] for x in batch), prune=prune) for rows in parts]
+        self.trainer._phases.ran(sum(len(tree.tokens) for tree in trees), input_ids.numel())
         if batch_size is not None and any(map(sharding.meets, self._models())):
             trees += [_one_token(*batch, prune)] * (self._most_of_ranks(len(trees)) - len(trees))
         chunks = []

@@ -44,6 +44,7 @@ from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.ops.linear_logprob import LinearLogprob
 from flashpo.ops.selective_log_softmax import selective_log_softmax
 from flashpo.ops.token_stats import TokenStats, select
+from flashpo.trl import switches
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,6 +101,12 @@ def active() -> bool:
     stock."""
     here = _state.here
     return (_state.wanted or here.users > 0) and here.suspended == 0
+
+
+@torch.compiler.disable
+def scores() -> bool:
+    """`active`, and nobody has turned off FlashPO's LM head."""
+    return active() and switches.current().head
 
 
 class _Blocks(threading.local):
@@ -196,7 +203,7 @@ def _seams_of_head(utils: ModuleType) -> dict[str, object]:
             logit_scale: float = 1.0,
             outputs: tuple[str, ...] = OUTPUTS,
         ) -> TokenStats:
-            if not active() or hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
+            if not scores() or hidden.device.type not in DEVICES or hidden.dtype not in DTYPES:
                 head = temperature, chunk_size, final_logit_softcapping, logit_scale
                 return stock_head.apply(hidden, weight, bias, targets, *head, outputs)
             if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or len(weight) == 0:
@@ -237,7 +244,7 @@ def _seams_of_logits(utils: ModuleType) -> dict[str, object]:
 
     def ours(logits: Tensor, index: Tensor | None, row_mask: Tensor | None) -> bool:
         return (
-            active()
+            scores()
             and logits.device.type in DEVICES
             and logits.dtype in DTYPES
             and logits.dim() > 0
@@ -270,13 +277,13 @@ def _seams_of_logits(utils: ModuleType) -> dict[str, object]:
     seams: dict[str, object] = {"_supports_trl_loss_kernel": supports, "_fused_logprob_entropy": logprob_entropy}
     if stock_triton is not None:
         # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
-        seams["is_triton_available"] = lambda *min_version: active() or has_triton(*min_version)
+        seams["is_triton_available"] = lambda *min_version: scores() or has_triton(*min_version)
     return seams
 
 
 def _compact(stock: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
     """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
-    return lambda device: (active() and device.type in DEVICES) or stock(device)
+    return lambda device: (scores() and device.type in DEVICES) or stock(device)
 
 
 def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
@@ -302,7 +309,7 @@ def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
         ) -> tuple[Tensor, Tensor]:
             """Divergence and the student's entropy, (N,) each; no gradient comes to the entropy."""
             both = student_hidden, teacher_hidden
-            if not active() or any(x.device.type not in DEVICES or x.dtype not in DTYPES for x in both):
+            if not scores() or any(x.device.type not in DEVICES or x.dtype not in DTYPES for x in both):
                 heads = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
                 student = student_logit_scale, student_final_logit_softcapping
                 teacher = teacher_logit_scale, teacher_final_logit_softcapping

@@ -24,8 +24,9 @@ from flashpo._hosts.trl import (
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.rollout.seam import eval_mode
-from flashpo.trl import options
+from flashpo.trl import options, start
 from flashpo.trl._metrics import ratio_metrics
+from flashpo.trl._phases import REST, SCORING
 from flashpo.trl.advantages import GroupComparing
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
@@ -55,6 +56,9 @@ class PolicyTrainer(GroupComparing):
     @functools.cached_property
     def _packed(self) -> PackedScoring:
         return PackedScoring(self)
+
+    def _why_not_parts(self):
+        return super()._why_not_parts() | {"token trees": self._packed.sharing.why_not, **start.why_no_head()}
 
     def _say_what_trl_lacks(self) -> None:
         """Once, what TRL's own code does here; an error where the user has asked for ours."""
@@ -142,9 +146,15 @@ class PolicyTrainer(GroupComparing):
             return self._score(model, inputs, scored=mask)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logprob, entropy, _ = self._score(model, inputs, scored=mask * idle)
+        self._phases.count(tokens=-self._size(inputs), tokens_saved=-self._size(inputs))  # TRL runs these rows once
         torch.clear_autocast_cache()  # casts without gradient, which torch before pytorch#165068 would use again
         trained = self._score(model, inputs, scored=mask * ~idle)
         return logprob.where(idle, trained[0]), entropy.where(idle, trained[1]), None
+
+    @staticmethod
+    def _size(inputs) -> int:
+        """Tokens of the padded rows."""
+        return inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
 
     def _can_skip(self, inputs, spec: LossSpec) -> bool:
         """Whether idle rows have no gradient and can be left out; the same on all ranks."""
@@ -164,7 +174,19 @@ class PolicyTrainer(GroupComparing):
     ):  # fmt: skip
         old = self._rollouts.take_old()
         if old is not None:
+            self._phases.ran(0, input_ids.numel(), on_tree=False)
             return old, None, None
+        with self._phases.within(REST, SCORING):
+            return self._scored(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
+                **multimodal,
+            )  # fmt: skip
+
+    def _scored(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
+        **multimodal,
+    ):  # fmt: skip
+        """On trees where that can be, else by TRL."""
         of_ids, scored = self._to_score or (None, None)
         scored = scored if of_ids is input_ids else None  # a subclass may have others scored on the way
         if active() and self._packed.takes(multimodal):
@@ -174,6 +196,7 @@ class PolicyTrainer(GroupComparing):
             )
         if scored is not None:
             model = without_tokens(model, scored == 0)
+        self._phases.ran(input_ids.numel(), input_ids.numel(), on_tree=False)
         padded: Any = super()._get_per_token_logps_and_entropies
         wanted = (batch_size, compute_entropy, compute_aux_loss)
         return padded(model, input_ids, attention_mask, logits_to_keep, *wanted, **multimodal)
@@ -278,6 +301,7 @@ class PolicyTrainer(GroupComparing):
         """Log-probs (B, C) of the completions by the function that the engine samples from: the model in eval mode."""
         if active():
             self._packed.prepare()  # which looks at the model's adapters, and so has to have the model to itself
+        self._phases.count(tokens=-self._size(batch), tokens_saved=-self._size(batch))  # TRL has no such forward
         with eval_mode(self.model), self.accelerator.autocast():
             return self._score(self.model, batch, self.args.per_device_train_batch_size)[0]
 

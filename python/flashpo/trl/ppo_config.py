@@ -6,7 +6,7 @@ from typing import Any
 import trl
 
 from flashpo.trl import options
-from flashpo.trl.config import GRPO_LOSS_OPTIONS, CorrectionOptions
+from flashpo.trl.config import GRPO_LOSS_OPTIONS, CorrectionOptions, documented
 
 # GRPO's own mathematics: (option, why PPO has no use for it)
 REFUSED = {
@@ -30,6 +30,7 @@ class _Single(int):
         return False
 
 
+@documented
 @dataclass
 class PPOConfig(CorrectionOptions, trl.GRPOConfig):
     """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, those of CorrectionOptions, and
@@ -38,16 +39,6 @@ class PPOConfig(CorrectionOptions, trl.GRPOConfig):
     A batch of generations is used for `num_iterations` epochs over `steps_per_generation` micro-batches, with an
     optimizer step after each `gradient_accumulation_steps` of them. `epsilon`, `epsilon_high` and `delta` clip the
     policy's ratio, `beta` is the coefficient of the KL penalty, `entropy_coef` that of the entropy bonus.
-
-    Args:
-        critic: "shared": a value head on the policy's backbone. "separate": on a copy of it with parameters of its
-            own. Else the path of a model (a reward model, say) whose backbone the critic takes.
-        gamma, lam: discount and lambda of `flashpo.gae`.
-        whiten_advantages: standardise the advantages over all tokens of a batch of generations, on all processes.
-        vf_coef: coefficient of the value loss.
-        cliprange_value: how far a value may move from its old value, see `flashpo.value_loss`; None: no clipping.
-        kl_in: "reward": each token is paid -beta (log pi_old - log pi_ref). "loss": beta KL, k3 of each token, is added
-            to the loss, times the ratio where `use_bias_correction_kl`.
     """
 
     _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
@@ -58,18 +49,26 @@ class PPOConfig(CorrectionOptions, trl.GRPOConfig):
     critic: str = field(
         default="shared",
         metadata={
-            "help": "The critic's backbone: 'shared' with the policy, 'separate', a copy of it, or the path of a model."
+            "help": "shared: a value head on the policy's backbone. separate: on a copy of it with its own parameters. "
+            "Else the path of a model (a reward model, for instance) whose backbone the critic takes."
         },
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount of GAE."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
-    whiten_advantages: bool = field(default=True, metadata={"help": "Standardise advantages over all tokens."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of flashpo.gae."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of flashpo.gae."})
+    whiten_advantages: bool = field(
+        default=True,
+        metadata={"help": "Standardise advantages over all tokens of a batch of generations, on all processes."},
+    )
     vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
-    cliprange_value: float | None = field(default=0.2, metadata={"help": "Clip range of values; None: no clipping."})
+    cliprange_value: float | None = field(
+        default=0.2,
+        metadata={"help": "How far a value may move from its old value, see flashpo.value_loss; None: no clipping."},
+    )
     kl_in: str = field(
         default="reward",
         metadata={
-            "help": "Where the KL penalty goes: into the reward of each token, or into the loss.",
+            "help": "reward: each token is paid -beta (log pi_old - log pi_ref). loss: beta KL, k3 of each token, is "
+            "added to the loss, times the ratio where use_bias_correction_kl.",
             "choices": ["reward", "loss"],
         },
     )

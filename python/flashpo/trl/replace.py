@@ -27,7 +27,8 @@ def replace_trainers(name: str) -> None:
             value = getattr(importlib.import_module("flashpo.trl"), attribute)
             if attribute not in handed_out and os.environ.get("RANK", "0") == "0":
                 for seam in of_trainer(attribute):
-                    print(f"flashpo: {seam}", file=sys.stderr)
+                    if seam.reason:
+                        print(f"flashpo: {seam}", file=sys.stderr)
             handed_out.add(attribute)
             setattr(self, attribute, value)
             return value

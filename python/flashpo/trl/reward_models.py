@@ -8,19 +8,25 @@ from torch import nn
 
 from flashpo._causal_lm import layers_of_wrapping
 from flashpo._hosts.peft import why_not_trained_by_layers
-from flashpo.packing.rows import take_rows
+from flashpo.packing.rows import not_told, take_rows
 from flashpo.trl._fallback import Fallback
 from flashpo.trl.patch import active
 from flashpo.trl.sharing import Sharing, why_not_packed
 
 
-def run_on_trees(accelerator: Accelerator, model: Any, allowed: Callable[[str], bool]) -> None:
+def run_on_trees(
+    accelerator: Accelerator,
+    model: Any,
+    allowed: Callable[[str], bool],
+    ran: Callable[[int, int, bool], None] = not_told,
+) -> None:
     """Let a model of transformers with a head on its hidden states run its batches on trees where it can.
 
     Every rank has to ask, before the model first runs.
 
     Args:
         allowed: told what is against it, "" where nothing is; and asked for every batch that runs under `patched()`.
+        ran: see `take_rows`.
     """
     *_, base = layers_of_wrapping(model)
     backbone: Any = base.base_model
@@ -28,7 +34,7 @@ def run_on_trees(accelerator: Accelerator, model: Any, allowed: Callable[[str], 
         reason = why_not_trained_by_layers(model) or ("it has no backbone" if backbone is base else "")
         reason = reason or why_not_packed(backbone, head=False)
     if allowed(reason):
-        take_rows(backbone, lambda reason: active() and allowed(reason))
+        take_rows(backbone, lambda reason: active() and allowed(reason), ran)
 
 
 class RewardModels:

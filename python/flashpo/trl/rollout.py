@@ -22,6 +22,7 @@ from flashpo._hosts.transformers import default_generation_params, merged_genera
 from flashpo._hosts.trl import generating
 from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
+from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl._text_only import beside_text
@@ -48,12 +49,28 @@ class TrainerRollouts:
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.mode: str = getattr(_args(trainer), "rollout", "auto")
+        switch = switches.current().why_no_rollout
+        self.mode: str = "generate" if switch else getattr(_args(trainer), "rollout", "auto")
+        self._off = switch or "rollout='generate'"
         self.engine: RolloutEngine | None = None
         self._said_uncorrected = False
         strict = "rollout='engine', but {reason}" if self.mode == "engine" else None
         self.refuse = Fallback("FlashPO's rollout engine does not generate here: {reason}. TRL does.", strict)
         self._session: contextlib.ExitStack | None = None  # open, whether or not there is an engine yet
+
+    def why_not(self) -> str:
+        """What is known to be against the engine before it generates, empty where nothing is."""
+        trainer = self.trainer
+        if self.mode == "generate" or self.refuse.first:
+            return self.refuse.first if self.mode != "generate" else self._off
+        try:
+            self._check_turn(None, None)
+            if trainer._has_whole_models and not sharding.meets(trainer.model):  # no other rank asks
+                sampling_params(trainer.model, trainer.generation_config)
+                return support(trainer.model).reason
+        except Unsupported as reason:
+            return str(reason)
+        return ""
 
     def generate(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
         """One completion of each prompt, in their order; None: TRL has to generate."""
@@ -192,7 +209,10 @@ class TrainerRollouts:
 
     def _log(self, rollouts: Rollouts, gathered: sharding.Gathered) -> None:
         """`gathered`: by TRL, around the engine."""
-        metrics, stats = self.trainer._metrics[self.trainer._mode], rollouts.stats
+        metrics, stats, phases = self.trainer._metrics[self.trainer._mode], rollouts.stats, self.trainer._phases
+        prompts = stats.prefill_tokens + stats.prefill_tokens_saved
+        phases.count(prefill=prompts, prefill_saved=stats.prefill_tokens_saved, sampled=stats.tokens)
+        phases.cache_bytes = max(phases.cache_bytes, stats.cache_bytes)
         gathered += sharding.Gathered(stats.gather_bytes, stats.gather_seconds)
         if gathered.size:
             metrics["rollout/gather_bytes"].append(gathered.size)

@@ -9,6 +9,7 @@ import torch
 from flashpo._hosts.trl import ROLLOUTS, why_not
 from flashpo.packing.attention import uninstalled
 from flashpo.trl._pending import Pending
+from flashpo.trl._phases import GENERATION
 from flashpo.trl.patch import active
 from flashpo.trl.rollout import TrainerRollouts
 from flashpo.trl.trainers import Accelerated
@@ -34,6 +35,9 @@ class Sampling(Accelerated):
     def _rollouts(self) -> TrainerRollouts:
         return TrainerRollouts(self)
 
+    def _why_not_parts(self):
+        return super()._why_not_parts() | {"rollout engine": self._rollouts.why_not()}
+
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -41,6 +45,7 @@ class Sampling(Accelerated):
     def _generate(self, *args, **kwargs):
         self._rollouts.forget_turns()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._phases.of(GENERATION))
             if active():
                 stack.enter_context(self._rollouts.session())  # for the turns of a conversation with tools
             if isinstance(self.model, torch.nn.Module):

@@ -5,6 +5,7 @@ from torch import nn
 
 from flashpo.packing.parity import parity
 from flashpo.packing.support import packable, why_not_packable
+from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback
 
 
@@ -14,10 +15,18 @@ class Sharing:
 
     def __init__(self, args):
         self.mode = getattr(args, "share_prefix", "auto")  # TRL's own configurations have no such field
+        self._off = "share_prefix=False"
+        if switch := switches.current().why_no_trees:
+            self.mode, self._off = False, switch
         noise = getattr(args, "neftune_noise_alpha", None)
         self.against = "neftune_noise_alpha: its noise depends on the length of a padded row" if noise else ""
         strict = "share_prefix=True, but {reason}" if self.mode is True else None
         self.refuse = Fallback("FlashPO scores padded rows here, prompts are not shared: {reason}.", strict)
+
+    @property
+    def why_not(self) -> str:
+        """What is known to be against it by now, empty where nothing is."""
+        return self._off if self.mode is False else self.against or self.refuse.first
 
     def allowed(self, reason: str) -> bool:
         """Whether to run packed; `reason`: what is against it, empty where nothing is."""

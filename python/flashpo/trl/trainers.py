@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
+import torch
 import transformers
 from trl.trainer import (  # not trl's names: `flashpo run` replaces them
     dpo_trainer,
@@ -18,6 +19,8 @@ from trl.trainer import (  # not trl's names: `flashpo run` replaces them
 )
 
 from flashpo._hosts.trl import TREES, why_not
+from flashpo.trl import start
+from flashpo.trl._phases import EVALUATION, REST, SCORING, TRAINING, Phases
 from flashpo.trl.patch import patched
 from flashpo.trl.reward_models import run_on_trees
 from flashpo.trl.sharing import Sharing
@@ -64,9 +67,36 @@ class Accelerated(transformers.Trainer):
 
     _trl_class: type
 
+    @functools.cached_property  # a trainer may run before its constructor has, or without it
+    def _phases(self) -> Phases:
+        return Phases(on_cuda=self.accelerator.device.type == "cuda")
+
+    def _why_not_parts(self) -> dict[str, str]:
+        """Parts of FlashPO that a trainer of this class has, and why one of them does not run here, by what is known
+        now; empty where it runs."""
+        return {}
+
+    def train(self, *args, **kwargs):
+        start.before_training(self)
+        with self._phases.of(REST):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        with self._phases.of(EVALUATION):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with self._phases.of(EVALUATION):
+            return super().predict(*args, **kwargs)
+
     def training_step(self, *args, **kwargs):
-        with patched():
+        self._phases.step_begins(self.state.global_step)
+        with patched(), self._phases.of(TRAINING):
             return super().training_step(*args, **kwargs)
+
+    def _prepare_inputs(self, *args, **kwargs):
+        with self._phases.within(TRAINING, REST):
+            return super()._prepare_inputs(*args, **kwargs)
 
     def prediction_step(self, *args, **kwargs):
         with patched():
@@ -75,6 +105,11 @@ class Accelerated(transformers.Trainer):
     def compute_loss(self, *args, **kwargs):
         with patched():
             return super().compute_loss(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        if cast(torch.nn.Module, self.model).training:
+            logs.update(self._phases.metrics(self.state.global_step))
+        return super().log(logs, *args, **kwargs)
 
     @property
     def _has_whole_models(self) -> bool:
@@ -93,6 +128,9 @@ class Packed(Accelerated):
         if self._has_whole_models:
             self._heads.try_out()
 
+    def _why_not_parts(self):
+        return super()._why_not_parts() | {"token trees": self._heads.sharing.why_not, **start.why_no_head()}
+
     def compute_loss(self, *args, **kwargs):
         self._heads.try_out()
         return super().compute_loss(*args, **kwargs)
@@ -103,7 +141,7 @@ class PackedWithReference(Packed):
 
     def compute_ref_log_probs(self, *args, **kwargs):
         self._heads.try_out()
-        with patched():
+        with patched(), self._phases.of(SCORING):
             return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
 
 
@@ -144,13 +182,16 @@ class RewardTrainer(Accelerated, reward_trainer.RewardTrainer):
         if self._has_whole_models:
             self._try_out()
 
+    def _why_not_parts(self):
+        return super()._why_not_parts() | {"token trees": self._sharing.why_not}
+
     def compute_loss(self, *args, **kwargs):
         self._try_out()
         return super().compute_loss(*args, **kwargs)
 
     def _try_out(self) -> None:
         if not self._tried and self._sharing.mode is not False:
-            run_on_trees(self.accelerator, self.model, self._sharing.allowed)
+            run_on_trees(self.accelerator, self.model, self._sharing.allowed, lambda *ran: self._phases.ran(*ran))
         self._tried = True
 
 

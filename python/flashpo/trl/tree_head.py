@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from flashpo._hosts.trl import TREES, fused_output, version, why_not
 from flashpo.packing import TokenTree, forward_here, pack, packable
+from flashpo.packing.rows import not_told
 from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
 from flashpo.trl._text_only import beside_text
@@ -47,7 +48,12 @@ class TreeHeads:
         """The moment lies behind everything that changes a model, and before all that wraps it or runs it."""
         self.untried.append(model)
         if packable(self._whole(model)).ok:
-            take_trees(model, self.sharing, temperature, fp32_head, outputs, lambda: model in self.packed)
+            options = temperature, fp32_head, outputs
+            take_trees(model, self.sharing, *options, lambda: model in self.packed, self._ran)
+        _time(model, self.trainer)
+
+    def _ran(self, tokens: int, of: int, on_tree: bool) -> None:
+        self.trainer._phases.ran(tokens, of, on_tree)
 
     def try_out(self) -> None:
         """Before the models first train: all ranks together, outside of a forward."""
@@ -94,8 +100,10 @@ def take_trees(
     fp32_head: bool,
     outputs: tuple[str, ...],
     takes: Callable[[], bool] = lambda: True,
+    ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
-    """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's."""
+    """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's, `ran`
+    is that of `take_rows`."""
     output = fused_output()
     padded: Any = model.forward.__func__  # type: ignore[attr-defined]  # bound by add_fused_lm_head
     wanted = tuple(FIELDS[name] for name in outputs)
@@ -107,7 +115,7 @@ def take_trees(
             return padded(self, *args, **batch)
         # the call asks for the routers' loss, or the configuration does
         routers = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
-        tree = _tree_of(self, sharing, args, batch, prune=not routers) if active() and takes() else None
+        tree = _tree_of(self, sharing, args, batch, not routers, ran) if active() and takes() else None
         if tree is None:
             return padded(self, *args, fused_lm_head=True, **batch)
         options = {"temperature": temperature, "outputs": wanted, "fp32_head": fp32_head, "aux_loss": routers}
@@ -123,17 +131,48 @@ def take_trees(
 
 
 @torch.compiler.disable  # it reads the batch on the host
-def _tree_of(model: Any, sharing: Sharing, args: tuple, batch: dict[str, Any], prune: bool) -> TokenTree | None:
+def _tree_of(
+    model: Any, sharing: Sharing, args: tuple, batch: dict[str, Any], prune: bool, ran: Callable
+) -> TokenTree | None:
     """None: its rows are to be padded."""
     given = beside_text(model, batch)  # PEFT, too, adds inputs that are None
     given |= {f"argument {i}": x for i, x in enumerate(args)}
     for option in OPTIONS & given.keys():
         del given[option]
+    tree = None
     try:
-        return _pack(given, prune)
+        tree = _pack(given, prune)
     except (TypeError, ValueError) as error:
         sharing.refuse(str(error))
-        return None
+    padded = batch["labels"].numel()
+    ran(padded if tree is None else len(tree.tokens), padded, tree is not None)
+    return tree
+
+
+def _time(model: PreTrainedModel, trainer: Any) -> None:
+    """Let the forwards of a model that has a fused head be told apart by the trainer's `_phases`."""
+    inner: Any = model.forward.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, fused_lm_head=False, **batch):
+        if not fused_lm_head:
+            return inner(self, *args, **batch)
+        before = _begins(trainer)
+        out = inner(self, *args, fused_lm_head=True, **batch)
+        _ends(trainer, before)
+        return out
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+
+
+@torch.compiler.disable  # a compiled graph has no clock
+def _begins(trainer: Any) -> str | None:
+    return trainer._phases.reference_begins()
+
+
+@torch.compiler.disable
+def _ends(trainer: Any, before: str | None) -> None:
+    trainer._phases.reference_ends(before)
 
 
 def _pack(batch: dict[str, Any], prune: bool) -> TokenTree:

@@ -24,7 +24,7 @@ RECORDS = (
 # Random or slow, and not ours: done once, the second run gets the same results. Their own metrics are left out.
 REPLAYED = ("_generate", "_calculate_rewards")
 CLOCKS = ("step_time", "profiling")  # metrics that are never the same twice
-ADDED = ("ratio/", "rollout/", "teacher/")  # metrics that TRL does not have begin so
+ADDED = ("ratio/", "rollout/", "teacher/", "flashpo/")  # metrics that TRL does not have begin so
 
 
 class VerificationError(AssertionError):
@@ -66,16 +66,29 @@ class Report:
         ran = ", ".join(f"{op} on {b} x{n}" for op, used in self.ops.items() for b, n in used.items())
         verdict = f"{len(self.disagreements)} disagree" if self.disagreements else "all agree"
         gradient = "" if any(x.stock for x in self.lines if x.name.startswith("grad ")) else "; every gradient is 0"
-        width = max([len(line.name) for line in self.lines] or [4])
+        verdict = f"{len(self.lines)} comparisons, {verdict}{gradient}; {self.dtype}, tolerance {self.tolerance:.1e}"
+        shown = [*self._folded(), *((x.name, x) for x in self.disagreements)]
+        width = max([len(name) for name, _ in shown] or [4])
         rows = [
-            f"{len(self.lines)} comparisons, {verdict}{gradient}; {self.dtype}, tolerance {self.tolerance:.1e}",
+            verdict,
             f"accelerated run: {ran or 'nothing of FlashPO ran'}",
             f"step  {'':{width}}  {'stock':>13}  {'flashpo':>13}  {'error':>8}  {'allowed':>8}",
         ]
-        for x in self.lines:
-            row = f"{x.step:4}  {x.name:{width}}  {x.stock:13.6g}  {x.ours:13.6g}  {x.error:8.1e}  {x.allowed:8.1e}"
+        for name, x in shown:
+            row = f"{x.step:4}  {name:{width}}  {x.stock:13.6g}  {x.ours:13.6g}  {x.error:8.1e}  {x.allowed:8.1e}"
             rows.append(row if x.agrees else row + "  <-- disagrees")
-        return "\n".join(rows)
+        return "\n".join([*rows, verdict])
+
+    def _folded(self) -> Iterator[tuple[str, Line]]:
+        """What agrees, a line for each kind: the one that has used most of what it is allowed."""
+        kinds: dict[str, list[Line]] = {"losses": [], "metrics": [], "gradients": []}
+        for x in self.lines:
+            kind = "losses" if x.name == "loss" else "gradients" if x.name.startswith("grad ") else "metrics"
+            kinds[kind] += [x] if x.agrees else []
+        for kind, found in kinds.items():
+            if found:
+                worst = max(found, key=lambda x: x.error / x.allowed if x.allowed else 0.0)
+                yield f"{len(found)} {kind} agree, the worst: {worst.name}", worst
 
 
 def verify(trainer, steps: int = 2) -> Report:
@@ -102,6 +115,13 @@ def verify(trainer, steps: int = 2) -> Report:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if trainer.is_deepspeed_enabled:
         raise NotImplementedError("verify cannot read gradients under DeepSpeed; run it once without")
+    if (phases := vars(trainer).get("_phases")) is not None:
+        with phases.stopped():  # what is run twice here is no time of the training
+            return _verified(trainer, steps)
+    return _verified(trainer, steps)
+
+
+def _verified(trainer, steps: int) -> Report:
     model = trainer.model_wrapped
     dtype = compute_dtype(trainer, model)
     tapes: dict[str, list] = {name: [] for name in REPLAYED if hasattr(trainer, name)}

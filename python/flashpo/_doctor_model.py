@@ -1,0 +1,90 @@
+"""`flashpo doctor --model PATH`: what of FlashPO would run for a model, and why the rest would not.
+
+Weights are not loaded. What the configuration says is asked of the model without memory for its weights; what only a
+run shows is asked of a small model of the same class with random weights.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flashpo._causal_lm import CausalLM
+from flashpo.packing import packable
+from flashpo.rollout import RolloutEngine, SamplingParams, seam
+from flashpo.rollout.fused import LAYERS
+from flashpo.rollout.hybrid import is_hybrid
+from flashpo.rollout.support import longest
+from flashpo.rollout.twin import small_config, small_model
+
+LENGTHS = (1024, 8192)  # of the sequences whose memory is told
+
+
+def lines(path: str) -> list[str]:
+    """Raises ValueError, with one line, where `path` has no configuration of a causal language model."""
+    nothing = FakeTensorMode()  # tensors without memory
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with nothing:
+            whole: Any = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of any kind: transformers, the hub, the model's own code
+        raise ValueError(f"no causal language model at {path}: {str(error).strip().splitlines()[0]}") from None
+    parameters = sum(p.numel() for p in whole.parameters())
+    found = [f"{path}: {type(whole).__name__}, {parameters / 1e6:,.0f} million parameters"]
+    try:
+        small = small_model(small_config(config))
+    except Exception as error:  # of the model's own code, given sizes that it may not expect
+        return [*found, f"  cannot be tried in small: {error}", *_static(whole)]
+    with nothing:
+        memory = _memory(whole, config)
+    return found + _tried(small) + memory
+
+
+def _static(model: nn.Module) -> list[str]:
+    trees = packable(model)
+    return [_line("token trees", trees.reason, "by its configuration")]
+
+
+def _tried(small: nn.Module) -> list[str]:
+    engine = RolloutEngine(small)
+    reason = engine.why_not() or ""
+    fused = "" if reason else _why_not_fused(engine)
+    return [
+        _line("rollout engine", reason),
+        *([] if reason else [_line("fused decode", fused)]),
+        _line("token trees", packable(small, check=True).reason),
+    ]
+
+
+def _why_not_fused(engine: RolloutEngine) -> str:
+    """By a rollout of two tokens."""
+    engine.generate([[2, 3]], SamplingParams(max_new_tokens=2))
+    if engine.runner is not None and engine.runner.fused is not None:
+        return ""
+    backbone = CausalLM.of(engine.model).backbone
+    layers = getattr(backbone, "layers", [backbone])
+    others = sorted({type(layer).__name__ for layer in layers} - set(LAYERS))
+    if others:
+        return f"it is made of {', '.join(others)}; the fused form is for {', '.join(LAYERS)}"
+    return "a norm, a dtype or a hook in it is not one that the fused form computes"
+
+
+def _memory(whole: nn.Module, config: Any) -> list[str]:
+    """By the calls of attention in a forward that computes nothing."""
+    try:
+        calls = seam.probe(whole)
+    except Exception:  # of any kind, of the model's own code: what is to be said of it, the small model has said
+        return []
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    token = sum(call.kv_heads * (call.head_dim + call.value_dim) for call in calls) * dtype.itemsize
+    sizes = ", ".join(f"{token * n / 2**20:,.1f} MiB for {n:,} tokens" for n in LENGTHS)
+    most = longest(config.get_text_config())
+    limit = "" if most is None else f"; sequences of at most {most:,} tokens"
+    state = "; its linear layers keep a state beside it" if is_hybrid(config.get_text_config()) else ""
+    return [f"  KV cache of a sequence, in {str(dtype).removeprefix('torch.')}: {sizes}{limit}{state}"]
+
+
+def _line(part: str, reason: str, how: str = "") -> str:
+    return f"  {part + ':':16s}{f'no, {reason}' if reason else 'yes'}" + (f" ({how})" if how else "")

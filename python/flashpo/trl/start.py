@@ -1,0 +1,98 @@
+"""What comes before a training: lines that say what of a trainer is FlashPO's, and a verification if one is wanted."""
+
+import importlib.metadata
+import os
+import sys
+from typing import Any
+
+from flashpo._hosts import devices
+from flashpo._hosts.versions import FLOORS, standing
+from flashpo.trl import switches
+from flashpo.trl.verify import VerificationError, verify
+
+_said: set[str] = set()  # names of trainers' classes, and the line of versions
+verify_alone = False  # whether the script ends when its first trainer has been verified
+
+
+class Verified(SystemExit):
+    """The end of a script that was run for the sake of `flashpo verify`."""
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def before_training(trainer: Any) -> None:
+    """All of it.
+
+    Raises:
+        VerificationError: TRL and FlashPO disagree; not of `flashpo verify`, whose exit status tells it.
+    """
+    say(trainer)
+    if steps := switches.current().verify:
+        _verify(trainer, steps)
+
+
+def say(trainer: Any) -> None:
+    """Once for each class: what replaces what, and which parts run. Once: versions and device."""
+    cls = type(trainer)
+    if cls.__qualname__ in _said or not is_first_process():
+        return
+    _said.add(cls.__qualname__)
+    for line in lines(trainer):
+        print(f"flashpo: {line}", file=sys.stderr)
+    if (line := machine(trainer.accelerator.device.type)) not in _said:
+        _said.add(line)
+        print(f"flashpo: {line}", file=sys.stderr)
+
+
+def lines(trainer: Any) -> list[str]:
+    """Of one trainer: what it is, and which of its parts run."""
+    cls = type(trainer)
+    ours = next((base for base in cls.__mro__ if base.__module__.partition(".")[0] == "flashpo"), None)
+    if ours is None:
+        from flashpo.trl.report import why_not_more
+
+        return [f"{cls.__name__} ({cls.__module__}) is not replaced: {why_not_more(cls, [], {})}"]
+    stock = f"trl.{trainer._trl_class.__name__}"
+    name = f"flashpo.trl.{ours.__name__}"
+    what = (
+        f"{name} runs in the place of {stock}" if stock.endswith(f".{ours.__name__}") else f"{name} is made of {stock}"
+    )
+    own = "" if cls is ours else f"{cls.__name__} is a subclass: "
+    off = " ".join(switches.current().off())
+    parts = trainer._why_not_parts().items()
+    said = "; ".join(f"{part} {f'no: {reason}' if reason else 'yes'}" for part, reason in parts)
+    return [own + what + (f", with {off}" if off else ""), f"{cls.__name__}: {said}"]
+
+
+def why_no_head() -> dict[str, str]:
+    """Of a trainer that scores tokens: the entry of its parts for the LM head."""
+    return {"LM head": "" if switches.current().head else "--no-head"}
+
+
+def machine(device: str) -> str:
+    versions = ["flashpo " + importlib.metadata.version("flashpo")]
+    for package in FLOORS:
+        version = importlib.metadata.version(package)
+        known = standing(package, version)
+        versions.append(f"{package} {version}" + ("" if known == "supported" else f" ({known})"))
+    never = devices.never_run(device)
+    return f"{', '.join(versions)}; {devices.name(device)}; never run on such a device: {never or 'nothing'}"
+
+
+def _verify(trainer: Any, steps: int) -> None:
+    if not hasattr(trainer, "_metrics"):
+        print(f"flashpo: {type(trainer).__name__} is no trainer of TRL: it is not verified", file=sys.stderr)
+        return
+    try:
+        found, status = str(verify(trainer, steps)), 0
+    except VerificationError as error:
+        if not verify_alone:
+            raise
+        found, status = str(error), 1
+    if is_first_process():
+        for line in found.splitlines():
+            print(f"flashpo: {line}", file=sys.stderr)
+    if verify_alone:
+        raise Verified(status)
