@@ -16,7 +16,7 @@ from trl_models import PROMPTS, load, text, tokenizer
 
 import flashpo
 import flashpo.trl
-from flashpo.trl import report
+from flashpo.trl import report, start
 from flashpo.trl.experimental import EXPERIMENTAL, share_prompts, table
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "trainers.md"
@@ -110,6 +110,8 @@ def test_shared_prompts_train_as_padded_rows(package, tmp_path):
     def step(sharing):
         trainer = make(package, tmp_path, logging_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=1e9)
         if sharing:
+            start.before_training(trainer)  # as under `flashpo run`
+            assert trainer._shares_prompts
             share_prompts(trainer)
         with flashpo.trl.patched():
             trainer.train()

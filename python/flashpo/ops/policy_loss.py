@@ -252,9 +252,7 @@ def _compare_with_native() -> None:
     sums = ", ".join(name for name in SUMS if name not in LOG_RATIO_BINS).upper()
     ours = choices, ", ".join(_numbers_of(LossSpec())), (sums, ", ".join(dict(EXTREMES)).upper()), LOG_RATIO_EDGES
     if ours != (native.policy_choices, native.policy_numbers, native.policy_stats, native.log_ratio_edges):
-        raise ImportError(
-            "flashpo._C has other losses than flashpo.ops.policy_loss: build it from these sources"
-        )
+        raise ImportError("flashpo._C has other losses than flashpo.ops.policy_loss: build it from these sources")
 
 
 if native is not None:

@@ -61,6 +61,8 @@ def share_prompts(trainer: Any) -> None:
     then, so the means of whole logits that CPO and ORPO log (`logits/chosen`, `logits/rejected`), which count padding,
     are others.
 
+    A second call does nothing.
+
     Args:
         trainer: one that `EXPERIMENTAL` says `shares`, or of a class derived from such a one; before it trains.
 
@@ -71,6 +73,9 @@ def share_prompts(trainer: Any) -> None:
     if known is None or not known.shares:
         names = ", ".join(x.trainer for x in EXPERIMENTAL.values() if x.shares)
         raise TypeError(f"trainer must be one of TRL's {names}, got a {type(trainer).__name__}")
+    if hasattr(trainer, "_shares_prompts"):
+        return
+    trainer._shares_prompts = True
     refuse = Fallback(f"FlashPO runs the model of {known.trainer} on padded rows: {{reason}}.")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return refuse("it is sharded only when it trains")

@@ -7,7 +7,7 @@ from typing import Any
 
 from flashpo._hosts import devices
 from flashpo._hosts.versions import FLOORS, standing
-from flashpo.trl import switches
+from flashpo.trl import experimental, switches
 from flashpo.trl.verify import VerificationError, verify
 
 _said: set[str] = set()  # names of trainers' classes, and the line of versions
@@ -23,12 +23,15 @@ def is_first_process() -> bool:
 
 
 def before_training(trainer: Any) -> None:
-    """All of it.
+    """All of it; and an experimental trainer of TRL's shares prompts from here on, if it is one that can.
 
     Raises:
         VerificationError: TRL and FlashPO disagree; not of `flashpo verify`, whose exit status tells it.
     """
     say(trainer)
+    known = experimental.of(type(trainer))
+    if known is not None and known.shares and switches.current().trees:
+        experimental.share_prompts(trainer)
     if steps := switches.current().verify:
         _verify(trainer, steps)
 
