@@ -54,14 +54,16 @@ names the reason (`share_prefix=True` raises instead). A comparison with the mod
 gradients, comes before the first step of every class, config, dtype and set of adapters, on the model itself and on a
 small fp32 twin of it (`flashpo.packable(model, check=True)` asks for it; `flashpo.score` does before a model's first
 tree), so that a family that is not in this table, or a model with code of its own, trains padded rather than wrongly.
-Refused for any family: dropout in attention while it trains (without it, by the configuration or a trainer's
-`disable_dropout`, the families below that have it run packed), adapters of PEFT that do more than change layers (see
-below), a head that FSDP1 wraps by itself, `neftune_noise_alpha`; an adapter on the language model head raises, as it
-does in TRL. A head that ZeRO-3 or FSDP2 shards is gathered while the fused head reads it, in forward and again in
-backward. Trainers ask of every batch, too: refused are images and any other input that says something beside token ids,
-mask and labels; in SFT, DPO and KTO a mask with gaps
-or of more than two dimensions, position ids that do not count each row of a padding-free batch from 0, a label on
-padding or on the first token of a row that is padded on the left.
+Dropout draws once for a token that several rows share. While attention has dropout, a tree goes through the model's own
+attention, one segment at a time. So it does, as one mask, in families whose attention does not use the interface of
+transformers (Bloom, Falcon, MPT, XGLM), or picks its keys by a mask (DeepSeek V3.2); of these, trainers leave batches
+padded whose rows share so little that the mask has more scores than the rows.
+Refused for any family: adapters of PEFT that do more than change layers (see below), a head that FSDP1 wraps by itself,
+`neftune_noise_alpha`; an adapter on the language model head raises, as it does in TRL. A head that ZeRO-3 or FSDP2
+shards is gathered while the fused head reads it, in forward and again in backward. Trainers ask of every batch, too:
+refused are images and any other input that says something beside token ids, mask and labels; in SFT, DPO and KTO a
+mask with gaps or of more than two dimensions, position ids that do not count each row of a padding-free batch from 0,
+a label on padding or on the first token of a row that is padded on the left.
 
 {adapters}
 {multimodal}

@@ -48,8 +48,11 @@ def long_batch(left=True) -> Batch:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family):
+    assert_as_near_as_padded(make(family), long_batch())
+
+
+def assert_as_near_as_padded(model, b: Batch) -> None:
     """Against each row alone in fp64 we err no more than a padded batch does, in log-probs and in every gradient."""
-    model, b = make(family), long_batch()
     assert packable(model, check=True) == (True, "")
     wide = in_fp64(model)
     exact, stock, ours = alone(wide, b, TEMPERATURE), padded(model, b, TEMPERATURE), packed(model, b, TEMPERATURE)

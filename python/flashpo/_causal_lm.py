@@ -10,6 +10,8 @@ from torch import Tensor, nn
 CACHED = ("full_attention", "sliding_attention")  # layer types whose keys and values are all that a next token needs
 WITH_ATTENTION = ("hybrid", "hybrid_sliding")  # which keep a state beside keys and values
 STATEFUL = ("linear_attention", "conv", *WITH_ATTENTION)
+CHUNKED = "chunked_attention"  # to the tokens of a row's own chunk
+INDEXED = "indexed_attention"  # to the keys that a smaller attention has picked
 ALONE = ("mlp", "moe")  # which see each token by itself
 
 

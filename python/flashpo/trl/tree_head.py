@@ -130,7 +130,8 @@ def _tree_of(model: Any, sharing: Sharing, args: tuple, batch: dict[str, Any], p
     for option in OPTIONS & given.keys():
         del given[option]
     try:
-        return _pack(given, prune)
+        tree = _pack(given, prune)
+        return tree if sharing.pays(model, tree) else None
     except (TypeError, ValueError) as error:
         sharing.refuse(str(error))
         return None
