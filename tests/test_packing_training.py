@@ -201,8 +201,7 @@ REFUSED = {  # family -> (overrides of its tiny configuration, part of the reaso
     "bert": ({}, "not causal"),
     "inkling_text": ({}, "hybrid_sliding"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "bidirectional"),
-    "mamba": ({}, "takes no position_ids"),
-    "jamba": ({}, "linear_attention"),
+    "minimax": ({}, "linear_attention"),
 }
 
 

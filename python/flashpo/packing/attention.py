@@ -21,9 +21,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from flashpo._causal_lm import CHUNKED, masks_windows, text_model
 from flashpo._hosts.transformers import ATTENTION
+from flashpo.ops._lineage import is_tree
 from flashpo.ops.tree_attention import attend
 from flashpo.packing import dense
-from flashpo.packing.paths import additive, along_paths, is_tree, let_methods_take_trees
+from flashpo.packing.paths import additive, along_paths, let_methods_take_trees
 
 PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
 EAGER: dict[type[nn.Module], Callable] = {}  # each module class's own: no registry has these

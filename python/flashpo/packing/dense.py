@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashpo import _recurrent
 from flashpo._causal_lm import INDEXED
 from flashpo.packing.paths import additive, class_with_method
 from flashpo.packing.tree import TokenTree
@@ -30,9 +31,9 @@ def is_dense(text: nn.Module) -> bool:
     """Whether the model that reads text takes trees so."""
     if INDEXED in (getattr(text.config, "layer_types", None) or ()):  # a smaller attention picks keys by the mask
         return True
-    return not any(hasattr(scope, "eager_attention_forward") for scope in _scopes(text)) and not any(
-        class_with_method(module) for module in text.modules()
-    )
+    if _recurrent.reads_in_order(text) or any(class_with_method(module) for module in text.modules()):
+        return False
+    return not any(hasattr(scope, "eager_attention_forward") for scope in _scopes(text))
 
 
 def mask(tree: TokenTree, text: Any) -> Tensor:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashpo.ops._lineage import is_tree
+
 METHOD = "_attn"
 _thread = threading.local()  # `last`: the tree of the last call and its paths, which all layers ask for
 
@@ -30,11 +32,6 @@ class Path(NamedTuple):
     keys: Tensor  # flat indices of the tokens from the root to the segment's end
     seen: Tensor  # (1, 1, queries, keys) bool: which keys come no later than the query
     distance: Tensor  # (queries, keys): how many tokens before the query a key stands
-
-
-def is_tree(mask: Any) -> bool:
-    """Whether that is a `TokenTree.mask`."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
 def along_paths(

@@ -77,7 +77,8 @@ def _layers(backbone: nn.Module) -> Iterator[str]:
     from flashpo.packing import dense
 
     text = text_model(backbone)  # images and sounds, whose towers may attend both ways, do not run on trees
-    if "position_ids" not in inspect.signature(backbone.forward).parameters and not dense.biases(text):
+    told = "position_ids" in inspect.signature(backbone.forward).parameters
+    if not told and not dense.biases(text) and not _recurrent.reads_in_order(text):
         yield "its backbone takes no position_ids"
     for module in text.modules():
         if not getattr(module, "is_causal", True):
