@@ -65,11 +65,15 @@ By the rollout engine:
 
 In packed training:
 
-- dropout in attention while the model trains. Families below that have it run packed without it, by the configuration
-  or by a trainer's `disable_dropout`;
 - adapters of PEFT that do more than change layers; an adapter on the LM head raises, as it does in TRL;
 - an LM head that FSDP1 wraps by itself;
 - `neftune_noise_alpha`.
+
+Dropout draws once for a token that several rows share. While attention has dropout, a tree goes through the attention
+of the model itself, one segment at a time. Two kinds of families get the tree as one dense mask: those whose attention
+does not use the interface of transformers (Bloom, Falcon, MPT, XGLM), and those that pick their keys by a mask
+(DeepSeek V3.2). Of these, trainers leave a batch padded whose rows share so little that the mask has more scores than
+the rows.
 
 Single batches train padded if they have images, or another input that says something beside token ids, mask and labels.
 So do batches of SFT, DPO and KTO with a mask that has gaps or more than two dimensions, with position ids that do not

@@ -17,7 +17,7 @@ from flashpo.rollout.twin import small_config, small_model, small_twin
 
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "gemma4", "mistral3", "smolvlm", "idefics3",
-    "llava_next", "llava_onevision", "internvl", "glm4v", "paddleocr_vl",
+    "llava_next", "llava_onevision", "internvl", "glm4v", "paddleocr_vl", "aya_vision", "cohere2_vision",
 )  # fmt: skip
 
 

@@ -143,14 +143,16 @@ def test_families_that_only_a_trial_finds(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "biogpt", "seed_oss"])
-def test_dropout_in_attention_under_any_name(family):
-    """By published defaults, and switched on by whatever the family calls it."""
+def test_dropout_in_attention_under_any_name(family, monkeypatch):
+    """By published defaults, and switched on by whatever the family calls it: such a model trains segment by segment,
+    which is compared with padded rows, too."""
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
     (name,) = [name for name in names if name in tiny_config(family).to_dict()]
-    for p, expected in ((0.25, "has a dropout of 0.25 in its attention"), (0.0, "")):
-        reason = why_wrong(tiny_model(family, **{name: p}))
-        assert reason.endswith(expected)
-        assert bool(reason) == bool(expected)
+    assert why_wrong(tiny_model(family, **{name: 0.25})) == ""
+    right = attention.along_paths
+    monkeypatch.setattr(attention, "along_paths", lambda *args, **options: 1.01 * right(*args, **options))
+    assert "of a token tree differ" in why_wrong(tiny_model(family, **{name: 0.25}))
+    assert why_wrong(tiny_model(family, **{name: 0.0})) == ""
 
 
 def state(model) -> tuple:
@@ -191,7 +193,7 @@ def test_the_model_is_left_as_it_was(how):
     before = state(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert bool(why_wrong(model)) == (how in ("dropout", "wrong"))
+        assert bool(why_wrong(model)) == (how == "wrong")
     after = state(model)
     assert after[0] == before[0]
     assert all(torch.equal(a, b) for a, b in zip(after[1], before[1]))

@@ -199,10 +199,9 @@ def test_tree_of_three_levels():
 REFUSED = {  # family -> (overrides of its tiny configuration, part of the reason)
     "bart": ({}, "takes no position_ids"),
     "bert": ({}, "not causal"),
-    "bloom": ({}, "interface"),
+    "inkling_text": ({}, "hybrid_sliding"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "bidirectional"),
-    "mamba": ({}, "interface"),
-    "jamba": ({}, "linear_attention"),
+    "minimax": ({}, "linear_attention"),
 }
 
 

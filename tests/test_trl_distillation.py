@@ -12,7 +12,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
-from trl_models import CONFIGS, assert_ran, assert_same, load, make_trainer, text, train
+from trl_models import CONFIGS, assert_ran, assert_same, bidirectional_path, load, make_trainer, text, train
 
 import flashpo
 import flashpo.trl
@@ -266,10 +266,10 @@ def test_an_unknown_teacher_in_a_stream_is_refused_when_it_comes():
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
 def test_one_that_cannot_take_trees_is_padded_alone(padded):
-    """GPT-2 as it was published has dropout in its attention."""
-    models = {"model": "gpt2"} if padded == "student" else {"teacher_model": teacher("gpt2")}
+    path = bidirectional_path()
+    models = {"model": path} if padded == "student" else {"teacher_model": load(path)}
     who = "" if padded == "student" else "the teacher: "
-    with pytest.warns(UserWarning, match=rf"not shared: {who}gpt2: .* has a dropout of 0.1"):
+    with pytest.warns(UserWarning, match=rf"not shared: {who}qwen3: its attention is bidirectional"):
         trainer = make(flashpo.trl, **models)
     flashpo.stats(reset=True)
     train(trainer)

@@ -11,7 +11,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
-from trl_models import assert_same, make_trainer, model_path, text, tokenizer, train
+from trl_models import CONFIGS, assert_same, bidirectional_path, make_trainer, model_path, text, tokenizer, train
 
 import flashpo
 import flashpo.trl
@@ -29,7 +29,7 @@ LORA = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"],
 
 def judge(kind="qwen3"):
     """The same weights every time, also of the head, which no checkpoint has."""
-    path = model_path(kind)
+    path = model_path(kind) if kind in CONFIGS else kind
     torch.manual_seed(1)
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
 
@@ -110,10 +110,8 @@ def test_without_sharing_it_is_stock_trl(tmp_path):
 
 
 def test_a_model_that_cannot_is_padded_after_a_warning(tmp_path):
-    """GPT-2 as it was published has dropout in its attention."""
-    options = {"kind": "gpt2", "disable_dropout": False}
-    with pytest.warns(UserWarning, match=r"has a dropout of 0.1 in its attention"):
-        trainer = make_reward_trainer(flashpo.trl, tmp_path, **options)
+    with pytest.warns(UserWarning, match=r"its attention is bidirectional"):
+        trainer = make_reward_trainer(flashpo.trl, tmp_path, kind=bidirectional_path())
     flashpo.stats(reset=True)
     train(trainer)
     assert "tree_attention_fwd" not in flashpo.stats()

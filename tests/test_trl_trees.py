@@ -12,13 +12,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl_models import (
-    CONFIGS,
     SPECIAL,
     VOCAB,
     Step,
     assert_ran,
     assert_same,
     assert_same_training,
+    bidirectional_path,
     make_trainer,
     model_path,
     text,
@@ -250,21 +250,11 @@ def test_switched_off(name):
     assert "tree_attention_fwd" not in flashpo.stats()
 
 
-@pytest.fixture
-def dropout(tmp_path):
-    """A folder with a model that cannot be packed."""
-    config = CONFIGS["qwen3"]()
-    config.attention_dropout = 0.1
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
-def test_a_model_that_cannot_be_packed(name, dropout):
-    reason = "qwen3: Qwen3Attention has a dropout of 0.1 in its attention"
+def test_a_model_that_cannot_be_packed(name):
+    reason, model = "qwen3: its attention is bidirectional", bidirectional_path()
     with pytest.warns(UserWarning, match="FlashPO") as said:
-        trainer = make_trainer(name, flashpo.trl, model=dropout)
+        trainer = make_trainer(name, flashpo.trl, model=model)
     (warning,) = [str(w.message) for w in said if "FlashPO" in str(w.message)]  # one for policy and reference
     assert warning == f"FlashPO scores padded rows here, prompts are not shared: {reason}."
     flashpo.stats(reset=True)
@@ -272,7 +262,7 @@ def test_a_model_that_cannot_be_packed(name, dropout):
     assert_ran("linear_logprob_partial")
     assert "tree_attention_fwd" not in flashpo.stats()
     with pytest.raises(ValueError, match=f"share_prefix=True, but {reason}"):
-        make_trainer(name, flashpo.trl, model=dropout, share_prefix=True)
+        make_trainer(name, flashpo.trl, model=model, share_prefix=True)
 
 
 def test_noise_on_embeddings():

@@ -98,6 +98,16 @@ def model_path(kind: str = "qwen3") -> str:
     return folder
 
 
+@functools.cache
+def bidirectional_path() -> str:
+    """A model that FlashPO does not run on trees: each token sees all tokens of its row."""
+    folder = tempfile.mkdtemp(prefix="flashpo-bidirectional-")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(**SMALL, head_dim=16, is_causal=False)
+    _class_of(config)._from_config(config).save_pretrained(folder)
+    return folder
+
+
 def _class_of(config) -> type:
     """As TRL chooses it."""
     names = config.architectures

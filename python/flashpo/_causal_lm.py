@@ -1,5 +1,6 @@
 """A causal language model of transformers taken apart: logits = cap(scale * head(backbone(...)))."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 CACHED = ("full_attention", "sliding_attention")  # layer types whose keys and values are all that a next token needs
 WITH_ATTENTION = ("hybrid", "hybrid_sliding")  # which keep a state beside keys and values
 STATEFUL = ("linear_attention", "conv", *WITH_ATTENTION)
+CHUNKED = "chunked_attention"  # to the tokens of a row's own chunk
+INDEXED = "indexed_attention"  # to the keys that a smaller attention has picked
+LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 ALONE = ("mlp", "moe")  # which see each token by itself
 
 
@@ -62,7 +66,10 @@ class CausalLM(NamedTuple):
         if backbone is base or head is None:
             raise Unsupported(f"{type(base).__name__} has no language model head")
         config = base.config.get_text_config()
-        return cls(base, backbone, head, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+        scale = _logit_scale(config)
+        if config is not base.config and not _reads(type(base), LOGIT_SCALES):
+            scale = 1.0
+        return cls(base, backbone, head, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def text_model(backbone: Any) -> Any:
@@ -90,12 +97,19 @@ def _wrapped(model: Any) -> nn.Module | None:
     return next((getattr(model, name) for name in ("_orig_mod", "module") if hasattr(model, name)), None)
 
 
+def _reads(kind: Any, names: tuple[str, ...]) -> bool:
+    """Whether its forward does: a multimodal class may leave out what the class of its text model does with logits, as
+    Aya Vision does with Cohere's scale."""
+    return not {*names}.isdisjoint(inspect.unwrap(kind.forward).__code__.co_names)
+
+
 def _logit_scale(config: Any) -> float:
     """The factor by which a family multiplies its logits, under whichever name it keeps it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+    *factors, divisor = LOGIT_SCALES
+    for name in factors:
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
+    scaling = getattr(config, divisor, None)
     if scaling is None:
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling

@@ -8,13 +8,17 @@ projections around the recurrence stay the family's own.
     torch_chunk_gated_delta_rule    Gated DeltaNet: Qwen3-Next, Qwen3.5, OLMo hybrid
     chunk_kimi_delta_attention      Kimi Delta Attention
     mamba2_chunk_scan               Mamba-2: Granite 4, Nemotron-H, Falcon-H1, Bamba, Zamba 2
+    mamba_selective_scan            Mamba: Jamba, Falcon-Mamba
 
-The tree comes as a keyword, which a model hands to its layers and these to such functions. A family that loses it on
-the way runs its rows as one: the comparison with padded rows finds that.
+The tree comes as a keyword, which a model hands to its layers and these to such functions. Layers that hand on no
+keywords have the tree in the place of their mask, which they apply to their input before all else. The scan of Mamba
+gets neither, and takes the tree of the convolution that its layer has called just before. A family that loses the tree
+on the way runs its rows as one: the comparison with padded rows finds that.
 """
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -24,22 +28,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from flashpo.ops._lineage import Lineage
+from flashpo.ops._lineage import Lineage, is_tree
 from flashpo.ops.tree_conv import tree_conv
 from flashpo.ops.tree_recurrence import tree_recurrence
+from flashpo.ops.tree_scan import tree_scan
 
 KEYWORD = "flashpo_lineage"
 CONVOLUTION = "causal_conv1d_fn"
+SCAN = "mamba_selective_scan"
 L2_EPS = 1e-6  # what all these families add to a squared length
 
 
 def install(backbone: nn.Module) -> None:
     """Let the families that `backbone` is made of take token trees in such layers. A second call does nothing."""
     for scope in _scopes(backbone):
-        for name, ours in OURS.items():
+        last = threading.local()  # `masked`, `convolved`: the tree of the last call of these functions in a thread
+        for name, wrap in WRAPPERS.items():
             original = getattr(scope, name, None)
             if original is not None and not hasattr(original, "takes_trees"):
-                setattr(scope, name, _asking(original, ours))
+                wrapped: Any = functools.wraps(original)(wrap(original, last))
+                wrapped.takes_trees = True
+                setattr(scope, name, wrapped)
 
 
 def keywords(backbone: nn.Module, segments: Tensor, parents: Tensor, device: torch.device) -> dict[str, Lineage]:
@@ -51,7 +60,7 @@ def keywords(backbone: nn.Module, segments: Tensor, parents: Tensor, device: tor
 
 def why_not(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
     """Layers of `backbone` for which there is nothing here; `kinds` are those that its configuration names."""
-    names = {name for scope in _scopes(backbone) for name in OURS if hasattr(scope, name)}
+    names = {name for scope in _scopes(backbone) for name in WRAPPERS if hasattr(scope, name)}
     for kind in dict.fromkeys(kinds):
         if not (CONVOLUTION in names if kind == "conv" else names & RECURRENCES):
             yield f"it has layers of {kind}"
@@ -65,15 +74,68 @@ def _scopes(backbone: nn.Module) -> list[ModuleType]:
     return [sys.modules[name] for name in dict.fromkeys(type(m).__module__ for m in backbone.modules())]
 
 
-def _asking(original: Callable, ours: Callable) -> Callable:
+def reached_by_keyword(backbone: nn.Module) -> bool:
+    """Whether a tree reaches all its layers without a mask that is one: those of Mamba hand on no keywords."""
+    return not any(hasattr(scope, SCAN) for scope in _scopes(backbone))
+
+
+def reads_in_order(backbone: nn.Module) -> bool:
+    """Whether all its layers do so, and no token needs to be told its position."""
+    scopes = _scopes(backbone)
+    attends = any(hasattr(scope, "eager_attention_forward") for scope in scopes)
+    return not attends and any(hasattr(scope, CONVOLUTION) for scope in scopes)
+
+
+def _asking(ours: Callable) -> Callable:
+    """For a function that the tree reaches as a keyword."""
     ours = torch.compiler.disable(ours)
 
-    @functools.wraps(original)
-    def function(*args: Any, **options: Any) -> Any:
-        lineage = options.pop(KEYWORD, None)
-        return original(*args, **options) if lineage is None else ours(lineage, *args, **options)
+    def wrap(original: Callable, last: Any) -> Any:
+        def function(*args: Any, **options: Any) -> Any:
+            lineage = options.pop(KEYWORD, None)
+            return original(*args, **options) if lineage is None else ours(lineage, *args, **options)
 
-    function.takes_trees = True  # type: ignore[attr-defined]
+        return function
+
+    return wrap
+
+
+def _following(ours: Callable, leader: str) -> Callable:
+    """For a function that gets no keywords, and is called behind a leader in the same layer."""
+
+    def wrap(original: Callable, last: Any) -> Any:
+        function = _asking(ours)(original, last)
+        return lambda *args, **options: function(*args, **options | {KEYWORD: getattr(last, leader, None)})
+
+    return wrap
+
+
+def _leading(original: Callable, last: Any) -> Any:
+    """The convolution, which others follow."""
+    convolution = _asking(_convolution)(original, last)
+
+    def function(*args: Any, **options: Any) -> Any:
+        last.convolved = options.pop(KEYWORD, None) or getattr(last, "masked", None)
+        return convolution(*args, **options | {KEYWORD: last.convolved})
+
+    return function
+
+
+def _making_masks(original: Callable, last: Any) -> Any:
+    """transformers makes no mask for such layers of one that has four dimensions."""
+
+    def function(*args: Any, **options: Any) -> Any:
+        mask = options.get("attention_mask")
+        return mask if is_tree(mask) else original(*args, **options)
+
+    return function
+
+
+def _masking(original: Callable, last: Any) -> Any:
+    def function(hidden_states: Tensor, attention_mask: Any) -> Tensor:
+        last.masked = Lineage.of_mask(attention_mask) if is_tree(attention_mask) else None
+        return original(hidden_states, attention_mask) if last.masked is None else hidden_states
+
     return function
 
 
@@ -141,15 +203,47 @@ def _mamba2(
     return (out if D is None else out + D[:, None] * x)[None]
 
 
+def _mamba(
+    lineage: Lineage,
+    hidden_states: Tensor,  # (1, D, N)
+    dt: Tensor,  # (1, D, N)
+    A: Tensor,  # (D, K)
+    B: Tensor,  # (1, K, N)
+    C: Tensor,  # (1, K, N)
+    D: Tensor | None = None,  # (D,)
+    z: Tensor | None = None,  # (1, D, N)
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    **options: Any,
+) -> Tensor:
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    x, dt, b, c = (y.squeeze(0).T.float() for y in (hidden_states, dt, B, C))
+    decay, update = (dt[..., None] * A.float()).exp(), (dt * x)[..., None] * b[:, None]
+    states = tree_scan(decay.flatten(1), update.flatten(1), lineage).view_as(decay)
+    if lineage.keeps:
+        lineage.keep("recurrent", states[lineage.ends()])
+    out = (states @ c[..., None]).squeeze(-1).T
+    if D is not None:
+        out = out + D.float()[:, None] * x.T
+    return (out if z is None else out * F.silu(z.squeeze(0)))[None]
+
+
 def _no_fusion(*args: Any, **options: Any) -> None:
     """Of convolution, recurrence and projections in one: the layer then takes them one by one."""
 
 
-OURS: dict[str, Callable] = {
-    CONVOLUTION: _convolution,
-    "torch_chunk_gated_delta_rule": _delta_rule,
-    "chunk_kimi_delta_attention": _delta_rule,
-    "mamba2_chunk_scan": _mamba2,
-    "mamba2_split_conv1d_scan_combined": _no_fusion,
+WRAPPERS: dict[str, Callable[[Callable, Any], Any]] = {
+    CONVOLUTION: _leading,
+    "torch_chunk_gated_delta_rule": _asking(_delta_rule),
+    "chunk_kimi_delta_attention": _asking(_delta_rule),
+    "mamba2_chunk_scan": _asking(_mamba2),
+    "mamba2_split_conv1d_scan_combined": _asking(_no_fusion),
+    SCAN: _following(_mamba, "convolved"),
+    "mamba_inner_fn": _following(_no_fusion, "masked"),
+    "create_recurrent_attention_mask": _making_masks,
+    "apply_mask_to_padding_states": _masking,
 }
-RECURRENCES = {"torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention", "mamba2_chunk_scan"}
+RECURRENCES = {"torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention", "mamba2_chunk_scan", SCAN}

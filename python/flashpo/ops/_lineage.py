@@ -6,13 +6,23 @@ tokens in chunks, each behind the chunk that its state comes from.
 
 import functools
 import itertools
+import threading
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashpo.ops._check import check_dtype
+
+_thread = threading.local()  # its `last`: a tree's mask and lineage
+
+
+def is_tree(mask: Any) -> bool:
+    """Whether that is a `TokenTree.mask`."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
 class Chunks(NamedTuple):
@@ -23,6 +33,16 @@ class Chunks(NamedTuple):
     before: Tensor  # (M,) int64: the chunk whose state this one starts from, counted within its depth; 0 at a root
     last: Tensor  # (S,) int64: of each segment
     sizes: Sequence[int]  # chunks of each depth, which lie one behind the other
+
+
+class Waves(NamedTuple):
+    """The N tokens by how many come before them in their sequences."""
+
+    order: Tensor  # (N,) int64: those of depth 0, then those of depth 1, and so on
+    place: Tensor  # (N,) int64: where each token is in `order`
+    before: Tensor  # (N,) int64: the flat index of the token before; N where there is none
+    parents: Sequence[Tensor]  # of each depth, where the tokens before are among those of the depth before
+    sizes: list[int]  # tokens of each depth
 
 
 class Lineage:
@@ -52,6 +72,21 @@ class Lineage:
         self.device = torch.device(device)
         self.ancestors = functools.cache(self._ancestors)  # every layer asks for the same
         self.chunks = functools.cache(self._chunks)
+        self.waves = functools.cache(self._waves)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> "Lineage":
+        """Of a `TokenTree.mask`; asked again for the same one, as each layer does, it is the same lineage."""
+        known, lineage = getattr(_thread, "last", (lambda: None, None))
+        if lineage is None or known() is not mask:
+            end, position = mask[0, 0].cpu().long().unbind(0)
+            begin = F.pad(end.diff().nonzero()[:, 0] + 1, (1, 0))  # every segment has an end of its own
+            segments = torch.stack([begin, F.pad(begin[1:], (0, 1), value=len(end))], 1)
+            before = [(position[:b] == position[b] - 1).nonzero()[-1:] for b in begin.tolist()]
+            parents = [int(torch.searchsorted(begin, at[0, 0], right=True)) - 1 if len(at) else -1 for at in before]
+            lineage = cls(segments, torch.tensor(parents, device="cpu"), mask.device)
+            _thread.last = weakref.ref(mask), lineage
+        return lineage
 
     def ends(self) -> Tensor:
         """(S,) int64: each segment's last token."""
@@ -66,12 +101,16 @@ class Lineage:
         if self.kept is not None and states is not None:
             self.kept.setdefault(kind, []).append(states)
 
-    def _ancestors(self, count: int) -> Tensor:
-        """(count, N) int64: each token's parent, grandparent and so on; N where there is none."""
-        before = torch.arange(-1, self.tokens, device="cpu")  # the last of these N + 1 is the ancestor of no token
-        before[-1] = self.tokens
+    def _before(self) -> Tensor:
+        """(N,) int64 on the host: the token before each one; N where there is none."""
+        before = torch.arange(-1, self.tokens - 1, device="cpu")
         for begin, parent in zip(self.begin, self.parent):
             before[begin] = self.tokens if parent < 0 else self.stop[parent] - 1
+        return before
+
+    def _ancestors(self, count: int) -> Tensor:
+        """(count, N) int64: each token's parent, grandparent and so on; N where there is none."""
+        before = F.pad(self._before(), (0, 1), value=self.tokens)  # the last of these N + 1 is the ancestor of no token
         found = [before[:-1]]
         while len(found) < count:
             found.append(before[found[-1]])
@@ -99,6 +138,20 @@ class Lineage:
         lasts = torch.tensor([first[depth] + at for depth, at in last], device="cpu")
         there = (x.to(self.device) for x in (token, place, bounds[:, 2].contiguous(), lasts))
         return Chunks(*there, tuple(map(len, depths)))  # type: ignore[call-arg, arg-type]  # tensors' number
+
+    def _waves(self) -> Waves:
+        depth = torch.arange(self.tokens, device="cpu")
+        for begin, stop, parent in zip(self.begin, self.stop, self.parent):
+            depth[begin:stop] -= begin
+            if parent >= 0:
+                depth[begin:stop] += depth[self.stop[parent] - 1] + 1
+        order = depth.argsort(stable=True)
+        place, sizes, before = order.argsort(), depth.bincount(), self._before()
+        first = F.pad(sizes.cumsum(0), (2, 0))[depth]  # where the depth before begins
+        parents = (F.pad(place, (0, 1))[before] - first)[order]
+        there = (x.to(self.device) for x in (order, place, before, parents))
+        order, place, before, parents = there
+        return Waves(order, place, before, parents.split(sizes.tolist()), sizes.tolist())
 
 
 def _check(segments: Tensor, parents: Tensor) -> None:

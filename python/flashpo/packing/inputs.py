@@ -6,13 +6,16 @@ from torch import nn
 
 from flashpo import _recurrent
 from flashpo._causal_lm import text_model
+from flashpo.packing import dense
 from flashpo.packing.tree import TokenTree
 
 
 def inputs(tree: TokenTree, backbone: nn.Module) -> dict[str, Any]:
     """Keywords of its forward."""
-    given = tree.inputs(follows_width(backbone.config))
-    return given | _recurrent.keywords(text_model(backbone), tree.segments, tree.parents, tree.tokens.device)
+    given, text = tree.inputs(follows_width(backbone.config)), text_model(backbone)
+    if dense.installed(text):
+        given["attention_mask"] = dense.mask(tree, text)
+    return given | _recurrent.keywords(text, tree.segments, tree.parents, tree.tokens.device)
 
 
 def follows_width(config: Any) -> bool:

@@ -80,8 +80,7 @@ def why_wrong(model: nn.Module, head: bool = True) -> str:
                 reason = _twin_differs(base, head)
             else:
                 with on_trial(model, head):
-                    trial = Trial(model, head)
-                    reason = trial.dropout() or _twin_differs(base, head) or _differs(trial)
+                    reason = _twin_differs(base, head) or _differs(Trial(model, head))
     except Exception as error:  # of any kind: it is the model's own code
         if out_of_memory(error):
             raise
@@ -101,9 +100,15 @@ def _twin_differs(base: Any, head: bool) -> str:
 
 
 def _differs(trial: Trial) -> str:
+    """With dropout in its attention a model is scored in one way and trained in another one."""
+    ways = [trial.packed, trial.packed_by_segments] if trial.has_dropout() else [trial.packed]
+    return next(filter(None, (_way_differs(trial, way) for way in ways)), "")
+
+
+def _way_differs(trial: Trial, on_tree: Callable[[], Scored]) -> str:
     dtype = _coarsest(trial.model)
     exact, eps, times = dtype == torch.float32, _eps(dtype), NOISE[dtype.itemsize]
-    padded, packed, apart, nudged = trial.padded(), trial.packed(), trial.apart(), trial.nudged(eps)
+    padded, packed, apart, nudged = trial.padded(), on_tree(), trial.apart(), trial.nudged(eps)
     if not padded.values.isfinite().all():
         return "its own log-probs are not finite"
 

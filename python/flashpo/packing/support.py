@@ -1,13 +1,12 @@
 """Which models can run on token trees: those whose tokens meet in causal attention alone."""
 
 import inspect
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from flashpo._causal_lm import ALONE, CACHED, STATEFUL, CausalLM, Unsupported, text_model
+from flashpo._causal_lm import ALONE, CACHED, CHUNKED, INDEXED, STATEFUL, CausalLM, Unsupported, text_model
 from flashpo._hosts.peft import is_tuner_layer, why_not_trained_by_layers
 
 
@@ -69,20 +68,17 @@ def _configuration(config: Any) -> Iterator[str]:
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         yield "its attention is bidirectional"
     for kind in getattr(config, "layer_types", None) or ():
-        if kind not in (*CACHED, *STATEFUL, *ALONE):
+        if kind not in (*CACHED, CHUNKED, INDEXED, *STATEFUL, *ALONE):
             yield f"it has layers of {kind}"
-    if getattr(config, "alibi", False):
-        yield "its attention adds a bias for the distance (ALiBi)"
 
 
 def _layers(backbone: nn.Module) -> Iterator[str]:
     from flashpo import _recurrent
+    from flashpo.packing import dense
 
     text = text_model(backbone)  # images and sounds, whose towers may attend both ways, do not run on trees
-    scopes = {type(module).__module__ for module in text.modules()}
-    if not any(hasattr(sys.modules[name], "eager_attention_forward") for name in scopes):
-        yield "its attention does not go through the interface of transformers"
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+    told = "position_ids" in inspect.signature(backbone.forward).parameters
+    if not told and not dense.biases(text) and not _recurrent.reads_in_order(text):
         yield "its backbone takes no position_ids"
     for module in text.modules():
         if not getattr(module, "is_causal", True):

@@ -14,7 +14,7 @@ from flashpo._hosts import sharding
 from flashpo._hosts.transformers import ATTENTION
 from flashpo._op import CALLS
 from flashpo._precision import exact_products
-from flashpo.packing.attention import recorded_dropout
+from flashpo.packing.attention import without_kernel
 from flashpo.packing.inputs import inputs
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import TokenTree, pack
@@ -82,19 +82,24 @@ class Trial:
     def packed(self) -> Scored:
         return self._score(lambda: self._on_tree(self.ids, self.live, self.scored))
 
+    def packed_by_segments(self) -> Scored:
+        """As the model trains where its attention has dropout, but without the dropout."""
+        with without_kernel():
+            return self.packed()
+
     @torch.no_grad()
-    def dropout(self) -> str:
-        """Which attention has dropout in train mode; empty where none has."""
+    def has_dropout(self) -> bool:
+        """Whether attention has dropout in train mode."""
         before = [(module, module.training) for module in self.model.modules()]
         try:
             for module, _ in before:
                 module.training = True
-            with recorded_dropout() as found:
+            with without_kernel() as found:
                 self._on_tree(self.ids[:1, :2], self.live[:1, :2], self.scored[:1, :1])
         finally:
             for module, training in before:
                 module.training = training
-        return next((f"{name} has a dropout of {p:g} in its attention" for name, p in found), "")
+        return bool(found)
 
     def _plain(self, ids: Tensor, live: Tensor) -> Tensor:
         out = self.model(input_ids=ids, attention_mask=live, use_cache=False)

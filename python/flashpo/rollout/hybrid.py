@@ -145,7 +145,8 @@ class RowStates:
     def __init__(self, lm: CausalLM):
         self.config = lm.base.config.get_text_config()
         kinds = layer_types(self.config)[0]
-        self.trees = not any(_recurrent.why_not(lm.text, [kind for kind in kinds if kind in STATEFUL]))
+        why_not = _recurrent.why_not(lm.text, [kind for kind in kinds if kind in STATEFUL])
+        self.trees = _recurrent.reached_by_keyword(lm.text) and not any(why_not)
         if self.trees:
             _recurrent.install(lm.text)
         self.fresh: dict[Segment, State] = {}

@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = dict(
     num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, num_experts_per_token=2,
     n_group=1, num_expert_group=1, topk_group=1, first_k_dense_replace=1,
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
-    linear_head_dim=8, linear_num_heads=4, index_head_dim=8, index_n_heads=2,
+    linear_head_dim=8, linear_num_heads=4, index_head_dim=8, index_n_heads=32, index_topk=8, index_kpool=4,
     mamba_n_heads=8, mamba_d_head=8, mamba_headdim=8, mamba_expand=2, mamba_d_ssm=64, mamba_d_state=8,
     mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, mamba_n_groups=1, mamba_ngroups=1, n_groups=1,
     mamba_chunk_size=16, chunk_size=16,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flashpo._causal_lm import CausalLM, text_model
 from flashpo._hosts import sharding
 from flashpo._hosts.trl import TREES, why_not
-from flashpo.packing import TokenTree, pack, split_by_tokens
+from flashpo.packing import TokenTree, dense, pack, split_by_tokens
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl._replaced import replaced
@@ -80,6 +81,13 @@ class PackedScoring:
         values, self._values = self._values, None
         return values
 
+    def pays(self, model, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> bool:
+        """Whether a batch that is taken is better off on its tree, asked of `score`'s arguments."""
+        if not dense.installed(text_model(CausalLM.of(model).backbone)):
+            return True
+        agree = self._on_all_ranks if any(map(sharding.meets, self._models())) else bool
+        return self.sharing.pays(model, pack(input_ids, attention_mask, scored), agree)
+
     def score(
         self,
         model,
@@ -125,8 +133,14 @@ class PackedScoring:
         return logprob, entropy, aux_loss
 
     def _most_of_ranks(self, count: int) -> int:
+        return int(self._of_ranks(count).max())
+
+    def _on_all_ranks(self, answer: bool) -> bool:
+        return bool(self._of_ranks(int(answer)).all())
+
+    def _of_ranks(self, number: int) -> Tensor:
         accelerator = self.trainer.accelerator
-        return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+        return accelerator.gather(torch.tensor([number], device=accelerator.device))
 
 
 def _one_token(input_ids: Tensor, attention_mask: Tensor, scored: Tensor, prune: bool) -> TokenTree:

@@ -190,10 +190,9 @@ class PolicyTrainer(GroupComparing):
         of_ids, scored = self._to_score or (None, None)
         scored = scored if of_ids is input_ids else None  # a subclass may have others scored on the way
         if active() and self._packed.takes(multimodal):
-            scored = attention_mask[:, -logits_to_keep:] if scored is None else scored
-            return self._packed.score(
-                model, input_ids, attention_mask, scored, batch_size, compute_entropy, compute_aux_loss
-            )
+            batch = input_ids, attention_mask, attention_mask[:, -logits_to_keep:] if scored is None else scored
+            if self._packed.pays(model, *batch):
+                return self._packed.score(model, *batch, batch_size, compute_entropy, compute_aux_loss)
         if scored is not None:
             model = without_tokens(model, scored == 0)
         self._phases.ran(input_ids.numel(), input_ids.numel(), on_tree=False)

@@ -1,8 +1,12 @@
 """`share_prefix` of a trainer's arguments: whether it runs on token trees, and what it says where it cannot."""
 
+from collections.abc import Callable
+
 from accelerate.utils import gather_object
 from torch import nn
 
+from flashpo._causal_lm import CausalLM, text_model
+from flashpo.packing import TokenTree, dense
 from flashpo.packing.parity import parity
 from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl import switches
@@ -22,6 +26,7 @@ class Sharing:
         self.against = "neftune_noise_alpha: its noise depends on the length of a padded row" if noise else ""
         strict = "share_prefix=True, but {reason}" if self.mode is True else None
         self.refuse = Fallback("FlashPO scores padded rows here, prompts are not shared: {reason}.", strict)
+        self._skip = Fallback("FlashPO scores some batches as padded rows: {reason}.")
 
     @property
     def why_not(self) -> str:
@@ -34,6 +39,20 @@ class Sharing:
         if self.mode is not False and reason:
             self.refuse(reason)
         return self.mode is not False and not reason
+
+    def pays(self, model: nn.Module, tree: TokenTree, agree: Callable[[bool], bool] = bool) -> bool:
+        """Whether `model`, which takes trees, is better off with this one than with padded rows.
+
+        agree: whether all ranks say so, of which each has to make the same forwards.
+        """
+        text = text_model(CausalLM.of(model).backbone)
+        if self.mode is True or not dense.installed(text) or agree(dense.pays(tree)):
+            return True
+        self._skip(
+            f"the attention of {type(text).__name__} takes a token tree as one mask, and where rows share little, that "
+            "has more scores than theirs"
+        )
+        return False
 
 
 def why_not_packed(model: nn.Module, head: bool = True) -> str:

@@ -142,6 +142,8 @@ def _tree_of(
     tree = None
     try:
         tree = _pack(given, prune)
+        if not sharing.pays(model, tree):
+            tree = None
     except (TypeError, ValueError) as error:
         sharing.refuse(str(error))
     padded = batch["labels"].numel()
