@@ -27,12 +27,16 @@ def not_told(tokens: int, of: int, on_tree: bool) -> None:
 
 
 def take_rows(
-    backbone: nn.Module, allowed: Callable[[str], bool], ran: Callable[[int, int, bool], None] = not_told
+    backbone: nn.Module,
+    allowed: Callable[[str], bool],
+    pays: Callable[[TokenTree], bool],
+    ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
     """Let `backbone`, for which token trees are right, run padded batches on them; for good.
 
     Args:
         allowed: whether a batch may run so, asked with what is against it, "" where nothing is.
+        pays: whether a tree is better than its padded rows.
         ran: told of each batch how many tokens run, how many the padded rows have, and whether it is a tree.
     """
     accept_trees(backbone, head=False)
@@ -41,8 +45,11 @@ def take_rows(
 
     @functools.wraps(padded)
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **given):
-        asked = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-        tree = _tree_of(input_ids, attention_mask, given, known, allowed, ran) if asked else None
+        tree = None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            tree = _tree_of(input_ids, attention_mask, given, known, allowed, pays)
+            tokens = attention_mask.numel()
+            ran(tokens if tree is None else len(tree.tokens), tokens, tree is not None)
         if tree is None:
             return padded(self, input_ids, attention_mask=attention_mask, **given)
         states = padded(self, **inputs(tree, self), use_cache=False).last_hidden_state[0]
@@ -53,18 +60,17 @@ def take_rows(
 
 @torch.compiler.disable  # it reads the batch on the host
 def _tree_of(
-    input_ids: Any, attention_mask: Tensor, given: dict, known: Any, allowed: Callable, ran: Callable
+    input_ids: Any, attention_mask: Tensor, given: dict, known: Any, allowed: Callable, pays: Callable
 ) -> TokenTree | None:
     """None: the rows are to be padded."""
-    tree = None
-    if allowed(""):
-        try:
-            tree = _pack(input_ids, attention_mask, given, known)
-        except (TypeError, ValueError) as error:
-            allowed(str(error))
-    padded = attention_mask.numel()
-    ran(padded if tree is None else len(tree.tokens), padded, tree is not None)
-    return tree
+    if not allowed(""):
+        return None
+    try:
+        tree = _pack(input_ids, attention_mask, given, known)
+    except (TypeError, ValueError) as error:
+        allowed(str(error))
+        return None
+    return tree if pays(tree) else None
 
 
 def _pack(input_ids: Any, attention_mask: Any, given: dict, known: Any) -> TokenTree:

@@ -231,9 +231,13 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         scored = comparison.of_all if of_student else comparison.scored
         beside = beside_text(unwrapped_model, multimodal)
         phase, padded_tokens = self._phases.reference_begins(), input_ids.numel()
+        tree = None
         if self._takes_tree(unwrapped_model, beside, attention_mask):
             known = comparison.student and comparison.student.tree
             tree = known if known is not None and scored is comparison.of_all else pack(*tokens, scored)
+            if not self._sharing.pays(CausalLM.of(unwrapped_model).backbone, tree):
+                tree = None
+        if tree is not None:
             states = States.on(tree, unwrapped_model)
         elif of_student or beside or len(self.teachers) < 2:
             states = States(padded(unwrapped_model, *tokens, **multimodal), None)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from flashpo.trl._fallback import Fallback
 from flashpo.trl.reward_models import run_on_trees
+from flashpo.trl.sharing import Sharing
 
 
 class Experimental(NamedTuple):
@@ -79,7 +80,8 @@ def share_prompts(trainer: Any) -> None:
     refuse = Fallback(f"FlashPO runs the model of {known.trainer} on padded rows: {{reason}}.")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return refuse("it is sharded only when it trains")
-    run_on_trees(trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model), refuse.allows)
+    accelerator = trainer.accelerator
+    run_on_trees(accelerator, accelerator.unwrap_model(trainer.model), refuse.allows, Sharing(trainer.args))
 
 
 def table() -> str:

@@ -83,10 +83,11 @@ class PackedScoring:
 
     def pays(self, model, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> bool:
         """Whether a batch that is taken is better off on its tree, asked of `score`'s arguments."""
-        if not dense.installed(text_model(CausalLM.of(model).backbone)):
+        backbone = CausalLM.of(model).backbone
+        if not dense.installed(text_model(backbone)):
             return True
         agree = self._on_all_ranks if any(map(sharding.meets, self._models())) else bool
-        return self.sharing.pays(model, pack(input_ids, attention_mask, scored), agree)
+        return self.sharing.pays(backbone, pack(input_ids, attention_mask, scored), agree)
 
     def score(
         self,

@@ -18,6 +18,7 @@ def run_on_trees(
     accelerator: Accelerator,
     model: Any,
     allowed: Callable[[str], bool],
+    sharing: Sharing,
     ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
     """Let a model of transformers with a head on its hidden states run its batches on trees where it can.
@@ -26,6 +27,7 @@ def run_on_trees(
 
     Args:
         allowed: told what is against it, "" where nothing is; and asked for every batch that runs under `patched()`.
+        sharing: whether token trees are wanted where they pay.
         ran: see `take_rows`.
     """
     *_, base = layers_of_wrapping(model)
@@ -34,7 +36,7 @@ def run_on_trees(
         reason = why_not_trained_by_layers(model) or ("it has no backbone" if backbone is base else "")
         reason = reason or why_not_packed(backbone, head=False)
     if allowed(reason):
-        take_rows(backbone, lambda reason: active() and allowed(reason), ran)
+        take_rows(backbone, lambda reason: active() and allowed(reason), lambda tree: sharing.pays(backbone, tree), ran)
 
 
 class RewardModels:
@@ -42,7 +44,8 @@ class RewardModels:
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self._tried = Sharing(trainer.args).mode is False
+        self._sharing = Sharing(trainer.args)
+        self._tried = self._sharing.mode is False
 
     def share_prompts(self) -> None:
         """From now on they judge the completions of a prompt on one tree. Later calls do nothing."""
@@ -52,4 +55,4 @@ class RewardModels:
         for model, name in zip(self.trainer.reward_funcs, self.trainer.reward_func_names):
             if isinstance(model, nn.Module):
                 refuse = Fallback(f"FlashPO runs the reward model {name} on padded rows: {{reason}}.")
-                run_on_trees(self.trainer.accelerator, model, refuse.allows)
+                run_on_trees(self.trainer.accelerator, model, refuse.allows, self._sharing)

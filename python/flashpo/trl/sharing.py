@@ -5,7 +5,7 @@ from collections.abc import Callable
 from accelerate.utils import gather_object
 from torch import nn
 
-from flashpo._causal_lm import CausalLM, text_model
+from flashpo._causal_lm import text_model
 from flashpo.packing import TokenTree, dense
 from flashpo.packing.parity import parity
 from flashpo.packing.support import packable, why_not_packable
@@ -40,12 +40,12 @@ class Sharing:
             self.refuse(reason)
         return self.mode is not False and not reason
 
-    def pays(self, model: nn.Module, tree: TokenTree, agree: Callable[[bool], bool] = bool) -> bool:
-        """Whether `model`, which takes trees, is better off with this one than with padded rows.
+    def pays(self, backbone: nn.Module, tree: TokenTree, agree: Callable[[bool], bool] = bool) -> bool:
+        """Whether `backbone`, which takes trees, is better off with this one than with padded rows.
 
         agree: whether all ranks say so, of which each has to make the same forwards.
         """
-        text = text_model(CausalLM.of(model).backbone)
+        text = text_model(backbone)
         if self.mode is True or not dense.installed(text) or agree(dense.pays(tree)):
             return True
         self._skip(

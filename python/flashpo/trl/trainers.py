@@ -191,7 +191,8 @@ class RewardTrainer(Accelerated, reward_trainer.RewardTrainer):
 
     def _try_out(self) -> None:
         if not self._tried and self._sharing.mode is not False:
-            run_on_trees(self.accelerator, self.model, self._sharing.allowed, lambda *ran: self._phases.ran(*ran))
+            sharing = self._sharing
+            run_on_trees(self.accelerator, self.model, sharing.allowed, sharing, lambda *ran: self._phases.ran(*ran))
         self._tried = True
 
 

@@ -142,7 +142,7 @@ def _tree_of(
     tree = None
     try:
         tree = _pack(given, prune)
-        if not sharing.pays(model, tree):
+        if not sharing.pays(model.base_model, tree):
             tree = None
     except (TypeError, ValueError) as error:
         sharing.refuse(str(error))
