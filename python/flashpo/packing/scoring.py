@@ -117,7 +117,7 @@ def forward_here(
     """For code that already is inside of the wrapped model's forward; `model` is prepared."""
     from flashpo.packing.attention import install, installed
     from flashpo.packing.head import gathering, parameters
-    from flashpo.packing.inputs import inputs
+    from flashpo.packing.inputs import run
 
     if aux_loss and tree.pruned:
         raise ValueError("aux_loss: the tree lacks tokens that count in it, pack with prune=False")
@@ -125,7 +125,7 @@ def forward_here(
     if not installed(lm.backbone):
         install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
-    states = lm.backbone(**inputs(tree, lm.backbone), use_cache=False, **router)
+    states = run(tree, lm.backbone, **router)
     hidden = states.last_hidden_state.squeeze(0)
     gather = gathering(lm.head)
     with gather() if gather else contextlib.nullcontext():

@@ -50,7 +50,7 @@ class PolicyTrainer(GroupComparing):
         super().__init__(*args, **kwargs)
         self._say_what_trl_lacks()
         if self._has_whole_models or why_not(self._trl_class, TREES):
-            self._packed.takes({})
+            self._packed.ready()
 
     @functools.cached_property
     def _packed(self) -> PackedScoring:
@@ -111,8 +111,7 @@ class PolicyTrainer(GroupComparing):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs, entropies and auxiliary loss of `batch_size` rows at once or of all; of tokens that are `scored`
         (rows, completion tokens): by default of all that are no padding."""
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        input_ids, attention_mask = _tokens(inputs)
         rows = {} if batch_size is None else {"batch_size": batch_size}
         self._to_score = input_ids, scored  # not an argument: a subclass may have TRL's signature
         try:
@@ -154,7 +153,7 @@ class PolicyTrainer(GroupComparing):
             and not self.aux_loss_enabled
             and torch.is_grad_enabled()
             and not overridden(self, "_get_per_token_logps_and_entropies")  # which then has all rows, once
-            and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS})
+            and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS}, *_tokens(inputs)) is not None
         )
 
     @in_place_of_trls(TREES)
@@ -167,11 +166,10 @@ class PolicyTrainer(GroupComparing):
             return old, None, None
         of_ids, scored = self._to_score or (None, None)
         scored = scored if of_ids is input_ids else None  # a subclass may have others scored on the way
-        if active() and self._packed.takes(multimodal):
+        batch = self._packed.takes(multimodal, input_ids, attention_mask) if active() else None
+        if batch is not None:
             scored = attention_mask[:, -logits_to_keep:] if scored is None else scored
-            return self._packed.score(
-                model, input_ids, attention_mask, scored, batch_size, compute_entropy, compute_aux_loss
-            )
+            return self._packed.score(model, batch, scored, batch_size, compute_entropy, compute_aux_loss)
         if scored is not None:
             model = without_tokens(model, scored == 0)
         padded: Any = super()._get_per_token_logps_and_entropies
@@ -288,6 +286,13 @@ class PolicyTrainer(GroupComparing):
     def _complete(self, batch, scored):
         if self._wants_quiet_logprobs(batch):
             batch[QUIET] = self._quiet_logprobs(batch)
+
+
+def _tokens(inputs) -> tuple[Tensor, Tensor]:
+    """ids and mask of prompts with their completions."""
+    sides = [("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")]
+    ids, mask = (torch.cat([inputs[left], inputs[right]], dim=1) for left, right in sides)
+    return ids, mask
 
 
 def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
