@@ -24,6 +24,7 @@ SUITES = {  # where the tables are, a function of device, with_peers, quick; imp
     "packed_linear": "packed_linear.tables",
     "grpo_step": "grpo_step.tables",
     "distillation_step": "distillation_step.tables",
+    "images": "images.tables",
     "overhead": "scoring.overhead_tables",
 }
 

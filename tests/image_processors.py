@@ -1,34 +1,17 @@
-"""Processors for tiny multimodal models, and data sets with images of a few tokens."""
+"""A processor for the tiny models of trl_models.py, and data sets with images of a few tokens."""
 
 from datasets import Dataset
 from PIL import Image
-from transformers import Qwen2VLImageProcessorPil, Qwen3VLProcessor
 from trl_models import PAD, text, tokenizer
 
-PATCH = 4
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% for part in m['content'] %}"
-    "{{ ' <|vision_start|> <|image_pad|> <|vision_end|> ' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "{{ ' <eos> ' }}{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-ADDED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+from flashpo.bench import image_processor
 
 
-class QwenProcessor(Qwen3VLProcessor):
-    """Without a processor of videos, which wants torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name, argument):
-        if argument_name != "video_processor":
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-
-def qwen_processor() -> QwenProcessor:
+def qwen_processor() -> image_processor.QwenProcessor:
     """An image of 16 x 16 is 4 tokens."""
-    words = tokenizer()
-    words.add_tokens(ADDED, special_tokens=True)
-    assert words.convert_tokens_to_ids(ADDED[0]) == PAD
-    images = Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=4096, patch_size=PATCH, merge_size=2)
-    return QwenProcessor(images, words, None, chat_template=TEMPLATE)
+    processor = image_processor.qwen_processor(tokenizer())
+    assert processor.image_token_id == PAD
+    return processor
 
 
 def picture(shade: int, width: int = 16) -> Image.Image:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from image_models import FAMILIES, TOKEN, image_model, pictures, type_ids
 
 from flashpo._causal_lm import CausalLM
+from flashpo.bench.tiny_images import TOKEN, image_model, pictures, type_ids
 from flashpo.bench.tiny_models import tiny_multimodal
 from flashpo.packing import Images, forward, inputs, pack, parity, split_by_tokens
 from flashpo.packing import images as packing_images
@@ -14,6 +14,10 @@ from flashpo.packing.scoring import accept_trees
 
 SHOWN = [[0], [0], [1], [], [0, 0]]  # the images of each row, by their seeds
 WORDS = torch.randint(2, 90, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl")
+FAMILIES = (*GRIDS, "smolvlm", "idefics3", "llava_next", "llava_onevision", "mistral3", "internvl", "lfm2_vl", "llava")
 
 
 class Rows:
@@ -58,7 +62,7 @@ class Rows:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trees_give_what_padded_rows_give(family):
-    model = image_model(family)
+    model = image_model(family).double()
     rows = Rows(model)
     accept_trees(model)
     tree = rows.pack(model)
@@ -207,7 +211,7 @@ def asked_anew():
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "smolvlm", "llava_next", "lfm2_vl"])
 def test_a_right_model_passes_the_comparison(family):
-    model = image_model(family).float()
+    model = image_model(family)
     before = {name: x for name, x in vars(CausalLM.of(model).backbone).items() if name != "_modules"}
     assert parity.image_parity(model, sample(model)) == ""
     assert vars(CausalLM.of(model).backbone).keys() - {"_modules"} == before.keys()
@@ -256,7 +260,7 @@ def features_without_gradient(monkeypatch):
 )
 def test_a_wrong_one_is_found(fault, whole, monkeypatch):
     """By the small twin, and by the model itself where there is none."""
-    model = image_model("qwen3_vl").float()
+    model = image_model("qwen3_vl")
     rows = sample(model)
     fault(monkeypatch)
     if not whole:

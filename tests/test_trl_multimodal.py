@@ -113,7 +113,8 @@ def test_prompts_with_images_are_left_to_generate():
     with pytest.warns(UserWarning, match="FlashPO") as said:
         train(make_trainer("GRPO", flashpo.trl, "gemma3", **options))
     reasons = [str(w.message).split(": ", 1)[1] for w in said if "FlashPO" in str(w.message)]
-    assert sorted(reasons) == [BOTH_WAYS, "the prompts have images. TRL does."]
+    turn = "the prompts have images: tokens of an image see each other in both directions. TRL does."
+    assert sorted(reasons) == [BOTH_WAYS, turn]
     assert_ran("decode_attention_fwd", "tree_attention_fwd")
 
 
@@ -169,14 +170,14 @@ def test_what_belongs_to_images_is_left_out_where_it_is_empty():
         (
             None,
             {"mm_token_type_ids": [[0, 1], [0]], "pixel_values": torch.ones(4, 8)},
-            "mm_token_type_ids, pixel_values",
+            "the prompts have images: ",
         ),
     ],
 )
 def test_what_a_turn_of_generation_may_bring(images, fields, reason):
     rollouts = TrainerRollouts(types.SimpleNamespace(model=load("qwen3_vl")))
     if reason is None:
-        rollouts._check_turn(images, fields)
+        assert rollouts._check_turn([[5, 6], [7]], images, fields) is None
     else:
         with pytest.raises(Unsupported, match=reason):
-            rollouts._check_turn(images, fields)
+            rollouts._check_turn([[5, 6], [7]], images, fields)

@@ -42,6 +42,27 @@ class ImageRows(NamedTuple):
         types = None if images.types is None else images.types[row, first : last + 1]
         return cls(ids[first : last + 1], tail, images.fields_of(images.of_rows[row]), types)
 
+    def ids(self) -> Tensor:
+        """(ROWS, T)"""
+        other = self.tail.flip(0)
+        other[0] = self.tail[0] - 1 if self.tail[0] > 2 else self.tail[0] + 1  # parts at once
+        return torch.stack([torch.cat([self.head, end]) for end in (self.tail, other, self.tail)])
+
+    def images(self, device: torch.device, differentiable: bool = False) -> dict[str, Tensor]:
+        """Fields of all rows."""
+        pixels = self.fields["pixel_values"].to(device, torch.float32)
+        images = {name: torch.cat([x] * ROWS).to(device) for name, x in self.fields.items()}
+        images["pixel_values"] = torch.cat([pixels, pixels, pixels * -0.5]).requires_grad_(differentiable)
+        return images
+
+    def types_of(self, ids: Tensor) -> dict[str, Tensor]:
+        """Of rows that may go on behind these."""
+        if self.types is None:
+            return {}
+        types = torch.zeros_like(ids, dtype=self.types.dtype)
+        types[:, : len(self.types)] = self.types.to(ids.device)
+        return {TYPES: types}
+
     def small(self, twin: Any) -> "ImageRows":
         """The same with the vocabulary of a small twin."""
         config = twin.config
@@ -56,31 +77,18 @@ class ImageTrial(Trial):
     def __init__(self, model: nn.Module, sample: ImageRows, parameters: bool = False):
         self.sample = sample
         super().__init__(model, parameters=parameters)
-        device, differentiable = self.ids.device, self.differentiable and not parameters
-        pixels = sample.fields["pixel_values"].to(device, torch.float32)
-        self.images = {name: torch.cat([x] * ROWS).to(device) for name, x in sample.fields.items()}
-        self.images["pixel_values"] = torch.cat([pixels, pixels, pixels * -0.5]).requires_grad_(differentiable)
+        differentiable = self.differentiable and not parameters
+        self.images = sample.images(self.ids.device, differentiable)
         self.beside = [self.images["pixel_values"]] if differentiable else []
 
     def _rows(self, config: Any) -> tuple[Tensor, Tensor, Tensor]:
-        head, tail = self.sample.head, self.sample.tail
-        other = tail.flip(0)
-        other[0] = tail[0] - 1 if tail[0] > 2 else tail[0] + 1  # parts at once
-        ids = torch.stack([torch.cat([head, end]) for end in (tail, other, tail)])
+        ids = self.sample.ids()
         scored = torch.zeros_like(ids)
-        scored[:, len(head) :] = 1
+        scored[:, len(self.sample.head) :] = 1
         return ids, torch.ones_like(ids), scored
 
     def _beside(self, rows: slice, ids: Tensor) -> dict[str, Any]:
-        own = {name: x.unflatten(0, (ROWS, -1))[rows].flatten(0, 1) for name, x in self.images.items()}
-        return own | self._types(ids)
-
-    def _types(self, ids: Tensor) -> dict[str, Tensor]:
-        if self.sample.types is None:
-            return {}
-        types = torch.zeros_like(ids, dtype=self.sample.types.dtype)
-        types[:, : len(self.sample.types)] = self.sample.types.to(ids.device)
-        return {TYPES: types}
+        return rows_of(self.images, rows) | self.sample.types_of(ids)
 
     def _of_distinct(self, gradient: Tensor) -> Tensor:
         first, again, other = gradient.unflatten(0, (ROWS, -1))
@@ -88,5 +96,10 @@ class ImageTrial(Trial):
 
     def _pack(self, ids: Tensor, live: Tensor, scored: Tensor) -> TokenTree:
         fields = {name: x[: len(x) // ROWS * len(ids)] for name, x in self.images.items()}
-        images = Images.of(self.model, ids, live, fields | self._types(ids))
+        images = Images.of(self.model, ids, live, fields | self.sample.types_of(ids))
         return pack(ids, live, scored, min_saved=1, images=images)
+
+
+def rows_of(images: dict[str, Tensor], rows: slice | list[int]) -> dict[str, Tensor]:
+    """The fields of some of the rows."""
+    return {name: x.unflatten(0, (ROWS, -1))[rows].flatten(0, 1) for name, x in images.items()}

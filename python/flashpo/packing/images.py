@@ -6,6 +6,7 @@ The fields have entries: an image each, a tile of one, or, where a processor pad
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from flashpo._causal_lm import CausalLM
 FIELDS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes")
 COUNTS = ("num_images", "num_tiles")  # of each row, as TRL gives them
 TYPES = "mm_token_type_ids"
+GENERATED, SCORED = "images_generated", "images_scored"
+shared: Counter[str] = Counter()  # batches of trainers in which equal images were computed once
 SAMPLES = 64  # numbers of an image that are looked at before it is compared with others
 
 
@@ -42,14 +45,20 @@ class TreeImages(NamedTuple):
         Raises:
             ValueError: these are other images than the placeholders stand for.
         """
-        parts = isinstance(features, list | tuple)
-        flat = torch.cat([x.flatten(0, -2) for x in features]) if parts else features.flatten(0, -2)
+        flat = flattened(features)
         if len(flat) != self.features:
             raise ValueError(
                 f"pixel_values: the images make {len(flat)} features, {self.features} tokens stand for them"
             )
         flat = flat[self.feature.to(flat.device)]
-        return (flat,) if parts else flat
+        return (flat,) if isinstance(features, list | tuple) else flat
+
+
+def flattened(features: Any) -> Tensor:
+    """(features, H), whether a model gives them image by image or in one tensor."""
+    if isinstance(features, list | tuple):
+        return torch.cat([x.flatten(0, -2) for x in features])
+    return features.flatten(0, -2)
 
 
 class Images(NamedTuple):
@@ -106,6 +115,13 @@ class Images(NamedTuple):
 
     def fields_of(self, entries: range) -> dict[str, Tensor]:
         return self._taken([entries], FIELDS)
+
+    def beside(self, row: int, length: int, copies: int) -> dict[str, Tensor]:
+        """What a model takes beside the first `length` ids of `copies` of a row."""
+        own = self.fields_of(self.of_rows[row])
+        if self.types is not None:
+            own[TYPES] = self.types[row : row + 1, :length]
+        return {name: torch.cat([x] * copies) for name, x in own.items() if len(x)}
 
     def of_tree(self, code: Tensor, input_ids: Tensor, attention_mask: Tensor) -> TreeImages | None:
         """code: of the tree's placeholders in flat order; input_ids, attention_mask: (B, T), of these rows."""
@@ -186,8 +202,8 @@ def _entries_of_rows(
         if sum(counts) != entries:
             raise ValueError(f"pixel_values: nothing says whose the {entries} images of {sum(counts)} rows are")
     if len(counts) != len(count) or sum(counts) != entries:
-        wanted = f"{len(count)} numbers for {entries} images in all"
-        raise ValueError(f"{counted} must be {wanted}, got {len(counts)} for {sum(counts)}")
+        numbers = f"{len(count)} numbers for {entries} images in all"
+        raise ValueError(f"{counted} must be {numbers}, got {len(counts)} for {sum(counts)}")
     ends = [*itertools.accumulate(counts, initial=0)]
     of_rows = [range(begin, end) for begin, end in itertools.pairwise(ends)]
     for row, (own, n) in enumerate(zip(of_rows, count)):
@@ -212,6 +228,31 @@ def _consumed(tokens: list[int], count: list[int]) -> list[int]:
     return counts
 
 
+class Distinct:
+    """Images of which none is equal to another: compared exactly, and only where a few of their numbers are equal."""
+
+    def __init__(self) -> None:
+        self.units: list[Unit] = []
+        self.parts: list[dict[str, Tensor]] = []  # of each unit: its part of every field
+        self._alike: dict[Any, list[int]] = {}  # by what is looked at first
+
+    @property
+    def features(self) -> int:
+        return self.units[-1].start + self.units[-1].length if self.units else 0
+
+    def unit(self, parts: dict[str, Tensor], entries: range, length: int) -> Unit:
+        """The one that is equal to these parts, which may be a new one."""
+        key = (length, *((name, _sample(x)) for name, x in sorted(parts.items())))
+        others = self._alike.setdefault(key, [])
+        for i in others:
+            if all(torch.equal(x, self.parts[i][name]) for name, x in parts.items()):
+                return self.units[i]
+        others.append(len(self.units))
+        self.units.append(Unit(entries, self.features, length))
+        self.parts.append(parts)
+        return self.units[-1]
+
+
 def _units(
     images: dict[str, Tensor],
     sizes: dict[str, list[int]],
@@ -220,34 +261,22 @@ def _units(
     places: Tensor,
 ) -> tuple[list[Unit], Tensor]:
     """Distinct units, and `code`. Where only the model knows which tokens are whose, all of a row are one unit."""
-    units: list[Unit] = []
-    alike: dict[Any, list[Unit]] = {}  # by what is looked at first
+    distinct = Distinct()
     code = torch.full(places.shape, -1, device="cpu")
-
-    def parts(entries: range) -> list[Tensor]:
-        return [_rows_of(x, sizes[name], entries) for name, x in images.items()]
-
-    def unit_of(entries: range, length: int) -> Unit:
-        own = parts(entries)
-        others = alike.setdefault((length, *map(_sample, own)), [])
-        for unit in others:
-            if all(map(torch.equal, own, parts(unit.entries))):
-                return unit
-        start = units[-1].start + units[-1].length if units else 0
-        units.append(Unit(entries, start, length))
-        others.append(units[-1])
-        return units[-1]
-
     for row, own in enumerate(of_rows):
         if tokens is None:
             runs = [(own, int(places[row].sum()))]
         else:
             runs = [(range(i, i + 1), tokens[i]) for i in own]
-        found = [unit_of(entries, length) for entries, length in runs if length]
-        codes = [torch.arange(u.start, u.start + u.length, device="cpu") for u in found]
+        codes = []
+        for entries, length in runs:
+            if length:
+                parts = {name: _rows_of(x, sizes[name], entries) for name, x in images.items()}
+                unit = distinct.unit(parts, entries, length)
+                codes.append(torch.arange(unit.start, unit.start + length, device="cpu"))
         if codes:
             code[row, places[row]] = torch.cat(codes)
-    return units, code
+    return distinct.units, code
 
 
 def _rows_of(x: Tensor, sizes: list[int], entries: Sequence[int]) -> Tensor:

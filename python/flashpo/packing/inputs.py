@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,11 +38,7 @@ def follows_width(config: Any) -> bool:
 
 def _positions(tree: TokenTree, images: TreeImages, backbone: Any) -> Tensor | None:
     """(axes, 1, N) of a model whose images have rows and columns, by its own code for the padded batch; else None."""
-    ask = getattr(backbone, "compute_3d_position_ids", None)
-    if ask is None:
-        return None
-    known = [p.name for p in inspect.signature(ask).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    padded = ask(**{name: images.rows.get(name) for name in known})
+    padded = positions_of(backbone, images.rows)
     if padded is None:
         return None
     there = tree.flat >= 0
@@ -51,13 +47,22 @@ def _positions(tree: TokenTree, images: TreeImages, backbone: Any) -> Tensor | N
     return position
 
 
+def positions_of(backbone: Any, rows: dict[str, Tensor]) -> Tensor | None:
+    """(axes, B, T), by the model's own code for padded rows; None where its positions count tokens."""
+    ask = getattr(backbone, "compute_3d_position_ids", None)
+    if ask is None:
+        return None
+    known = [p.name for p in inspect.signature(ask).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return ask(**{name: rows.get(name) for name in known})
+
+
 @contextlib.contextmanager
 def _features_spread(backbone: Any, images: TreeImages | None) -> Iterator[None]:
     """Within it the backbone's forward, which makes features of the distinct images, finds them at all placeholders."""
     if images is None:
         yield
         return
-    original, before = backbone.get_image_features, vars(backbone).get("get_image_features")
+    original = backbone.get_image_features
 
     def get_image_features(*args, **keywords):
         out = original(*args, **keywords)
@@ -66,6 +71,14 @@ def _features_spread(backbone: Any, images: TreeImages | None) -> Iterator[None]
             out.deepstack_features = [images.spread(x) for x in out.deepstack_features]
         return out
 
+    with features_by(backbone, get_image_features):
+        yield
+
+
+@contextlib.contextmanager
+def features_by(backbone: Any, get_image_features: Callable) -> Iterator[None]:
+    """Within it the backbone's forward calls that method in the place of its own."""
+    before = vars(backbone).get("get_image_features")
     backbone.get_image_features = get_image_features
     try:
         yield

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flashpo._causal_lm import CausalLM
 from flashpo.packing.image_trial import ImageRows
-from flashpo.packing.images import COUNTS, FIELDS, TYPES, Images
+from flashpo.packing.images import COUNTS, FIELDS, SCORED, TYPES, Images, shared
 from flashpo.packing.parity import image_parity
 from flashpo.packing.support import why_no_images
 from flashpo.trl._text_only import beside_text
@@ -21,7 +21,6 @@ class TrainerImages:
 
     def __init__(self) -> None:
         self._answers: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        self.seen = 0  # batches with images that were taken
 
     def of(
         self, models: Sequence[Any], batch: Mapping[str, Any], input_ids: Tensor, attention_mask: Tensor
@@ -49,5 +48,5 @@ class TrainerImages:
                 self._answers[model] = image_parity(model, rows)
             if reason := self._answers[model]:
                 raise ValueError(f"the batch has images: {reason}")
-        self.seen += 1
+        shared[SCORED] += 1
         return images

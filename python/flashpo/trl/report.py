@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 
 from flashpo._op import stats
+from flashpo.packing.images import GENERATED, SCORED, shared
 from flashpo.trl.experimental import EXPERIMENTAL
 
 # what an operator stands for, by how its name begins
@@ -22,6 +23,7 @@ PARTS = {
     "loss": ("policy_loss", "value_loss", "preference_loss", "kto_loss"),
     "advantages": ("group_advantages", "gae_"),
 }
+IMAGES = {GENERATED: "generation", SCORED: "token trees"}
 _TREES, _HEADS = ("token trees",), ("token trees", "LM head")
 _POLICY = ("generation", "token trees", "LM head", "loss", "advantages")
 OURS = {  # what should run in a trainer of ours
@@ -61,7 +63,7 @@ def _watched(method: Any) -> Any:
 
 
 def _calls() -> Counter[str]:
-    return Counter({op: sum(used.values()) for op, used in stats().items()})
+    return Counter({op: sum(used.values()) for op, used in stats().items()}) + shared
 
 
 def lines() -> list[str]:
@@ -76,6 +78,8 @@ def _name(cls: type) -> str:
 def _said(cls: type, ops: Counter[str]) -> str:
     found = [part for part, begins in PARTS.items() if any(op.startswith(begins) for op in ops)]
     by_us = f"{', '.join(found)} by FlashPO" if found else "nothing by FlashPO"
+    if shown := [part for name, part in IMAGES.items() if name in ops]:
+        by_us += f"; equal images once in {' and in '.join(shown)}"
     return f"{by_us}; {reason}" if (reason := _why_not_more(cls, found)) else by_us
 
 
