@@ -24,7 +24,7 @@ from flashpo.bench import adapters
 from flashpo.bench.tiny_images import TOKEN, image_model, pictures, type_ids
 from flashpo.bench.tiny_models import FAMILIES, MULTIMODAL, tiny_model, tiny_multimodal
 from flashpo.packing import Images
-from flashpo.packing.image_trial import ImageRows
+from flashpo.packing.images import ImageRows
 from flashpo.packing.parity import image_parity
 from flashpo.packing.support import packable, why_no_images
 from flashpo.rollout import RolloutEngine, parity, support
@@ -166,6 +166,8 @@ def try_families(families: Sequence[str], build: Callable = tiny_model) -> tuple
 
 def try_images(row: Row) -> tuple[str, str]:
     """Rollout and packed training of a multimodal class with images; what text alone rules out is not tried again."""
+    if row.packed != "yes" and not row.rollout.startswith("yes"):
+        return row.rollout, row.packed
     try:
         model = image_model(row.family)
     except Exception:  # of any kind: it is transformers' own code
@@ -178,7 +180,11 @@ def try_images(row: Row) -> tuple[str, str]:
         return UNTRIED, UNTRIED
     ids = torch.tensor([[5, 6, *[TOKEN] * tokens, *range(7, 20)]] * 2)
     live = torch.ones_like(ids)
-    sample = ImageRows.of(Images.of(model, ids, live, fields | type_ids(model, ids)), ids, live)
+    try:
+        images = Images.of(model, ids, live, fields | type_ids(model, ids))
+    except ValueError as error:
+        return str(error), str(error)
+    sample = ImageRows.of(images, ids, live)
     assert sample is not None
     rollout, packed = row.rollout, row.packed
     if rollout.startswith("yes"):

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from flashpo._causal_lm import CausalLM
+from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.bench.tiny_images import TOKEN, image_model, pictures, type_ids
 from flashpo.bench.tiny_models import tiny_multimodal
-from flashpo.packing import Images, forward, inputs, pack, parity, split_by_tokens
+from flashpo.packing import Images, forward, inputs, pack, parity, score, split_by_tokens
 from flashpo.packing import images as packing_images
-from flashpo.packing.image_trial import ImageRows
-from flashpo.packing.images import TreeImages
+from flashpo.packing.images import ImageRows, TreeImages
 from flashpo.packing.scoring import accept_trees
 
 SHOWN = [[0], [0], [1], [], [0, 0]]  # the images of each row, by their seeds
@@ -266,6 +265,17 @@ def test_a_wrong_one_is_found(fault, whole, monkeypatch):
     if not whole:
         monkeypatch.setattr(parity, "_twin_with_images_differs", lambda *args: "")
     assert "of a token tree differ from those of padded rows" in parity.image_parity(model, rows)
+
+
+def test_a_comparison_comes_before_the_first_tree_with_images(monkeypatch):
+    model = image_model("qwen3_vl")
+    rows = Rows(model)
+    features_of_a_neighbour(monkeypatch)
+    with pytest.raises(Unsupported, match="of a token tree differ from those of padded rows"):
+        score(model, rows.pack(model))
+    monkeypatch.undo()
+    parity._answers.clear()
+    score(model, rows.pack(model))
 
 
 @pytest.mark.parametrize("family", ["gemma3", "paligemma"])

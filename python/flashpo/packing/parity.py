@@ -20,7 +20,8 @@ from flashpo._hosts.peft import adapters_of
 from flashpo._hosts.transformers import HOOKED
 from flashpo._precision import one_at_a_time
 from flashpo.packing.attention import PREFIX
-from flashpo.packing.image_trial import ImageRows, ImageTrial
+from flashpo.packing.image_trial import ImageTrial
+from flashpo.packing.images import ImageRows
 from flashpo.packing.support import why_no_images
 from flashpo.packing.trial import Scored, Trial, is_plain, is_sharded, on_trial
 from flashpo.rollout.cache import out_of_memory

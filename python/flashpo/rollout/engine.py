@@ -14,8 +14,7 @@ from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts import sharding
 from flashpo._hosts.peft import active_adapter, adapter_states, why_not_by_layers
 from flashpo.ops.tree_attention import release as release_tree_tiles
-from flashpo.packing.image_trial import ImageRows
-from flashpo.packing.images import Images
+from flashpo.packing.images import ImageRows, Images
 from flashpo.packing.support import why_no_images
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from flashpo._causal_lm import CausalLM
 from flashpo._hosts.peft import adapters_of
 from flashpo._precision import exact_products, one_at_a_time
-from flashpo.packing.image_trial import ImageRows, rows_of
+from flashpo.packing.image_trial import rows_of
+from flashpo.packing.images import ImageRows
 from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode

@@ -7,8 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from flashpo._causal_lm import CausalLM
-from flashpo.packing.image_trial import ImageRows
-from flashpo.packing.images import COUNTS, FIELDS, SCORED, TYPES, Images, shared
+from flashpo.packing.images import COUNTS, FIELDS, SCORED, TYPES, ImageRows, Images, shared
 from flashpo.packing.parity import image_parity
 from flashpo.packing.support import why_no_images
 from flashpo.trl._text_only import beside_text
