@@ -87,7 +87,8 @@ class Images(NamedTuple):
             TypeError, ValueError: naming the field, and the row whose placeholders do not match its images.
         """
         config = CausalLM.of(model).base.config
-        token = next((x for x in map(config.to_dict().get, ("image_token_id", "image_token_index")) if x), None)
+        names = ("image_token_id", "image_token_index")
+        token = next((x for name in names if isinstance(x := getattr(config, name, None), int)), None)
         if token is None:
             raise ValueError(f"{config.model_type} names no image token")
         given = {name: x for name, x in fields.items() if x is not None}

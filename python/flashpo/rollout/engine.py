@@ -103,7 +103,7 @@ class RolloutEngine:
         self.runner: Runner | None = None
         self.scheduler: Scheduler | None = None  # of the session, in one
         self.open_session: contextlib.ExitStack | None = None
-        self.shown: Shown | None = None  # the images of the session, or of the last call that had some
+        self.shown: Shown | None = None  # the images of the session, or of the call that runs
         self._said = ""  # why something else answers
         self._structure: Hashable = None
         self._look_at_the_model()
@@ -243,6 +243,8 @@ class RolloutEngine:
                 scheduler.reset()  # it may count as cached what has never been computed
                 self._without_memory(error)
             finally:
+                if self.open_session is None:
+                    self.shown = None
                 call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
 
     def _roll_out(self, call: "_Call", runner: Runner, scheduler: Scheduler) -> None:

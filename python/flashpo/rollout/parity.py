@@ -92,7 +92,7 @@ def _difference_with_images(
         rollouts = roll(model, ids.tolist(), SAMPLED, images)
     except ModelInUse:
         raise
-    except (RuntimeError, ValueError, TypeError) as error:  # of the model's own code
+    except Exception as error:  # of any kind: it is the model's own code
         if out_of_memory(error):
             raise
         return f"{type(error).__name__} on prompts with an image: {error}"

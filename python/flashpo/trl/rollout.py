@@ -134,6 +134,8 @@ class TrainerRollouts:
         if images is not None and any(images):  # a list for each prompt, or None
             if reason := why_no_images(CausalLM.of(self.trainer.model).backbone):
                 raise Unsupported(f"the prompts have images: {reason}")
+            if sharding.meets(self.trainer.model):  # ranks without images would not meet those that compare with some
+                raise Unsupported("the prompts have images, and the weights are sharded")
             if "num_tiles" not in found and "pixel_attention_mask" not in found:
                 found["num_images"] = [len(own or ()) for own in images]
             if "pixel_values" not in found:
