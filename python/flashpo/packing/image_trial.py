@@ -41,4 +41,5 @@ class ImageTrial(Trial):
 
 def rows_of(images: dict[str, Tensor], rows: slice | list[int]) -> dict[str, Tensor]:
     """The fields of some of the rows."""
-    return {name: x.unflatten(0, (ROWS, -1))[rows].flatten(0, 1) for name, x in images.items()}
+    # contiguous, as processors give them: some models look at them in another shape
+    return {name: x.unflatten(0, (ROWS, -1))[rows].flatten(0, 1).contiguous() for name, x in images.items()}
