@@ -2,8 +2,8 @@
 
 Every causal language model family that can be made small is built with random weights, and tried: the engine's own
 self-check (flashpo.rollout.parity) and that of packed training (flashpo.packing.parity) compare it with plain forwards.
-So is every multimodal class that writes text, with text alone, and every kind of adapter of PEFT, on one of them
-(flashpo.bench.adapters). Writes docs/models.md.
+So is every multimodal class that writes text, with text alone and with images of random pixels, and every kind of
+adapter of PEFT, on one of them (flashpo.bench.adapters). Writes docs/models.md.
 """
 
 import argparse
@@ -19,12 +19,18 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from flashpo._causal_lm import CausalLM
 from flashpo.bench import adapters
+from flashpo.bench.tiny_images import TOKEN, image_model, pictures, type_ids
 from flashpo.bench.tiny_models import FAMILIES, MULTIMODAL, tiny_model, tiny_multimodal
-from flashpo.packing.support import packable
+from flashpo.packing import Images
+from flashpo.packing.images import ImageRows
+from flashpo.packing.parity import image_parity
+from flashpo.packing.support import packable, why_no_images
 from flashpo.rollout import RolloutEngine, parity, support
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "models.md"
+UNTRIED = "not tried"
 TEXT = """# Models
 
 Which of the {total} causal language model families of transformers {version} FlashPO accelerates. Each was built
@@ -75,7 +81,8 @@ does not use the interface of transformers (Bloom, Falcon, MPT, XGLM), and those
 (DeepSeek V3.2). Of these, trainers leave a batch padded whose rows share so little that the mask has more scores than
 the rows.
 
-Single batches train padded if they have images, or another input that says something beside token ids, mask and labels.
+Single batches train padded if they have an input that says something beside token ids, mask, labels and images (see
+[images](images.md)).
 So do batches of SFT, DPO and KTO with a mask that has gaps or more than two dimensions, with position ids that do not
 count each row of a padding-free batch from 0, or with a label on padding or on the first token of a row that is padded
 on the left.
@@ -119,11 +126,13 @@ MULTIMODAL_CLASSES = """## Multimodal classes
 The {total} classes of AutoModelForImageTextToText. TRL loads them for their checkpoints also where the data are text
 alone, so each was built small, with its towers, and tried with text: the rollout engine runs {rollout} of them, packed
 training {packed}. What processors and TRL's collators add to text, such as token types of 0, is no obstacle where the
-model says that it changes nothing. A batch with images is left to TRL's own code after one warning: its prompts are
-answered by `generate`, its rows are padded. Batches of text in the same run are not.
+model says that it changes nothing. Then each was tried with images of random pixels, as far as it is known here how it
+takes them ("not tried" says nothing of the class): the engine runs {rollout_images} with images, packed training
+{packed_images} ([images.md](images.md)). A batch with images that a model does not take so is left to TRL's own code
+after one warning: its prompts are answered by `generate`, its rows are padded. Batches of text in the same run are not.
 
-| class | rollout engine | packed training |
-|---|---|---|
+| class | rollout engine | packed training | rollout with images | packed training with images |
+|---|---|---|---|---|
 {rows}
 
 Not built small, or do not run without an image: {names}.
@@ -148,8 +157,9 @@ def try_family(family: str, build: Callable = tiny_model) -> Row:
     return Row(family, rollout, _packed(model), found=answer.ok and reason is not None)
 
 
-def _roll(model, prompts, params):
-    return RolloutEngine(model, max_sequences=4, fallback="error", check=False).generate(prompts, params)
+def _roll(model, prompts, params, images=None):
+    engine = RolloutEngine(model, max_sequences=4, fallback="error", check=False)
+    return engine.generate(prompts, params, images=images)
 
 
 def _packed(model) -> str:
@@ -175,9 +185,46 @@ def try_families(families: Sequence[str], build: Callable = tiny_model) -> tuple
     return rows, untried
 
 
+def try_images(row: Row) -> tuple[str, str]:
+    """Rollout and packed training of a multimodal class with images; what text alone rules out is not tried again."""
+    if row.packed != "yes" and not row.rollout.startswith("yes"):
+        return row.rollout, row.packed
+    try:
+        model = image_model(row.family)
+    except Exception:  # of any kind: it is transformers' own code
+        return UNTRIED, UNTRIED
+    if reason := why_no_images(CausalLM.of(model).backbone):
+        return reason, reason
+    try:
+        fields, tokens = pictures(model, [[0], [1]])
+    except ValueError:
+        return UNTRIED, UNTRIED
+    ids = torch.tensor([[5, 6, *[TOKEN] * tokens, *range(7, 20)]] * 2)
+    live = torch.ones_like(ids)
+    try:
+        images = Images.of(model, ids, live, fields | type_ids(model, ids))
+    except ValueError as error:
+        return str(error), str(error)
+    sample = ImageRows.of(images, ids, live)
+    assert sample is not None
+    rollout, packed = row.rollout, row.packed
+    if rollout.startswith("yes"):
+        rollout = parity.check_images(model, _roll, None, sample) or rollout
+    if packed == "yes":
+        packed = (image_parity(model, sample) or packed).split(": ", 1)[-1]
+    return rollout, packed
+
+
 def try_multimodal() -> str:
     """The section of the page."""
-    return MULTIMODAL_CLASSES.format(**facts(*try_families(MULTIMODAL, tiny_multimodal)))
+    rows, untried = try_families(MULTIMODAL, tiny_multimodal)
+    found = [try_images(row) for row in rows]
+    lines = [f"| {' | '.join(map(cell, (*row[:3], *images)))} |" for row, images in zip(rows, found)]
+    counts = {
+        "rollout_images": sum(rollout.startswith("yes") for rollout, _ in found),
+        "packed_images": sum(packed == "yes" for _, packed in found),
+    }
+    return MULTIMODAL_CLASSES.format(**facts(rows, untried) | {"rows": "\n".join(lines)}, **counts)
 
 
 def try_adapters() -> str:

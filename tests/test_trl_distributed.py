@@ -9,6 +9,7 @@ from two_processes import in_two_processes, needs_gloo
 
 pytest.importorskip("trl")
 import trl
+from image_processors import images_data, picture, qwen_processor
 from trl_models import SAMPLED_BY_TRL, SPECIAL, VOCAB, assert_ran, assert_same, make_trainer, model_path, train
 
 import flashpo.trl
@@ -48,6 +49,17 @@ def check_ddp(rank: int, folder: str, name: str, teacher: str) -> None:
             both = [torch.empty_like(gradient) for _ in range(2)]
             dist.all_gather(both, gradient)
             assert torch.equal(*both), f"{parameter} was not reduced"
+
+
+def check_images(rank: int, folder: str) -> None:
+    data = images_data("GRPO", [[picture(10)], [picture(80)]])
+    options = dict(model=folder, ddp_backend="gloo", train_dataset=data, processing_class=qwen_processor())
+    stock = train(make_trainer("GRPO", trl, **options))
+    ours = train(make_trainer("GRPO", flashpo.trl, **options, rollout="generate"))
+    assert_ran("tree_attention_fwd")
+    for step in (*stock, *ours):  # only the first process logs; gradients count on both
+        step.loss, step.metrics = (step.loss, step.metrics) if rank == 0 else (0.0, {})
+    assert_same(stock, ours)
 
 
 def check_fsdp2(rank: int, folder: str, head_alone: bool, trees: bool) -> None:
@@ -155,7 +167,8 @@ def check_rollout(rank: int, folder: str, lora: bool) -> None:
 
 
 def test_ddp():
-    in_two_processes(*[(check_ddp, model_path(), name, model_path("gemma2")) for name in OPTIONS])
+    checks = [(check_ddp, model_path(), name, model_path("gemma2")) for name in OPTIONS]
+    in_two_processes(*checks, (check_images, model_path("qwen3_vl")))
 
 
 def test_dynamic_sampling():

@@ -1,4 +1,5 @@
-"""TRL's trainers on multimodal classes: batches of text run on trees, those with images by TRL's own code."""
+"""TRL's trainers on multimodal classes: batches of text run on trees, and those with images of Gemma 3, whose tokens
+see each other in both directions, by TRL's own code."""
 
 import types
 import warnings
@@ -95,6 +96,7 @@ def mixed(kind: str) -> Dataset:
 
 
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_length": None}
+BOTH_WAYS = "the batch has images: tokens of an image see each other in both directions."
 MIXED = {"SFT": ONE_BY_ONE, "DPO": ONE_BY_ONE, "GRPO": {"max_steps": 2}}  # each GRPO step has the group of one prompt
 
 
@@ -103,17 +105,16 @@ def test_batches_without_an_image_run_on_trees(name):
     options = {"train_dataset": mixed(name), "processing_class": processor()} | MIXED[name]
     with pytest.warns(UserWarning, match="FlashPO") as said:
         assert_same_training(name, model="gemma3", **options)
-    assert [str(w.message).split(": ")[1] for w in said if "FlashPO" in str(w.message)] == [
-        "the batch has pixel_values."
-    ]
+    assert [str(w.message).split(": ", 1)[1] for w in said if "FlashPO" in str(w.message)] == [BOTH_WAYS]
 
 
 def test_prompts_with_images_are_left_to_generate():
     options = {"train_dataset": mixed("GRPO"), "processing_class": processor()} | MIXED["GRPO"]
     with pytest.warns(UserWarning, match="FlashPO") as said:
         train(make_trainer("GRPO", flashpo.trl, "gemma3", **options))
-    reasons = [str(w.message).split(": ")[1] for w in said if "FlashPO" in str(w.message)]
-    assert sorted(reasons) == ["the batch has pixel_values.", "the prompts have images. TRL does."]
+    reasons = [str(w.message).split(": ", 1)[1] for w in said if "FlashPO" in str(w.message)]
+    turn = "the prompts have images: tokens of an image see each other in both directions. TRL does."
+    assert sorted(reasons) == [BOTH_WAYS, turn]
     assert_ran("decode_attention_fwd", "tree_attention_fwd")
 
 
@@ -169,14 +170,14 @@ def test_what_belongs_to_images_is_left_out_where_it_is_empty():
         (
             None,
             {"mm_token_type_ids": [[0, 1], [0]], "pixel_values": torch.ones(4, 8)},
-            "mm_token_type_ids, pixel_values",
+            "the prompts have images: ",
         ),
     ],
 )
 def test_what_a_turn_of_generation_may_bring(images, fields, reason):
     rollouts = TrainerRollouts(types.SimpleNamespace(model=load("qwen3_vl")))
     if reason is None:
-        rollouts._check_turn(images, fields)
+        assert rollouts._check_turn([[5, 6], [7]], images, fields) is None
     else:
         with pytest.raises(Unsupported, match=reason):
-            rollouts._check_turn(images, fields)
+            rollouts._check_turn([[5, 6], [7]], images, fields)

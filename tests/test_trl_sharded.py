@@ -17,6 +17,7 @@ import trl
 from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, train
 
 import flashpo.trl
+from flashpo.trl.packed import Batch
 from flashpo.trl.rollout import Unsupported
 
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
@@ -148,9 +149,9 @@ def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
         hook = trainer.model.get_input_embeddings().register_forward_hook(lambda *args: forwards.append(len(args[1])))
         for graph in (torch.no_grad, torch.enable_grad):
             with graph():
-                whole_batch = trainer._packed.score(trainer.model, ids, mask, scored)[0]
+                whole_batch = trainer._packed.score(trainer.model, Batch(ids, mask), scored)[0]
                 forwards.clear()
-                parts = trainer._packed.score(trainer.model, ids, mask, scored, batch_size=1)[0]
+                parts = trainer._packed.score(trainer.model, Batch(ids, mask), scored, batch_size=1)[0]
             assert len(forwards) == 4
             torch.testing.assert_close(parts, whole_batch, rtol=1e-4, atol=1e-5)
         hook.remove()

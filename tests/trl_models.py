@@ -37,7 +37,9 @@ LONGROPE = {
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 IMAGE = 43  # behind the words
+PAD = 41  # of Qwen's images, the first behind the words
 TOWER = dict(hidden_size=32, intermediate_size=48, projection_dim=32)
+QWEN_TOWER = dict(hidden_size=32, intermediate_size=48, depth=2, out_hidden_size=32, num_heads=2, patch_size=4)
 CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False),
     "qwen3_tied": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
@@ -54,8 +56,8 @@ CONFIGS = {
     # multimodal classes
     "qwen3_vl": lambda: transformers.Qwen3VLConfig(
         text_config=SMALL | {"head_dim": 16, "rope_parameters": MROPE},
-        vision_config={**TOWER, "depth": 2, "out_hidden_size": 32, "num_heads": 2, "deepstack_visual_indexes": [0]},
-        image_token_id=VOCAB - 1, tie_word_embeddings=False, architectures=["Qwen3VLForConditionalGeneration"],
+        vision_config={**QWEN_TOWER, "deepstack_visual_indexes": [0]}, image_token_id=PAD, video_token_id=PAD + 1,
+        tie_word_embeddings=False, architectures=["Qwen3VLForConditionalGeneration"],
     ),
     "gemma3": lambda: transformers.Gemma3Config(
         text_config=SMALL | {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16},
@@ -79,8 +81,8 @@ HYBRIDS = ("qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h", "kimi_linea
 CONFIGS |= {family: functools.partial(tiny_config, family, initializer_range=0.1) for family in HYBRIDS}
 CONFIGS["qwen3_5"] = lambda: transformers.Qwen3_5Config(
     text_config=CONFIGS["qwen3_5_text"]().to_dict() | {"rope_parameters": MROPE},
-    vision_config={**TOWER, "depth": 2, "out_hidden_size": 32, "num_heads": 2},
-    image_token_id=VOCAB - 1, architectures=["Qwen3_5ForConditionalGeneration"],
+    vision_config=QWEN_TOWER, image_token_id=PAD, video_token_id=PAD + 1,
+    architectures=["Qwen3_5ForConditionalGeneration"],
 )  # fmt: skip
 
 

@@ -1,6 +1,9 @@
 """transformers: what FlashPO reads and calls there that is not public, or that was another way in earlier versions."""
 
+import functools
 import importlib.metadata
+import inspect
+import sys
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -8,6 +11,8 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 # Of a config: the name of its attention. The public property walks sub-configs and checks names.
 ATTENTION = "_attn_implementation_internal"
+# Of a model: that the hooks are there which capture hidden states and routers' outputs. They stay for good.
+HOOKED = "_output_capturing_hooks_installed"
 
 _OF_KINDS = {  # which layers an option is for
     "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding"),
@@ -17,6 +22,17 @@ _OF_KINDS = {  # which layers an option is for
 
 def version() -> str:
     return importlib.metadata.version("transformers")
+
+
+def attends_in_blocks(model: Any) -> bool:
+    """Whether its family ever lets the tokens of a block, such as those of an image, see each other both ways."""
+    return _mentions_blocks(type(model).__module__)
+
+
+@functools.cache
+def _mentions_blocks(module: str) -> bool:
+    source = inspect.getsource(sys.modules[module])
+    return "block_sequence_ids" in source or "or_mask_function" in source  # the latter in earlier versions
 
 
 def name_or_path(config: PreTrainedConfig) -> str:

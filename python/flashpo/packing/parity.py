@@ -17,8 +17,12 @@ from transformers import PreTrainedConfig
 
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts.peft import adapters_of
+from flashpo._hosts.transformers import HOOKED
 from flashpo._precision import one_at_a_time
 from flashpo.packing.attention import PREFIX
+from flashpo.packing.image_trial import ImageTrial
+from flashpo.packing.images import ImageRows
+from flashpo.packing.support import why_no_images
 from flashpo.packing.trial import Scored, Trial, is_plain, is_sharded, on_trial
 from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.twin import small_twin
@@ -47,14 +51,26 @@ def parity(model: nn.Module, head: bool = True, agree: Callable[[list], list] = 
         agree: in a distributed run that has to go on together whatever one rank finds: gathers a list of every rank's
             into one list. All ranks then have the same answer, and run the model together where one has to.
     """
-    key = _kind(model), head
+    return _asked_once((_kind(model), head), lambda: why_wrong(model, head), agree)
+
+
+def image_parity(model: nn.Module, sample: ImageRows) -> str:
+    """`parity` of rows with images, on a few that begin with those of a batch. Sharded models are asked by their twin
+    alone, since other ranks may have no images."""
+    lm = CausalLM.of(model)
+    if reason := why_no_images(lm.backbone):
+        return reason
+    return _asked_once((_kind(model), "images"), lambda: _why_wrong_with_images(model, lm.base, sample))
+
+
+def _asked_once(key: Hashable, why: Callable[[], str], agree: Callable[[list], list] = list) -> str:
     # Ranks that meet in `agree` while others wait for a thread of theirs would wait for ever
     with one_at_a_time if agree is list else contextlib.nullcontext():
         if all(agree([key in _answers])):
             return _answers[key]
         lasts = True
         try:
-            reason = why_wrong(model, head)
+            reason = why()
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -86,6 +102,34 @@ def why_wrong(model: nn.Module, head: bool = True) -> str:
             raise
         reason = f"{type(error).__name__} on a few short rows: {error}"
     return reason and f"{base.config.model_type}: {reason}"
+
+
+def _why_wrong_with_images(model: nn.Module, base: Any, sample: ImageRows) -> str:
+    try:
+        with torch.inference_mode(False):
+            reason = _twin_with_images_differs(base, sample)
+            if not reason and not is_sharded(model):
+                with on_trial(model):
+                    reason = _differs(ImageTrial(model, sample))
+    except Exception as error:  # of any kind: it is the model's own code
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__} on a few rows with an image: {error}"
+    return reason and f"{base.config.model_type}: {reason}"
+
+
+def _twin_with_images_differs(base: Any, sample: ImageRows) -> str:
+    try:
+        twin: Any = small_twin(base)
+        with on_trial(twin), torch.autocast(twin.device.type, enabled=False):
+            trial = ImageTrial(twin, sample.small(twin), parameters=True)
+            trial.padded()
+    except Exception as error:  # of any kind: its images have other sizes than the model's, say
+        log.debug("no small %s with images: %s", type(base).__name__, error)
+        return f"it is sharded, and no small {type(base).__name__} takes its images" if is_sharded(base) else ""
+    with on_trial(twin), torch.autocast(twin.device.type, enabled=False):
+        reason = _differs(trial)
+    return reason and f"in a small {type(base).__name__} of the same config {reason}"
 
 
 def _twin_differs(base: Any, head: bool) -> str:
@@ -151,7 +195,7 @@ def _own_forward(module: nn.Module) -> Any:
 
 
 def _options(module: nn.Module) -> Hashable:
-    return frozenset((name, x) for name, x in vars(module).items() if name != "training" and is_plain(x))
+    return frozenset((name, x) for name, x in vars(module).items() if name not in ("training", HOOKED) and is_plain(x))
 
 
 def _coarsest(model: nn.Module) -> torch.dtype:

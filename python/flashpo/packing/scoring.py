@@ -8,14 +8,18 @@ import contextlib
 import functools
 import types
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from flashpo._causal_lm import CausalLM, text_model
+from flashpo._causal_lm import CausalLM, Unsupported, text_model
 from flashpo.ops.linear_logprob import linear_logprob
 from flashpo.ops.token_stats import TokenStats
+from flashpo.packing.images import ImageRows
 from flashpo.packing.tree import TokenTree
+
+_shown: WeakSet[nn.Module] = WeakSet()  # models that were compared on images
 
 
 class TreeScores(NamedTuple):
@@ -45,7 +49,8 @@ def score(
         fp32_head: run the head in fp32 whatever the model's dtype, also under autocast.
 
     Raises:
-        Unsupported: with the reason that `packable` gives. TypeError, ValueError: the message names the argument.
+        Unsupported: with the reason that `packable` gives, or what a comparison of rows with images finds.
+        TypeError, ValueError: the message names the argument.
     """
     return forward(model, tree, temperature=temperature, outputs=outputs, fp32_head=fp32_head).stats
 
@@ -57,6 +62,8 @@ def forward(model: nn.Module, tree: TokenTree, *, aux_loss: bool = False, **opti
     if not isinstance(tree, TokenTree):
         raise TypeError(f"tree must be a TokenTree, as pack makes them, got {type(tree).__name__}")
     prepare(model)
+    if tree.images is not None:
+        _prepare_for_images(model, tree.images.sample)
     return model(flashpo_tree=tree, aux_loss=aux_loss, **options)
 
 
@@ -75,6 +82,17 @@ def prepare(model: nn.Module) -> None:
     check_packable(model)
     check_parity(model)
     accept_trees(model)
+
+
+def _prepare_for_images(model: nn.Module, sample: ImageRows) -> None:
+    from flashpo.packing.parity import image_parity
+
+    base = CausalLM.of(model).base
+    if base in _shown:
+        return
+    if reason := image_parity(model, sample):
+        raise Unsupported(reason)
+    _shown.add(base)
 
 
 def accept_trees(model: nn.Module, head: bool = True) -> None:
@@ -117,7 +135,7 @@ def forward_here(
     """For code that already is inside of the wrapped model's forward; `model` is prepared."""
     from flashpo.packing.attention import install, installed
     from flashpo.packing.head import gathering, parameters
-    from flashpo.packing.inputs import inputs
+    from flashpo.packing.inputs import run
 
     if aux_loss and tree.pruned:
         raise ValueError("aux_loss: the tree lacks tokens that count in it, pack with prune=False")
@@ -125,7 +143,7 @@ def forward_here(
     if not installed(lm.backbone):
         install(lm.backbone)
     router = {"output_router_logits": True} if aux_loss else {}
-    states = lm.backbone(**inputs(tree, lm.backbone), use_cache=False, **router)
+    states = run(tree, lm.backbone, **router)
     hidden = states.last_hidden_state.squeeze(0)
     gather = gathering(lm.head)
     with gather() if gather else contextlib.nullcontext():

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from flashpo.packing.images import Images
 from flashpo.packing.tree import MIN_SAVED, Rows, branches, check_count, shared_with_previous
 
 
@@ -15,6 +16,7 @@ def split_by_tokens(
     *,
     min_saved: int = MIN_SAVED,
     prune: bool = True,
+    images: Images | None = None,
 ) -> list[Tensor]:
     """Rows of each micro-batch, so that `pack` of them, with the same options, has at most `max_tokens` tokens.
 
@@ -22,7 +24,7 @@ def split_by_tokens(
     for one micro-batch by themselves. Prompts that begin alike come one after the other.
 
     Args:
-        input_ids, attention_mask, completion_mask, min_saved, prune: as in `pack`.
+        input_ids, attention_mask, completion_mask, min_saved, prune, images: as in `pack`.
 
     Returns:
         A list of int64 tensors on the batch's device, which hold each row of the batch once.
@@ -32,7 +34,7 @@ def split_by_tokens(
     """
     check_count("max_tokens", max_tokens)
     check_count("min_saved", min_saved)
-    rows = Rows.of(input_ids, attention_mask, completion_mask, prune)
+    rows = Rows.of(input_ids, attention_mask, completion_mask, prune, images)
     sorted_ids, of_row = rows.distinct()
     length, shared = (sorted_ids >= 0).sum(1).tolist(), shared_with_previous(sorted_ids)
     prompts = of_row.new_full((len(length),), sorted_ids.shape[1]).scatter_reduce(0, of_row, rows.prompt(), "amin")

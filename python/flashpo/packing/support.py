@@ -8,6 +8,7 @@ from torch import nn
 
 from flashpo._causal_lm import ALONE, CACHED, CHUNKED, INDEXED, STATEFUL, CausalLM, Unsupported, text_model
 from flashpo._hosts.peft import is_tuner_layer, why_not_trained_by_layers
+from flashpo._hosts.transformers import attends_in_blocks
 
 
 class Packable(NamedTuple):
@@ -36,6 +37,15 @@ def packable(model: nn.Module, *, check: bool = False) -> Packable:
 def why_not_packable(backbone: nn.Module) -> str:
     """Of a model without a head; empty where it is."""
     return next(iter((*_configuration(backbone.config), *_layers(backbone), "")))
+
+
+def why_no_images(backbone: Any) -> str:
+    """What is against token trees of rows with images; empty where nothing is but what a comparison may find."""
+    if not hasattr(backbone, "get_image_features"):
+        return f"{type(backbone).__name__} has no get_image_features: how it reads images is not known"
+    if attends_in_blocks(backbone):
+        return "tokens of an image see each other in both directions"
+    return ""
 
 
 def check_packable(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashpo.ops._check import check_device, check_flag, check_tensor
+from flashpo.packing.images import Images, TreeImages
 
 MIN_SAVED = 16
 
@@ -38,6 +39,7 @@ class TokenTree(NamedTuple):
     parents: Tensor  # (S,) int64: a segment's parent, -1 for a root
     pruned: bool
     width: int  # T: a forward of the padded batch has so many positions
+    images: TreeImages | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -68,6 +70,7 @@ def pack(
     *,
     min_saved: int = MIN_SAVED,
     prune: bool = True,
+    images: Images | None = None,
 ) -> TokenTree:
     """The token tree of a batch; shared prefixes are found from the token ids, on the host, with one copy from a GPU.
 
@@ -81,6 +84,7 @@ def pack(
             to 1024 features); GPUs skip tiles, and 1 is best.
         prune: leave out what no scored token needs: a row from its last scored token on, a row without one. Results
             are the same; only an auxiliary loss over all tokens has to see them.
+        images: of the rows. Rows share image tokens only where the images are equal, and the tree has each image once.
 
     Returns:
         TokenTree. The order of rows does not matter to `tokens`. Where there is nothing to run, one token stands in, so
@@ -90,7 +94,7 @@ def pack(
         TypeError, ValueError: the message names the argument.
     """
     check_count("min_saved", min_saved)
-    rows = Rows.of(input_ids, attention_mask, completion_mask, prune)
+    rows = Rows.of(input_ids, attention_mask, completion_mask, prune, images)
     sorted_ids, of_row = rows.distinct()
     length = (sorted_ids >= 0).sum(1)
     branch = torch.tensor(branches(shared_with_previous(sorted_ids), min_saved), device="cpu")
@@ -114,8 +118,13 @@ def pack(
     copies = torch.bincount(index[index >= 0], minlength=len(tokens))
     pairs = rows.pairs(index)
     segments, parents = _segments(end, before)
+    shown = None
+    if images is not None:
+        is_image = tokens >= rows.vocabulary
+        shown = images.of_tree(tokens[is_image] - rows.vocabulary, input_ids, attention_mask)
+        tokens = tokens.masked_fill(is_image, images.token)
     there = (x.to(input_ids.device) for x in (tokens, position.int(), end.int(), copies, rows.spread(index), *pairs))
-    return TokenTree(*there, segments, parents, prune, input_ids.shape[1])  # type: ignore[call-arg, arg-type]  # tensors' number
+    return TokenTree(*there, segments, parents, prune, input_ids.shape[1], shown)  # type: ignore[call-arg, arg-type]  # tensors' number
 
 
 class Rows(NamedTuple):
@@ -125,10 +134,17 @@ class Rows(NamedTuple):
     scored: Tensor  # (B, T) bool
     width: int  # C
     first: Tensor  # (B, 1): the column of a row's first token
-    ids: Tensor  # (B, L), -1 behind a row's end
+    ids: Tensor  # (B, L), -1 behind a row's end; where an image is, its code, behind the ids of the batch
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, prune: bool) -> "Rows":
+    def of(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        prune: bool,
+        images: Images | None = None,
+    ) -> "Rows":
         check_flag("prune", prune)
         batch, live, scored = _on_host(input_ids, attention_mask, completion_mask)
         first = live.int().argmax(1, keepdim=True)
@@ -145,8 +161,18 @@ class Rows(NamedTuple):
             columns = torch.arange(batch.shape[1], device="cpu")
             length = (columns.where(scored, 0).amax(1, keepdim=True) - first).clamp(min=0)
         depth = torch.arange(max(int(length.max()), 1), device="cpu")
-        ids = batch.gather(1, (first + depth).clamp(max=batch.shape[1] - 1)).where(depth < length, -1)
+        told_apart = batch
+        if images is not None:
+            if images.code.shape != batch.shape:
+                raise ValueError(f"images are of {tuple(images.code.shape)} tokens, input_ids are {tuple(batch.shape)}")
+            told_apart = batch.where(images.code < 0, images.code + batch.max() + 1)
+        ids = told_apart.gather(1, (first + depth).clamp(max=batch.shape[1] - 1)).where(depth < length, -1)
         return cls(batch, scored, completion_mask.shape[1], first, ids)
+
+    @property
+    def vocabulary(self) -> int:
+        """More than any token id of the batch."""
+        return int(self.batch.max()) + 1
 
     def distinct(self) -> tuple[Tensor, Tensor]:
         """`ids` without repetition, sorted as words are, and where each row is among them."""
@@ -160,7 +186,7 @@ class Rows(NamedTuple):
         """source, target and pair of TokenTree; `index` (B, L) is the flat index of each of `ids`."""
         row, column = self.scored.nonzero(as_tuple=True)
         predictor = index[row, column - self.first[row, 0] - 1]
-        vocab = int(self.batch.max()) + 1
+        vocab = self.vocabulary
         keys, which = (predictor * vocab + self.batch[row, column]).unique(return_inverse=True)
         pair = torch.full_like(self.batch, len(keys)).index_put_((row, column), which)
         return keys // vocab, keys % vocab, pair[:, self.batch.shape[1] - self.width :]

@@ -11,11 +11,11 @@ from torch.nn.functional import pad
 
 from flashpo._causal_lm import CausalLM
 from flashpo._hosts import sharding
-from flashpo._hosts.transformers import ATTENTION
+from flashpo._hosts.transformers import ATTENTION, HOOKED
 from flashpo._op import CALLS
 from flashpo._precision import exact_products
 from flashpo.packing.attention import without_kernel
-from flashpo.packing.inputs import inputs
+from flashpo.packing.inputs import run
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import TokenTree, pack
 
@@ -40,30 +40,46 @@ class Trial:
         self.model, self.head = model, head
         backbone: Any = CausalLM.of(model).backbone if head else model
         self.backbone = backbone
+        self.beside: list[Tensor] = []  # what the rows have beside tokens that has gradients to compare
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad] if parameters else []
         # Autograd saves no weights that were made in inference mode
         self.differentiable = not is_sharded(model) and not any(p.is_inference() for p in model.parameters())
         self.embedding: nn.Module = backbone.get_input_embeddings()
         config = backbone.config.get_text_config()
         device = next(self.embedding.parameters()).device
-        self.ids, self.live, scored = (x.to(device) for x in _rows(config))
+        self.ids, self.live, scored = (x.to(device) for x in self._rows(config))
         self.scored = scored[:, 1:].bool()
         generator = torch.Generator().manual_seed(1)
         options: Any = dict(generator=generator, device="cpu", dtype=torch.float64)
         self.upstream = torch.randn(self.scored.shape, **options).to(device)
         self.direction = torch.randn(config.hidden_size, **options).to(device)
 
+    def _rows(self, config: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask, and what is scored, all (rows, tokens), padded on the right."""
+        return _rows_of_text(config)
+
+    def _beside(self, rows: slice, ids: Tensor) -> dict[str, Any]:
+        """What the model takes beside the ids of these rows."""
+        return {}
+
+    def _of_distinct(self, gradient: Tensor) -> Tensor:
+        """Of what is beside the tokens: summed over what is the same in several rows."""
+        return gradient
+
+    def _pack(self, ids: Tensor, live: Tensor, scored: Tensor) -> TokenTree:
+        return pack(ids, live, scored, min_saved=1)
+
     def padded(self) -> Scored:
-        return self._score(lambda: self._plain(self.ids, self.live))
+        return self._score(lambda: self._plain(slice(None)))
 
     def apart(self) -> Scored:
         """In two batches: products of other shapes round otherwise."""
 
         def run() -> Tensor:
             values = []
-            for ids, live in ((self.ids[i::2], self.live[i::2]) for i in (0, 1)):
-                width = int(live.sum(1).max())
-                values.append(pad(self._plain(ids[:, :width], live[:, :width]), (0, self.ids.shape[1] - width)))
+            for rows in (slice(0, None, 2), slice(1, None, 2)):
+                width = int(self.live[rows].sum(1).max())
+                values.append(pad(self._plain(rows, width), (0, self.ids.shape[1] - width)))
             order = torch.arange(len(self.ids), device="cpu")
             return torch.cat(values)[torch.cat([order[0::2], order[1::2]]).argsort()]
 
@@ -77,7 +93,7 @@ class Trial:
             sign = torch.randint(2, x.shape, generator=generator, device="cpu").to(x.device) * 2 - 1
             return (x * (1 + eps * sign)).to(x.dtype)
 
-        return self._score(lambda: self._plain(self.ids, self.live), nudge)
+        return self._score(lambda: self._plain(slice(None)), nudge)
 
     def packed(self) -> Scored:
         return self._score(lambda: self._on_tree(self.ids, self.live, self.scored))
@@ -101,18 +117,19 @@ class Trial:
                 module.training = training
         return bool(found)
 
-    def _plain(self, ids: Tensor, live: Tensor) -> Tensor:
-        out = self.model(input_ids=ids, attention_mask=live, use_cache=False)
+    def _plain(self, rows: slice, width: int | None = None) -> Tensor:
+        ids, live = self.ids[rows, :width], self.live[rows, :width]
+        out = self.model(input_ids=ids, attention_mask=live, use_cache=False, **self._beside(rows, ids))
         if not self.head:
             return self._projected(out.last_hidden_state[:, :-1])
         return out.logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None].to(out.logits.device))[..., 0]
 
     def _on_tree(self, ids: Tensor, live: Tensor, scored: Tensor) -> Tensor:
         """Of the next tokens that are `scored` (rows, tokens - 1)."""
-        tree: TokenTree = pack(ids, live, pad(scored, (1, 0)), min_saved=1)
+        tree = self._pack(ids, live, pad(scored, (1, 0)))
         if self.head:
             return self.model(flashpo_tree=tree, outputs=()).stats.logprob[:, 1:].double()
-        out = self.model(**inputs(tree, self.backbone), use_cache=False)
+        out = run(tree, self.model)
         return tree.unpack(self._projected(out.last_hidden_state[0, tree.source]))[:, 1:]
 
     def _projected(self, hidden: Tensor) -> Tensor:
@@ -135,12 +152,15 @@ class Trial:
                 scored = values[self.scored.to(values.device)]
                 if not self.differentiable:
                     return Scored(scored, [])
-                wanted = self.parameters or [leaf for _, leaf in embedded]
+                wanted = self.parameters or [*(leaf for _, leaf in embedded), *self.beside]
                 loss = (scored * self.upstream[self.scored].to(values.device)).sum()
                 gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         finally:
             handle.remove()
-        found = list(gradients) if self.parameters else [self._of_tokens(embedded, gradients)]
+        if self.parameters:
+            found = list(gradients)
+        else:
+            found = [self._of_tokens(embedded, gradients), *map(self._of_distinct, gradients[len(embedded) :])]
         return Scored(scored.detach(), [x.double() for x in found])
 
     def _of_tokens(self, embedded: list[tuple[Tensor, Tensor]], gradients: tuple[Tensor, ...]) -> Tensor:
@@ -153,7 +173,7 @@ class Trial:
         return total
 
 
-def _rows(config: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_of_text(config: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, mask, and what is scored: every distinct token once. All (rows, tokens), padded on the right.
 
     The tree branches so often that half of its tokens do not lie behind the one before them. None is the padding token,
@@ -213,6 +233,7 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
             yield
         finally:
             for module, kept in zip(modules, before):
+                kept |= {HOOKED: True} if vars(module).get(HOOKED) else {}  # so are the hooks, which must not double
                 for name in [k for k, x in vars(module).items() if k not in kept and (k in OURS or is_plain(x))]:
                     del vars(module)[name]
                 vars(module).update(kept)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts import sharding
 from flashpo._hosts.peft import active_adapter, adapter_states, why_not_by_layers
 from flashpo.ops.tree_attention import release as release_tree_tiles
+from flashpo.packing.images import ImageRows, Images
+from flashpo.packing.support import why_no_images
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity
 from flashpo.rollout.arguments import choice, flag, integer, items, kind, number, token_ids
 from flashpo.rollout.cache import BLOCK, allocate, block_bytes, free_bytes, out_of_memory
 from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.generation import Completion, Generation
+from flashpo.rollout.images import Shown, of_prompts, padded, placeholders
 from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams
 from flashpo.rollout.prefix_tree import blocks_for
 from flashpo.rollout.runner import Runner
@@ -101,6 +104,7 @@ class RolloutEngine:
         self.runner: Runner | None = None
         self.scheduler: Scheduler | None = None  # of the session, in one
         self.open_session: contextlib.ExitStack | None = None
+        self.shown: Shown | None = None  # the images of the session, or of the call that runs
         self._said = ""  # why something else answers
         self._structure: Hashable = None
         self._look_at_the_model()
@@ -129,6 +133,7 @@ class RolloutEngine:
         params: SamplingParams | Sequence[SamplingParams],
         *,
         adapters: Sequence[str] | None = None,
+        images: Mapping[str, Any] | Images | None = None,
         progress: bool = False,
     ) -> Rollouts:
         """Completions of `prompts` (lists of token ids), `params.n` of each, in the order of the prompts.
@@ -137,11 +142,15 @@ class RolloutEngine:
             prompts: at least one token each.
             params: for all prompts, or one for each.
             adapters: the PEFT adapter that answers each prompt; default: those that are active.
+            images: what the processor gives beside the ids of these prompts, in their order: pixel_values, and under
+                their names grids, sizes, masks, and num_images where the prompts do not tell whose the images are. The
+                tower sees each image once; placeholders of images are never drawn.
             progress: show a progress bar.
 
         Raises:
-            TypeError: prompts, params or adapters are none.
-            ValueError: a prompt is empty, holds ids outside the vocabulary or leaves no place for its new tokens.
+            TypeError: prompts, params, adapters or images are none.
+            ValueError: a prompt is empty, holds ids outside the vocabulary, leaves no place for its new tokens, or has
+                other images than its tokens say.
             ModelInUse: another rollout of the model has not ended, in another thread or further up in this one.
             Unsupported, MemoryError: with fallback="error". A prompt that with its max_new_tokens does not fit into the
                 cache is told in bytes.
@@ -158,11 +167,15 @@ class RolloutEngine:
             if not isinstance(name, str):
                 raise TypeError(f"adapters must be names, not {kind(name)}")
         self._check(prompts, params, adapters)
+        shown: Images | None = None
+        if images is not None and prompts:
+            params = [self._without_placeholders(p) for p in params]
+            shown = images if isinstance(images, Images) else of_prompts(self.model, prompts, images)
         groups = [[Completion.of(p, i, index) for index in range(p.n)] for i, p in enumerate(params)]
         with _progress(sum(p.n for p in params), progress) as ended:
-            call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended)
+            call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended, shown)
             if prompts:
-                reason = self._why_not_with(dict.fromkeys(adapters or ()))
+                reason = self._why_not_with(dict.fromkeys(adapters or ())) or self.why_not_images(prompts, call.images)
                 self.view.take_gathered()  # what the self-check had to gather is not of this call
                 if not reason:
                     self._generate(call)
@@ -196,6 +209,26 @@ class RolloutEngine:
         reason = why_not_by_layers(self.model, names) if self.support.ok else self.support.reason
         return reason or None
 
+    def why_not_images(self, prompts: Sequence[Sequence[int]], images: Images | None) -> str | None:
+        """`why_not` for prompts with such images."""
+        if images is None:
+            return None
+        if reason := why_no_images(CausalLM.of(self.model).backbone):
+            return reason
+        sample = ImageRows.of(images, *padded(prompts, self.device)) if self.check else None
+        if sample is None:
+            return None
+        try:
+            return parity.check_images(self.model, self._roll, self.autocast, sample)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return f"there is no memory for its self-check with images: {error}"
+
+    def _without_placeholders(self, params: SamplingParams) -> SamplingParams:
+        ids = placeholders(CausalLM.of(self.model).base.config)
+        return dataclasses.replace(params, suppress_token_ids=[*params.suppress_token_ids, *ids])
+
     def _generate(self, call: "_Call") -> None:
         """As far as memory allows. Whoever has the model has the engine's pool and session, too."""
         with rollout_mode(self.model):
@@ -211,6 +244,8 @@ class RolloutEngine:
                 scheduler.reset()  # it may count as cached what has never been computed
                 self._without_memory(error)
             finally:
+                if self.open_session is None:
+                    self.shown = None
                 call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
 
     def _roll_out(self, call: "_Call", runner: Runner, scheduler: Scheduler) -> None:
@@ -219,13 +254,30 @@ class RolloutEngine:
                 runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
                 answering = adapter_states(self.model)
                 runner.use(places(self.model, self.view), answering)
+                shown = self._shown(call, runner.parts, answering)
                 rows = call.queue(scheduler, chosen, answering)
                 generation = Generation(
-                    runner, scheduler, rows, self.prefill_tokens, self._decode, call.ended, self.support.hybrid
+                    runner,
+                    scheduler,
+                    rows,
+                    self.prefill_tokens,
+                    self._decode,
+                    call.ended,
+                    self.support.hybrid,
+                    None if shown is None else (shown, answering),
                 )
                 generation.run()
             call.steps += generation.steps
             call.row_steps += generation.row_steps
+
+    def _shown(self, call: "_Call", parts: CausalLM, answering: Hashable) -> Shown | None:
+        """The images that prompts have or, in a session, had; the tower has seen them under these adapters."""
+        if call.images is not None:
+            if self.shown is None or self.open_session is None:
+                self.shown = Shown(parts, self.prefill_tokens)
+            call.coded = self.shown.told_apart(call.prompts, call.images)
+            self.shown.embed(answering)
+        return self.shown if self.open_session is not None or call.images is not None else None
 
     def _without_memory(self, error: BaseException) -> None:
         """Frees the pool for what answers in the engine's place, or raises the error."""
@@ -243,7 +295,10 @@ class RolloutEngine:
                 missing = [completion for completion in call.groups[i] if not completion.reason]
                 if missing:
                     with eval_mode(self.model), self._plain_view(), self._adapter(adapter):
-                        plain.generate(self.model, call.prompts[i], missing, self._decode)
+                        beside = (
+                            {} if call.images is None else call.images.beside(i, len(call.prompts[i]), len(missing))
+                        )
+                        plain.generate(self.model, call.prompts[i], missing, self._decode, beside)
                     call.ended(len(missing))
 
     @contextlib.contextmanager
@@ -260,7 +315,7 @@ class RolloutEngine:
             with contextlib.ExitStack() as self.open_session:
                 yield
         finally:
-            self.open_session = self.scheduler = None
+            self.open_session = self.scheduler = self.shown = None
 
     def release(self) -> None:
         """Frees the cache, the CUDA graphs that read it and copies of weights; the next call makes them again."""
@@ -270,13 +325,19 @@ class RolloutEngine:
         self.view.release()
         release_tree_tiles()
 
-    def _roll(self, model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Rollouts:
+    def _roll(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        images: Mapping[str, Any] | None = None,
+    ) -> Rollouts:
         """For the self-check: a rollout of the model, or of a small twin of it, that is not checked itself."""
         own = model is self.model
         autocast = self.autocast if own else None
         engine = RolloutEngine(model, max_sequences=4, autocast=autocast, fallback="error", check=False)
         engine.view = self.view if own else WeightView(model, "shadow")
-        return engine.generate(prompts, params)
+        return engine.generate(prompts, params, images=images)
 
     def _refuse(self, reason: str) -> None:
         if self.fallback == "error":
@@ -373,6 +434,8 @@ class _Call:
     groups: list[list[Completion]]  # of each prompt
     adapters: list[tuple[str | None, list[int]]]  # with the indices of their prompts
     ended: Callable[[int], object]
+    images: Images | None = None
+    coded: Sequence[Sequence[int]] | None = None  # the prompts as the cache knows them, where they have images
     begin: float = dataclasses.field(default_factory=time.perf_counter)
     counts: Counts = dataclasses.field(default_factory=Counts)
     pool: tuple[int, int] = 0, 1  # bytes and blocks; the pool itself may have to be freed before the call ends
@@ -385,7 +448,8 @@ class _Call:
         completions = {}
         for i in chosen:
             n, limit = len(self.groups[i]), self.groups[i][0].draw.limit
-            rows = scheduler.add(self.prompts[i], prompt_index=i, n=n, max_new_tokens=limit, space=answering)
+            prompt = (self.coded or self.prompts)[i]
+            rows = scheduler.add(prompt, prompt_index=i, n=n, max_new_tokens=limit, space=answering)
             for row, completion in zip(rows, self.groups[i]):
                 row.tokens = completion.tokens
                 completions[row] = completion

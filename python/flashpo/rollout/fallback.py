@@ -5,7 +5,7 @@ completion ends by the same rules.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,14 @@ from flashpo.rollout.generation import Completion
 from flashpo.rollout.runner import Draw, draw_tokens
 
 
-def generate(model: Any, prompt: Sequence[int], completions: Sequence[Completion], decode: Callable | None):
-    """All of the completions, which are of this one prompt, from their beginning."""
+def generate(
+    model: Any,
+    prompt: Sequence[int],
+    completions: Sequence[Completion],
+    decode: Callable | None,
+    beside: Mapping[str, Tensor],
+):
+    """All of the completions, which are of this one prompt, from their beginning; `beside`: their images."""
     for completion in completions:
         completion.restart()
     device = next(model.parameters()).device
@@ -27,7 +33,8 @@ def generate(model: Any, prompt: Sequence[int], completions: Sequence[Completion
     longest = max(c.draw.limit for c in completions)
     with _own_config(model, GenerationConfig(max_new_tokens=longest, pad_token_id=0)):
         mask = torch.ones_like(ids)
-        model.generate(input_ids=ids, attention_mask=mask, logits_processor=[draws], stopping_criteria=[_Ended(draws)])
+        criteria: dict[str, Any] = {"logits_processor": [draws], "stopping_criteria": [_Ended(draws)]}
+        model.generate(input_ids=ids, attention_mask=mask, **beside, **criteria)
     if not all(completion.reason for completion in completions):
         raise Unsupported(
             f"the generate of {type(model).__name__} does not sample with the logits processor it is given"

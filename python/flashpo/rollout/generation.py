@@ -1,7 +1,9 @@
 """One call of `RolloutEngine.generate` while it runs: computes what the scheduler decides, collects what is drawn."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from flashpo.rollout.cache import BLOCK, Run, out_of_memory
 from flashpo.rollout.hybrid import RowStates, State
+from flashpo.rollout.images import Shown
 from flashpo.rollout.params import SamplingParams
 from flashpo.rollout.prefill import Piece, lineage, parent, prefill
 from flashpo.rollout.prefix_tree import Node, Segment
@@ -72,6 +75,7 @@ class Generation:
         decode: tokens to text, for stop strings.
         ended: called with the number of completions that have just ended.
         hybrid: the model keeps a state for each row, which has to follow it.
+        images: those of the prompts, and under which adapters the tower has seen them.
     """
 
     def __init__(
@@ -83,11 +87,14 @@ class Generation:
         decode: Callable | None,
         ended: Callable[[int], object],
         hybrid: bool = False,
+        images: tuple[Shown, Hashable] | None = None,
     ):
         self.runner, self.scheduler, self.prefill_tokens = runner, scheduler, prefill_tokens
         self.completions = completions
         self.decode, self.ended = decode, ended
         self.states = RowStates(runner.parts) if hybrid else None
+        self.images = images
+        self._ahead: dict[Node, int] = {}  # of the rows of a prompt
         self.steps, self.row_steps = 0, 0
 
     def run(self) -> None:
@@ -111,7 +118,7 @@ class Generation:
                     running = [self.completions[row] for row in rows]
                     draws = [c.draw for c in running]
                     states = None if self.states is None else self.states.of(rows)
-                    step, advance = self.runner.load(rows, self.scheduler.shared, draws, states)
+                    step, advance = self.runner.load(rows, self.scheduler.shared, draws, states, self._ahead_of(rows))
                     if self.states is not None:
                         self.states.run(step.states, rows)
                 for _ in range(self.runner.check_every):
@@ -125,6 +132,15 @@ class Generation:
             self._collect(step, running)
             if self._finish(rows):
                 return
+
+    def _ahead_of(self, rows: Sequence[Row]) -> list[int]:
+        """How far their rotary positions are from numbers of tokens."""
+        if self.images is None:
+            return []
+        for row in rows:
+            if row.parent not in self._ahead:
+                self._ahead[row.parent] = self.images[0].ahead(_path(row.parent))
+        return [self._ahead[row.parent] for row in rows]
 
     def _collect(self, step: Step, rows: list[Completion]) -> None:
         for tokens, (full, truncated) in step.take():
@@ -165,11 +181,11 @@ class Generation:
         for chunk in self._chunks(segments):
             pieces = [piece for _, piece, _ in chunk]
             if self.states is None:
-                hidden = prefill(parts, self.runner.cache, pieces, self.runner.fused)
+                hidden = prefill(parts, self.runner.cache, pieces, self.runner.fused, placed=self._placed)
             else:
                 some = [segment for segment, _, _ in chunk]
                 states = lineage(pieces, device) if self._joins(pieces[0], []) else self.states.behind(some[0], ends)
-                hidden = prefill(parts, self.runner.cache, pieces, states=states)
+                hidden = prefill(parts, self.runner.cache, pieces, states=states, placed=self._placed)
                 ends |= zip(some, self.states.taken(states, len(some)))
             wanted = [i for i, (_, _, last) in enumerate(chunk) if last]
             if wanted:
@@ -181,6 +197,10 @@ class Generation:
                 self.states.fresh[segment] = ends[segment]
         return logits
 
+    @property
+    def _placed(self) -> Callable | None:
+        return None if self.images is None else functools.partial(self.images[0].placed, space=self.images[1])
+
     def _chunks(self, segments: Sequence[Segment]) -> Iterator[list[tuple[Segment, Piece, bool]]]:
         """Pieces of at most `prefill_tokens` together; True where the logits behind the piece are wanted."""
         chunk: list[tuple[Segment, Piece, bool]] = []
@@ -188,9 +208,11 @@ class Generation:
         for segment in segments:
             tokens, begin = segment.tokens, 0
             above = [Run(node.blocks, len(node.tokens)) for node in segment.ancestors]
+            turns = None if self.images is None else self.images[0].turns(_path(segment), segment.start)
             while begin < len(tokens):
                 end = min(begin + room, len(tokens))
-                piece = Piece(tokens[begin:end], [*above, Run(segment.blocks, end)])
+                own = None if turns is None else turns[:, begin:end]
+                piece = Piece(tokens[begin:end], [*above, Run(segment.blocks, end)], own)
                 wanted = end == len(tokens) and (not isinstance(segment, Node) or segment.ends)
                 if chunk and not self._joins(piece, [p for _, p, _ in chunk]):
                     yield chunk
@@ -221,3 +243,8 @@ class Generation:
             columns = drawn.token.tolist(), drawn.logprob_full.tolist(), drawn.logprob.tolist()
             for completion, token, full, truncated in zip(completions, *columns):
                 completion.append(token, full, truncated, self.decode)
+
+
+def _path(segment: Segment) -> list[int]:
+    """All tokens up to its end."""
+    return [*itertools.chain.from_iterable(node.tokens for node in segment.ancestors), *segment.tokens]

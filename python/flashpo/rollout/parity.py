@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from flashpo._causal_lm import CausalLM
 from flashpo._hosts.peft import adapters_of
 from flashpo._precision import exact_products, one_at_a_time
+from flashpo.packing.image_trial import rows_of
+from flashpo.packing.images import ImageRows
 from flashpo.rollout.cache import BLOCK, out_of_memory
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode
@@ -29,7 +31,8 @@ from flashpo.rollout.support import facts, longest
 from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
-Roll = Callable[[nn.Module, Sequence[Sequence[int]], SamplingParams], Rollouts]
+Roll = Callable[..., Rollouts]  # of a model, prompts, SamplingParams and, where they have some, the prompts' images
+Beside = Callable[[list[int], Tensor], dict[str, Tensor]]  # what a forward of some of the sequences takes beside ids
 _answers: dict[Hashable, str | None] = {}
 
 PROMPTS = (BLOCK + 6, BLOCK + 3, 3)  # tokens: the first two share a block and split behind it
@@ -53,6 +56,59 @@ def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
         if key not in _answers:
             _answers[key] = why_wrong(model, roll, autocast)
         return _answers[key]
+
+
+def check_images(model: Any, roll: Roll, autocast: torch.dtype | None, sample: ImageRows) -> str | None:
+    """`check` of prompts with images, on a few that begin with those of a call."""
+    base: Any = CausalLM.of(model).base
+    dtypes = frozenset(_dtypes(model, autocast))
+    key = "images", type(model), type(base), facts(base.config), dtypes, base.device.type, autocast, adapters_of(model)
+    with one_at_a_time, exact_products():
+        if key not in _answers:
+            reason = _images_of_the_twin_differ(base, roll, sample)
+            _answers[key] = reason or _difference_with_images(model, roll, autocast, sample)
+        return _answers[key]
+
+
+def _images_of_the_twin_differ(base: Any, roll: Roll, sample: ImageRows) -> str | None:
+    try:
+        twin: Any = small_twin(base)
+        small = sample.small(twin)
+        with eval_mode(twin):
+            twin(input_ids=small.ids(), use_cache=False, **small.images(twin.device), **small.types_of(small.ids()))
+    except Exception as error:  # of any kind: its images have other sizes than the model's, say
+        log.debug("no small %s with images: %s", type(base).__name__, error)
+        return None
+    reason = _difference_with_images(twin, roll, None, small)
+    return reason and f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
+
+
+def _difference_with_images(
+    model: nn.Module, roll: Roll, autocast: torch.dtype | None, sample: ImageRows
+) -> str | None:
+    device = next(model.parameters()).device
+    ids, images = sample.ids(), sample.images(device)
+    try:
+        rollouts = roll(model, ids.tolist(), SAMPLED, images)
+    except ModelInUse:
+        raise
+    except Exception as error:  # of any kind: it is the model's own code
+        if out_of_memory(error):
+            raise
+        return f"{type(error).__name__} on prompts with an image: {error}"
+    if "nan" in rollouts.finish_reasons:
+        return "its log-probs are not finite behind an image"
+
+    def beside(rows: list[int], tokens: Tensor) -> dict[str, Tensor]:
+        return rows_of(images, [rollouts.prompt_index[row] for row in rows]) | sample.types_of(tokens)
+
+    rolled = torch.tensor(rollouts.logprobs, dtype=torch.float64, device="cpu")
+    sequences = [p + c for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids)]
+    found = judged(model, rolled, sequences, autocast, beside=beside)
+    if found.distance <= found.allowed:
+        return None
+    rounding = f"what rounding does to its own forward is {found.noise:.1e}"
+    return f"log-probs behind an image differ by {found.distance:.1e} ({found.average}, {found.dtype}), {rounding}"
 
 
 def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None) -> str | None:
@@ -137,16 +193,17 @@ def judged(
     sequences: Sequence[Sequence[int]],
     autocast: torch.dtype | None = None,
     temperature: float = 1.0,
+    beside: Beside = lambda rows, ids: {},
 ) -> Judgement:
     """Of log-probs (sequences, tokens) that somebody gives the sequences' ends."""
     options = rolled.shape[1], temperature
     with eval_mode(model, autocast):
-        plain = torch.cat([_logprobs(model, [sequence], *options) for sequence in sequences])
-        together = _logprobs(model, sequences, *options)
+        plain = torch.cat([_logprobs(model, sequences, *options, beside, [row]) for row in range(len(sequences))])
+        together = _logprobs(model, sequences, *options, beside)
         stirred = []
         for seed in range(STIRS):
             with _rounded_otherwise(model, seed):
-                stirred.append(_logprobs(model, sequences, *options) - together)
+                stirred.append(_logprobs(model, sequences, *options, beside) - together)
     dtype = max(_dtypes(model, autocast), key=lambda x: torch.finfo(x).eps)
     average, most = RMS if torch.finfo(dtype).bits >= 32 else MEDIAN
     size = _rms if average == RMS[0] else _median
@@ -222,17 +279,24 @@ def _median(x: Tensor) -> float:
 
 
 def _logprobs(
-    model: Any, sequences: Sequence[Sequence[int]], last: int = SAMPLED.max_new_tokens, temperature: float = 1.0
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    last: int = SAMPLED.max_new_tokens,
+    temperature: float = 1.0,
+    beside: Beside = lambda rows, ids: {},
+    rows: list[int] | None = None,
 ) -> Tensor:
-    """Log-probs (B, last) of the sequences' last tokens by one plain forward."""
+    """Log-probs (B, last) of the sequences' last tokens by one plain forward of all, or of these rows."""
+    some = [*range(len(sequences))] if rows is None else rows
+    sequences = [sequences[row] for row in some]
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths)
     device = next(model.parameters()).device
     ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=device)
     mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths], device=device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    rows = []
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **beside(some, ids)).logits
+    found = []
     for i, n in enumerate(lengths):
         scores = logits[i, n - last - 1 : n - 1].double() / temperature
-        rows.append(scores.log_softmax(-1).gather(1, ids[i, n - last : n, None])[:, 0])
-    return torch.stack(rows).cpu()
+        found.append(scores.log_softmax(-1).gather(1, ids[i, n - last : n, None])[:, 0])
+    return torch.stack(found).cpu()

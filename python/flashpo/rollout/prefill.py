@@ -4,9 +4,11 @@ Pieces whose whole past is in the same forward are a token tree, which one call 
 behind tokens that earlier forwards have cached attends by itself to what it reads back.
 """
 
+import contextlib
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ class Piece(NamedTuple):
 
     tokens: Sequence[int]
     runs: Sequence[Run]
+    turns: Tensor | None = None  # (axes, tokens): rotary positions, where these are no numbers of tokens
 
     @property
     def positions(self) -> range:
@@ -48,6 +51,7 @@ def prefill(
     pieces: Sequence[Piece],
     fused: FusedBackbone | None = None,
     states: States | Lineage | None = None,
+    placed: Callable[[Tensor], AbstractContextManager[tuple[Tensor, dict[str, Any]]]] | None = None,
 ) -> Tensor:
     """Caches the tokens of all pieces; the hidden state (pieces, H) of each one's last token.
 
@@ -56,6 +60,7 @@ def prefill(
     Args:
         states: of a hybrid model: those behind the past of the only piece, which become those behind the piece; or
             the lineage of pieces whose whole past is in this call, which keeps their states.
+        placed: of prompts with images, see `Shown.placed`.
     """
     packed = Packed(cache, pieces)
     if fused is not None and states is None:
@@ -64,16 +69,22 @@ def prefill(
         given: dict[str, object] = {}
         if states is not None:
             given[KEYWORD if isinstance(states, Lineage) else cache_keyword(parts.backbone)] = states
-        with in_charge(packed):
+        with (placed or _text)(packed.token) as (token, beside), in_charge(packed):
             hidden = parts.backbone(
-                input_ids=packed.token[None],
-                position_ids=packed.position[None],
+                input_ids=token[None],
+                position_ids=packed.turns(),
                 use_cache=isinstance(states, States),
                 **given,
+                **beside,
             ).last_hidden_state[0]
     if packed.visited != set(cache.layers):
         raise Unsupported(f"prefill attended in layers {sorted(packed.visited)}, expected {sorted(cache.layers)}")
     return hidden[torch.tensor(packed.ends, device=cache.device) - 1]
+
+
+@contextlib.contextmanager
+def _text(token: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    yield token, {}
 
 
 class Tree(NamedTuple):
@@ -93,7 +104,7 @@ class Packed:
         def joined(values) -> Tensor:
             return torch.tensor(list(itertools.chain.from_iterable(values)), device=cache.device)
 
-        self.cache, self.visited = cache, set[int]()
+        self.cache, self.visited, self.pieces = cache, set[int](), pieces
         self.ends = list(itertools.accumulate(len(piece.tokens) for piece in pieces))
         self.token = joined(piece.tokens for piece in pieces)
         self.position = joined(piece.positions for piece in pieces)
@@ -108,6 +119,15 @@ class Packed:
                 self.spans.append((span, Tree(behind, self.position[span].int(), self.slot[span])))
             else:
                 self.spans += [(slice(begin, end), piece) for begin, end, piece in zip(begins, ends, members)]
+
+    def turns(self) -> Tensor:
+        """Rotary positions: (1, N), or (axes, 1, N) where a piece has its own."""
+        axes = next((len(piece.turns) for piece in self.pieces if piece.turns is not None), 0)
+        if not axes:
+            return self.position[None]
+        counted = self.position.split([len(piece.tokens) for piece in self.pieces])
+        own = [x.expand(axes, -1) if p.turns is None else p.turns for p, x in zip(self.pieces, counted)]
+        return torch.cat([x.to(self.position.device) for x in own], 1)[:, None]
 
     def attend(self, layer, query, key, value, scale, softcap, sinks):
         if query.shape[2] != key.shape[2] or key.shape[2] != self.ends[-1]:

@@ -142,6 +142,7 @@ class Step:
         self.live = zeros(rows, dtype=torch.bool)
         self.token = zeros(rows, dtype=torch.int64)
         self.position = zeros(rows, dtype=torch.int32)
+        self.ahead = zeros(rows, dtype=torch.int32)  # of it are rotary positions, behind images
         self.tables = self.readers, self.start, self.length, self.blocks, self.position
         self.limit = zeros(rows, dtype=torch.int32)
         self.stop = zeros(rows, sizes.stop, dtype=torch.int64)
@@ -153,7 +154,9 @@ class Step:
         self.logprobs = zeros(sizes.steps, 2, rows, dtype=torch.float32)
         self.slot = zeros(rows, dtype=torch.int64)
 
-    def load(self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw]) -> None:
+    def load(
+        self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw], ahead: Sequence[int] = ()
+    ) -> None:
         """The tables of these rows, each of which feeds the last of its tokens next."""
         segments = [(s.begin, s.end, s.node.start, len(s.node.tokens), s.node.blocks) for s in shared]
         segments += [(0, 0, 0, 0, [])] * (self.sizes.shared - len(shared))
@@ -168,6 +171,7 @@ class Step:
             (self.live, [True] * len(rows)),
             (self.token, [row.tokens[-1] for row in rows]),
             (self.position, [row.position for row in rows]),
+            (self.ahead, ahead or [0] * len(rows)),
             (self.limit, [d.limit for d in draws]),
             (self.stop, [padded(d.stop, self.sizes.stop) for d in draws]),
             (self.suppressed, [padded(d.suppressed, self.sizes.suppressed) for d in draws]),
@@ -208,7 +212,7 @@ class Step:
         with in_charge(self):
             return self.parts.backbone(
                 input_ids=self.token[:, None],
-                position_ids=self.position[:, None].long(),
+                position_ids=(self.position + self.ahead)[:, None].long(),
                 use_cache=self.states is not None,
                 **({} if self.states is None else {cache_keyword(self.parts.backbone): self.states}),
             ).last_hidden_state[:, -1]
@@ -257,8 +261,12 @@ class Runner:
         shared: Sequence[Shared],
         draws: Sequence[Draw],
         states: Sequence[State] | None = None,
+        ahead: Sequence[int] = (),
     ) -> tuple[Step, Callable]:
-        """A step whose tables hold these rows, with their states in a hybrid model, and what moves it on."""
+        """A step whose tables hold these rows, with their states in a hybrid model, and what moves it on.
+
+        ahead: of each row, how far rotary positions are from numbers of tokens; nothing where they are nowhere.
+        """
         sizes = Sizes.of(rows, shared, draws, self.check_every)
         if not self.cuda:  # new buffers cost next to nothing on a CPU
             step = self._step(sizes, states)
@@ -271,7 +279,7 @@ class Runner:
             if states is not None:
                 assert step.states is not None
                 step.states.load(states)
-        step.load(rows, shared, draws)
+        step.load(rows, shared, draws, ahead)
         return step, advance
 
     def _step(self, sizes: Sizes, states: Sequence[State] | None) -> Step:

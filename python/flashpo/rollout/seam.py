@@ -96,9 +96,12 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
 
 @contextlib.contextmanager
 def rollout_mode(model: nn.Module) -> Iterator[None]:
-    """`eval_mode` with every config on our attention; undone at the end."""
+    """`eval_mode` with every config on our attention, but those of towers; undone at the end."""
     with eval_mode(model):
-        configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, ATTRIBUTE)}
+        lm = CausalLM.of(model)
+        towers = {*lm.backbone.modules()} - {lm.backbone, *lm.text.modules()}
+        modules = [m for m in model.modules() if m not in towers]
+        configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, ATTRIBUTE)}
         before = [(config, getattr(config, ATTRIBUTE)) for config in configs.values()]
         try:
             for config, _ in before:

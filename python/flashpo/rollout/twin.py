@@ -40,6 +40,7 @@ SIZES: dict[str, Any] = dict(
     sliding_window=9, attention_chunk_size=9, attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
     # of the towers of multimodal models, most of which name the text model's width, too
     depth=2, embed_dim=32, out_hidden_size=32, text_hidden_size=32, projection_dim=32, alignment_intermediate_size=32,
+    image_token_id=VOCABULARY - 1, image_token_index=VOCABULARY - 1, video_token_id=VOCABULARY - 2,
 )  # fmt: skip
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 SHARED_HEADS = ("num_key_value_heads", "multi_query_kv_heads", "num_kv_heads")

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from flashpo._causal_lm import CausalLM
 from flashpo._precision import one_at_a_time
+from flashpo.packing import images
+from flashpo.packing.images import COUNTS, FIELDS
 from flashpo.rollout.support import facts
 from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
-TYPES = ("token_type_ids", "mm_token_type_ids")
-IMAGES = (
-    "pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "image_position_ids",
-)  # fmt: skip
-COUNTS = ("num_images", "num_tiles")
+TYPES = ("token_type_ids", images.TYPES)
+IMAGES = (*FIELDS, "image_position_ids")
 CHANGED = 1e-3  # relative: no rounding of fp32 comes near it
 _answers: dict[Hashable, bool] = {}
 

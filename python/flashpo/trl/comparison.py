@@ -10,7 +10,7 @@ from torch import Tensor
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.packing.head import gathering, parameters
-from flashpo.packing.inputs import inputs
+from flashpo.packing.inputs import run
 from flashpo.packing.tree import TokenTree
 from flashpo.trl.patch import DEVICES, DTYPES
 
@@ -27,7 +27,7 @@ class States(NamedTuple):
     def on(cls, tree: TokenTree, model: Any) -> "States":
         """By one forward of the backbone, which takes trees."""
         backbone = CausalLM.of(model).backbone
-        hidden = backbone(**inputs(tree, backbone), use_cache=False).last_hidden_state.squeeze(0)
+        hidden = run(tree, backbone).last_hidden_state.squeeze(0)
         return cls(hidden[tree.source.to(hidden.device)], tree)
 
     def as_rows(self) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from flashpo.ops.token_stats import TokenStats
 from flashpo.packing import TokenTree
-from flashpo.packing.inputs import inputs
+from flashpo.packing.inputs import run
 
 NAME = "critic"  # of the policy's attribute
 FILE = "critic.safetensors"
@@ -88,10 +88,9 @@ def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = No
             out = score(*args, **kwargs)
             if critic.backbone is not None:
                 if flashpo_tree is None:
-                    given = _text_inputs(args, kwargs)
+                    critic.backbone(**_text_inputs(args, kwargs), use_cache=False)
                 else:
-                    given = inputs(flashpo_tree, critic.backbone)
-                critic.backbone(**given, use_cache=False)
+                    run(flashpo_tree, critic.backbone)
         finally:
             hook.remove()
         (hidden,) = seen

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,26 @@ from flashpo._causal_lm import CausalLM, text_model
 from flashpo._hosts import sharding
 from flashpo._hosts.trl import TREES, why_not
 from flashpo.packing import TokenTree, dense, pack, split_by_tokens
+from flashpo.packing.images import Images
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl._replaced import replaced
-from flashpo.trl._text_only import beside_text
+from flashpo.trl.images import TrainerImages
 from flashpo.trl.sharing import Sharing, why_not_packed
+
+
+class Batch(NamedTuple):
+    """What is scored packed."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor
+    images: Images | None = None
+
+    def rows(self, index: Tensor) -> "Batch":
+        return Batch(self.input_ids[index], self.attention_mask[index], self.images and self.images.rows(index))
+
+    def pack(self, scored: Tensor, prune: bool) -> TokenTree:
+        return pack(self.input_ids, self.attention_mask, scored, prune=prune, images=self.images)
 
 
 class PackedScoring:
@@ -29,16 +44,30 @@ class PackedScoring:
         self._reason: str | None = None  # why the models cannot, empty where they can; None: not looked yet
         self._critic: PreTrainedModel | None = None  # that takes trees and was not looked at yet
         self._values: Tensor | None = None
+        self._images = TrainerImages()
+        self._critic_reads_text = False
 
-    def takes(self, batch: dict[str, Any]) -> bool:
-        """Whether this batch is scored packed; `batch`: TRL's keywords of a scoring."""
-        reason = self.prepare()
-        if not reason:
-            reason = next((f"the batch has {name}" for name in beside_text(self.trainer.model, batch)), "")
-        return self.sharing.allowed(reason)
+    def ready(self) -> bool:
+        """Whether batches are scored packed that have nothing against it themselves."""
+        return self.sharing.allowed(self.prepare())
+
+    def takes(self, beside: dict[str, Any], input_ids: Tensor, attention_mask: Tensor) -> Batch | None:
+        """The batch as it is scored packed, None where it is not; `beside`: what TRL hands over beside its tokens."""
+        if not self.ready():
+            return None
+        try:
+            with self.trainer.accelerator.autocast():
+                images = self._images.of(self._models(), beside, input_ids, attention_mask)
+            if images is not None and self._critic_reads_text:
+                raise ValueError("the batch has images: a critic with a backbone of its own reads text")
+        except (TypeError, ValueError) as error:
+            self.sharing.allowed(str(error))
+            return None
+        return Batch(input_ids, attention_mask, images)
 
     def prepare(self, critic: PreTrainedModel | None = None) -> str:
         """Let the trainer's models, and the backbone of a critic, take token trees; or why one of them cannot."""
+        self._critic_reads_text |= critic is not None
         if self.sharing.mode is False or self.sharing.against:
             return ""
         if reason := why_not(self.trainer._trl_class, TREES):
@@ -55,6 +84,7 @@ class PackedScoring:
     def accept(self, critic: PreTrainedModel | None) -> None:
         """Before weights are in their places: models that `packable` allows take trees, and are compared before the
         first scoring."""
+        self._critic_reads_text |= critic is not None
         if self.sharing.mode is False or self.sharing.against:
             return
         self._critic, models = critic, self._models()
@@ -81,19 +111,18 @@ class PackedScoring:
         values, self._values = self._values, None
         return values
 
-    def pays(self, model, input_ids: Tensor, attention_mask: Tensor, scored: Tensor) -> bool:
+    def pays(self, model, batch: Batch, scored: Tensor) -> bool:
         """Whether a batch that is taken is better off on its tree, asked of `score`'s arguments."""
         backbone = CausalLM.of(model).backbone
         if not dense.installed(text_model(backbone)):
             return True
         agree = self._on_all_ranks if any(map(sharding.meets, self._models())) else bool
-        return self.sharing.pays(backbone, pack(input_ids, attention_mask, scored), agree)
+        return self.sharing.pays(backbone, batch.pack(scored, prune=True), agree)
 
     def score(
         self,
         model,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        batch: Batch,
         scored: Tensor,
         batch_size: int | None = None,
         compute_entropy: bool = False,
@@ -110,15 +139,16 @@ class PackedScoring:
             "fp32_head": getattr(self.trainer.args, "cast_lm_head_to_fp32", False),  # RLOO has none
             "aux_loss": compute_aux_loss,
         }
-        batch, prune = (input_ids, attention_mask, scored), not compute_aux_loss
+        (input_ids, attention_mask, images), prune = batch, not compute_aux_loss
         if batch_size is None or batch_size >= len(input_ids):
             parts = [torch.arange(len(input_ids), device=input_ids.device)]
         else:
-            parts = split_by_tokens(*batch, batch_size * input_ids.shape[1], prune=prune)
-        trees = [pack(*(x[rows] for x in batch), prune=prune) for rows in parts]
+            most = batch_size * input_ids.shape[1]
+            parts = split_by_tokens(input_ids, attention_mask, scored, most, prune=prune, images=images)
+        trees = [batch.rows(rows).pack(scored[rows], prune) for rows in parts]
         self.trainer._phases.ran(sum(len(tree.tokens) for tree in trees), input_ids.numel())
         if batch_size is not None and any(map(sharding.meets, self._models())):
-            trees += [_one_token(*batch, prune)] * (self._most_of_ranks(len(trees)) - len(trees))
+            trees += [_least(batch, scored, prune)] * (self._most_of_ranks(len(trees)) - len(trees))
         chunks = []
         for tree in trees:
             with self.trainer.accelerator.autocast():
@@ -144,11 +174,16 @@ class PackedScoring:
         return accelerator.gather(torch.tensor([number], device=accelerator.device))
 
 
-def _one_token(input_ids: Tensor, attention_mask: Tensor, scored: Tensor, prune: bool) -> TokenTree:
-    """One row with nothing to score."""
-    live = torch.zeros_like(attention_mask[:1])
+def _least(batch: Batch, scored: Tensor, prune: bool) -> TokenTree:
+    """One row with nothing to score: a token of it, or all of it if it has images, whose tower has to meet others."""
+    shown = [] if batch.images is None else [row for row, own in enumerate(batch.images.of_rows) if own]
+    one = batch.rows(torch.tensor(shown[:1] or [0], device=batch.input_ids.device))
+    nothing = torch.zeros_like(scored[:1])
+    if shown:
+        return one.pack(nothing, prune=False)
+    live = torch.zeros_like(one.attention_mask)
     live[:, -1] = 1
-    return pack(input_ids[:1], live, torch.zeros_like(scored[:1]), prune=prune)
+    return one._replace(attention_mask=live, images=None).pack(nothing, prune)
 
 
 @contextlib.contextmanager

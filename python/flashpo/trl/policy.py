@@ -51,7 +51,7 @@ class PolicyTrainer(GroupComparing):
         super().__init__(*args, **kwargs)
         self._say_what_trl_lacks()
         if self._has_whole_models or why_not(self._trl_class, TREES):
-            self._packed.takes({})
+            self._packed.ready()
 
     @functools.cached_property
     def _packed(self) -> PackedScoring:
@@ -115,8 +115,7 @@ class PolicyTrainer(GroupComparing):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs, entropies and auxiliary loss of `batch_size` rows at once or of all; of tokens that are `scored`
         (rows, completion tokens): by default of all that are no padding."""
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        input_ids, attention_mask = _tokens(inputs)
         rows = {} if batch_size is None else {"batch_size": batch_size}
         self._to_score = input_ids, scored  # not an argument: a subclass may have TRL's signature
         try:
@@ -164,7 +163,7 @@ class PolicyTrainer(GroupComparing):
             and not self.aux_loss_enabled
             and torch.is_grad_enabled()
             and not overridden(self, "_get_per_token_logps_and_entropies")  # which then has all rows, once
-            and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS})
+            and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS}, *_tokens(inputs)) is not None
         )
 
     @in_place_of_trls(TREES)
@@ -189,10 +188,11 @@ class PolicyTrainer(GroupComparing):
         """On trees where that can be, else by TRL."""
         of_ids, scored = self._to_score or (None, None)
         scored = scored if of_ids is input_ids else None  # a subclass may have others scored on the way
-        if active() and self._packed.takes(multimodal):
-            batch = input_ids, attention_mask, attention_mask[:, -logits_to_keep:] if scored is None else scored
-            if self._packed.pays(model, *batch):
-                return self._packed.score(model, *batch, batch_size, compute_entropy, compute_aux_loss)
+        batch = self._packed.takes(multimodal, input_ids, attention_mask) if active() else None
+        if batch is not None:
+            of_batch = attention_mask[:, -logits_to_keep:] if scored is None else scored
+            if self._packed.pays(model, batch, of_batch):
+                return self._packed.score(model, batch, of_batch, batch_size, compute_entropy, compute_aux_loss)
         if scored is not None:
             model = without_tokens(model, scored == 0)
         self._phases.ran(input_ids.numel(), input_ids.numel(), on_tree=False)
@@ -311,6 +311,13 @@ class PolicyTrainer(GroupComparing):
     def _complete(self, batch, scored):
         if self._wants_quiet_logprobs(batch):
             batch[QUIET] = self._quiet_logprobs(batch)
+
+
+def _tokens(inputs) -> tuple[Tensor, Tensor]:
+    """ids and mask of prompts with their completions."""
+    sides = [("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")]
+    ids, mask = (torch.cat([inputs[left], inputs[right]], dim=1) for left, right in sides)
+    return ids, mask
 
 
 def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import transformers
 
 from flashpo import _fallbacks
 from flashpo._op import stats
+from flashpo.packing.images import GENERATED, SCORED, shared
 from flashpo.trl import start
 from flashpo.trl._phases import LABELS, Phases
 from flashpo.trl.experimental import EXPERIMENTAL
@@ -30,6 +31,7 @@ PARTS = {
     "loss": ("policy_loss", "value_loss", "preference_loss", "kto_loss"),
     "advantages": ("group_advantages", "gae_"),
 }
+IMAGES = {GENERATED: "generation", SCORED: "token trees"}
 _TREES, _HEADS = ("token trees",), ("token trees", "LM head")
 _POLICY = ("rollout engine", "token trees", "LM head", "loss", "advantages")
 OURS = {  # what should run in a trainer of ours
@@ -110,7 +112,7 @@ def _is_ours(trainer: Any) -> bool:
 
 
 def _calls() -> Counter[str]:
-    return Counter({op: sum(used.values()) for op, used in stats().items()})
+    return Counter({op: sum(used.values()) for op, used in stats().items()}) + shared
 
 
 def lines(finished: bool = True) -> list[str]:
@@ -203,6 +205,8 @@ def _parts(run: Run) -> list[str]:
 def _said(cls: type, run: Run, finished: bool) -> str:
     found = _parts(run)
     by_us = f"{', '.join(found)} by FlashPO" if found else "nothing by FlashPO"
+    if shown := [part for name, part in IMAGES.items() if name in run.ops]:
+        by_us += f"; equal images once in {' and in '.join(shown)}"
     reason = why_not_more(cls, found, run.why_not) if finished else ""
     return f"{by_us}; {reason}" if reason else by_us
 

@@ -17,15 +17,20 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from flashpo._causal_lm import CausalLM
 from flashpo._hosts import sharding
 from flashpo._hosts.transformers import default_generation_params, merged_generation_config
 from flashpo._hosts.trl import generating
 from flashpo.ops.masked_quantile import masked_quantile
+from flashpo.packing.images import GENERATED, Images, shared
+from flashpo.packing.support import why_no_images
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
+from flashpo.rollout.images import of_prompts
 from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl._text_only import beside_text
+from flashpo.trl.images import KNOWN
 
 log = logging.getLogger("flashpo")
 SAMPLING = (
@@ -64,7 +69,7 @@ class TrainerRollouts:
         if self.mode == "generate" or self.refuse.first:
             return self.refuse.first if self.mode != "generate" else self._off
         try:
-            self._check_turn(None, None)
+            self._check_turn([], None, None)
             if trainer._has_whole_models and not sharding.meets(trainer.model):  # no other rank asks
                 sampling_params(trainer.model, trainer.generation_config)
                 return support(trainer.model).reason
@@ -110,14 +115,16 @@ class TrainerRollouts:
     def _by_engine(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
         sharded_bytes, begin = sharding.zero3_bytes(self.trainer.model), time.perf_counter()
         try:
-            self._agreed(self._check_turn, images, multimodal_fields)  # before weights are gathered
+            # before weights are gathered
+            shown = self._agreed(self._check_turn, prompt_ids, images, multimodal_fields)
             with generating(self.trainer, "flashpo.rollout") as model, torch.no_grad():
                 gathered = sharding.Gathered(sharded_bytes, time.perf_counter() - begin)
-                params = self._agreed(self._prepare, model, prompt_ids)
-                rollouts = self._generate(prompt_ids, params)
+                params = self._agreed(self._prepare, model, prompt_ids, shown)
+                rollouts = self._generate(prompt_ids, params, shown)
         except Unsupported as reason:
             self.refuse(str(reason))
             return None
+        shared[GENERATED] += shown is not None
         self._log(rollouts, gathered)
         return rollouts
 
@@ -135,16 +142,31 @@ class TrainerRollouts:
             raise Unsupported(reason)
         return result
 
-    def _check_turn(self, images, multimodal_fields) -> None:
+    def _check_turn(self, prompt_ids, images, multimodal_fields) -> Images | None:
+        """The images of the prompts; Unsupported where they have something else beside their tokens."""
         for option in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(self.trainer, option, False):
                 raise Unsupported(f"{option} is set")
+        found = beside_text(self.trainer.model, multimodal_fields or {})
         if images is not None and any(images):  # a list for each prompt, or None
-            raise Unsupported("the prompts have images")
-        if found := beside_text(self.trainer.model, multimodal_fields or {}):
-            raise Unsupported(f"the prompts have {', '.join(found)}")
+            if reason := why_no_images(CausalLM.of(self.trainer.model).backbone):
+                raise Unsupported(f"the prompts have images: {reason}")
+            if sharding.meets(self.trainer.model):  # ranks without images would not meet those that compare with some
+                raise Unsupported("the prompts have images, and the weights are sharded")
+            if "num_tiles" not in found and "pixel_attention_mask" not in found:
+                found["num_images"] = [len(own or ()) for own in images]
+            if "pixel_values" not in found:
+                raise Unsupported("the prompts have images, of which the processor gave no pixel_values")
+        if not found:
+            return None
+        if unknown := [name for name in found if name not in KNOWN or "pixel_values" not in found]:
+            raise Unsupported(f"the prompts have {', '.join(unknown)}")
+        try:
+            return of_prompts(self.trainer.model, prompt_ids, found)
+        except (TypeError, ValueError) as error:
+            raise Unsupported(f"the prompts have images: {error}") from None
 
-    def _prepare(self, model, prompt_ids: list[list[int]]) -> SamplingParams:
+    def _prepare(self, model, prompt_ids: list[list[int]], shown: Images | None) -> SamplingParams:
         """An engine that can answer these prompts, or Unsupported."""
         trainer = self.trainer
         params = sampling_params(model, trainer.generation_config)
@@ -159,22 +181,26 @@ class TrainerRollouts:
             self.engine = RolloutEngine(model, **options)
             if self._session is not None:
                 self._session.enter_context(self.engine.session())
-        if reason := self.engine.why_not():
+        if reason := self.engine.why_not() or self.engine.why_not_images(prompt_ids, shown):
             raise Unsupported(reason)
         longest = self.engine.support.longest
         if longest is not None and max(map(len, prompt_ids), default=0) + params.max_new_tokens > longest:
             raise Unsupported(f"a prompt with max_completion_length passes the {longest} positions of the model")
         return params
 
-    def _generate(self, prompt_ids: list[list[int]], params: SamplingParams) -> Rollouts:
+    def _generate(self, prompt_ids: list[list[int]], params: SamplingParams, shown: Images | None) -> Rollouts:
         assert self.engine is not None
-        rows_of: dict[tuple[int, ...], list[int]] = {}
+        rows_of: dict[tuple, list[int]] = {}
         for row, ids in enumerate(prompt_ids):
-            rows_of.setdefault(tuple(ids), []).append(row)
+            images = () if shown is None else tuple(shown.code[row].tolist())
+            rows_of.setdefault((tuple(ids), images), []).append(row)
         # Drawn from torch's generator: another one on every rank, and the same again after a resume.
         params = replace(params, seed=int(torch.randint(2**62, ())))
+        first = torch.tensor([rows[0] for rows in rows_of.values()], device="cpu")
         rollouts = self.engine.generate(
-            [list(ids) for ids in rows_of], [replace(params, n=len(rows)) for rows in rows_of.values()]
+            [list(ids) for ids, _ in rows_of],
+            [replace(params, n=len(rows)) for rows in rows_of.values()],
+            images=None if shown is None else shown.rows(first),
         )
         return rollouts.reordered([row for rows in rows_of.values() for row in rows])
 

@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flashpo._causal_lm import CausalLM
 from flashpo._hosts.trl import TREES, fused_output, version, why_not
 from flashpo.packing import TokenTree, forward_here, pack, packable
 from flashpo.packing.rows import not_told
 from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
-from flashpo.trl._text_only import beside_text
+from flashpo.trl._text_only import COUNTS, IMAGES, TYPES, beside_text
+from flashpo.trl.images import TrainerImages
 from flashpo.trl.patch import DEVICES, FIELDS, active
 from flashpo.trl.sharing import Sharing, why_not_packed
 
 ROWS = {"input_ids", "labels", "attention_mask"}
 FLATTENED = {"input_ids", "labels", "position_ids"}  # a padding-free batch: its rows one after the other
 BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # which its positions tell
+OF_IMAGES = {*IMAGES, *COUNTS, *TYPES}
 OPTIONS = {"use_cache", "output_router_logits"}
 
 
@@ -39,6 +42,7 @@ class TreeHeads:
         self.trainer = trainer
         self.untried: list[PreTrainedModel] = []
         self.packed: set[PreTrainedModel] = set()
+        self.images = TrainerImages()
 
     @functools.cached_property
     def sharing(self) -> Sharing:
@@ -48,8 +52,9 @@ class TreeHeads:
         """The moment lies behind everything that changes a model, and before all that wraps it or runs it."""
         self.untried.append(model)
         if packable(self._whole(model)).ok:
+            takes, whole = (lambda: model in self.packed), (lambda: self._whole(model))
             options = temperature, fp32_head, outputs
-            take_trees(model, self.sharing, *options, lambda: model in self.packed, self._ran)
+            take_trees(model, self.sharing, *options, takes, whole, self.images, self._ran)
         _time(model, self.trainer)
 
     def _ran(self, tokens: int, of: int, on_tree: bool) -> None:
@@ -100,14 +105,17 @@ def take_trees(
     fp32_head: bool,
     outputs: tuple[str, ...],
     takes: Callable[[], bool] = lambda: True,
+    whole: Callable[[], Any] | None = None,
+    images: TrainerImages | None = None,
     ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
-    """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's, `ran`
-    is that of `take_rows`."""
+    """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's.
+    `whole`: gives the model with its adapters. `ran`: that of `take_rows`."""
     output = fused_output()
     padded: Any = model.forward.__func__  # type: ignore[attr-defined]  # bound by add_fused_lm_head
     wanted = tuple(FIELDS[name] for name in outputs)
     config: Any = model.config.get_text_config()
+    shown = images or TrainerImages()
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self, *args, fused_lm_head=False, **batch):
@@ -115,7 +123,9 @@ def take_trees(
             return padded(self, *args, **batch)
         # the call asks for the routers' loss, or the configuration does
         routers = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
-        tree = _tree_of(self, sharing, args, batch, not routers, ran) if active() and takes() else None
+        tree = None
+        if active() and takes():
+            tree = _tree_of(whole() if whole else self, sharing, shown, args, batch, not routers, ran)
         if tree is None:
             return padded(self, *args, fused_lm_head=True, **batch)
         options = {"temperature": temperature, "outputs": wanted, "fp32_head": fp32_head, "aux_loss": routers}
@@ -132,17 +142,17 @@ def take_trees(
 
 @torch.compiler.disable  # it reads the batch on the host
 def _tree_of(
-    model: Any, sharing: Sharing, args: tuple, batch: dict[str, Any], prune: bool, ran: Callable
+    model: Any, sharing: Sharing, images: TrainerImages, args: tuple, batch: dict[str, Any], prune: bool, ran: Callable
 ) -> TokenTree | None:
-    """None: its rows are to be padded."""
+    """None: its rows are to be padded. `model`: with its adapters."""
     given = beside_text(model, batch)  # PEFT, too, adds inputs that are None
     given |= {f"argument {i}": x for i, x in enumerate(args)}
     for option in OPTIONS & given.keys():
         del given[option]
     tree = None
     try:
-        tree = _pack(given, prune)
-        if not sharing.pays(model.base_model, tree):
+        tree = _pack(model, images, given, prune)
+        if not sharing.pays(CausalLM.of(model).backbone, tree):
             tree = None
     except (TypeError, ValueError) as error:
         sharing.refuse(str(error))
@@ -177,10 +187,11 @@ def _ends(trainer: Any, before: str | None) -> None:
     trainer._phases.reference_ends(before)
 
 
-def _pack(batch: dict[str, Any], prune: bool) -> TokenTree:
+def _pack(model: Any, images: TrainerImages, batch: dict[str, Any], prune: bool) -> TokenTree:
     flattened = "position_ids" in batch and "attention_mask" not in batch
     needed, redundant = (FLATTENED, BOUNDARIES) if flattened else (ROWS, set())
-    for name in sorted(batch.keys() - needed - redundant):
+    beside = {name: x for name, x in batch.items() if name not in needed | redundant}
+    for name in sorted(beside if flattened else beside.keys() - OF_IMAGES):
         raise ValueError(f"the batch has {name}")
     for name in sorted(needed - batch.keys()):
         raise ValueError(f"the batch has no {name}")
@@ -190,7 +201,8 @@ def _pack(batch: dict[str, Any], prune: bool) -> TokenTree:
     scored[:, 0] = False  # nothing predicts it, and the loss does not read it
     if flattened:
         return _pack_flattened(batch["input_ids"], scored, batch["position_ids"], prune)
-    return pack(batch["input_ids"], batch["attention_mask"], scored, prune=prune)
+    rows = batch["input_ids"], batch["attention_mask"]
+    return pack(*rows, scored, prune=prune, images=images.of([model], beside, *rows))
 
 
 def _pack_flattened(input_ids: Tensor, scored: Tensor, position_ids: Tensor, prune: bool) -> TokenTree:

@@ -1,0 +1,51 @@
+"""The images of a trainer's batches, where its models take them on token trees."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from flashpo._causal_lm import CausalLM
+from flashpo.packing.images import COUNTS, FIELDS, SCORED, TYPES, ImageRows, Images, shared
+from flashpo.packing.parity import image_parity
+from flashpo.packing.support import why_no_images
+from flashpo.trl._text_only import beside_text
+
+KNOWN = {*FIELDS, *COUNTS, TYPES}
+
+
+class TrainerImages:
+    """Compares every model on a few rows with images of its first batch that has some."""
+
+    def __init__(self) -> None:
+        self._answers: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def of(
+        self, models: Sequence[Any], batch: Mapping[str, Any], input_ids: Tensor, attention_mask: Tensor
+    ) -> Images | None:
+        """None: these rows have no images. batch: what TRL hands to the models beside ids and mask.
+
+        Raises:
+            ValueError: the reason why they have to be scored as padded rows.
+        """
+        beside = beside_text(models[0], batch)
+        if not beside:
+            return None
+        if "pixel_values" in beside:
+            for model in models:
+                if reason := why_no_images(CausalLM.of(model).backbone):
+                    raise ValueError(f"the batch has images: {reason}")
+        if unknown := [name for name in beside if name not in KNOWN or "pixel_values" not in beside]:
+            raise ValueError(f"the batch has {', '.join(unknown)}")
+        images = Images.of(models[0], input_ids, attention_mask, beside)
+        for model in models:
+            if model not in self._answers:
+                rows = ImageRows.of(images, input_ids, attention_mask)
+                if rows is None:  # images, and no token that stands for one
+                    continue
+                self._answers[model] = image_parity(model, rows)
+            if reason := self._answers[model]:
+                raise ValueError(f"the batch has images: {reason}")
+        shared[SCORED] += 1
+        return images

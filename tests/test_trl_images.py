@@ -1,0 +1,107 @@
+"""TRL's trainers on data sets with images: each image and each prefix over it once, losses and gradients as TRL's."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import peft
+import pytest
+from datasets import Dataset
+from image_processors import images_data, picture, qwen_processor, says
+from trl_models import assert_ran, assert_same_training, make_trainer, model_path, train
+
+import flashpo
+import flashpo.trl
+
+SHOWN = [[picture(10)], [picture(80)], []]
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    """No warning of FlashPO, but in a block of `pytest.warns`."""
+    flashpo.stats(reset=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FlashPO")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("qwen3_vl", {"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 2}),
+        ("qwen3_5", {}),
+    ],
+    ids=["old and reference log-probs", "hybrid"],
+)
+def test_grpo(model, options):
+    data = images_data("GRPO", [[picture(10)], [picture(80)]])
+    assert_same_training("GRPO", model=model, train_dataset=data, processing_class=qwen_processor(), **options)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["adapters in the tower, too", "tower frozen"])
+def test_adapters_with_checkpointing(frozen):
+    """`verify` compares every gradient with TRL's own."""
+    modules = r".*language_model.*\.(q|v|up|down)_proj" if frozen else "all-linear"
+    trainer = make_trainer(
+        "GRPO",
+        flashpo.trl,
+        "qwen3_vl",
+        peft_config=peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM"),
+        gradient_checkpointing=True,
+        train_dataset=images_data("GRPO", [[picture(10)]] * 2),
+        processing_class=qwen_processor(),
+    )
+    report = flashpo.trl.verify(trainer, steps=1)
+    assert "tree_attention_fwd" in report.ops
+    assert not report.disagreements
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
+def test_offline_trainers(name):
+    """Rows with one image, with two, with the same one as another row, and without."""
+    images = [[picture(10)], [picture(10), picture(60)], [], [picture(90, width=32)]]
+    assert_same_training(
+        name,
+        model="qwen3_vl",
+        train_dataset=images_data(name, images),
+        processing_class=qwen_processor(),
+        max_length=None,
+    )
+
+
+def test_rollouts_by_the_engine():
+    """Two prompts of the same words with other images, one without."""
+    data = Dataset.from_list([row | {"prompt": says("user", "the fox")} for row in images_data("GRPO", SHOWN)])
+    trainer = make_trainer(
+        "GRPO", flashpo.trl, "qwen3_5", train_dataset=data, processing_class=qwen_processor(), max_steps=2
+    )
+    train(trainer)
+    assert_ran("decode_attention_fwd", "tree_attention_fwd")
+    for log in trainer.state.log_history[:2]:
+        assert log["rollout/mismatch/max"] < 1e-4
+
+
+SCRIPT = """
+import sys
+from image_processors import images_data, picture, qwen_processor
+from trl import GRPOConfig, GRPOTrainer
+
+def reward(completion_ids, **kwargs):
+    return [sum(ids) % 7 for ids in completion_ids]
+
+settings = dict(use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no", num_generations=4)
+config = GRPOConfig(output_dir=sys.argv[2], per_device_train_batch_size=4, max_completion_length=6, **settings)
+data = images_data("GRPO", [[picture(10)], [picture(90)]])
+GRPOTrainer(sys.argv[1], reward, args=config, train_dataset=data, processing_class=qwen_processor()).train()
+"""
+
+
+def test_a_script_of_trl_is_told_that_images_were_shared(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "flashpo.run", tmp_path / "script.py", model_path("qwen3_vl"), tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = "generation, token trees, LM head, loss, advantages by FlashPO; equal images once in generation and in token"
+    assert said in done.stderr
