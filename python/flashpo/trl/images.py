@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from flashpo._causal_lm import CausalLM
+from flashpo._hosts import sharding
 from flashpo.packing.images import COUNTS, FIELDS, SCORED, TYPES, ImageRows, Images, shared
 from flashpo.packing.parity import image_parity
 from flashpo.packing.support import why_no_images
@@ -34,6 +35,8 @@ class TrainerImages:
             return None
         if "pixel_values" in beside:
             for model in models:
+                if sharding.meets(model):
+                    raise ValueError("the batch has images, and the weights are sharded")
                 if reason := why_no_images(CausalLM.of(model).backbone):
                     raise ValueError(f"the batch has images: {reason}")
         if unknown := [name for name in beside if name not in KNOWN or "pixel_values" not in beside]:
