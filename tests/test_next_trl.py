@@ -33,6 +33,13 @@ if stock is not None:
     assert_same(stock, steps)
 for step in steps:
     print("ratios", step.metrics.get("ratio/q01"), step.metrics.get("ratio/q99"))
+for other in ("KTOTrainer", "DistillationConfig"):
+    try:
+        getattr(flashpo.trl, other)
+    except ImportError as error:
+        assert "has no" in str(error), error
+from flashpo._hosts.report import of_trl
+assert all("does not import" not in line for line in of_trl()), of_trl()
 print("ops", *flashpo.stats())
 print("said", *[str(w.message) for w in seen if "FlashPO" in str(w.message)], sep=" | ")
 """
@@ -47,6 +54,7 @@ class Change(NamedTuple):
     settings: str = "{}"
     ours: str = "{'rollout': 'generate'}"  # so that both train on the same completions
     file: str = "trainer/grpo_trainer.py"
+    gone: tuple[str, ...] = ()  # other files
 
 
 LOSS, TREES, ADVANTAGES, ENGINE = "policy_loss_fwd", "tree_attention_bwd", "group_advantages_fwd", "sample_rows"
@@ -120,6 +128,10 @@ CHANGES = {
         ran={"linear_logprob_bwd"}, left={TREES}, said=("prompts are not shared: .*does not call add_fused_lm_head",),
         trainer="SFT", ours="{}", file="trainer/sft_trainer.py",
     ),
+    "two trainers less": Change(
+        edits=(), ran={TREES, ADVANTAGES, LOSS}, left=set(), said=(),
+        gone=tuple(f"trainer/{name}_{part}.py" for name in ("kto", "distillation") for part in ("trainer", "config")),
+    ),
 }  # fmt: skip
 
 
@@ -135,6 +147,8 @@ def test_it_trains_as_it_does_itself(change, tmp_path):
     if change.trainer == "SFT":  # under whatever name, it is the same function
         source = source.replace("    attach_fused_head,\n", "    add_fused_lm_head as attach_fused_head,\n")
     path.write_text(source)
+    for name in change.gone:
+        (package / name).unlink()
     here = os.path.dirname(__file__)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, tmp_path, change.trainer, change.settings, change.ours],

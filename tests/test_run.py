@@ -82,12 +82,12 @@ def test_script_is_accelerated_and_reported(script, tmp_path):
     assert report["finished"]
     assert report["switches"]["rollout"] is False
     (trainer,) = report["trainers"]
-    assert trainer["class"] == "flashpo.trl.trainers.SFTTrainer"
+    assert trainer["class"] == "flashpo.trl.sft.SFTTrainer"
     assert trainer["steps"] == 1
     assert set(trainer["phases"]) == {"training", "head", "rest"}
     assert report["operators"]["linear_logprob_bwd"]
     assert "module __main__ argv True 3" in done.stdout
-    assert "trainers from flashpo.trl.trainers flashpo.trl.trainers trl.trainer.sft_trainer" in done.stdout
+    assert "trainers from flashpo.trl.sft flashpo.trl.sft trl.trainer.sft_trainer" in done.stdout
     assert "flashpo: in the place of TRL's classes: DPOTrainer, SFTTrainer" in done.stderr
     assert "flashpo: linear_logprob_partial: " in done.stderr
     assert "flashpo: linear_logprob_bwd: " in done.stderr
@@ -104,7 +104,7 @@ def test_the_command_line_of_trl(tmp_path):
     done = run("trl", "sft", "--config", config, *settings)
     assert done.returncode == 0, done.stderr
     assert "flashpo: in the place of TRL's classes: SFTTrainer" in done.stderr
-    assert "flashpo: SFTTrainer (flashpo.trl.trainers): token trees, LM head by FlashPO\n" in done.stderr
+    assert "flashpo: SFTTrainer (flashpo.trl.sft): token trees, LM head by FlashPO\n" in done.stderr
     assert "linear_logprob_bwd" not in done.stderr, "operators are told under --verbose"
 
 
@@ -179,7 +179,7 @@ def test_report_comes_after_an_exception_too(script, tmp_path):
     assert done.returncode == 1
     assert "RuntimeError: the script failed" in done.stderr
     assert "flashpo: the script did not come to its end; what ran until then\n" in done.stderr
-    assert "flashpo: SFTTrainer (flashpo.trl.trainers): token trees, LM head by FlashPO\n" in done.stderr
+    assert "flashpo: SFTTrainer (flashpo.trl.sft): token trees, LM head by FlashPO\n" in done.stderr
 
 
 def test_warns_when_nothing_ran(tmp_path):
@@ -231,7 +231,7 @@ def test_report_comes_after_sigterm(tmp_path):
     assert done.returncode == -signal.SIGTERM
     assert "a step" in done.stdout
     assert "flashpo: the script did not come to its end; what ran until then\n" in done.stderr
-    assert "flashpo: SFTTrainer (flashpo.trl.trainers): token trees, LM head by FlashPO\n" in done.stderr
+    assert "flashpo: SFTTrainer (flashpo.trl.sft): token trees, LM head by FlashPO\n" in done.stderr
     assert "flashpo:   1 steps in " in done.stderr
     assert "Traceback" not in done.stderr
 

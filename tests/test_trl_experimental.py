@@ -157,7 +157,7 @@ def test_the_page_has_the_table():
             ["tree_attention_fwd", "linear_logprob_bwd"],
             "not rollout engine: see below; not loss: .*",
         ),
-        ("flashpo.trl.trainers.SFTTrainer", ["tree_attention_fwd", "linear_logprob_bwd"], ""),
+        ("flashpo.trl.sft.SFTTrainer", ["tree_attention_fwd", "linear_logprob_bwd"], ""),
         ("trl.trainer.sft_trainer.SFTTrainer", ["linear_logprob_bwd"], "it is TRL's own SFTTrainer.*"),
         ("trl.experimental.gkd.GKDTrainer", [], "the model gives it whole logits.*"),
         ("transformers.Trainer", [], "FlashPO does not know this trainer"),

@@ -137,7 +137,7 @@ def test_a_later_option_beside_a_loss_of_ours(later, name, tmp_path):
     from flashpo.trl import config, ppo_config
 
     options_of = ppo_config.CorrectionOptions if name == "PPO" else config.PolicyOptions
-    base = flashpo.trl.PPOConfig if name == "PPO" else getattr(config, f"{name}Config")
+    base = flashpo.trl.PPOConfig if name == "PPO" else getattr(flashpo.trl, f"{name}Config")
     cls = type(f"{name}Config", (base, options_of, later["RLOO" if name == "RLOO" else "GRPO"]), {})
     settings = dict(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     ours = {} if name == "PPO" else {"loss": "gspo"}

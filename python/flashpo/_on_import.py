@@ -3,6 +3,7 @@
 import importlib.abc
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,17 +28,26 @@ def when_imported(name: str, act: Callable[[str], None]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self):
+        self._asking = threading.local()  # the other finders, in this thread
+
     def find_spec(self, name, path, target=None):
-        if name not in _waiting:
+        before = getattr(self._asking, "name", None)
+        if name not in _waiting or name == before:
             return None
-        actions = _waiting.pop(name)
-        spec: Any = importlib.util.find_spec(name)
+        self._asking.name = name
+        try:
+            spec: Any = importlib.util.find_spec(name)
+        finally:
+            self._asking.name = before
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
             _executed.add(name)
-            for act in actions:
+            for act in _waiting.pop(name, []):  # not before: who asks for a spec need not import
                 act(name)
 
         spec.loader.exec_module = exec_module

@@ -160,7 +160,7 @@ def _notes_on(arguments: list[str]) -> list[str]:
         return []
     import trl
 
-    from flashpo.trl.config import GRPOConfig
+    from flashpo.trl.grpo import GRPOConfig
 
     ours = {field.name for field in dataclasses.fields(GRPOConfig)}
     ours -= {field.name for field in dataclasses.fields(trl.GRPOConfig)}

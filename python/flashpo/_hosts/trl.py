@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -266,7 +267,10 @@ def scoring_seams() -> list[Seam]:
 
 def divergence_seam() -> Seam:
     """Not among `scoring_seams`: to ask it imports a trainer."""
-    reason = why_no_divergence(importlib.import_module("trl.trainer.distillation_trainer"))
+    if lacks("DistillationTrainer"):
+        reason = f"TRL {version()} has no DistillationTrainer"
+    else:
+        reason = why_no_divergence(importlib.import_module(_module_of("DistillationTrainer")))
     return Seam("divergence of distillation", "linear_divergence", "TRL's own compares student and teacher", reason)
 
 
@@ -283,8 +287,16 @@ def why_not(trl_class: type, what: str) -> str:
 
 def trainer_class(name: str) -> type:
     """TRL's own, also where `flashpo run` has replaced its name in the package."""
-    module = f"trl.trainer.{name.removesuffix('Trainer').lower()}_trainer"
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(_module_of(name)), name)
+
+
+def lacks(name: str) -> bool:
+    """Whether TRL has no such trainer among its stable ones: a later one may have moved it."""
+    return importlib.util.find_spec(_module_of(name)) is None
+
+
+def _module_of(name: str) -> str:
+    return f"trl.trainer.{name.removesuffix('Trainer').lower()}_trainer"
 
 
 def seams(trl_class: type) -> list[Seam]:

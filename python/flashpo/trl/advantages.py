@@ -21,11 +21,11 @@ from flashpo.ops.group_advantages import group_advantages
 from flashpo.trl import options
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._phases import REWARDS
+from flashpo.trl.accelerated import in_place_of_trls, overridden
 from flashpo.trl.dynamic_sampling import replace_degenerate
 from flashpo.trl.patch import active
 from flashpo.trl.reward_models import RewardModels
 from flashpo.trl.sampling import Sampling
-from flashpo.trl.trainers import in_place_of_trls, overridden
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import GRPOTrainer as Base  # for the attributes that it shares with RLOOTrainer

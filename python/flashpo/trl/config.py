@@ -1,15 +1,12 @@
-"""TRL's configurations with what FlashPO adds: token trees; the engine; for GRPO and RLOO any loss, finer groups;
-for distillation several completions of a prompt, and several teachers."""
+"""The options that FlashPO adds to TRL's configurations, by what they are for: token trees; the engine; any loss and
+finer groups. The configurations themselves stand beside their trainers."""
 
 import inspect
 import textwrap
 from dataclasses import dataclass, field, fields, replace
 
-import trl
-
 from flashpo.ops.loss_spec import LossSpec, resolve
 from flashpo.rollout import RolloutEngine
-from flashpo.trl import options
 from flashpo.trl.options import Known, unknown_fields
 
 # TRL's options that a spec says in their stead
@@ -19,7 +16,6 @@ GRPO_LOSS_OPTIONS = (
     "use_bias_correction_kl", "off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef",
     "use_adaptive_entropy",
 )  # fmt: skip
-RLOO_LOSS_OPTIONS = ("epsilon", "epsilon_high")
 
 
 def documented(cls: type) -> type:
@@ -190,104 +186,3 @@ class PolicyOptions(EngineOptions):
         if spec.aggregation == "fixed_length" and spec.max_length is None:
             return replace(spec, max_length=self.max_completion_length)  # type: ignore[attr-defined]  # of TRL's
         return spec
-
-
-@documented
-@dataclass
-class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
-    """All arguments of `trl.GRPOConfig`, and those below."""
-
-    _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_options(GRPO_LOSS_OPTIONS, options.GRPO)
-        if self.loss is not None:
-            self.beta = self.loss_spec().kl_coef  # TRL loads a reference model by it
-
-    def loss_spec(self) -> LossSpec:
-        """The spec that `loss` names, with beta as its KL coefficient unless it has one, and a length where needed."""
-        spec = resolve(self.loss, ())
-        if spec.kl_coef == 0 and self.beta != 0:
-            spec = replace(spec, kl_coef=self.beta)
-        elif self.beta not in (0, spec.kl_coef):
-            raise ValueError(f"beta={self.beta} and the loss's kl_coef={spec.kl_coef} contradict each other")
-        return self._with_length(spec)
-
-
-@documented
-@dataclass
-class RLOOConfig(PolicyOptions, trl.RLOOConfig):
-    """All arguments of `trl.RLOOConfig`, and those below."""
-
-    _VALID_DICT_FIELDS = [*trl.RLOOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_options(RLOO_LOSS_OPTIONS, options.RLOO)
-        if self.loss is not None:
-            self.loss_spec()
-
-    def loss_spec(self) -> LossSpec:
-        spec = resolve(self.loss, ())
-        if spec.kl_coef != 0:
-            raise ValueError(f"RLOO has its KL in the reward (beta): the loss must not have kl_coef={spec.kl_coef}")
-        if spec.aggregation == "token_mean":
-            spec = replace(spec, aggregation="local_token_mean")  # RLOO counts no tokens of a global batch
-        return self._with_length(spec)
-
-
-@documented
-@dataclass
-class SFTConfig(SharingOptions, trl.SFTConfig):
-    """All arguments of `trl.SFTConfig`, and those below."""
-
-
-@documented
-@dataclass
-class DPOConfig(SharingOptions, trl.DPOConfig):
-    """All arguments of `trl.DPOConfig`, and those below."""
-
-
-@documented
-@dataclass
-class KTOConfig(SharingOptions, trl.KTOConfig):
-    """All arguments of `trl.KTOConfig`, and those below."""
-
-
-@documented
-@dataclass
-class RewardConfig(SharingOptions, trl.RewardConfig):
-    """All arguments of `trl.RewardConfig`, and those below."""
-
-
-@documented
-@dataclass
-class DistillationConfig(EngineOptions, trl.DistillationConfig):
-    """All arguments of `trl.DistillationConfig`, and those below."""
-
-    _VALID_DICT_FIELDS = [*trl.DistillationConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
-
-    num_generations: int = field(
-        default=1,
-        metadata={
-            "help": "How many completions of each prompt a generation batch has. The batch keeps its number of rows, "
-            "per_device_train_batch_size * processes * gradient_accumulation_steps, which must be a multiple of this."
-        },
-    )
-    teacher_column: str = field(
-        default="teacher",
-        metadata={"help": "With several teachers: the column of the dataset that names the teacher of each row."},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.num_generations, int) or self.num_generations < 1:
-            raise ValueError(f"num_generations must be an integer of at least 1, got {self.num_generations!r}")
-        rows = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-        if rows % self.num_generations:
-            raise ValueError(
-                f"num_generations={self.num_generations} must divide the {rows} rows of a generation batch: "
-                f"per_device_train_batch_size={self.per_device_train_batch_size} * {self.world_size} processes * "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
-            )

@@ -8,9 +8,11 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor
 from trl.trainer import distillation_trainer  # not trl's names: `flashpo run` replaces them
 
@@ -22,15 +24,48 @@ from flashpo.trl import start
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._replaced import replaced
 from flashpo.trl._text_only import beside_text, padding_changes_nothing
+from flashpo.trl.accelerated import in_place_of_trls, overridden
 from flashpo.trl.comparison import Comparison, States, why_not_comparable
+from flashpo.trl.config import EngineOptions, documented
 from flashpo.trl.packed import groups_stay_together
 from flashpo.trl.patch import active, scores
 from flashpo.trl.sampling import Sampling
 from flashpo.trl.sharing import Sharing, why_not_packed
 from flashpo.trl.teachers import Teachers, check_dataset, places
-from flashpo.trl.trainers import in_place_of_trls, overridden
 
 WHICH = "teacher_index"  # of a batch: the place of each row's teacher among several
+
+
+@documented
+@dataclass
+class DistillationConfig(EngineOptions, trl.DistillationConfig):
+    """All arguments of `trl.DistillationConfig`, and those below."""
+
+    _VALID_DICT_FIELDS = [*trl.DistillationConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
+
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "How many completions of each prompt a generation batch has. The batch keeps its number of rows, "
+            "per_device_train_batch_size * processes * gradient_accumulation_steps, which must be a multiple of this."
+        },
+    )
+    teacher_column: str = field(
+        default="teacher",
+        metadata={"help": "With several teachers: the column of the dataset that names the teacher of each row."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.num_generations, int) or self.num_generations < 1:
+            raise ValueError(f"num_generations must be an integer of at least 1, got {self.num_generations!r}")
+        rows = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        if rows % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide the {rows} rows of a generation batch: "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} * {self.world_size} processes * "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
 
 
 class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):

@@ -1,25 +1,50 @@
 """GRPOTrainer: TRL's GRPO, and any loss of its kind, on `policy_loss`."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor
 from trl.trainer import grpo_trainer  # not trl's names: `flashpo run` replaces them
 
 from flashpo._hosts.trl import LOSS, ROLLOUTS, place_of
 from flashpo.ops.group_advantages import group_advantages
-from flashpo.ops.loss_spec import LossSpec
+from flashpo.ops.loss_spec import LossSpec, resolve
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.trl import options
 from flashpo.trl._metrics import clip_metrics
+from flashpo.trl.accelerated import in_place_of_trls
 from flashpo.trl.advantages import scorable
+from flashpo.trl.config import GRPO_LOSS_OPTIONS, CorrectionOptions, PolicyOptions, documented
 from flashpo.trl.noise import RandomDraws
 from flashpo.trl.patch import active
 from flashpo.trl.policy import PolicyTrainer
 from flashpo.trl.rollout import importance_fields
-from flashpo.trl.trainers import in_place_of_trls
+
+
+@documented
+@dataclass
+class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
+    """All arguments of `trl.GRPOConfig`, and those below."""
+
+    _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_options(GRPO_LOSS_OPTIONS, options.GRPO)
+        if self.loss is not None:
+            self.beta = self.loss_spec().kl_coef  # TRL loads a reference model by it
+
+    def loss_spec(self) -> LossSpec:
+        """The spec that `loss` names, with beta as its KL coefficient unless it has one, and a length where needed."""
+        spec = resolve(self.loss, ())
+        if spec.kl_coef == 0 and self.beta != 0:
+            spec = replace(spec, kl_coef=self.beta)
+        elif self.beta not in (0, spec.kl_coef):
+            raise ValueError(f"beta={self.beta} and the loss's kl_coef={spec.kl_coef} contradict each other")
+        return self._with_length(spec)
 
 
 class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):

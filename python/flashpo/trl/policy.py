@@ -27,11 +27,11 @@ from flashpo.rollout.seam import eval_mode
 from flashpo.trl import options, start
 from flashpo.trl._metrics import ratio_metrics
 from flashpo.trl._phases import REST, SCORING
+from flashpo.trl.accelerated import in_place_of_trls, overridden
 from flashpo.trl.advantages import GroupComparing
 from flashpo.trl.packed import PackedScoring, groups_stay_together
 from flashpo.trl.patch import active
 from flashpo.trl.rollout import MISMATCH, merged, mismatch, mismatch_metrics
-from flashpo.trl.trainers import in_place_of_trls, overridden
 
 SCORING_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",

@@ -6,7 +6,7 @@ import sys
 from types import ModuleType
 
 from flashpo._hosts.report import of_trainer
-from flashpo._hosts.trl import TRAINERS
+from flashpo._hosts.trl import TRAINERS, lacks
 
 handed_out: set[str] = set()  # the names that the script has asked for
 
@@ -22,7 +22,7 @@ def replace_trainers(name: str) -> None:
 
     class Replaced(lazy):  # type: ignore[misc, valid-type]
         def __getattr__(self, attribute: str):
-            if attribute not in TRAINERS:
+            if attribute not in TRAINERS or lacks(attribute):
                 return super().__getattr__(attribute)  # type: ignore[misc]  # TRL's lazy import
             value = getattr(importlib.import_module("flashpo.trl"), attribute)
             if attribute not in handed_out and os.environ.get("RANK", "0") == "0":

@@ -1,20 +1,46 @@
 """RLOOTrainer: TRL's RLOO on `policy_loss`."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+import trl
 from trl.trainer import rloo_trainer  # not trl's names: `flashpo run` replaces them
 
 from flashpo._hosts.trl import LOSS, ROLLOUTS
 from flashpo.ops.group_advantages import group_advantages
-from flashpo.ops.loss_spec import LOSSES, LossSpec
+from flashpo.ops.loss_spec import LOSSES, LossSpec, resolve
 from flashpo.ops.policy_loss import policy_loss
 from flashpo.trl import options
 from flashpo.trl._metrics import clip_metrics
+from flashpo.trl.accelerated import in_place_of_trls
 from flashpo.trl.advantages import scorable
+from flashpo.trl.config import PolicyOptions, documented
 from flashpo.trl.patch import active
 from flashpo.trl.policy import PolicyTrainer
-from flashpo.trl.trainers import in_place_of_trls
+
+LOSS_OPTIONS = ("epsilon", "epsilon_high")  # TRL's options that a spec says in their stead
+
+
+@documented
+@dataclass
+class RLOOConfig(PolicyOptions, trl.RLOOConfig):
+    """All arguments of `trl.RLOOConfig`, and those below."""
+
+    _VALID_DICT_FIELDS = [*trl.RLOOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_options(LOSS_OPTIONS, options.RLOO)
+        if self.loss is not None:
+            self.loss_spec()
+
+    def loss_spec(self) -> LossSpec:
+        spec = resolve(self.loss, ())
+        if spec.kl_coef != 0:
+            raise ValueError(f"RLOO has its KL in the reward (beta): the loss must not have kl_coef={spec.kl_coef}")
+        if spec.aggregation == "token_mean":
+            spec = replace(spec, aggregation="local_token_mean")  # RLOO counts no tokens of a global batch
+        return self._with_length(spec)
 
 
 class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's

@@ -10,9 +10,9 @@ from flashpo._hosts.trl import ROLLOUTS, why_not
 from flashpo.packing.attention import uninstalled
 from flashpo.trl._pending import Pending
 from flashpo.trl._phases import GENERATION
+from flashpo.trl.accelerated import Accelerated
 from flashpo.trl.patch import active
 from flashpo.trl.rollout import TrainerRollouts
-from flashpo.trl.trainers import Accelerated
 
 
 class Sampling(Accelerated):

@@ -1,29 +1,19 @@
-"""TRL's trainers, accelerated: `from flashpo.trl import GRPOTrainer` in the place of `from trl import GRPOTrainer`.
+"""What the accelerated trainers have in common. Each is TRL's own class with some methods overridden.
 
-Each is TRL's own class; it scores its tokens with FlashPO, and any other trainer of the process stays as it is.
+Each has a module of its own, with its configuration: a TRL that lacks a trainer takes nothing from the others.
 """
 
-import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 import transformers
-from trl.trainer import (  # not trl's names: `flashpo run` replaces them
-    dpo_trainer,
-    kto_trainer,
-    reward_trainer,
-    sft_trainer,
-)
 
 from flashpo._hosts.trl import TREES, why_not
 from flashpo.trl import start
 from flashpo.trl._phases import EVALUATION, REST, SCORING, TRAINING, Phases
 from flashpo.trl.patch import patched
-from flashpo.trl.reward_models import run_on_trees
-from flashpo.trl.sharing import Sharing
 from flashpo.trl.tree_head import heads_take_trees
 
 Method = TypeVar("Method", bound=Callable)
@@ -143,67 +133,3 @@ class PackedWithReference(Packed):
         self._heads.try_out()
         with patched(), self._phases.of(SCORING):
             return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
-
-
-class SFTTrainer(Packed, sft_trainer.SFTTrainer):
-    """TRL's SFTTrainer, every distinct token of a batch once; `flashpo.trl.SFTConfig` has the option."""
-
-    _trl_class = sft_trainer.SFTTrainer
-
-
-class DPOTrainer(PackedWithReference, dpo_trainer.DPOTrainer):
-    """TRL's DPOTrainer, the prompt of a pair once; `flashpo.trl.DPOConfig` has the option.
-
-    `padding_free=True`, which TRL 1.16 puts off with a warning, asks for what happens here anyway.
-    """
-
-    _trl_class = dpo_trainer.DPOTrainer
-
-    def __init__(self, *args, **kwargs):
-        given = inspect.signature(self._trl_class.__init__).bind_partial(self, *args, **kwargs).arguments
-        with _without_padding_free(given.get("args")):
-            super().__init__(*args, **kwargs)
-
-
-class KTOTrainer(PackedWithReference, kto_trainer.KTOTrainer):
-    """TRL's KTOTrainer, every distinct token of a batch once; `flashpo.trl.KTOConfig` has the option."""
-
-    _trl_class = kto_trainer.KTOTrainer
-
-
-class RewardTrainer(Accelerated, reward_trainer.RewardTrainer):
-    """TRL's RewardTrainer, the prompt of a pair once; `flashpo.trl.RewardConfig` has the option."""
-
-    _trl_class = reward_trainer.RewardTrainer
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._sharing, self._tried = Sharing(self.args), False
-        if self._has_whole_models:
-            self._try_out()
-
-    def _why_not_parts(self):
-        return super()._why_not_parts() | {"token trees": self._sharing.why_not}
-
-    def compute_loss(self, *args, **kwargs):
-        self._try_out()
-        return super().compute_loss(*args, **kwargs)
-
-    def _try_out(self) -> None:
-        if not self._tried and self._sharing.mode is not False:
-            sharing = self._sharing
-            run_on_trees(self.accelerator, self.model, sharing.allowed, sharing, lambda *ran: self._phases.ran(*ran))
-        self._tried = True
-
-
-@contextlib.contextmanager
-def _without_padding_free(args) -> Iterator[None]:
-    """TRL warns that it will pad, which is not so where rows run packed."""
-    wanted = getattr(args, "padding_free", False) and Sharing(args).mode is not False
-    if wanted:
-        args.padding_free = False
-    try:
-        yield
-    finally:
-        if wanted:
-            args.padding_free = True
