@@ -8,7 +8,6 @@ from torch import nn
 
 from flashpo._causal_lm import ALONE, CACHED, CHUNKED, INDEXED, STATEFUL, CausalLM, Unsupported, text_model
 from flashpo._hosts.peft import is_tuner_layer, why_not_trained_by_layers
-from flashpo._hosts.transformers import attends_in_blocks
 
 
 class Packable(NamedTuple):
@@ -41,6 +40,8 @@ def why_not_packable(backbone: nn.Module) -> str:
 
 def why_no_images(backbone: Any) -> str:
     """What is against token trees of rows with images; empty where nothing is but what a comparison may find."""
+    from flashpo._hosts.transformers import attends_in_blocks  # imports transformers
+
     if not hasattr(backbone, "get_image_features"):
         return f"{type(backbone).__name__} has no get_image_features: how it reads images is not known"
     if attends_in_blocks(backbone):

@@ -8,8 +8,6 @@ padded on the right, `share_prompts` lets the layers below the head compute each
 from typing import Any, NamedTuple
 
 from flashpo.trl._fallback import Fallback
-from flashpo.trl.reward_models import run_on_trees
-from flashpo.trl.sharing import Sharing
 
 
 class Experimental(NamedTuple):
@@ -70,6 +68,9 @@ def share_prompts(trainer: Any) -> None:
     Raises:
         TypeError: it is another.
     """
+    from flashpo.trl.reward_models import run_on_trees  # these import transformers
+    from flashpo.trl.sharing import Sharing
+
     known = of(type(trainer))
     if known is None or not known.shares:
         names = ", ".join(x.trainer for x in EXPERIMENTAL.values() if x.shares)
