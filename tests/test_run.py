@@ -87,7 +87,7 @@ def test_script_is_accelerated_and_reported(script, tmp_path):
     assert set(trainer["phases"]) == {"training", "head", "rest"}
     assert report["operators"]["linear_logprob_bwd"]
     assert "module __main__ argv True 3" in done.stdout
-    assert "trainers from flashpo.trl.sft flashpo.trl.sft trl.trainer.sft_trainer" in done.stdout
+    assert "trainers from flashpo.trl.sft flashpo.trl.dpo trl.trainer.sft_trainer" in done.stdout
     assert "flashpo: in the place of TRL's classes: DPOTrainer, SFTTrainer" in done.stderr
     assert "flashpo: linear_logprob_partial: " in done.stderr
     assert "flashpo: linear_logprob_bwd: " in done.stderr
