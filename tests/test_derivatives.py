@@ -20,6 +20,7 @@ from flashpo import (
     value_loss,
 )
 from flashpo.ops.packed_linear import pack_linear, packed_linear
+from flashpo.ops.tree_scan import tree_scan
 
 TARGET, MASK, OLD = torch.tensor([1, 0, 4]), torch.ones(3, 4, dtype=torch.bool), -torch.ones(3, 4)
 TEACHER = torch.randn(3, 6), torch.randn(5, 6)
@@ -74,6 +75,7 @@ DIFFERENTIABLE = {
         lambda x, weight, bias: tree_conv(x, weight, bias, LINEAGE).square().sum(),
         [(3, 4), (4, 2), (4,)],
     ),
+    "tree_scan": ("TreeScan", lambda a, b: tree_scan(a, b, LINEAGE).square().sum(), [(3, 4), (3, 4)]),
     "preference_loss": (
         "OddsRatio",
         lambda chosen, rejected: preference_loss(-chosen.exp(), -rejected.exp(), loss="odds_ratio", **LENGTHS).loss,

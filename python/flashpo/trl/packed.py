@@ -111,13 +111,15 @@ class PackedScoring:
         values, self._values = self._values, None
         return values
 
-    def pays(self, model, batch: Batch, scored: Tensor) -> bool:
+    def pays(self, batch: Batch, scored: Tensor) -> bool:
         """Whether a batch that is taken is better off on its tree, asked of `score`'s arguments."""
-        backbone = CausalLM.of(model).backbone
-        if not dense.installed(text_model(backbone)):
+        models = self._models()
+        backbones = [CausalLM.of(model).backbone for model in models]
+        as_mask = [backbone for backbone in backbones if dense.installed(text_model(backbone))]
+        if not as_mask:
             return True
-        agree = self._on_all_ranks if any(map(sharding.meets, self._models())) else bool
-        return self.sharing.pays(backbone, batch.pack(scored, prune=True), agree)
+        agree = self._on_all_ranks if any(map(sharding.meets, models)) else bool
+        return self.sharing.pays(as_mask[0], batch.pack(scored, prune=True), agree)
 
     def score(
         self,

@@ -191,7 +191,7 @@ class PolicyTrainer(GroupComparing):
         batch = self._packed.takes(multimodal, input_ids, attention_mask) if active() else None
         if batch is not None:
             of_batch = attention_mask[:, -logits_to_keep:] if scored is None else scored
-            if self._packed.pays(model, batch, of_batch):
+            if self._packed.pays(batch, of_batch):
                 return self._packed.score(model, batch, of_batch, batch_size, compute_entropy, compute_aux_loss)
         if scored is not None:
             model = without_tokens(model, scored == 0)
