@@ -25,7 +25,7 @@ FINE = {
     "model": ("module",), "tokenizer": ("None", "bytes"), "kv_memory": ("None",), "max_sequences": ("None",),
     "expected_tokens": ("None", "float", "huge"), "prefill_tokens": (), "autocast": ("None",), "weights": (),
     "lora": (), "fallback": (), "check": ("true",), "adapters": ("None",), "progress": ("true",),
-    "prompts": ("list", "nested"), "params": (),
+    "prompts": ("list", "nested"), "params": (), "images": ("None",),
 }  # fmt: skip
 CALLS = {
     name: function

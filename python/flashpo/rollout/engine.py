@@ -166,11 +166,16 @@ class RolloutEngine:
         for name in adapters or ():
             if not isinstance(name, str):
                 raise TypeError(f"adapters must be names, not {kind(name)}")
+        if not (images is None or isinstance(images, Mapping | Images)):
+            raise TypeError(f"images must be a dict of what the processor gives, or Images, not {kind(images)}")
         self._check(prompts, params, adapters)
         shown: Images | None = None
         if images is not None and prompts:
             params = [self._without_placeholders(p) for p in params]
-            shown = images if isinstance(images, Images) else of_prompts(self.model, prompts, images)
+            try:
+                shown = images if isinstance(images, Images) else of_prompts(self.model, prompts, images)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"images: {error}") from None
         groups = [[Completion.of(p, i, index) for index in range(p.n)] for i, p in enumerate(params)]
         with _progress(sum(p.n for p in params), progress) as ended:
             call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended, shown)
