@@ -28,11 +28,11 @@ def failing(monkeypatch, owner, name, when):
     """`owner.name` raises out-of-memory at the calls for which `when(call's index, *args)`."""
     function, calls = getattr(owner, name), []
 
-    def spoiled(*args):
+    def spoiled(*args, **named):
         calls.append(args)
         if when(len(calls) - 1, *args):
             raise torch.OutOfMemoryError("no memory")
-        return function(*args)
+        return function(*args, **named)
 
     monkeypatch.setattr(owner, name, spoiled)
     return calls
