@@ -1,6 +1,7 @@
 """Threads, seeds, environment, NaN-filled allocations and the `gpu` marker, for every test."""
 
 import os
+import warnings
 import zlib
 
 # OpenMP reads these when torch loads it. Two threads, so that kernels meet others; threads that wait do not spin:
@@ -46,6 +47,17 @@ def _same_environment():
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def no_fallback():
+    """No warning of FlashPO, but in a block of `pytest.warns`."""
+    import flashpo
+
+    flashpo.stats(reset=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FlashPO")
+        yield
 
 
 @pytest.fixture

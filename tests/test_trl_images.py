@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 
 import peft
 import pytest
@@ -14,16 +13,8 @@ from trl_models import assert_ran, assert_same_training, make_trainer, model_pat
 import flashpo
 import flashpo.trl
 
+pytestmark = pytest.mark.usefixtures("no_fallback")
 SHOWN = [[picture(10)], [picture(80)], []]
-
-
-@pytest.fixture(autouse=True)
-def no_fallback():
-    """No warning of FlashPO, but in a block of `pytest.warns`."""
-    flashpo.stats(reset=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="FlashPO")
-        yield
 
 
 @pytest.mark.parametrize(

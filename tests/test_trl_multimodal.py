@@ -2,7 +2,6 @@
 see each other in both directions, by TRL's own code."""
 
 import types
-import warnings
 
 import peft
 import pytest
@@ -34,13 +33,7 @@ TEMPLATE = (
 LORA = dict(r=4, target_modules="all-linear", init_lora_weights=False)
 
 
-@pytest.fixture(autouse=True)
-def only_what_is_expected():
-    """No warning of FlashPO, but in a block of `pytest.warns`."""
-    flashpo.stats(reset=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="FlashPO")
-        yield
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
 def processor() -> Gemma3Processor:

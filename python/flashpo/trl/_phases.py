@@ -48,9 +48,8 @@ class Phases:
         self._now: str | None = None
         self._since: Any = None
         self._passing: list[tuple[str, Any, Any]] = []  # phases whose events the device may not have passed
-        self._logged: tuple[int, Counter[str], Counter[str]] | None = (
-            None  # the step of the last log, and what was then
-        )
+        # the step of the last log, and the seconds and counts of then
+        self._logged: tuple[int, Counter[str], Counter[str]] | None = None
         self._stopped = False
 
     @contextlib.contextmanager
