@@ -70,7 +70,7 @@ def test_a_prompt_longer_than_the_limit():
     ("images", "fields", "flag", "reason"),
     [
         ([["an image"]], {}, None, "the prompts have images"),
-        (None, {"pixel_values": torch.zeros(1)}, None, "the prompts have pixel_values"),
+        (None, {"pixel_values": torch.zeros(1)}, None, "the prompts have images: qwen3 names no image token"),
         (None, {}, "use_vllm", "use_vllm is set"),
         (None, {}, "use_transformers_continuous_batching", "use_transformers_continuous_batching is set"),
     ],

@@ -125,7 +125,7 @@ def take_trees(
         routers = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
         tree = None
         if active() and takes():
-            tree = _tree_of(whole() if whole else self, sharing, shown, args, batch, not routers, ran)
+            tree = _tree_of(whole or (lambda: self), sharing, shown, args, batch, not routers, ran)
         if tree is None:
             return padded(self, *args, fused_lm_head=True, **batch)
         options = {"temperature": temperature, "outputs": wanted, "fp32_head": fp32_head, "aux_loss": routers}
@@ -142,9 +142,16 @@ def take_trees(
 
 @torch.compiler.disable  # it reads the batch on the host
 def _tree_of(
-    model: Any, sharing: Sharing, images: TrainerImages, args: tuple, batch: dict[str, Any], prune: bool, ran: Callable
+    whole: Callable[[], Any],
+    sharing: Sharing,
+    images: TrainerImages,
+    args: tuple,
+    batch: dict[str, Any],
+    prune: bool,
+    ran: Callable,
 ) -> TokenTree | None:
-    """None: its rows are to be padded. `model`: with its adapters."""
+    """None: its rows are to be padded. `whole`: gives the model with its adapters."""
+    model = whole()
     given = beside_text(model, batch)  # PEFT, too, adds inputs that are None
     given |= {f"argument {i}": x for i, x in enumerate(args)}
     for option in OPTIONS & given.keys():
