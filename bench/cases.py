@@ -28,6 +28,7 @@ WHOLES = {  # what runs many operators: a function of device, with_peers and qui
     "decode_step": "decode_step.tables",
     "grpo_step": "grpo_step.tables",
     "distillation_step": "distillation_step.tables",
+    "reward_step": "reward_step.tables",
     "images": "images.tables",
     "overhead": "scoring.overhead_tables",
 }
