@@ -14,9 +14,11 @@ from two_processes import in_two_processes, needs_gloo
 
 pytest.importorskip("trl")
 import trl
+from torch.distributed.fsdp import FullyShardedDataParallel
 from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, train
 
 import flashpo.trl
+from flashpo._hosts.sharding import wraps_in_fsdp1
 from flashpo.trl.packed import Batch
 from flashpo.trl.rollout import Unsupported
 
@@ -62,15 +64,17 @@ def zero(stage: int) -> dict:
     return dict(deepspeed=config)
 
 
-def fsdp2(**config) -> dict:
+def fsdp(version: int, **config) -> dict:
     layers = {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    return dict(fsdp="full_shard auto_wrap", fsdp_config={"fsdp_version": 2} | layers | config)
+    return dict(fsdp="full_shard auto_wrap", fsdp_config={"fsdp_version": version} | layers | config)
 
 
 SHARDINGS = {
     "zero2": lambda: zero(2),
     "zero3": lambda: zero(3),
-    "fsdp2": lambda: fsdp2(reshard_after_forward=True),
+    "fsdp2": lambda: fsdp(2, reshard_after_forward=True),
+    "fsdp2_offload": lambda: fsdp(2, reshard_after_forward=True, cpu_offload=True),
+    "fsdp1": lambda: fsdp(1, sync_module_states=False, cpu_ram_efficient_loading=False),
 }
 
 
@@ -82,6 +86,10 @@ def trained(name: str, package, **options) -> tuple[dict, dict]:
 
 
 def whole(trainer) -> dict[str, torch.Tensor]:
+    if wraps_in_fsdp1(trainer.model_wrapped):  # whose state_dict ends the process on a CPU
+        with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
+            named = trainer.model_wrapped.named_parameters()
+            return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in named}
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if hasattr(next(model.parameters()), "ds_id"):
         import deepspeed
