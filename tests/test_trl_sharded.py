@@ -14,7 +14,7 @@ from two_processes import in_two_processes, needs_gloo
 
 pytest.importorskip("trl")
 import trl
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, train
 
 import flashpo.trl
@@ -42,9 +42,12 @@ def launched():
     before, prepare = dict(os.environ), PartialState._prepare_backend
     os.environ["ACCELERATE_TORCH_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    pins = CPUOffloadPolicy.__init__.__defaults__
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pin_memory, which needs a GPU
     try:
         yield
     finally:
+        CPUOffloadPolicy.__init__.__defaults__ = pins
         PartialState._prepare_backend = prepare
         os.environ.clear()
         os.environ.update(before)

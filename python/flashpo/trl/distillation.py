@@ -273,6 +273,8 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             tree = known if known is not None and scored is comparison.of_all else pack(*tokens, scored)
             if not self._sharing.pays(CausalLM.of(unwrapped_model).backbone, tree):
                 tree = None
+        if not self._sharing.agreed(tree is not None, [unwrapped_model]):
+            tree = None
         if tree is not None:
             states = States.on(tree, unwrapped_model)
         elif of_student or beside or len(self.teachers) < 2:
