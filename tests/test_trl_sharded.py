@@ -19,6 +19,8 @@ from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, tra
 
 import flashpo.trl
 from flashpo._hosts.sharding import wraps_in_fsdp1
+from flashpo.rollout import RolloutEngine
+from flashpo.rollout.runner import Step
 from flashpo.trl.packed import Batch
 from flashpo.trl.rollout import Unsupported
 
@@ -121,19 +123,29 @@ def check_same_training(rank: int, folder: str, name: str, sharding: str, teache
 
 
 def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
-    """What one rank finds against the engine, and how many parts its batch is scored in, holds for both."""
+    """What one rank finds against the engine, memory that it lacks, and how many parts its batch is scored in hold for
+    both."""
     with launched():
         how = SHARDINGS[sharding]() | dict(use_cpu=False)
-        options = COMMON | OPTIONS["GRPO"] | dict(old_logprobs="rollout", rollout_options={"check": False})
+        options = COMMON | OPTIONS["GRPO"] | dict(old_logprobs="rollout", rollout_options={"check": False}, max_steps=4)
         trainer = make_trainer("GRPO", flashpo.trl, model=folder, **options, **how)
         rollouts, by_engine = trainer._rollouts, []
         check = rollouts._prepare
 
         def prepare(*args):
-            if rank == 1 and by_engine:  # in the second batch
+            batch = len(by_engine)
+            if rank == 1 and batch == 1:
                 raise Unsupported("its prompts are too long")
-            return check(*args)
+            params = check(*args)
+            if rank == 1:  # before its pool, and while it decodes
+                RolloutEngine._rows_and_blocks = rows_and_blocks if batch != 2 else no_memory
+                Step.__call__ = step if batch != 3 else no_memory
+            return params
 
+        def no_memory(*args):
+            raise torch.OutOfMemoryError("no memory")
+
+        rows_and_blocks, step = RolloutEngine._rows_and_blocks, Step.__call__
         rollouts._prepare = prepare
         keep = trainer._generate_and_score_completions
 
@@ -144,7 +156,7 @@ def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
 
         trainer._generate_and_score_completions = generate
         trainer.train()
-        assert by_engine == [True, False]
+        assert by_engine == [True, False, False, False]
         if rank == 0:
             log = trainer.state.log_history[0]
             assert log["rollout/gather_bytes"] == sum(
