@@ -205,7 +205,8 @@ class RolloutEngine:
             try:
                 reason = parity.check(self.model, self._roll, self.autocast)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
+                # Other ranks may be in a forward of FSDP2, which this one has left: its error has to end the run
+                if not out_of_memory(error) or any(map(sharding.is_fsdp2_unit, self.model.modules())):
                     raise
                 return f"there is no memory for its self-check: {error}"
             self.checked = True
@@ -238,20 +239,22 @@ class RolloutEngine:
         """As far as memory allows. Whoever has the model has the engine's pool and session, too."""
         with rollout_mode(self.model):
             try:
-                runner, scheduler = self._rows_and_blocks(call)
-            except (RuntimeError, MemoryError) as error:
-                self._without_memory(error)
-                return
-            try:
-                with self.view:
-                    self._roll_out(call, runner, scheduler)
+                with self.view:  # before the pool: ranks gather weights together, whatever memory one of them lacks
+                    self._with_a_pool(call)
             except BaseException as error:
-                scheduler.reset()  # it may count as cached what has never been computed
                 self._without_memory(error)
-            finally:
-                if self.open_session is None:
-                    self.shown = None
-                call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
+
+    def _with_a_pool(self, call: "_Call") -> None:
+        runner, scheduler = self._rows_and_blocks(call)
+        try:
+            self._roll_out(call, runner, scheduler)
+        except BaseException:
+            scheduler.reset()  # it may count as cached what has never been computed
+            raise
+        finally:
+            if self.open_session is None:
+                self.shown = None
+            call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
 
     def _roll_out(self, call: "_Call", runner: Runner, scheduler: Scheduler) -> None:
         for adapter, chosen in call.adapters:
@@ -285,10 +288,11 @@ class RolloutEngine:
         return self.shown if self.open_session is not None or call.images is not None else None
 
     def _without_memory(self, error: BaseException) -> None:
-        """Frees the pool for what answers in the engine's place, or raises the error."""
+        """Frees the pool for what answers in the engine's place, and raises the error unless that is `generate`."""
+        if out_of_memory(error):
+            self.runner = self.scheduler = None
         if self.fallback == "error" or not out_of_memory(error):
             raise error
-        self.runner = self.scheduler = None
         text = str(error)  # a record of the error itself would keep the pool: its traceback has it
         log.warning("the rollout goes on with transformers' generate: %s", text)
         _fallbacks.note(f"a rollout went on with transformers' generate: {text}")
