@@ -19,7 +19,7 @@ from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, tra
 
 import flashpo.trl
 from flashpo._hosts.sharding import wraps_in_fsdp1
-from flashpo.rollout import RolloutEngine
+from flashpo.rollout.pool import Pool
 from flashpo.rollout.runner import Step
 from flashpo.trl.packed import Batch
 from flashpo.trl.rollout import Unsupported
@@ -138,14 +138,14 @@ def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
                 raise Unsupported("its prompts are too long")
             params = check(*args)
             if rank == 1:  # before its pool, and while it decodes
-                RolloutEngine._rows_and_blocks = rows_and_blocks if batch != 2 else no_memory
+                Pool.admit = admit if batch != 2 else no_memory
                 Step.__call__ = step if batch != 3 else no_memory
             return params
 
         def no_memory(*args):
             raise torch.OutOfMemoryError("no memory")
 
-        rows_and_blocks, step = RolloutEngine._rows_and_blocks, Step.__call__
+        admit, step = Pool.admit, Step.__call__
         rollouts._prepare = prepare
         keep = trainer._generate_and_score_completions
 
