@@ -1,7 +1,6 @@
 """transformers: what FlashPO reads and calls there that is not public, or that was another way in earlier versions."""
 
 import functools
-import importlib.metadata
 import inspect
 import sys
 from typing import Any
@@ -18,10 +17,6 @@ _OF_KINDS = {  # which layers an option is for
     "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding"),
     "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
 }
-
-
-def version() -> str:
-    return importlib.metadata.version("transformers")
 
 
 def attends_in_blocks(model: Any) -> bool:
