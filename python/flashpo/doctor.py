@@ -65,7 +65,8 @@ def machine() -> list[tuple[str, str]]:
         ("triton", installed("triton") or "not installed"),
         ("trl", tested("trl")),
         ("transformers", tested("transformers")),
-        ("native", _op.why_no_native or f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
+        ("native", _op.why_no_native or "C++ kernels for CPUs"),
+        ("native, CUDA", _op.why_unavailable("native", "cuda") or "CUDA C++ kernels for GPUs"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
         ("large pages", _huge_pages.why_none() or "on request"),
     ]
