@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
 import sys
 from collections.abc import Iterator
@@ -21,10 +20,6 @@ _OF_KINDS = {  # which layers an option is for
     "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding"),
     "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
 }
-
-
-def version() -> str:
-    return importlib.metadata.version("transformers")
 
 
 def attends_in_blocks(model: Any) -> bool:
