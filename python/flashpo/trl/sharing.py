@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from flashpo._causal_lm import text_model
@@ -70,10 +71,12 @@ class Sharing:
 
 
 def _on_all_ranks(answer: bool, models: Iterable[nn.Module]) -> bool:
-    state = PartialState()
-    if state.num_processes == 1 or not any(map(sharding.meets, models)):
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or not any(map(sharding.meets, models)):
         return answer
-    return bool(gather(torch.tensor([answer], device=state.device)).all())
+    everyones = torch.tensor(int(answer), device=PartialState().device)
+    dist.all_reduce(everyones, dist.ReduceOp.MIN)
+    return bool(everyones)
 
 
 def why_not_packed(model: nn.Module, head: bool = True) -> str:
