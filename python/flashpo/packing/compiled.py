@@ -64,6 +64,7 @@ def compile_layers(
         if key not in kinds:
             kinds[key] = Kind(layer, refuse, timing)
         layer._flashpo_kind = kinds[key]
+        layer._flashpo_hooks = _hooks(layer)
         layer.forward = types.MethodType(compiled_layer_forward, layer)
 
 
@@ -98,20 +99,18 @@ class Kind:
     def __deepcopy__(self, memo: dict) -> "Kind":
         return self
 
-    def run_for(self, layer: nn.Module, args: tuple, keywords: dict[str, Any]) -> Callable | None:
+    def run_for(self, layer: Any, args: tuple, keywords: dict[str, Any]) -> Callable | None:
         """What to run in the place of the class's forward, without checkpointing; None where that has to run."""
         mask = next((x for x in (*args, *keywords.values()) if is_tree(x) and x.dim() == 4), None)
         if self._off or mask is None or not args or keywords.get("past_key_values") is not None:
             return None
-        if reason := _why_not_now(layer):
-            self._turn_off(reason)
+        if any(layer._flashpo_hooks):  # that came later: the compiler does not look at them again
+            self._turn_off(_why_not_now(layer))
             return None
-        tokens = mask.shape[-1]
-        apart = _mark_tokens((*args, *keywords.values()), tokens)
         variant = self._variant(layer, args[0])
         if variant in self._judged:
             return self._guarded
-        if not apart:  # the next tree has another size
+        if not _mark_tokens((*args, *keywords.values()), mask.shape[-1]):  # the next tree has another size
             return None
         with one_at_a_time, self._timing():
             reason = self._why_wrong(layer, args, keywords)
@@ -233,13 +232,17 @@ def _why_not(text: nn.Module, layers: list[nn.Module]) -> str:
 
 
 def _why_not_now(layer: nn.Module) -> str:
-    """Hooks may come at any time, and the compiler does not look at them again."""
     for name, module in layer.named_modules():
         if "_hf_hook" in vars(module):
             return f"{name or type(layer).__name__} is offloaded or dispatched by accelerate"
         if module is not layer and any(vars(module).get(hooks) for hooks in HOOKS):
             return f"{name} has hooks"
     return ""
+
+
+def _hooks(layer: nn.Module) -> list[dict]:
+    """Where the modules inside of it will have theirs."""
+    return [vars(module)[hooks] for module in layer.modules() if module is not layer for hooks in HOOKS]
 
 
 def _reentrant(layer: Any) -> bool:
