@@ -47,9 +47,8 @@ class DivergenceStats(NamedTuple):
     """Per-token results, each of the target's shape, fp32 and in nats. None: not asked for.
 
     `divergence`, `entropy` (of the student) and `student_logprob` are differentiable by the student's hidden states and
-    head, or by its logits. `is_top1_agreed` is a bool: student and teacher have the same most probable token, which is
-        the
-    first one if several tie.
+    head, or by its logits. `is_top1_agreed` is a bool: student and teacher have the same most probable token (of
+    several that tie, the first).
     """
 
     divergence: Tensor

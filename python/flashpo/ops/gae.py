@@ -40,8 +40,7 @@ def gae(
     """Advantages and returns of every live token. Masked tokens (tools, observations, padding) are skipped.
 
     A masked token neither ends an episode nor counts as a step: value and advantage of the next live token are passed
-        on
-    to the live token before it unchanged, as in verl. Rewards and values at masked tokens are never read.
+    on to the live token before it unchanged, as in verl. Rewards and values at masked tokens are never read.
 
     Args:
         rewards: (B, T), or flat (N,) with `cu_seqlens`: the reward of each token, including KL penalties.

@@ -75,8 +75,7 @@ def group_advantages(
     | RLOO (2402.14740) | `baseline="leave_one_out", scale="none"` |
     | GDPO (2601.05242) | `aggregation="normalize_then_sum"` |
     | OPO (2505.23585): baseline sum(len R) / sum(len) | `lengths=..., scale="none"` |
-    | Pass@k (as in verl): the best of a group gets its lead over the second best, the others 0 |
-    `baseline="second_best"` |
+    | Pass@k (verl's): the best of a group gets its lead over the second best, the others 0 | `baseline="second_best"` |
     | REINFORCE++ (2501.03262) | one key for all rows, `group=torch.zeros_like(group)`; `lengths` to whiten by tokens |
 
     Args:

@@ -42,8 +42,7 @@ def kv_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tens
         k_cache: (blocks, Hkv, D, 64) float32, bfloat16 or float16 (float64: reference only), contiguous; written to.
         v_cache: (blocks, Hkv, 64, Dv), likewise.
         slot: (N,) int64, block * 64 + offset. A token with a negative slot is skipped. The slots of a call are
-            distinct,
-            except where it does not matter which token remains: by convention nobody reads block 0.
+            distinct, except where it does not matter which token remains: by convention nobody reads block 0.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices disagree; k or v requires grad outside of torch.no_grad(); a

@@ -260,8 +260,7 @@ LOSSES: dict[str, LossSpec] = {
     "rloo": replace(_grpo, ratio="sequence_sum", empty_sequences="surrogate"),  # arXiv 2402.14740, as in TRL
     "reinforce": LossSpec(surrogate="reinforce"),
     # verl 0.9.1: dual clip is always on, logarithms are clamped, and empty sequences are not counted. verl clamps the
-    # KL
-    # for k3 only: with another estimator, set kl_log_clamp and kl_clamp to None.
+    # KL for k3 only: with another estimator, set kl_log_clamp and kl_clamp to None.
     "verl_ppo": replace(_verl, dual_clip=3.0),
     "verl_gspo": replace(
         _verl, ratio="sequence_token", log_ratio_min=None, log_ratio_max=10.0, aggregation="sequence_mean"

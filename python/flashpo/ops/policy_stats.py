@@ -102,10 +102,8 @@ class PolicyStats:
 
         Log-ratios are assumed to spread evenly over a bin, or over the part of it between the extremes. The result is
         in the bin of one of the two ratios between which `torch.quantile` interpolates. So its error is at most the
-        width of
-        that bin: 0.2 % at 1, 1.6 % in 0.97 ... 1.03, 6.5 % in 0.8 ... 1.28. It is exact if q is 0 or 1 or all ratios
-            are
-        the same. `ratio_quantiles` is always exact, but needs more passes.
+        width of that bin: 0.2 % at 1, 1.6 % in 0.97 ... 1.03, 6.5 % in 0.8 ... 1.28. It is exact if q is 0 or 1 or all
+        ratios are the same. `ratio_quantiles` is always exact, but needs more passes.
         """
         if not 0 <= q <= 1:
             raise ValueError(f"q must be in [0, 1], got {q}")

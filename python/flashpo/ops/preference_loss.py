@@ -28,9 +28,10 @@ class PreferenceLoss(NamedTuple):
     loss: Tensor  # (): the mean of per_pair; 0 for an empty batch
     # (B,): weighted sum of the losses; for `aot` and `aot_unpaired` a value belongs to a rank, not to a pair
     per_pair: Tensor
-    # (B,), without gradient: beta times the log-ratio to the reference, or, without a reference, times the
+    # (B,) each, without gradient: beta times the log-ratio to the reference, or times the log-prob if there is no
+    # reference; per token if the first loss is simpo, odds_ratio or orpo
     chosen_rewards: Tensor
-    rejected_rewards: Tensor  # log-prob; per token if the first loss is simpo, odds_ratio or orpo
+    rejected_rewards: Tensor
 
 
 def preference_loss(
