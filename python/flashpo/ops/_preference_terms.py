@@ -1,9 +1,8 @@
 """The preference losses as data: for each name a function from a batch of pairs to one value per pair.
 
 Notation. l_c and l_w are the log-probabilities of a pair's chosen and rejected completion, as sums over n_c and n_w
-tokens.
-x = l - l_ref is the log-ratio to the reference; without a reference x is l itself. f is the score of the f-divergence,
-by default the identity. b is beta, e is label_smoothing, and s is the logistic function.
+tokens. x = l - l_ref is the log-ratio to the reference; without a reference x is l itself. f is the score of the
+f-divergence, by default the identity. b is beta, e is label_smoothing, and s is the logistic function.
 
     d = f(x_c) - f(x_w)    dn = f(x_c) / n_c - f(x_w) / n_w    dm = f(l_c / n_c) - f(l_w / n_w)
     S(z) = -(1 - e) log s(z) - e log s(-z)
@@ -219,9 +218,8 @@ class OddsRatio(torch.autograd.Function):
     """-log s(log odds_c - log odds_w) of mean log-probabilities c, w < 0, accurate up to probability 1.
 
     With Q = 1 - e^l this is log(1 + r), r = e^(w - c) Q_c / Q_w. Its derivatives by c and w are
-    -e^w / (e^c Q_w + e^w Q_c) and e^w Q_c / (Q_w (e^c Q_w + e^w Q_c)). Autograd would compute them as 0 * inf at Q_c =
-    0.
-    A log-probability above -epsilon may be rounded to 0; it counts as -epsilon.
+    -e^w / (e^c Q_w + e^w Q_c) and e^w Q_c / (Q_w (e^c Q_w + e^w Q_c)). At Q_c = 0, autograd would compute them as
+    0 * inf. A log-probability above -epsilon may be rounded to 0; it counts as -epsilon.
     """
 
     @staticmethod

@@ -45,7 +45,8 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of B rows, with one query token each, over S segments of a paged cache.
 
-    A row reads all segments whose range of rows contains it; see this file's formulas.
+    A row reads all segments whose range of rows contains it. The formulas are at the top of
+    flashpo/ops/decode_attention.py.
 
     Args:
         q: (B, Hq, D) in the caches' dtype. Hq is a multiple of Hkv; query head h reads key head h // (Hq / Hkv).

@@ -114,7 +114,8 @@ def rope_append(
     """Normalise and rotate the queries and keys of a decode step, and write keys and values into the caches.
 
     Each head of queries and keys first passes an RMSNorm with q_weight or k_weight, if these are given (Qwen3). Then
-    its first R features x = (x1, x2), split in halves, are rotated: x cos + (-x2, x1) sin (arXiv 2104.09864).
+    its first R features x = (x1, x2), split in halves, are rotated: x cos + (-x2, x1) sin (arXiv 2104.09864). cos,
+    sin and the weights have q's dtype, or are fp32 as under autocast.
 
     Args:
         q: (N, Hq D). Rows may be strided, as slices of one product are.
@@ -124,7 +125,6 @@ def rope_append(
         slot: (N,) int64: where the tokens go, as in `kv_append`.
         q_weight, k_weight: (D,): the weights of the norms; both or neither.
         eps, unit_offset: the norms' options, see `add_rms_norm`.
-        cos, sin and the weights have q's dtype, or are fp32 as under autocast.
 
     Returns:
         The queries for `decode_attention`, (N, Hq, D) in q's dtype.

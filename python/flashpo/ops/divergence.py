@@ -3,6 +3,7 @@
 `divergence` is `linear_divergence` for given logits instead of LM heads. `topk_divergence` is for a teacher on a
 server, which sends the log-probabilities of some tokens only. All other tokens form one more outcome, with the
 remaining mass:
+
     p_rest(teacher) = 1 - sum_k p_k(teacher)        p_rest(student) = 1 - sum_k p_k(student)
 
 The result is the divergence of the two distributions over these K + 1 outcomes. It is at most the divergence over the
@@ -135,8 +136,8 @@ def topk_divergence(
         indices: (..., K) int64: the tokens that are known, different ones in each row. A row with fewer than K is
             filled up with `ignore_index`. A row of nothing but `ignore_index` gives exactly 0.
         teacher_logprobs: (..., K): the teacher's log-probabilities of these tokens at the temperature, normalised over
-            the whole vocabulary. All other tokens share the remaining mass as one outcome (see this file's formula).
-            Entries at `ignore_index` are not read.
+            the whole vocabulary. All other tokens share the remaining mass as one outcome (see the top of
+            flashpo/ops/divergence.py). Entries at `ignore_index` are not read.
         beta: as in `linear_divergence`.
         temperature: of the student's logits.
         ignore_index: see indices.

@@ -106,8 +106,8 @@ def group_advantages(
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or options are wrong; a reward is infinite, or a weighted sum of
-            rewards is in the result's dtype; a length is not positive. On CUDA the errors about values are asynchronous
-            device assertions.
+            rewards becomes infinite in the result's dtype; a length is not positive. On CUDA the errors about values
+            are asynchronous device assertions.
     """
     rewards, reward_weights = _check(rewards, group, lengths, reward_weights)
     check_choice("baseline", baseline, BASELINES)

@@ -28,8 +28,7 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> UnpairedLoss:
-    """KTO: the mean over the batch of w_d (1 - s(b (x - z))) for desirable and w_u (1 - s(b (z - x))) for undesirable
-    ones.
+    """KTO: the mean of w_d (1 - s(b (x - z))) for desirable and w_u (1 - s(b (z - x))) for undesirable completions.
 
     x is the log-ratio of a completion to the reference, b is beta, s the logistic function, and z = max(0, mean of kl)
     is a constant (arXiv 2402.01306, equation 7). "apo_zero_unpaired" has z = 0 (APO, arXiv 2408.06266, without pairs).

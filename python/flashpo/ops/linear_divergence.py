@@ -82,7 +82,7 @@ def linear_divergence(
             the generalised Jensen-Shannon divergence, as in TRL's DistillationTrainer.
         temperature: of both models, a positive number.
         student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: the transforms of each head's
-            logits, see the formula of this file.
+            logits, see the formulas at the top of flashpo/ops/linear_divergence.py.
         ignore_index: see target.
         outputs: names of the `DivergenceStats` fields wanted besides `divergence`.
         group: a process group over which both heads are sharded along V, in rank order and in equal shards. Hidden

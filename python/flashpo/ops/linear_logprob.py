@@ -70,8 +70,8 @@ def linear_logprob(
         target: (...) int64. Rows equal to `ignore_index` cost nothing and give exactly 0.
         bias: (V,) or None.
         temperature: a positive number, or a tensor of the target's shape with one number per token.
-        logit_scale, softcap: the transforms of the head's logits (Cohere, Granite; Gemma 2), see the formula of this
-            file.
+        logit_scale, softcap: the transforms of the head's logits (Cohere, Granite; Gemma 2), see the formula at the top
+            of flashpo/ops/linear_logprob.py.
         ignore_index: see target.
         outputs: names of the `TokenStats` fields wanted besides `logprob`.
         group: a process group over which `weight` and `bias` are sharded along V, in rank order and in equal shards.

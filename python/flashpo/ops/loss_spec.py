@@ -52,12 +52,11 @@ CHOICES = {  # field -> its values, in the order in which the kernels number the
 class LossSpec:
     """A policy loss. `LOSSES["dapo"]` is one; `dataclasses.replace(spec, clip_high=0.3)` makes another.
 
-    The formulas of the surrogates are in the table at the top of this file.
+    The formulas of the surrogates are in the table at the top of flashpo/ops/loss_spec.py.
 
     Args:
         ratio: the level of the ratio w. "token": each token has its own. "sequence": exp(mean d) of the sequence
-            (GSPO).
-            "sequence_token": the same value, but each token's gradient flows to that token only (GSPO-token).
+            (GSPO). "sequence_token": the same value, but each token's gradient flows to that token only (GSPO-token).
             "sequence_sum": exp(sum d) of the sequence, without the mean (RLOO).
         surrogate: the loss of a token, see the table.
         clip_low, clip_high: how far below and above 1 the ratio may go. None: it is not clipped on that side.

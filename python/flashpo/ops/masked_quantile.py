@@ -26,6 +26,7 @@ def masked_quantile(
 
     Returns:
         (Q,) float32; NaN if there is no live token.
+
     Raises:
         TypeError, ValueError: the message names the argument.
     """
@@ -82,8 +83,10 @@ def _quantiles(x: Tensor, mask: Tensor, wanted: tuple[float, ...], group: dist.P
 def entropy_threshold(
     entropy: Tensor, mask: Tensor, quantile: float, *, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The quantile (1,) of the live tokens' entropy: the share 1 - `quantile` of them is above. inf without live
-    tokens."""
+    """The quantile (1,) of the live tokens' entropy, above which the share 1 - `quantile` of them is.
+
+    Without live tokens it is inf. The arguments and errors are as in `masked_quantile`.
+    """
     check_float("entropy", entropy)
     _check(entropy, "entropy", mask, group)
     check_share("quantile", quantile)

@@ -11,8 +11,9 @@ def overlong_penalty(
 ) -> Tensor:
     """The reward to add to a completion of `lengths` tokens: 0 up to max_length - buffer, then it falls linearly.
 
-        penalty = factor max(min((max_length - buffer - length) / buffer, 0), floor)      (arXiv 2503.14476, equation
-        13)
+        penalty = factor max(min((max_length - buffer - length) / buffer, 0), floor)
+
+    Source: arXiv 2503.14476, equation 13.
 
     Args:
         lengths: any shape: the numbers of tokens of the completions.

@@ -3,8 +3,7 @@
 z = logits / temperature      p = softmax(z)
 
 Tokens are sorted: larger logits first, and of equal logits the smaller id first. Each filter keeps a prefix of that
-order.
-The filters apply in the order of transformers' logits warpers, and agree with them up to ties:
+order. The filters apply in the order of transformers' logits warpers, and agree with them up to ties:
 
     top_k   the first k tokens
     top_p   a token if the tokens before it have less than top_p of the mass that top_k kept (Holtzman et al. 2020)
@@ -61,6 +60,7 @@ def sample(
     Every parameter is one number for all rows or a (B,) tensor on the logits' device. The result of a row depends only
     on its own logits and parameters, not on its index or the other rows. Nothing waits for a GPU, and the call can be
     captured in a CUDA graph.
+
     Args:
         logits: (B, V) float32, bfloat16 or float16 (float64: reference only). Rows may be strided. -inf means
             impossible.

@@ -46,11 +46,10 @@ def tree_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of the N tokens of a tree, each to itself and its ancestors; differentiable in q, k, v and
-    sinks.
+    """Softmax attention of a tree's N tokens, each to itself and its ancestors; differentiable in q, k, v and sinks.
 
-    The formulas are at the top of this file. A packed batch without shared prefixes is a forest of chains. A single
-    causal sequence has `end[j] = N` everywhere.
+    The formulas are at the top of flashpo/ops/tree_attention.py. A packed batch without shared prefixes is a forest of
+    chains. A single causal sequence has `end[j] = N` everywhere.
 
     Args:
         q, k, v: (N, Hq, D), (N, Hkv, D), (N, Hkv, Dv) of one dtype. Hq is a multiple of Hkv (grouped-query attention).

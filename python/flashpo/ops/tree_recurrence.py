@@ -51,7 +51,7 @@ def tree_recurrence(
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention of the N tokens of a tree, each to itself and its ancestors; differentiable in all tensors.
 
-    The formulas are at the top of this file.
+    The formulas are at the top of flashpo/ops/tree_recurrence.py.
 
     Args:
         q, k: (N, Hk, Dk). Hk divides H, and each of these heads serves H / Hk consecutive heads of v.

@@ -21,8 +21,9 @@ def value_loss(
     clip: float | None = 0.2,
     num_items: Tensor | float | None = None,
 ) -> Tensor:
-    """Half the mean squared error to the returns over live tokens, with PPO's clipping (as in verl and TRL's former
-    PPO).
+    """Half the mean squared error to the returns over live tokens, with PPO's clipping.
+
+    The clipping is that of verl and of TRL's former PPO; see the formula at the top of flashpo/ops/value_loss.py.
 
     Args:
         values: the critic's values, of any shape such as (B, T) or flat (N,). Only this argument is differentiated.
