@@ -329,7 +329,7 @@ def d_logits_kernel(
     d = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if d_divergence is not None:
         upstream = tl.load(d_divergence + n)
-        # An infinite KL whose gradient is not used must not enter
+        # An infinite KL would give NaN even where its gradient is 0
         used = tl.where(upstream == 0, 0.0, tl.load(kl + n))[:, None]
         if MODE == FORWARD:
             of_z = p - tl.exp2(log2_t)

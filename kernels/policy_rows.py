@@ -1,7 +1,7 @@
 """Statistics of a policy loss as rows: each program writes one, and the last program adds them up in order.
 
 In these partial rows, column LOSS holds the entropy for a bonus that is aggregated like the loss, and minima are
-negated, so that every column that is not a sum is a maximum.
+negated, so that every column is either a sum or a maximum.
 """
 
 import torch

@@ -268,7 +268,7 @@ void grad_columns(const LogProbs& log_probs, const Upstream& up, int64_t row, in
   const vf d = upstream(up.d_divergence) * slope, dh = upstream(up.d_entropy) * slope,
            dl = upstream(up.d_logprob) * slope;
   const vf entropy = load_lanes(log_probs.s_rows + ENTROPY * s.tokens + column, lanes);
-  // An infinite KL whose gradient is not used must not enter
+  // An infinite KL would give NaN even where its gradient is 0
   const vf weighted = d == 0.0f ? vf{} : d * load_lanes(up.kl + column, lanes);
   Mixture m(up.beta);
   vf a = -dl - dh * entropy, c{};

@@ -93,7 +93,8 @@ class VectorProduct {
   using Operand = float;
   explicit VectorProduct(float* scratch) : wide_(scratch) {}
 
-  // The rows of c have room for whole vectors. b is converted to float first if that is cheaper, or if its rows do not.
+  // The rows of c have room for whole vectors. b is first converted to float if that is cheaper, or if
+  // its rows have no such room.
   void operator()(int64_t rows, int64_t columns, int64_t first, int64_t last, const float* a, int64_t a_stride,
                   const T* b, int64_t b_stride, float* c, int64_t c_stride, bool add, Ahead ahead) {
     const int64_t depth = last - first, padded = (columns + W - 1) / W * W;

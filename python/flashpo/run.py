@@ -102,7 +102,7 @@ def main(argv: list[str], verify_alone: bool = False) -> int:
 
 
 class _Terminated(SystemExit):
-    """SIGTERM has come from a scheduler, or from a launcher one of whose other processes has failed."""
+    """SIGTERM has come: from a scheduler, or from a launcher after another of its processes has failed."""
 
 
 def _stop_on_sigterm() -> None:

@@ -52,7 +52,7 @@ def policy_loss_fwd(
     segment = torch.repeat_interleave(cu_seqlens.diff(), output_size=logprob.shape[0])
     m = mask != 0
 
-    def live(x: Tensor | None) -> Tensor:  # zeros for None, which no spec reads where it is allowed
+    def live(x: Tensor | None) -> Tensor:  # None is allowed only if the spec does not read the tensor
         return m.to(dtype) * 0 if x is None else torch.where(m, x, 0.0)
 
     def sequence_sum(x: Tensor) -> Tensor:  # (N,) -> (S,)

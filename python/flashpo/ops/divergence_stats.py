@@ -186,7 +186,7 @@ def d_logits(
     """The gradient by the student's logits z, (N, J)."""
     p, dz = log_p.exp(), torch.zeros_like(log_p)
     if d_divergence is not None:
-        kl = kl.where(d_divergence != 0, 0.0)[:, None]  # an infinite KL whose gradient is not used must not enter
+        kl = kl.where(d_divergence != 0, 0.0)[:, None]  # 0 times an infinite KL would be NaN
         if beta == 0:
             of_z = p - log_p_teacher.exp()
         elif beta == 1:
