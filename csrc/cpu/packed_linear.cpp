@@ -20,7 +20,7 @@ constexpr int64_t ROW_BLOCK = 192;  // rows of x that stay in the second-level c
 
 template <typename T>
 struct Problem {
-  const T *x, *packed, *bias;  // (rows, depth), (panels, depth * PANEL), (columns) or null
+  const T *x, *packed, *bias;  // (rows, depth), (panels, depth * WIDTH), (columns) or null
   T* out;                      // (rows, columns)
   int64_t rows, depth, columns, x_stride;
 };

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t BLOCK = 64;    // features in one piece of work
 // Weight gradients are first summed over so many tokens, because small terms would vanish in a large sum
 constexpr int64_t TOKENS = 64;
-constexpr int64_t MOST = 8;      // columns of weights
+constexpr int64_t MOST = 8;      // the largest width of a convolution
 
 // Load W numbers, or as many as are left.
 template <typename T>
