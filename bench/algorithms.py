@@ -50,7 +50,7 @@ ALGORITHMS = (
     Algorithm("On-policy distillation", "`linear_divergence`", "`DistillationTrainer`", "TRL",
               "test_trl_distillation.py::test_a_step_is_that_of_stock_trl", "distil"),
     Algorithm("Reward model", "`tree_attention`", "`RewardTrainer`", "TRL",
-              "test_trl_reward.py::test_a_step_is_that_of_stock_trl"),
+              "test_trl_reward.py::test_a_step_is_that_of_stock_trl", "judged"),
     Algorithm("KTO", "`kto_loss`", "`KTOTrainer`", "TRL", "test_trl_preference.py::test_kto"),
     Algorithm("ORPO", '`preference_loss(loss=["odds_ratio", "sft"])`', "TRL's, under `patch()`", "TRL",
               "test_trl_reference_free.py::test_orpo"),

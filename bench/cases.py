@@ -28,6 +28,7 @@ WHOLES = {  # suites that run many operators: functions of device, with_peers an
     "decode_step": "decode_step.tables",
     "grpo_step": "grpo_step.tables",
     "distillation_step": "distillation_step.tables",
+    "reward_step": "reward_step.tables",
     "images": "images.tables",
     "overhead": "scoring.overhead_tables",
 }

@@ -4,11 +4,13 @@ check.
 A small model first imitates sums, half of which stop before the result (examples/arithmetic.py). From there each
 algorithm takes --steps optimisation steps of 64 sequences (DPO: 32 pairs). SFT trains on complete sums, DPO on complete
 ones against spoiled ones, and the others on what the model itself writes, rewarded by exact match. distil has no reward
-but a teacher, which is the model with which sft ended. All have the same budget of tokens, including prompts and
-discarded completions. DAPO replaces groups of equal rewards, so it takes fewer steps. The plotted reward is that of
-held-out problems, sampled at temperature 1 with a fixed seed.
+but a teacher, which is the model with which sft ended. judged is GRPO with a reward model, which was trained on complete
+sums against spoiled ones. The reward model misses some wrong numbers, so a penalty on the distance from the start keeps
+the policy near what it can judge. All have the same budget of tokens, including prompts and discarded completions. DAPO
+replaces groups of equal rewards, so it takes fewer steps. The plotted reward is that of held-out problems, sampled at
+temperature 1 with a fixed seed.
 
-python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo distil
+python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo distil judged
 python -m flashpo.bench.zoo gmpo sapo          # any name of flashpo.LOSSES
 """
 
@@ -17,8 +19,10 @@ import importlib
 import json
 import random
 import re
+import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +34,8 @@ import flashpo
 from flashpo.bench.run import machine, show
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("sft", "dpo", "ppo", "grpo", "dapo", "gspo", "rloo", "cispo", "distil")
-NEEDS = {"distil": "sft"}  # what is trained first if it has not been trained
+NAMES = ("sft", "dpo", "ppo", "grpo", "dapo", "gspo", "rloo", "cispo", "distil", "judged")
+NEEDS = {"distil": "sft", "judged": "reward"}  # what is trained first if it has not been trained
 SEQUENCES = 64  # per step
 GENERATIONS = 8  # completions per prompt
 LONGEST = 16  # tokens per completion
@@ -120,10 +124,19 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         data = Dataset.from_list(rows).select_columns(["prompt", "completion"])
         rate = {"learning_rate": 2e-3 if name == "start" else 2e-4, "lr_scheduler_type": "cosine"}
         return fast.SFTTrainer(str(model), config(trl_config("SFT"), out, steps, seed, **rate), train_dataset=data)
-    if name == "dpo":
+    if name in ("dpo", "reward"):
         rng = random.Random(seed)
         prompts = [row["prompt"] for row in rows[: len(rows) // 2]]
         pairs = [{"prompt": p, "chosen": sums.totals(p), "rejected": sums.spoiled(p, rng)} for p in prompts]
+    if name == "reward":
+        # TRL ends the texts that a reward model learns from with <eos>, and leaves it out where GRPO asks the model:
+        # tokens are taken as they are
+        ids, characters = ("chosen", "rejected"), sums.tokenizer()
+        data = [{f"{i}_ids": characters(pair["prompt"] + pair[i])["input_ids"] for i in ids} for pair in pairs]
+        rate = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+        args = config(fast.RewardConfig, out, steps, seed, SEQUENCES // 2, **rate)
+        return fast.RewardTrainer(str(model), args, train_dataset=Dataset.from_list(data))
+    if name == "dpo":
         args = config(trl_config("DPO"), out, steps, seed, SEQUENCES // 2, learning_rate=3e-5, beta=0.3)
         return fast.DPOTrainer(str(model), args=args, train_dataset=Dataset.from_list(pairs))
     data = Dataset.from_list(rows).select_columns(["prompt", "answer"])
@@ -143,14 +156,30 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         made = fast.GRPOTrainer, fast.GRPOConfig, online | {"loss": name} | ONLINE.get(name, {})
     kind, of_kind, options = made
     args = config(of_kind, out, steps, seed, **options)
-    return kind(str(model), reward_funcs=exact_answer, args=args, train_dataset=data)
+    reward = str(out.parent / NEEDS[name]) if name in NEEDS else exact_answer
+    return kind(str(model), reward_funcs=reward, args=args, train_dataset=data)
 
 
-ONLINE: dict[str, dict] = {"dapo": {"dynamic_sampling": 1}}
+ONLINE: dict[str, dict] = {
+    "dapo": {"dynamic_sampling": 1},
+    "judged": {"loss": "grpo", "beta": 1.0, "learning_rate": 1e-4},
+}
 
 
 def trl_config(name: str) -> type:
     return getattr(importlib.import_module("trl"), f"{name}Config")
+
+
+def train(made, out: Path, *callbacks: transformers.TrainerCallback) -> float:
+    """In how many seconds; the model is in `out` afterwards."""
+    for callback in callbacks:
+        made.add_callback(callback)
+    made.remove_callback(transformers.PrinterCallback)
+    start = time.perf_counter()
+    made.train()
+    seconds = time.perf_counter() - start
+    made.save_model(str(out))
+    return seconds
 
 
 def learn(name: str, model: Path, out: Path, steps: int, seed: int, measurements: int = 12) -> tuple[dict, Curve]:
@@ -158,14 +187,8 @@ def learn(name: str, model: Path, out: Path, steps: int, seed: int, measurements
         made = trainer(name, model, out, steps, seed)
         sums = arithmetic()
         curve = Curve(sums.problems(HELD_OUT, seed + 10**6), sums.tokenizer(), -(-steps // measurements), bar)
-        made.add_callback(curve)
-        made.add_callback(Budget(steps * TOKENS))
-        made.remove_callback(transformers.PrinterCallback)
-        start = time.perf_counter()
-        made.train()
-        seconds = time.perf_counter() - start
+        seconds = train(made, out, curve, Budget(steps * TOKENS))
     tokens = max(row.get("num_tokens", 0) for row in made.state.log_history)
-    made.save_model(str(out))
     record = {
         "variant": name,
         "reward at start": curve.rewards[0],
@@ -176,6 +199,13 @@ def learn(name: str, model: Path, out: Path, steps: int, seed: int, measurements
         "s": seconds,
     }
     return record, curve
+
+
+def learn_to_judge(model: Path, out: Path, steps: int, seed: int) -> None:
+    made = trainer("reward", model, out, steps, seed)
+    seconds = train(made, out)
+    accuracy = statistics.mean([row["accuracy"] for row in made.state.log_history if "accuracy" in row][-10:])
+    print(f"the reward model took {seconds:.0f} s; of its last pairs it judged {accuracy:.0%} rightly")
 
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
@@ -213,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     records, curves, done = [], {}, set()
     for name in args.names:
         if (needed := NEEDS.get(name)) and needed not in done:
-            learn(needed, args.out / "start", args.out / needed, args.steps, args.seed, measurements=1)
+            prepare = learn_to_judge if needed == "reward" else partial(learn, needed, measurements=1)
+            prepare(args.out / "start", args.out / needed, args.steps, args.seed)
         done |= {name, needed}
         record, curves[name] = learn(name, args.out / "start", args.out / name, args.steps, args.seed)
         records.append(record)

@@ -134,9 +134,4 @@ void sample_cuda(const Tensor& logits, const Tensor& temperature, const Tensor& 
                  const Tensor& min_p, const Tensor& seed, const Tensor& offset, const Tensor& token,
                  const Tensor& numbers, int64_t stream);
 
-struct CudaDevice {
-  int major, minor, multiprocessors, shared_memory_per_block, driver, runtime;
-};
-CudaDevice cuda_device(int index);  // throws std::runtime_error if there is no such device or no driver
-
 }  // namespace flashpo

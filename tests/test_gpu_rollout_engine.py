@@ -23,7 +23,7 @@ def on_gpu(family: str, dtype: torch.dtype = torch.float32):
 
 
 def replayed(engine: RolloutEngine) -> bool:
-    captured = engine.runner._captured.values()
+    captured = engine.pool.runner._captured.values()
     return bool(captured) and all(step is not advance for step, advance in captured)
 
 
@@ -81,12 +81,12 @@ def test_graphs_serve_after_an_optimizer_step():
     model = on_gpu("llama")
     engine = RolloutEngine(model, fallback="error")
     engine.generate(prompts(30), PARAMS)
-    graphs = dict(engine.runner._captured)
+    graphs = dict(engine.pool.runner._captured)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
     rollouts = engine.generate(prompts(30), PARAMS)
-    assert engine.runner._captured == graphs
+    assert engine.pool.runner._captured == graphs
     exact = forward_logprobs(model, rollouts.prompt_ids[0], rollouts.completion_ids[0], 0.8)
     torch.testing.assert_close(torch.tensor(rollouts.logprobs[0]), exact, atol=2e-4, rtol=0)
 
@@ -94,7 +94,7 @@ def test_graphs_serve_after_an_optimizer_step():
 def test_the_host_waits_for_the_device_only_between_runs_of_steps():
     engine = RolloutEngine(on_gpu("qwen3", torch.bfloat16), fallback="error")
     engine.generate(prompts(30), PARAMS)
-    step, advance = next(iter(engine.runner._captured.values()))
+    step, advance = next(iter(engine.pool.runner._captured.values()))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):

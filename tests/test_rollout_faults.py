@@ -221,7 +221,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog, whole
     monkeypatch.setattr(torch.cuda, "Stream", failing_stream)
     engine = RolloutEngine(model("qwen3"), fallback="error")
     engine.generate(prompts(40, 70), PARAMS)
-    engine.runner.cuda, engine.runner.check_every = True, 5
+    engine.pool.runner.cuda, engine.pool.runner.check_every = True, 5
     with caplog.at_level(logging.WARNING, logger="flashpo"):
         rollouts = engine.generate(prompts(40, 70), PARAMS)
     assert caplog.text.count("the decode step runs without a CUDA graph") == 1, "of one bucket"

@@ -91,13 +91,13 @@ def test_what_trainers_set_is_no_change():
     model = net()
     engine = RolloutEngine(model, fallback="error", check=False)
     engine.generate(prompts(9), PARAMS)
-    runner = engine.runner
+    runner = engine.pool.runner
     model.train()
     model.config.use_cache, model.config.eos_token_id = False, 5
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
     engine.generate(prompts(9), PARAMS)
-    assert engine.runner is runner
+    assert engine.pool.runner is runner
 
 
 def subclass(model):

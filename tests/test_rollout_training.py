@@ -127,7 +127,7 @@ def test_an_fp32_head_on_a_bf16_model():
     hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
     engine = RolloutEngine(model, fallback="error")
     rollouts = engine.generate(prompts(40), PARAMS)
-    assert engine.runner.cache.dtype == torch.bfloat16
+    assert engine.pool.runner.cache.dtype == torch.bfloat16
     assert_logprobs(model, rollouts, atol=0.3)
     hook.remove()
 
@@ -138,7 +138,7 @@ def test_autocast_computes_what_the_trainer_computes():
     model = FAMILIES["qwen3"]().train()
     engine = RolloutEngine(model, autocast=torch.bfloat16, fallback="error")
     rollouts = engine.generate(prompts(40, 70), PARAMS)
-    cache = engine.runner.cache
+    cache = engine.pool.runner.cache
     assert cache.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in model.parameters())
     model.eval()

@@ -164,7 +164,7 @@ def test_memory_is_free_for_the_update(calls, monkeypatch):
     for frees in (False, True):
         trainer = make_trainer("GRPO", flashpo.trl, max_steps=2, rollout_release=frees)
         trainer.train()
-        assert (trainer._rollouts.engine.runner is None) == frees
+        assert (trainer._rollouts.engine.pool.runner is None) == frees
         assert released == ([1, 2] if frees else [])  # after each generation
         completions[frees] = [rollouts.completion_ids for _, _, rollouts in calls]
         calls.clear()

@@ -14,9 +14,13 @@ from two_processes import in_two_processes, needs_gloo
 
 pytest.importorskip("trl")
 import trl
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, train
 
 import flashpo.trl
+from flashpo._hosts.sharding import wraps_in_fsdp1
+from flashpo.rollout.pool import Pool
+from flashpo.rollout.runner import Step
 from flashpo.trl.packed import Batch
 from flashpo.trl.rollout import Unsupported
 
@@ -40,9 +44,12 @@ def launched():
     before, prepare = dict(os.environ), PartialState._prepare_backend
     os.environ["ACCELERATE_TORCH_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    pins = CPUOffloadPolicy.__init__.__defaults__
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pin_memory, which needs a GPU
     try:
         yield
     finally:
+        CPUOffloadPolicy.__init__.__defaults__ = pins
         PartialState._prepare_backend = prepare
         os.environ.clear()
         os.environ.update(before)
@@ -62,15 +69,17 @@ def zero(stage: int) -> dict:
     return dict(deepspeed=config)
 
 
-def fsdp2(**config) -> dict:
+def fsdp(version: int, **config) -> dict:
     layers = {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"], "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    return dict(fsdp="full_shard auto_wrap", fsdp_config={"fsdp_version": 2} | layers | config)
+    return dict(fsdp="full_shard auto_wrap", fsdp_config={"fsdp_version": version} | layers | config)
 
 
 SHARDINGS = {
     "zero2": lambda: zero(2),
     "zero3": lambda: zero(3),
-    "fsdp2": lambda: fsdp2(reshard_after_forward=True),
+    "fsdp2": lambda: fsdp(2, reshard_after_forward=True),
+    "fsdp2_offload": lambda: fsdp(2, reshard_after_forward=True, cpu_offload=True),
+    "fsdp1": lambda: fsdp(1, sync_module_states=False, cpu_ram_efficient_loading=False),
 }
 
 
@@ -82,6 +91,10 @@ def trained(name: str, package, **options) -> tuple[dict, dict]:
 
 
 def whole(trainer) -> dict[str, torch.Tensor]:
+    if wraps_in_fsdp1(trainer.model_wrapped):  # whose state_dict ends the process on a CPU
+        with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, writeback=False):
+            named = trainer.model_wrapped.named_parameters()
+            return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in named}
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if hasattr(next(model.parameters()), "ds_id"):
         import deepspeed
@@ -110,19 +123,29 @@ def check_same_training(rank: int, folder: str, name: str, sharding: str, teache
 
 
 def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
-    """What one rank finds against the engine, and how many parts its batch is scored in, holds for both."""
+    """What one rank finds against the engine, memory that it lacks, and how many parts its batch is scored in hold for
+    both."""
     with launched():
         how = SHARDINGS[sharding]() | dict(use_cpu=False)
-        options = COMMON | OPTIONS["GRPO"] | dict(old_logprobs="rollout", rollout_options={"check": False})
+        options = COMMON | OPTIONS["GRPO"] | dict(old_logprobs="rollout", rollout_options={"check": False}, max_steps=4)
         trainer = make_trainer("GRPO", flashpo.trl, model=folder, **options, **how)
         rollouts, by_engine = trainer._rollouts, []
         check = rollouts._prepare
 
         def prepare(*args):
-            if rank == 1 and by_engine:  # in the second batch
+            batch = len(by_engine)
+            if rank == 1 and batch == 1:
                 raise Unsupported("its prompts are too long")
-            return check(*args)
+            params = check(*args)
+            if rank == 1:  # before its pool, and while it decodes
+                Pool.admit = admit if batch != 2 else no_memory
+                Step.__call__ = step if batch != 3 else no_memory
+            return params
 
+        def no_memory(*args):
+            raise torch.OutOfMemoryError("no memory")
+
+        admit, step = Pool.admit, Step.__call__
         rollouts._prepare = prepare
         keep = trainer._generate_and_score_completions
 
@@ -133,7 +156,7 @@ def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
 
         trainer._generate_and_score_completions = generate
         trainer.train()
-        assert by_engine == [True, False]
+        assert by_engine == [True, False, False, False]
         if rank == 0:
             log = trainer.state.log_history[0]
             assert log["rollout/gather_bytes"] == sum(

@@ -62,7 +62,7 @@ def _tried(small: nn.Module) -> list[str]:
 def _why_not_fused(engine: RolloutEngine) -> str:
     """Find the reason by a rollout of two tokens."""
     engine.generate([[2, 3]], SamplingParams(max_new_tokens=2))
-    if engine.runner is not None and engine.runner.fused is not None:
+    if engine.pool.runner is not None and engine.pool.runner.fused is not None:
         return ""
     backbone = CausalLM.of(engine.model).backbone
     layers = getattr(backbone, "layers", [backbone])

@@ -47,6 +47,12 @@ def meets(model: nn.Module) -> bool:
     return any(wrapped) or any(hasattr(p, "ds_id") or is_dtensor(p) for p in model.parameters())
 
 
+def inside_engine(model: nn.Module) -> nn.Module:
+    """The model of an engine of DeepSpeed, which takes part in every backward through its forward; any other model."""
+    deepspeed = sys.modules.get("deepspeed")
+    return model.module if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine) else model
+
+
 def wraps_in_fsdp1(module: nn.Module) -> bool:
     fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
     return fsdp1 is not None and isinstance(module, fsdp1.FullyShardedDataParallel)

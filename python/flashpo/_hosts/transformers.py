@@ -1,13 +1,15 @@
 """transformers: what FlashPO reads and calls there that is not public, or that was another way in earlier versions."""
 
+import contextlib
 import functools
-import importlib.metadata
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 # Of a config: the name of its attention. The public property walks sub-configs and checks names.
 ATTENTION = "_attn_implementation_internal"
@@ -20,10 +22,6 @@ _OF_KINDS = {  # which layers an option is for
 }
 
 
-def version() -> str:
-    return importlib.metadata.version("transformers")
-
-
 def attends_in_blocks(model: Any) -> bool:
     """Whether its family ever lets the tokens of a block, such as those of an image, see each other both ways."""
     return _mentions_blocks(type(model).__module__)
@@ -33,6 +31,27 @@ def attends_in_blocks(model: Any) -> bool:
 def _mentions_blocks(module: str) -> bool:
     source = inspect.getsource(sys.modules[module])
     return "block_sequence_ids" in source or "or_mask_function" in source  # the latter in earlier versions
+
+
+@contextlib.contextmanager
+def models_stay_whole() -> Iterator[None]:
+    """Within it models are made with all of their weights; under ZeRO-3 transformers shards every model that it makes.
+
+    Raises:
+        ValueError: ZeRO-3 is on, and this transformers has no way around it.
+    """
+    flag = "_is_ds_init_called"  # whether someone else has seen to the sharding of what is made
+    before = getattr(modeling_utils, flag, None)
+    if before is None and is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed would shard its weights")
+    if before is None:
+        yield
+        return
+    setattr(modeling_utils, flag, True)
+    try:
+        yield
+    finally:
+        setattr(modeling_utils, flag, before)
 
 
 def name_or_path(config: PreTrainedConfig) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from flashpo._causal_lm import CausalLM, Unsupported
+from flashpo._hosts import sharding
 from flashpo._hosts.peft import adapters_of
 from flashpo._hosts.transformers import HOOKED
 from flashpo._precision import one_at_a_time
@@ -51,7 +52,7 @@ def parity(model: nn.Module, head: bool = True, agree: Callable[[list], list] = 
         agree: in a distributed run that has to go on together whatever one rank finds: gathers a list of every rank's
             into one list. All ranks then have the same answer, and run the model together where one has to.
     """
-    return _asked_once((_kind(model), head), lambda: why_wrong(model, head), agree)
+    return _asked_once((_kind(model), head), lambda: why_wrong(model, head), agree, sharding.meets(model))
 
 
 def image_parity(model: nn.Module, sample: ImageRows) -> str:
@@ -63,7 +64,11 @@ def image_parity(model: nn.Module, sample: ImageRows) -> str:
     return _asked_once((_kind(model), "images"), lambda: _why_wrong_with_images(model, lm.base, sample))
 
 
-def _asked_once(key: Hashable, why: Callable[[], str], agree: Callable[[list], list] = list) -> str:
+def _asked_once(
+    key: Hashable, why: Callable[[], str], agree: Callable[[list], list] = list, meets: bool = False
+) -> str:
+    """meets: forwards of the model have collectives. A rank that left one of them for want of memory cannot go on to
+    `agree`: the others would take what it sends there for its weights. Its error ends the run."""
     # Ranks that meet in `agree` while others wait for a thread of theirs would wait for ever
     with one_at_a_time if agree is list else contextlib.nullcontext():
         if all(agree([key in _answers])):
@@ -72,7 +77,7 @@ def _asked_once(key: Hashable, why: Callable[[], str], agree: Callable[[list], l
         try:
             reason = why()
         except Exception as error:
-            if not out_of_memory(error):
+            if meets or not out_of_memory(error):
                 raise
             reason, lasts = f"there is no memory for the comparison of a token tree with padded rows: {error}", False
         answers = agree([(reason, lasts)])

@@ -29,14 +29,14 @@ def not_told(tokens: int, of: int, on_tree: bool) -> None:
 def take_rows(
     backbone: nn.Module,
     allowed: Callable[[str], bool],
-    pays: Callable[[TokenTree], bool],
+    pays: Callable[[TokenTree | None], bool],
     ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
     """Let `backbone`, for which token trees are right, run padded batches on them; for good.
 
     Args:
         allowed: whether a batch may run so, asked with what is against it, "" where nothing is.
-        pays: whether a tree is better than its padded rows.
+        pays: whether a tree is to run in the place of its padded rows; also asked of None, where there is none.
         ran: told of each batch how many tokens run, how many the padded rows have, and whether it is a tree.
     """
     accept_trees(backbone, head=False)
@@ -65,11 +65,11 @@ def _tree_of(
     """None: the rows are to be padded."""
     if not allowed(""):
         return None
+    tree = None
     try:
         tree = _pack(input_ids, attention_mask, given, known)
     except (TypeError, ValueError) as error:
         allowed(str(error))
-        return None
     return tree if pays(tree) else None
 
 

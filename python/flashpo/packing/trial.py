@@ -37,13 +37,14 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, head: bool = True, parameters: bool = False):
-        self.model, self.head = model, head
+        self.head = head
         backbone: Any = CausalLM.of(model).backbone if head else model
         self.backbone = backbone
         self.beside: list[Tensor] = []  # what the rows have beside tokens that has gradients to compare
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad] if parameters else []
         # Autograd saves no weights that were made in inference mode
         self.differentiable = not is_sharded(model) and not any(p.is_inference() for p in model.parameters())
+        self.model = sharding.inside_engine(model) if self.differentiable else model
         self.embedding: nn.Module = backbone.get_input_embeddings()
         config = backbone.config.get_text_config()
         device = next(self.embedding.parameters()).device

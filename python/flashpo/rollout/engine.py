@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,21 +19,20 @@ from flashpo.packing.support import why_no_images
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity
 from flashpo.rollout.arguments import choice, flag, integer, items, kind, number, token_ids
-from flashpo.rollout.cache import BLOCK, allocate, block_bytes, free_bytes, out_of_memory
+from flashpo.rollout.cache import out_of_memory
+from flashpo.rollout.call import Call, by_adapter, progress_bar
 from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.generation import Completion, Generation
 from flashpo.rollout.images import Shown, of_prompts, padded, placeholders
-from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams
-from flashpo.rollout.prefix_tree import blocks_for
+from flashpo.rollout.params import Rollouts, SamplingParams
+from flashpo.rollout.pool import Pool
 from flashpo.rollout.runner import Runner
-from flashpo.rollout.scheduler import Counts, Row, Scheduler
+from flashpo.rollout.scheduler import Scheduler
 from flashpo.rollout.seam import eval_mode, rollout_mode
 from flashpo.rollout.support import structure, support
 from flashpo.rollout.weights import LORA, MODES, WeightView
 
 log = logging.getLogger("flashpo")
-MEMORY_SHARE = 0.5  # of what is free, for the pool where `kv_memory` is not given
-SESSION_TURNS = 4  # a session's pool holds so many times what its first call needs, where memory allows
 
 
 class RolloutEngine:
@@ -96,14 +94,12 @@ class RolloutEngine:
         self.model: Any = model
         self.tokenizer, self.autocast = tokenizer, autocast
         self.fallback, self.check = choice("fallback", fallback, ("generate", "error")), flag("check", check)
-        self.kv_memory = None if kv_memory is None else integer("kv_memory", kv_memory, 1)
-        self.max_sequences = None if max_sequences is None else integer("max_sequences", max_sequences, 1)
-        self.expected_tokens = None if expected_tokens is None else number("expected_tokens", expected_tokens, 1)
+        kv_memory = None if kv_memory is None else integer("kv_memory", kv_memory, 1)
+        max_sequences = None if max_sequences is None else integer("max_sequences", max_sequences, 1)
+        expected_tokens = None if expected_tokens is None else number("expected_tokens", expected_tokens, 1)
         self.prefill_tokens = integer("prefill_tokens", prefill_tokens, 1)
         self.view = WeightView(model, weights, dtype=autocast, lora=lora)
-        self.runner: Runner | None = None
-        self.scheduler: Scheduler | None = None  # of the session, in one
-        self.open_session: contextlib.ExitStack | None = None
+        self.pool = Pool(model, kv_memory, max_sequences, expected_tokens)
         self.shown: Shown | None = None  # the images of the session, or of the call that runs
         self._said = ""  # why something else answers
         self._structure: Hashable = None
@@ -116,10 +112,10 @@ class RolloutEngine:
         now = structure(self.model)
         if now == self._structure:
             return
-        if self.open_session is not None and self._structure is not None:
+        if self.pool.in_session and self._structure is not None:
             raise RuntimeError("the model's modules or config have changed within a session")
         self.support, self.checked = support(self.model), not self.check
-        self.runner = None
+        self.pool.drop()
         self.view.release()
         self._structure = now
 
@@ -177,8 +173,8 @@ class RolloutEngine:
             except (TypeError, ValueError) as error:
                 raise type(error)(f"images: {error}") from None
         groups = [[Completion.of(p, i, index) for index in range(p.n)] for i, p in enumerate(params)]
-        with _progress(sum(p.n for p in params), progress) as ended:
-            call = _Call(prompts, groups, _by_adapter(adapters, len(prompts)), ended, shown)
+        with progress_bar(sum(p.n for p in params), progress) as ended:
+            call = Call(prompts, groups, by_adapter(adapters, len(prompts)), ended, shown)
             if prompts:
                 reason = self._why_not_with(dict.fromkeys(adapters or ())) or self.why_not_images(prompts, call.images)
                 self.view.take_gathered()  # what the self-check had to gather is not of this call
@@ -205,7 +201,8 @@ class RolloutEngine:
             try:
                 reason = parity.check(self.model, self._roll, self.autocast)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
+                # Other ranks may be in a forward of FSDP2, which this one has left: its error has to end the run
+                if not out_of_memory(error) or any(map(sharding.is_fsdp2_unit, self.model.modules())):
                     raise
                 return f"there is no memory for its self-check: {error}"
             self.checked = True
@@ -234,26 +231,29 @@ class RolloutEngine:
         ids = placeholders(CausalLM.of(self.model).base.config)
         return dataclasses.replace(params, suppress_token_ids=[*params.suppress_token_ids, *ids])
 
-    def _generate(self, call: "_Call") -> None:
+    def _generate(self, call: Call) -> None:
         """As far as memory allows. Whoever has the model has the engine's pool and session, too."""
         with rollout_mode(self.model):
             try:
-                runner, scheduler = self._rows_and_blocks(call)
-            except (RuntimeError, MemoryError) as error:
-                self._without_memory(error)
-                return
-            try:
-                with self.view:
-                    self._roll_out(call, runner, scheduler)
+                with self.view:  # before the pool: ranks gather weights together, whatever memory one of them lacks
+                    self._with_a_pool(call)
             except BaseException as error:
-                scheduler.reset()  # it may count as cached what has never been computed
                 self._without_memory(error)
-            finally:
-                if self.open_session is None:
-                    self.shown = None
-                call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
 
-    def _roll_out(self, call: "_Call", runner: Runner, scheduler: Scheduler) -> None:
+    def _with_a_pool(self, call: Call) -> None:
+        backbone: Any = CausalLM.of(self.model).backbone
+        runner, scheduler = self.pool.admit(call, self.support, self.autocast or backbone.dtype)
+        try:
+            self._roll_out(call, runner, scheduler)
+        except BaseException:
+            scheduler.reset()  # it may count as cached what has never been computed
+            raise
+        finally:
+            if not self.pool.in_session:
+                self.shown = None
+            call.counts, call.pool = scheduler.take_counts(), (runner.cache.bytes, runner.cache.blocks)
+
+    def _roll_out(self, call: Call, runner: Runner, scheduler: Scheduler) -> None:
         for adapter, chosen in call.adapters:
             with self._adapter(adapter):
                 runner.fused = fused_backbone(runner.parts.backbone, runner.cache.dtype)
@@ -275,25 +275,26 @@ class RolloutEngine:
             call.steps += generation.steps
             call.row_steps += generation.row_steps
 
-    def _shown(self, call: "_Call", parts: CausalLM, answering: Hashable) -> Shown | None:
+    def _shown(self, call: Call, parts: CausalLM, answering: Hashable) -> Shown | None:
         """The images that prompts have or, in a session, had; the tower has seen them under these adapters."""
         if call.images is not None:
-            if self.shown is None or self.open_session is None:
+            if self.shown is None or not self.pool.in_session:
                 self.shown = Shown(parts, self.prefill_tokens)
             call.coded = self.shown.told_apart(call.prompts, call.images)
             self.shown.embed(answering)
-        return self.shown if self.open_session is not None or call.images is not None else None
+        return self.shown if self.pool.in_session or call.images is not None else None
 
     def _without_memory(self, error: BaseException) -> None:
-        """Frees the pool for what answers in the engine's place, or raises the error."""
+        """Frees the pool for what answers in the engine's place, and raises the error unless that is `generate`."""
+        if out_of_memory(error):
+            self.pool.drop()
         if self.fallback == "error" or not out_of_memory(error):
             raise error
-        self.runner = self.scheduler = None
         text = str(error)  # a record of the error itself would keep the pool: its traceback has it
         log.warning("the rollout goes on with transformers' generate: %s", text)
         _fallbacks.note(f"a rollout went on with transformers' generate: {text}")
 
-    def _generate_plainly(self, call: "_Call") -> None:
+    def _generate_plainly(self, call: Call) -> None:
         """What the engine has not."""
         for adapter, chosen in call.adapters:
             for i in chosen:
@@ -314,19 +315,19 @@ class RolloutEngine:
         of tools and agents. What other adapters have computed does not serve. The weights must not change within a
         session.
         """
-        if self.open_session is not None:
+        if self.pool.in_session:
             raise RuntimeError("session() of an engine that is in one")
         try:
-            with contextlib.ExitStack() as self.open_session:
+            with self.pool.session():
                 yield
         finally:
-            self.open_session = self.scheduler = self.shown = None
+            self.shown = None
 
     def release(self) -> None:
         """Frees the cache, the CUDA graphs that read it and copies of weights; the next call makes them again."""
-        if self.open_session is not None:
+        if self.pool.in_session:
             raise RuntimeError("release() within a session")
-        self.runner = None
+        self.pool.drop()
         self.view.release()
         release_tree_tiles()
 
@@ -388,127 +389,8 @@ class RolloutEngine:
             if p.stop_strings and self.tokenizer is None:
                 raise ValueError("stop_strings need the engine's tokenizer")
 
-    def _rows_and_blocks(self, call: "_Call") -> tuple[Runner, Scheduler]:
-        """The session's, or new ones over a pool that is as large as the call can use, as far as memory allows."""
-        sizes = [
-            (blocks_for(len(prompt)), blocks_for(group[0].draw.limit), len(group))
-            for prompt, group in zip(call.prompts, call.groups)
-        ]
-        needed = 1 + max(prompt + own for prompt, own, _ in sizes)
-        wanted = 1 + sum(prompt + own * n for prompt, own, n in sizes)
-        rows = sum(n for _, _, n in sizes)
-        rows = min(rows, self.max_sequences or rows)
-        if self.runner is not None and self.scheduler is not None and self.runner.cache.blocks >= needed:
-            self.scheduler.max_rows = rows
-            return self.runner, self.scheduler
-        runner = self._runner(needed, wanted * (1 if self.open_session is None else SESSION_TURNS))
-        scheduler = Scheduler(
-            runner.cache.blocks, rows, whole_nodes_only=self.support.hybrid, expected_tokens=self.expected_tokens
-        )
-        if self.open_session is not None:
-            self.scheduler = scheduler
-            self.open_session.enter_context(scheduler.keeping())
-        return runner, scheduler
-
-    def _runner(self, needed: int, wanted: int) -> Runner:
-        """The last one if its pool is large enough, else one with as many blocks of those wanted as memory allows."""
-        base: Any = CausalLM.of(self.model)
-        dtype: torch.dtype = self.autocast or base.backbone.dtype
-        have = 0
-        if self.runner is not None and self.runner.cache.dtype == dtype:
-            have = self.runner.cache.blocks
-        per_block = block_bytes(self.support.layers, dtype)
-        memory = self.kv_memory or int((free_bytes(self.device) + have * per_block) * MEMORY_SHARE)
-        blocks = min(wanted, memory // per_block)
-        if blocks < needed:
-            raise MemoryError(
-                f"a prompt with its max_new_tokens needs {needed * per_block} bytes of keys and values "
-                f"({needed} blocks of {BLOCK} tokens), kv_memory allows {memory} bytes"
-            )
-        if self.runner is None or have < blocks:
-            self.runner = None  # its memory first
-            self.runner = Runner(base, allocate(self.support.layers, blocks, needed, dtype, self.device))
-        return self.runner
-
-
-@dataclasses.dataclass
-class _Call:
-    """One call of `generate`: what is asked, the completions so far, and what they cost."""
-
-    prompts: Sequence[Sequence[int]]
-    groups: list[list[Completion]]  # of each prompt
-    adapters: list[tuple[str | None, list[int]]]  # with the indices of their prompts
-    ended: Callable[[int], object]
-    images: Images | None = None
-    coded: Sequence[Sequence[int]] | None = None  # the prompts as the cache knows them, where they have images
-    begin: float = dataclasses.field(default_factory=time.perf_counter)
-    counts: Counts = dataclasses.field(default_factory=Counts)
-    pool: tuple[int, int] = 0, 1  # bytes and blocks; the pool itself may have to be freed before the call ends
-    steps: int = 0
-    row_steps: int = 0
-    gathered: sharding.Gathered = dataclasses.field(default_factory=sharding.Gathered)
-
-    def queue(self, scheduler: Scheduler, chosen: Sequence[int], answering: Hashable) -> dict[Row, Completion]:
-        """A row for each completion of the chosen prompts; what other adapters have cached serves none of them."""
-        completions = {}
-        for i in chosen:
-            n, limit = len(self.groups[i]), self.groups[i][0].draw.limit
-            prompt = (self.coded or self.prompts)[i]
-            rows = scheduler.add(prompt, prompt_index=i, n=n, max_new_tokens=limit, space=answering)
-            for row, completion in zip(rows, self.groups[i]):
-                row.tokens = completion.tokens
-                completions[row] = completion
-        return completions
-
-    def rollouts(self) -> Rollouts:
-        completions = [completion for group in self.groups for completion in group]
-        cache_bytes, blocks = self.pool
-        stats = RolloutStats(
-            tokens=sum(len(c.tokens) for c in completions),
-            seconds=time.perf_counter() - self.begin,
-            steps=self.steps,
-            prefill_tokens=self.counts.prefill_tokens,
-            prefill_tokens_saved=self.counts.prompt_tokens - self.counts.prefill_tokens,
-            peak_rows=self.counts.peak_rows,
-            mean_rows=self.row_steps / max(self.steps, 1),
-            cache_bytes=cache_bytes,
-            peak_cache_bytes=self.counts.peak_blocks * cache_bytes // blocks,
-            preemptions=self.counts.preemptions,
-            nan_rows=sum(c.reason == "nan" for c in completions),
-            gather_bytes=self.gathered.size,
-            gather_seconds=self.gathered.seconds,
-        )
-        return Rollouts(
-            prompt_index=[c.prompt_index for c in completions],
-            prompt_ids=[list(self.prompts[c.prompt_index]) for c in completions],
-            completion_ids=[c.tokens for c in completions],
-            logprobs=[c.logprobs for c in completions],
-            truncated_logprobs=[c.truncated if c.params.truncated else c.logprobs for c in completions],
-            finish_reasons=[c.reason for c in completions],
-            stats=stats,
-        )
-
-
-def _by_adapter(adapters: Sequence[str] | None, prompts: int) -> list[tuple[str | None, list[int]]]:
-    """Each adapter, in the order of first use, with the indices of its prompts."""
-    if adapters is None:
-        return [(None, list(range(prompts)))]
-    return [(name, [i for i, other in enumerate(adapters) if other == name]) for name in dict.fromkeys(adapters)]
-
 
 def places(model: nn.Module, view: WeightView) -> tuple[int, ...]:
     """Where everything that a forward reads lies."""
     tensors = (*model.parameters(), *model.buffers(), *view.buffers.values())
     return tuple(x.data_ptr() for x in tensors)
-
-
-@contextlib.contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A function that counts completions as they end, on a bar if it is to be shown."""
-    if not shown:
-        yield lambda count: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="rollout", unit="completion") as bar:
-        yield bar.update

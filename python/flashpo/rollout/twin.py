@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from flashpo._causal_lm import text_model
+from flashpo._hosts.transformers import models_stay_whole
 
 LAYERS = 4
 VOCABULARY = 97
@@ -141,10 +141,13 @@ def small_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = N
     Raises:
         ValueError: the model is not small, or cannot be made here.
     """
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("DeepSpeed would shard its weights")
     make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        models_stay_whole(),
+    ):
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             count = sum(p.numel() for p in make(config, dtype=torch.float32).parameters())

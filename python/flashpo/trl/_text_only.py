@@ -69,9 +69,9 @@ def _says_twin(model: Any, name: str, more: Callable[[Tensor], dict[str, Tensor]
 
 
 def _changes_nothing(base: Any, more: Callable[[Tensor], dict[str, Tensor]], text_alone: bool) -> bool:
+    ids = torch.arange(2, 18, device=base.device)[None]
     try:
         twin: Any = small_twin(base).train()
-        ids = torch.arange(2, 18, device=base.device)[None]
         with torch.no_grad(), torch.random.fork_rng(), torch.autocast(base.device.type, enabled=False):
             logits = []
             for given in ({}, more(ids)):

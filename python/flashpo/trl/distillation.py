@@ -128,9 +128,10 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         if self._tried or self._sharing.mode is False or why_not(self._trl_class, TREES):
             return
         self._tried = True
-        names = [f" {name!r}" if len(self.teachers) > 1 else "" for name in self.teachers]
         models = [("", self.model)]
-        models += [(f"the teacher{name}: ", teacher.eval()) for name, teacher in zip(names, self.teachers.values())]
+        for name, teacher in self.teachers.items():
+            teacher.eval()  # returns nothing where it is an engine of DeepSpeed
+            models.append((f"the teacher {name!r}: " if len(self.teachers) > 1 else "the teacher: ", teacher))
         for who, model in models:
             with self.accelerator.autocast():
                 reason = why_not_packed(model)
@@ -272,6 +273,8 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             tree = known if known is not None and scored is comparison.of_all else pack(*tokens, scored)
             if not self._sharing.pays(CausalLM.of(unwrapped_model).backbone, tree):
                 tree = None
+        if not self._sharing.agreed(tree is not None, [unwrapped_model]):
+            tree = None
         if tree is not None:
             states = States.on(tree, unwrapped_model)
         elif of_student or beside or len(self.teachers) < 2:

@@ -111,15 +111,16 @@ class PackedScoring:
         values, self._values = self._values, None
         return values
 
-    def pays(self, batch: Batch, scored: Tensor) -> bool:
-        """Whether a batch that is taken is better off on its tree, asked of `score`'s arguments."""
-        models = self._models()
+    def runs(self, batch: Batch | None, scored: Tensor) -> bool:
+        """Whether `score` is to run a batch, or None that `takes` has refused; all ranks have to ask."""
+        if not self.ready():
+            return False
+        models, on_tree = self._models(), batch is not None
         backbones = [CausalLM.of(model).backbone for model in models]
         as_mask = [backbone for backbone in backbones if dense.installed(text_model(backbone))]
-        if not as_mask:
-            return True
-        agree = self._on_all_ranks if any(map(sharding.meets, models)) else bool
-        return self.sharing.pays(as_mask[0], batch.pack(scored, prune=True), agree)
+        if batch is not None and as_mask:
+            on_tree = self.sharing.pays(as_mask[0], batch.pack(scored, prune=True))
+        return self.sharing.agreed(on_tree, models)
 
     def score(
         self,
@@ -166,14 +167,8 @@ class PackedScoring:
         return logprob, entropy, aux_loss
 
     def _most_of_ranks(self, count: int) -> int:
-        return int(self._of_ranks(count).max())
-
-    def _on_all_ranks(self, answer: bool) -> bool:
-        return bool(self._of_ranks(int(answer)).all())
-
-    def _of_ranks(self, number: int) -> Tensor:
         accelerator = self.trainer.accelerator
-        return accelerator.gather(torch.tensor([number], device=accelerator.device))
+        return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
 
 
 def _least(batch: Batch, scored: Tensor, prune: bool) -> TokenTree:

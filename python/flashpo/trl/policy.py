@@ -138,10 +138,15 @@ class PolicyTrainer(GroupComparing):
         Idle rows need log-probs for the metrics alone. Their forward keeps no activations, and comes first, so that it
         needs no memory beside those of the others.
         """
-        if not self._can_skip(inputs, spec):
+        if not self._can_skip(spec):
             return self._score(model, inputs, scored=mask)
         idle = idle_rows(inputs["advantages"], mask, inputs["prompt_ids"])[:, None]
-        if self.accelerator.reduce(idle.any().long()) == 0:  # of all ranks, whose forwards have to match
+        padded = self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS}, *_tokens(inputs)) is None
+        # Forwards of all ranks have to match: two where one of them has idle rows, one where padded rows run anywhere
+        ranks_idle, ranks_padded = self.accelerator.reduce(
+            torch.stack([idle.any(), torch.full_like(idle.any(), padded)]).long()
+        )
+        if ranks_idle == 0 or ranks_padded > 0:
             return self._score(model, inputs, scored=mask)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logprob, entropy, _ = self._score(model, inputs, scored=mask * idle)
@@ -155,15 +160,15 @@ class PolicyTrainer(GroupComparing):
         """Tokens of the padded rows."""
         return inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
 
-    def _can_skip(self, inputs, spec: LossSpec) -> bool:
-        """Whether idle rows have no gradient and can be left out; the same on all ranks."""
+    def _can_skip(self, spec: LossSpec) -> bool:
+        """Whether idle rows have no gradient and can be left out of batches on trees; the same on all ranks."""
         return (
             getattr(self.args, "skip_zero_advantage", True)
             and spec.zero_advantage_is_zero_gradient
             and not self.aux_loss_enabled
             and torch.is_grad_enabled()
             and not overridden(self, "_get_per_token_logps_and_entropies")  # which then has all rows, once
-            and self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS}, *_tokens(inputs)) is not None
+            and self._packed.ready()
         )
 
     @in_place_of_trls(TREES)
@@ -188,10 +193,10 @@ class PolicyTrainer(GroupComparing):
         """On trees where that can be, else by TRL."""
         of_ids, scored = self._to_score or (None, None)
         scored = scored if of_ids is input_ids else None  # a subclass may have others scored on the way
-        batch = self._packed.takes(multimodal, input_ids, attention_mask) if active() else None
-        if batch is not None:
+        if active():
+            batch = self._packed.takes(multimodal, input_ids, attention_mask)
             of_batch = attention_mask[:, -logits_to_keep:] if scored is None else scored
-            if self._packed.pays(batch, of_batch):
+            if self._packed.runs(batch, of_batch) and batch is not None:
                 return self._packed.score(model, batch, of_batch, batch_size, compute_entropy, compute_aux_loss)
         if scored is not None:
             model = without_tokens(model, scored == 0)

@@ -36,7 +36,8 @@ def run_on_trees(
         reason = why_not_trained_by_layers(model) or ("it has no backbone" if backbone is base else "")
         reason = reason or why_not_packed(backbone, head=False)
     if allowed(reason):
-        take_rows(backbone, lambda reason: active() and allowed(reason), lambda tree: sharing.pays(backbone, tree), ran)
+        pays = lambda tree: sharing.agreed(tree is not None and sharing.pays(backbone, tree), [model])  # noqa: E731
+        take_rows(backbone, lambda reason: active() and allowed(reason), pays, ran)
 
 
 class RewardModels:

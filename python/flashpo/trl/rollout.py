@@ -25,6 +25,7 @@ from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.packing.images import GENERATED, Images, shared
 from flashpo.packing.support import why_no_images
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
+from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.images import of_prompts
 from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback
@@ -120,7 +121,7 @@ class TrainerRollouts:
             with generating(self.trainer, "flashpo.rollout") as model, torch.no_grad():
                 gathered = sharding.Gathered(sharded_bytes, time.perf_counter() - begin)
                 params = self._agreed(self._prepare, model, prompt_ids, shown)
-                rollouts = self._generate(prompt_ids, params, shown)
+                rollouts = self._agreed(self._generate, prompt_ids, params, shown)
         except Unsupported as reason:
             self.refuse(str(reason))
             return None
@@ -178,6 +179,8 @@ class TrainerRollouts:
             fallback = "error" if self.mode == "engine" else "generate"  # where memory runs out
             autocast = autocast_dtype(trainer.accelerator)
             options = {"tokenizer": trainer._tokenizer, "autocast": autocast, "fallback": fallback} | options
+            if sharding.meets(trainer.model):
+                options["fallback"] = "error"  # what one rank went on with alone would wait for the others' weights
             self.engine = RolloutEngine(model, **options)
             if self._session is not None:
                 self._session.enter_context(self.engine.session())
@@ -197,11 +200,16 @@ class TrainerRollouts:
         # Drawn from torch's generator: another one on every rank, and the same again after a resume.
         params = replace(params, seed=int(torch.randint(2**62, ())))
         first = torch.tensor([rows[0] for rows in rows_of.values()], device="cpu")
-        rollouts = self.engine.generate(
-            [list(ids) for ids, _ in rows_of],
-            [replace(params, n=len(rows)) for rows in rows_of.values()],
-            images=None if shown is None else shown.rows(first),
-        )
+        try:
+            rollouts = self.engine.generate(
+                [list(ids) for ids, _ in rows_of],
+                [replace(params, n=len(rows)) for rows in rows_of.values()],
+                images=None if shown is None else shown.rows(first),
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not (out_of_memory(error) and sharding.meets(self.trainer.model)):
+                raise
+            raise Unsupported(f"a process has no memory left for it: {error}") from None
         return rollouts.reordered([row for rows in rows_of.values() for row in rows])
 
     @contextlib.contextmanager

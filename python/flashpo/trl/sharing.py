@@ -1,11 +1,14 @@
 """`share_prefix` of a trainer's arguments: whether it runs on token trees, and what it says where it cannot."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
-from accelerate.utils import gather_object
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
 from torch import nn
 
 from flashpo._causal_lm import text_model
+from flashpo._hosts import sharding
 from flashpo.packing import TokenTree, dense
 from flashpo.packing.parity import parity
 from flashpo.packing.support import packable, why_not_packable
@@ -40,19 +43,37 @@ class Sharing:
             self.refuse(reason)
         return self.mode is not False and not reason
 
-    def pays(self, backbone: nn.Module, tree: TokenTree, agree: Callable[[bool], bool] = bool) -> bool:
-        """Whether `backbone`, which takes trees, is better off with this one than with padded rows.
-
-        agree: whether all ranks say so, of which each has to make the same forwards.
-        """
+    def pays(self, backbone: nn.Module, tree: TokenTree) -> bool:
+        """Whether `backbone`, which takes trees, is better off with this one than with padded rows."""
         text = text_model(backbone)
-        if self.mode is True or not dense.installed(text) or agree(dense.pays(tree)):
+        if self.mode is True or not dense.installed(text) or dense.pays(tree):
             return True
         self._skip(
             f"the attention of {type(text).__name__} takes a token tree as one mask, and where rows share little, that "
             "has more scores than theirs"
         )
         return False
+
+    def agreed(self, on_tree: bool, models: Iterable[nn.Module]) -> bool:
+        """Whether a batch runs on its tree: where forwards of the models have collectives, if it does on every rank.
+
+        Padded rows and a tree may take a different number of forwards, and gather the head at other moments. A rank
+        that ran its batch in another way than the others would wait for them for ever, so all of them have to ask for
+        every batch.
+        """
+        if self.mode is False:
+            return False
+        everywhere = _on_all_ranks(on_tree, models)
+        if on_tree and not everywhere:
+            self._skip("another process has a batch that cannot run on a tree, and the model is sharded over them")
+        return everywhere
+
+
+def _on_all_ranks(answer: bool, models: Iterable[nn.Module]) -> bool:
+    state = PartialState()
+    if state.num_processes == 1 or not any(map(sharding.meets, models)):
+        return answer
+    return bool(gather(torch.tensor([answer], device=state.device)).all())
 
 
 def why_not_packed(model: nn.Module, head: bool = True) -> str:

@@ -163,6 +163,8 @@ def _tree_of(
             tree = None
     except (TypeError, ValueError) as error:
         sharing.refuse(str(error))
+    if not sharing.agreed(tree is not None, [model]):
+        tree = None
     padded = batch["labels"].numel()
     ran(padded if tree is None else len(tree.tokens), padded, tree is not None)
     return tree
