@@ -4,11 +4,11 @@ check.
 A small model first imitates sums, half of which stop before the result (examples/arithmetic.py). From there each
 algorithm takes --steps optimisation steps of 64 sequences (DPO: 32 pairs). SFT trains on complete sums, DPO on complete
 ones against spoiled ones, and the others on what the model itself writes, rewarded by exact match. distil has no reward
-but a teacher, which is the model with which sft ended. judged is GRPO with a reward model, which was trained on complete
-sums against spoiled ones. The reward model misses some wrong numbers, so a penalty on the distance from the start keeps
-the policy near what it can judge. All have the same budget of tokens, including prompts and discarded completions. DAPO
-replaces groups of equal rewards, so it takes fewer steps. The plotted reward is that of held-out problems, sampled at
-temperature 1 with a fixed seed.
+but a teacher, which is the model with which sft ended. judged is GRPO with a reward model, which was trained on
+complete sums against spoiled ones. The reward model misses some wrong numbers, so a penalty on the distance from the
+start keeps the policy near what it can judge. All have the same budget of tokens, including prompts and discarded
+completions. DAPO replaces groups of equal rewards, so it takes fewer steps. The plotted reward is that of held-out
+problems, sampled at temperature 1 with a fixed seed.
 
 python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo distil judged
 python -m flashpo.bench.zoo gmpo sapo          # any name of flashpo.LOSSES
@@ -129,8 +129,8 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         prompts = [row["prompt"] for row in rows[: len(rows) // 2]]
         pairs = [{"prompt": p, "chosen": sums.totals(p), "rejected": sums.spoiled(p, rng)} for p in prompts]
     if name == "reward":
-        # TRL ends the texts that a reward model learns from with <eos>, and leaves it out where GRPO asks the model:
-        # tokens are taken as they are
+        # TRL ends the texts from which a reward model learns with <eos>, but omits it where GRPO asks the model. So the
+        # tokens are given as they are
         ids, characters = ("chosen", "rejected"), sums.tokenizer()
         data = [{f"{i}_ids": characters(pair["prompt"] + pair[i])["input_ids"] for i in ids} for pair in pairs]
         rate = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
@@ -171,7 +171,7 @@ def trl_config(name: str) -> type:
 
 
 def train(made, out: Path, *callbacks: transformers.TrainerCallback) -> float:
-    """In how many seconds; the model is in `out` afterwards."""
+    """Train, and return the seconds that it took. Afterwards the model is in `out`."""
     for callback in callbacks:
         made.add_callback(callback)
     made.remove_callback(transformers.PrinterCallback)
