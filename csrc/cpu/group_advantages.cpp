@@ -1,5 +1,5 @@
 // group_advantages: the checks, and a team of one thread. A batch has thousands of rows, not millions, and a hash table
-// nothing for vector instructions: plain scalar code, compiled once.
+// gains nothing from vector instructions. So this is plain scalar code, compiled once.
 #include "../group_advantages.h"
 
 #include "../cuda_library.h"
@@ -8,7 +8,7 @@ namespace flashpo {
 namespace {
 
 struct Alone {
-  static constexpr bool IN_ORDER = true;  // one thread takes the rows from first to last
+  static constexpr bool IN_ORDER = true;  // the only thread takes the rows from first to last
   int64_t rank() const { return 0; }
   int64_t size() const { return 1; }
   void wait() const {}
