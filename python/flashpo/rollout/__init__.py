@@ -1,4 +1,7 @@
-"""Generation with a KV cache on the trainer's live weights: every distinct prompt token is computed and cached once."""
+"""The rollout engine: it samples completions with the weights that a trainer is training.
+
+Each distinct prompt token is computed once, and its keys and values are cached once for all completions that need them.
+"""
 
 from flashpo.rollout.engine import RolloutEngine
 from flashpo.rollout.params import Rollouts, RolloutStats, SamplingParams

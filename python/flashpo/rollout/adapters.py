@@ -1,4 +1,4 @@
-"""PEFT's layers as a rollout sees them: which are plain LoRA, and what they compute."""
+"""Which layers of PEFT are plain LoRA, and the product that such a layer computes in a rollout."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from flashpo._hosts.peft import is_instance
 
 
 def vanilla_lora(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
-    """A, B and s of the adapters that answer; None where the layer does more than `W x + sum s B A x`."""
+    """(A, B, s) of each active adapter of the layer; None where the layer does more than `W x + sum s B A x`."""
     if not is_instance(layer, "peft.tuners.lora.layer", "Linear") or not is_plain_linear(layer.base_layer):
         return None
     if layer.disable_adapters or layer.merged:
@@ -22,7 +22,8 @@ def vanilla_lora(layer: Any) -> list[tuple[Tensor, Tensor, float]] | None:
 
 
 def lora_linear(base: nn.Module, adapters: list[tuple[Tensor, Tensor, float]], x: Tensor) -> Tensor:
-    """`base(x) + sum s B A x` with PEFT's dtypes: each product in its adapter's, the sum rounded once at the end."""
+    """`base(x) + sum s B A x` in PEFT's dtypes: each product in the dtype of its adapter, and the sum is converted to
+    the dtype of `base(x)` once at the end."""
     y = base(x)
     out = y.flatten(0, -2)
     for a, b, s in adapters:
@@ -32,7 +33,7 @@ def lora_linear(base: nn.Module, adapters: list[tuple[Tensor, Tensor, float]], x
 
 
 def is_plain_linear(module: Any) -> bool:
-    """nn.Linear that computes what nn.Linear does: not a quantised or parametrised one."""
+    """Whether a module computes what nn.Linear does, which a quantised or parametrised subclass does not."""
     weight = module._parameters.get("weight")
     return (
         isinstance(module, nn.Linear)

@@ -1,4 +1,4 @@
-"""Checks of what users pass to the rollout engine: each error names the argument, what was wanted and what came."""
+"""Checks of the arguments of the rollout engine. Each error names the argument, what was wanted and what came."""
 
 import math
 import operator
@@ -16,7 +16,7 @@ def kind(value: Any) -> str:
 
 
 def integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
-    """As a plain int in [low, high]; a bool or a float is none."""
+    """`value` as a Python int, if it is an integer in [low, high]. Bools and floats are refused."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {kind(value)}")
     try:
@@ -27,7 +27,7 @@ def integer(name: str, value: Any, low: int, high: int = 2**63 - 1) -> int:
 
 
 def number(name: str, value: Any, low: float, high: float = LARGEST) -> float:
-    """As a plain float in [low, high]."""
+    """`value` as a Python float, if it is a finite number in [low, high]."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, not {kind(value)}")
     try:
@@ -62,7 +62,8 @@ def flag(name: str, value: Any) -> bool:
 
 
 def items(name: str, value: Any) -> list:
-    """Of a sequence: neither of text, whose items are characters, nor of what has no order."""
+    """The items of a sequence. Text is refused because its items are characters, sets and mappings because they have no
+    order."""
     if isinstance(value, str | bytes | bytearray | Mapping | Set) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name} must be a sequence, not {kind(value)}")
     if isinstance(value, Tensor) and value.dim() == 0:
@@ -71,7 +72,7 @@ def items(name: str, value: Any) -> list:
 
 
 def token_ids(name: str, value: Any) -> list[list[int]]:
-    """As plain numbers, whatever they come in: the cache compares them."""
+    """Lists of Python ints from sequences or tensors of token ids. The cache compares the ids, so they must be ints."""
     return [_row(name, row) for row in items(name, value)]
 
 

@@ -1,7 +1,7 @@
-"""The keys and values of every token that is still needed, in blocks of 64 tokens out of one pool.
+"""The KV cache: keys and values in blocks of 64 tokens from one pool.
 
-A block id means the same place in every layer, so one allocator serves them all. Keys are stored transposed: a block
-of one head is a (head_dim, 64) tile, which is how decoding reads it.
+A block id means the same block in every layer, so that one allocator serves all layers. Keys are stored transposed: one
+head of a block is a (head_dim, 64) tile, because decode attention reads them in this layout.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ BLOCK = 64  # tokens
 
 
 class Run(NamedTuple):
-    """Consecutive tokens in the cache: the first `length` places of `blocks`."""
+    """Consecutive tokens in the cache: they fill the first `length` slots of `blocks`."""
 
     blocks: Sequence[int]
     length: int
 
     def slots(self, begin: int, end: int) -> list[int]:
-        """Where tokens [begin, end) of the run are: block * 64 + offset."""
+        """The slots of tokens [begin, end) of the run: block * 64 + offset."""
         return [self.blocks[i // BLOCK] * BLOCK + i % BLOCK for i in range(begin, end)]
 
 
@@ -34,7 +34,7 @@ def block_bytes(layers: Sequence[Layer], dtype: torch.dtype) -> int:
 
 
 class KVCache:
-    """Keys (blocks, Hkv, D, 64) and values (blocks, Hkv, 64, Dv) of every layer. Block 0 belongs to nobody."""
+    """Keys (blocks, Hkv, D, 64) and values (blocks, Hkv, 64, Dv) of every layer. Block 0 is never given out."""
 
     def __init__(self, layers: Sequence[Layer], blocks: int, dtype: torch.dtype, device: torch.device):
         self.blocks, self.dtype, self.device = blocks, dtype, device
@@ -46,16 +46,16 @@ class KVCache:
         self.bytes = blocks * block_bytes(layers, dtype)
 
     def append(self, layer: int, key: Tensor, value: Tensor, slot: Tensor) -> None:
-        """key (N, Hkv, D), value (N, Hkv, Dv) go to the places `slot` (N,); negative ones are skipped."""
+        """Writes key (N, Hkv, D) and value (N, Hkv, Dv) to the slots `slot` (N,). Negative slots are skipped."""
         kv_append(key, value, self.keys[layer], self.values[layer], slot)
 
     def gather(self, layer: int, slot: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (N, Hkv, D) and values (N, Hkv, Dv) from the places `slot` (N,)."""
+        """Keys (N, Hkv, D) and values (N, Hkv, Dv) from the slots `slot` (N,)."""
         block, offset = slot // BLOCK, slot % BLOCK
         return self.keys[layer][block, :, :, offset], self.values[layer][block, :, offset]
 
     def read(self, layer: int, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-        """Keys (1, Hkv, T, D) and values (1, Hkv, T, Dv) of the runs' T tokens."""
+        """Keys (1, Hkv, T, D) and values (1, Hkv, T, Dv) of the T tokens of all runs, in their order."""
         keys, values = [], []
         for run in runs:
             blocks = torch.tensor(run.blocks[: -(-run.length // BLOCK)], device=self.device)
@@ -67,7 +67,7 @@ class KVCache:
 
 
 def allocate(layers: Sequence[Layer], blocks: int, at_least: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-    """A cache of `blocks` blocks, or of fewer if the device has no memory for them."""
+    """A cache of `blocks` blocks, or of fewer, but not below `at_least`, if the device has no memory for them."""
     while True:
         try:
             return KVCache(layers, blocks, dtype, device)
@@ -78,7 +78,7 @@ def allocate(layers: Sequence[Layer], blocks: int, at_least: int, dtype: torch.d
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that can be had now: on a GPU what torch holds in reserve included."""
+    """The bytes of device memory that can be allocated now. On a GPU they include what torch holds in reserve."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
@@ -86,5 +86,5 @@ def free_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """CUDA's, Python's, and that of torch's CPU allocator, which is a plain RuntimeError."""
+    """Whether the error is CUDA's, Python's or that of torch's CPU allocator, which raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""What one call of `generate` asks for, and what it has so far."""
+"""The state of one call of `RolloutEngine.generate`: what it asks for, and what it has so far."""
 
 import contextlib
 import time
@@ -14,23 +14,24 @@ from flashpo.rollout.scheduler import Counts, Row, Scheduler
 
 @dataclass
 class Call:
-    """One call of `generate`: what is asked, the completions so far, and what they cost."""
+    """One call of `RolloutEngine.generate`: its prompts, the completions so far, and what they cost."""
 
     prompts: Sequence[Sequence[int]]
-    groups: list[list[Completion]]  # of each prompt
-    adapters: list[tuple[str | None, list[int]]]  # with the indices of their prompts
-    ended: Callable[[int], object]
+    groups: list[list[Completion]]  # the completions of each prompt
+    adapters: list[tuple[str | None, list[int]]]  # each adapter with the indices of its prompts
+    ended: Callable[[int], object]  # called with the number of completions that have just ended
     images: Images | None = None
-    coded: Sequence[Sequence[int]] | None = None  # the prompts as the cache knows them, where they have images
+    coded: Sequence[Sequence[int]] | None = None  # prompts with images: codes in place of image tokens, see `Shown`
     begin: float = field(default_factory=time.perf_counter)
     counts: Counts = field(default_factory=Counts)
-    pool: tuple[int, int] = 0, 1  # bytes and blocks; the pool itself may have to be freed before the call ends
+    pool: tuple[int, int] = 0, 1  # its bytes and blocks: numbers, as the pool may be freed before the call ends
     steps: int = 0
     row_steps: int = 0
     gathered: sharding.Gathered = field(default_factory=sharding.Gathered)
 
     def queue(self, scheduler: Scheduler, chosen: Sequence[int], answering: Hashable) -> dict[Row, Completion]:
-        """A row for each completion of the chosen prompts; what other adapters have cached serves none of them."""
+        """Queues a row for each completion of the chosen prompts. Rows share only what the adapters `answering` have
+        computed."""
         completions = {}
         for i in chosen:
             n, limit = len(self.groups[i]), self.groups[i][0].draw.limit
@@ -71,7 +72,7 @@ class Call:
 
 
 def by_adapter(adapters: Sequence[str] | None, prompts: int) -> list[tuple[str | None, list[int]]]:
-    """Each adapter, in the order of first use, with the indices of its prompts."""
+    """Each adapter with the indices of its prompts, in the order in which `adapters` first names them."""
     if adapters is None:
         return [(None, list(range(prompts)))]
     return [(name, [i for i, other in enumerate(adapters) if other == name]) for name in dict.fromkeys(adapters)]
@@ -79,7 +80,7 @@ def by_adapter(adapters: Sequence[str] | None, prompts: int) -> list[tuple[str |
 
 @contextlib.contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
-    """A function that counts completions as they end, on a bar if it is to be shown."""
+    """Yields a function that takes the number of completions that have ended; it moves a bar if `shown`."""
     if not shown:
         yield lambda count: None
         return

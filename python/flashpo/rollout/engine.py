@@ -1,4 +1,8 @@
-"""RolloutEngine: completions of prompts by a model that is being trained, on its live weights."""
+"""RolloutEngine: samples completions of prompts with the live weights of a model that is being trained.
+
+This file checks the arguments of a call and decides whether the engine or transformers' `generate` answers it. pool.py
+has the KV cache, generation.py runs a call, and weights.py provides the weights that a rollout computes with.
+"""
 
 import contextlib
 import dataclasses
@@ -36,32 +40,37 @@ log = logging.getLogger("flashpo")
 
 
 class RolloutEngine:
-    """Generates with a KV cache in which every distinct prompt token is computed and stored once.
+    """Samples completions with a KV cache in which each distinct prompt token is computed and stored once.
 
-    The model is used as it is and left as it was: attention implementation, train and eval flags, weights. It may be
-    wrapped by PEFT. Updates of its weights between calls need no notice.
+    The engine changes the model only while a rollout runs (the attention implementation in its configs, train and eval
+    flags, forwards of linear layers) and restores all of it at the end. It never writes the weights. The model may be
+    wrapped by PEFT. The engine uses the weights as they are at each call, so a trainer need not announce updates.
 
     Args:
-        model: a causal language model of transformers.
-        tokenizer: needed for `stop_strings` only.
-        kv_memory: bytes for keys and values; default: half of what is free when they are first needed. Never more is
-            taken than a call can use. The pool stays for the next call; `release` frees it.
-        max_sequences: completions that run at once; default: as many as fit.
-        expected_tokens: where memory is short, completions start when there is room for this length, later for the mean
-            length of those that have ended; some are preempted and computed again if that was too few. Default: when
-            there is room for max_new_tokens.
-        prefill_tokens: prompt tokens of one forward.
-        autocast: the dtype of the autocast region that the trainer runs its forward in, None without one.
-        weights, lora: how weights are viewed, see WeightView.
-        fallback: what to do with a model that the engine cannot run, or where memory is too short for even a single
-            row: "generate" with transformers, after a warning that names the reason, or raise an "error".
-        check: compare with a plain forward before the first rollout of a class and config (see parity.py), which is
-            the only way to know of a model that does something unheard of.
+        model: A causal language model of transformers.
+        tokenizer: Needed only for `stop_strings`.
+        kv_memory: The largest size of the KV cache in bytes. The default is half of the memory that is free when the
+            cache is first needed. The cache never takes more than the call can use (within a session, four times what
+            its first call can use). It stays for the next call; `release` frees it.
+        max_sequences: The largest number of completions that run at once. The default is as many as fit.
+        expected_tokens: The expected length of a completion, used where memory is short. A completion then starts as
+            soon as there is room for this many tokens; as completions end, their mean length takes its place. Where
+            this was too few, some completions are preempted and computed again. By default a completion starts only
+            when there is room for `max_new_tokens`.
+        prefill_tokens: The largest number of prompt tokens in one forward.
+        autocast: The dtype of the autocast region in which the trainer runs its forward; None if there is none.
+        weights: "auto", "alias" or "shadow": whether linear layers compute with the parameters or with a copy of them
+            that is faster to decode with, see `WeightView`.
+        lora: "auto", "live" or "merged": how LoRA adapters are computed, see `WeightView`.
+        fallback: What happens if the engine cannot run the model, or if memory is too short for even one completion.
+            "generate": transformers' `generate` answers, after a warning that names the reason. "error": raise.
+        check: Compare a short rollout with the model's plain forward before the first rollout of a class and config
+            (see parity.py). Only this finds models that compute something in a way that the engine does not know.
 
     Raises:
-        TypeError, ValueError: naming the argument.
-        Unsupported: with fallback="error", naming the reason.
-        ModelInUse: a rollout of the model has not ended.
+        TypeError, ValueError: An argument is wrong. The message names it.
+        Unsupported: The engine cannot run the model, and fallback is "error". The message gives the reason.
+        ModelInUse: Another rollout of the model has not ended.
     """
 
     def __init__(
@@ -100,15 +109,15 @@ class RolloutEngine:
         self.prefill_tokens = integer("prefill_tokens", prefill_tokens, 1)
         self.view = WeightView(model, weights, dtype=autocast, lora=lora)
         self.pool = Pool(model, kv_memory, max_sequences, expected_tokens)
-        self.shown: Shown | None = None  # the images of the session, or of the call that runs
-        self._said = ""  # why something else answers
+        self.shown: Shown | None = None  # the images of the session, or of the running call
+        self._said = ""  # the last reason given for falling back to `generate`: each is given once
         self._structure: Hashable = None
         self._look_at_the_model()
         if not self.support.ok:
             self._refuse(self.support.reason)
 
     def _look_at_the_model(self) -> None:
-        """Finds out what the engine knows of its model, unless that still holds."""
+        """Finds out whether the engine can run the model, unless nothing has changed since the last look."""
         now = structure(self.model)
         if now == self._structure:
             return
@@ -132,24 +141,29 @@ class RolloutEngine:
         images: Mapping[str, Any] | Images | None = None,
         progress: bool = False,
     ) -> Rollouts:
-        """Completions of `prompts` (lists of token ids), `params.n` of each, in the order of the prompts.
+        """Samples `params.n` completions of each prompt and returns them in the order of the prompts.
 
         Args:
-            prompts: at least one token each.
-            params: for all prompts, or one for each.
-            adapters: the PEFT adapter that answers each prompt; default: those that are active.
-            images: what the processor gives beside the ids of these prompts, in their order: pixel_values, and under
-                their names grids, sizes, masks, and num_images where the prompts do not tell whose the images are. The
-                tower sees each image once; placeholders of images are never drawn.
-            progress: show a progress bar.
+            prompts: A list of token ids for each prompt, with at least one token each.
+            params: One SamplingParams for all prompts, or one for each prompt.
+            adapters: The name of the PEFT adapter that answers each prompt. By default the active adapters answer.
+            images: The image tensors that the processor returned for these prompts, in the order of the prompts:
+                `pixel_values`, and grids, sizes and masks under the processor's names. `num_images` gives the number of
+                images of each prompt; it is needed where the prompts' tokens do not tell which image belongs to which
+                prompt. The vision tower computes each distinct image once. Image placeholder tokens are never drawn.
+            progress: Show a progress bar.
+
+        Returns:
+            The completions with the log-probabilities of their tokens, and what the call cost.
 
         Raises:
-            TypeError: prompts, params, adapters or images are none.
-            ValueError: a prompt is empty, holds ids outside the vocabulary, leaves no place for its new tokens, or has
-                other images than its tokens say.
-            ModelInUse: another rollout of the model has not ended, in another thread or further up in this one.
-            Unsupported, MemoryError: with fallback="error". A prompt that with its max_new_tokens does not fit into the
-                cache is told in bytes.
+            TypeError: An argument has the wrong type. The message names it.
+            ValueError: A prompt is empty, holds ids outside the vocabulary, leaves too few positions for its new
+                tokens, or has other images than its tokens say.
+            ModelInUse: Another rollout of the model has not ended, in another thread or further up in this one.
+            Unsupported: The engine cannot run the model, and fallback is "error".
+            MemoryError: A prompt with its `max_new_tokens` does not fit into the cache, and fallback is "error". The
+                message gives the bytes that are needed and allowed.
         """
         prompts = token_ids("prompts", prompts)
         flag("progress", progress)
@@ -177,7 +191,7 @@ class RolloutEngine:
             call = Call(prompts, groups, by_adapter(adapters, len(prompts)), ended, shown)
             if prompts:
                 reason = self._why_not_with(dict.fromkeys(adapters or ())) or self.why_not_images(prompts, call.images)
-                self.view.take_gathered()  # what the self-check had to gather is not of this call
+                self.view.take_gathered()  # do not count what the self-check gathered
                 if not reason:
                     self._generate(call)
                 else:
@@ -187,21 +201,23 @@ class RolloutEngine:
         return call.rollouts()
 
     def why_not(self) -> str | None:
-        """Why the engine cannot run its model, None if it can. Compares with a plain forward when it is first asked.
+        """The reason why the engine cannot run its model, or None if it can.
+
+        The first call also runs the self-check, which compares a short rollout with the model's plain forward.
 
         Raises:
-            ModelInUse: the question changes the model for a moment, and a rollout of it has not ended.
+            ModelInUse: The answer requires changing the model for a moment, and a rollout of it has not ended.
         """
         return self._why_not_with(())
 
     def _why_not_with(self, names: Iterable[str]) -> str | None:
-        """Why not under the active adapters, or under one of those that are named."""
+        """The reason why not under the active adapters or under one of the adapters `names`; None if there is none."""
         self._look_at_the_model()
         if self.support.ok and not self.checked:
             try:
                 reason = parity.check(self.model, self._roll, self.autocast)
             except (RuntimeError, MemoryError) as error:
-                # Other ranks may be in a forward of FSDP2, which this one has left: its error has to end the run
+                # Other ranks may still wait in a forward of FSDP2 that this rank has left: its error must end the run
                 if not out_of_memory(error) or any(map(sharding.is_fsdp2_unit, self.model.modules())):
                     raise
                 return f"there is no memory for its self-check: {error}"
@@ -212,7 +228,7 @@ class RolloutEngine:
         return reason or None
 
     def why_not_images(self, prompts: Sequence[Sequence[int]], images: Images | None) -> str | None:
-        """`why_not` for prompts with such images."""
+        """The reason why the engine cannot run prompts with these images, or None if it can."""
         if images is None:
             return None
         if reason := why_no_images(CausalLM.of(self.model).backbone):
@@ -232,10 +248,13 @@ class RolloutEngine:
         return dataclasses.replace(params, suppress_token_ids=[*params.suppress_token_ids, *ids])
 
     def _generate(self, call: Call) -> None:
-        """As far as memory allows. Whoever has the model has the engine's pool and session, too."""
+        """Runs the call on the engine, as far as memory allows.
+
+        `rollout_mode` lets one rollout at a time have the model; this also protects the engine's pool and session.
+        """
         with rollout_mode(self.model):
             try:
-                with self.view:  # before the pool: ranks gather weights together, whatever memory one of them lacks
+                with self.view:  # before the pool: ranks gather weights together even if one lacks memory for a pool
                     self._with_a_pool(call)
             except BaseException as error:
                 self._without_memory(error)
@@ -246,7 +265,7 @@ class RolloutEngine:
         try:
             self._roll_out(call, runner, scheduler)
         except BaseException:
-            scheduler.reset()  # it may count as cached what has never been computed
+            scheduler.reset()  # it may count tokens as cached that were never computed
             raise
         finally:
             if not self.pool.in_session:
@@ -276,7 +295,8 @@ class RolloutEngine:
             call.row_steps += generation.row_steps
 
     def _shown(self, call: Call, parts: CausalLM, answering: Hashable) -> Shown | None:
-        """The images that prompts have or, in a session, had; the tower has seen them under these adapters."""
+        """The images of the call and of earlier calls of the session, after the vision tower has run on them with the
+        adapters `answering`; None if there are none."""
         if call.images is not None:
             if self.shown is None or not self.pool.in_session:
                 self.shown = Shown(parts, self.prefill_tokens)
@@ -285,17 +305,18 @@ class RolloutEngine:
         return self.shown if self.pool.in_session or call.images is not None else None
 
     def _without_memory(self, error: BaseException) -> None:
-        """Frees the pool for what answers in the engine's place, and raises the error unless that is `generate`."""
+        """Frees the KV cache after an out-of-memory error, so that `generate` can answer; raises any other error, and
+        every error with fallback="error"."""
         if out_of_memory(error):
             self.pool.drop()
         if self.fallback == "error" or not out_of_memory(error):
             raise error
-        text = str(error)  # a record of the error itself would keep the pool: its traceback has it
+        text = str(error)  # not the error itself: its traceback would keep the pool alive
         log.warning("the rollout goes on with transformers' generate: %s", text)
         _fallbacks.note(f"a rollout went on with transformers' generate: {text}")
 
     def _generate_plainly(self, call: Call) -> None:
-        """What the engine has not."""
+        """Lets transformers' `generate` sample the completions that the engine has not finished."""
         for adapter, chosen in call.adapters:
             for i in chosen:
                 missing = [completion for completion in call.groups[i] if not completion.reason]
@@ -309,11 +330,14 @@ class RolloutEngine:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Within it, prompts and completions stay cached until their blocks are needed.
+        """Keeps prompts and completions cached between the calls within it, until their blocks are needed.
 
-        A prompt that begins with the tokens of an earlier one and its completion costs its new tokens only: the turns
-        of tools and agents. What other adapters have computed does not serve. The weights must not change within a
-        session.
+        A prompt that begins with an earlier prompt and its completion costs only its new tokens. Conversations with
+        tools or agents have such prompts. Only what was computed under the same adapters is shared. The weights must
+        not change within a session.
+
+        Raises:
+            RuntimeError: The engine is in a session already.
         """
         if self.pool.in_session:
             raise RuntimeError("session() of an engine that is in one")
@@ -324,7 +348,11 @@ class RolloutEngine:
             self.shown = None
 
     def release(self) -> None:
-        """Frees the cache, the CUDA graphs that read it and copies of weights; the next call makes them again."""
+        """Frees the KV cache, the CUDA graphs that read it and the copies of weights. The next call makes them again.
+
+        Raises:
+            RuntimeError: The engine is in a session.
+        """
         if self.pool.in_session:
             raise RuntimeError("release() within a session")
         self.pool.drop()
@@ -338,7 +366,7 @@ class RolloutEngine:
         params: SamplingParams,
         images: Mapping[str, Any] | None = None,
     ) -> Rollouts:
-        """For the self-check: a rollout of the model, or of a small twin of it, that is not checked itself."""
+        """A rollout of the model, or of a small twin of it, for the self-check. It starts no self-check of its own."""
         own = model is self.model
         autocast = self.autocast if own else None
         engine = RolloutEngine(model, max_sequences=4, autocast=autocast, fallback="error", check=False)
@@ -354,7 +382,8 @@ class RolloutEngine:
             _fallbacks.note(f"rollouts by transformers' generate: {reason}")
 
     def _plain_view(self):
-        """Of weights that the model's own hooks have to gather there is no view."""
+        """The view of the weights for `generate`. Where the model's own hooks have to gather the weights there is no
+        view, only an autocast region."""
         if sharding.why_no_view(self.model) is None:
             return self.view
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
@@ -373,7 +402,7 @@ class RolloutEngine:
             raise ValueError(f"adapters must have a name for each of {len(prompts)} prompts, not {len(adapters)}")
         for name in set(adapters or ()):
             with eval_mode(self.model), active_adapter(self.model, name):
-                pass  # it exists
+                pass  # raises where there is no such adapter
         vocabulary = CausalLM.of(self.model).vocabulary
         longest = self.support.longest
         for i, (prompt, p) in enumerate(zip(prompts, params)):
@@ -391,6 +420,6 @@ class RolloutEngine:
 
 
 def places(model: nn.Module, view: WeightView) -> tuple[int, ...]:
-    """Where everything that a forward reads lies."""
+    """The addresses of all tensors that a forward reads."""
     tensors = (*model.parameters(), *model.buffers(), *view.buffers.values())
     return tuple(x.data_ptr() for x in tensors)

@@ -1,7 +1,7 @@
-"""transformers' `generate` with our sampler: what answers where the engine cannot.
+"""Sampling by transformers' `generate`, for models that the engine cannot run.
 
-Slower, but the same completions: each token is drawn by the same operator from the same random stream, and every
-completion ends by the same rules.
+It is slower than the engine but follows the same rules: each token is drawn by our `sample` operator from the same
+random stream, and completions end in the same way.
 """
 
 import contextlib
@@ -24,7 +24,12 @@ def generate(
     decode: Callable | None,
     beside: Mapping[str, Tensor],
 ):
-    """All of the completions, which are of this one prompt, from their beginning; `beside`: their images."""
+    """Samples all of the completions of one prompt from their beginning.
+
+    Args:
+        decode: Token ids to text, for stop strings.
+        beside: The image tensors of the prompt, one copy for each completion.
+    """
     for completion in completions:
         completion.restart()
     device = next(model.parameters()).device
@@ -42,7 +47,7 @@ def generate(
 
 
 class _Draws(LogitsProcessor):
-    """Leaves one finite logit a row, the token drawn, so that the greedy choice behind it takes that one."""
+    """Draws a token for each row and sets all other logits to -inf, so that `generate`'s greedy search takes it."""
 
     def __init__(self, completions: Sequence[Completion], decode: Callable | None, device: torch.device):
         self.completions, self.decode = completions, decode
@@ -68,7 +73,8 @@ class _Ended(StoppingCriteria):
 
 @contextlib.contextmanager
 def _own_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """In place of the model's own, whose penalties and end tokens `generate` would mix in; PEFT's wrapper has one."""
+    """Replaces every generation config of the model by `config`: `generate` would apply their penalties and end tokens.
+    PEFT's wrapper has a generation config, too."""
     owners: list[Any] = [
         m for m in model.modules() if isinstance(getattr(m, "generation_config", None), GenerationConfig)
     ]

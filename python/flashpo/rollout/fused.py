@@ -1,9 +1,9 @@
-"""The backbone of Llama-shaped models without its modules' Python: five operators a layer beside the projections.
+"""A faster forward for the backbones of Llama-like models: five operators in each layer, besides the projections.
 
-transformers runs some fifty operators a layer. The projections are called as the model's own modules, so adapters and
-swapped forwards on them count; shadows of those with the same input, which lie behind each other, are one product.
-Norms, rotation, cache and activation run in our operators, with the same roundings.
-Layers with packed projections that stand behind each other are one operator in a decode step.
+transformers runs about fifty operators in each layer. Here norms, rotation, cache and activation run in our operators,
+which round in the same way. The projections are called as the model's own modules, so that adapters and swapped
+forwards on them take effect. Projections of the same input whose shadow weights are contiguous are one product.
+Consecutive layers with packed projections are one operator in a decode step.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from flashpo.ops.packed_linear import ROWS
 from flashpo.rollout.packed_linear import PackedLinear
 from flashpo.rollout.weights import ShadowLinear, joined
 
-# Decoder layers that are: h += attention(norm(h)); h += mlp(norm(h)), with rotation by halves.
+# Decoder layers that compute h += attention(norm(h)); h += mlp(norm(h)), and whose rotation pairs the halves of a head.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
@@ -30,7 +30,7 @@ SAME = ("LigerRMSNorm.forward", "LigerSwiGLUMLP.forward", "fused_norm_forward", 
 
 
 class Cached(Protocol):
-    """A decode step or a prefill: its tokens, where they go in the cache, and their attention over the cache."""
+    """A decode step or a prefill: its tokens, their slots in the cache, and their attention over the cache."""
 
     token: Tensor  # (N,)
     position: Tensor  # (N,)
@@ -38,13 +38,13 @@ class Cached(Protocol):
     cache: Any
 
     @property
-    def tables(self) -> tuple[Tensor, ...] | None: ...  # of decode_attention, in a decode step
+    def tables(self) -> tuple[Tensor, ...] | None: ...  # the tables of decode_attention; None in a prefill
 
     def attend_cached(self, layer: int, query: Tensor, scale: float) -> Tensor: ...
 
 
 class FusedBackbone:
-    """`backbone(step)` -> the last hidden states (N, H), as the model's own backbone computes them."""
+    """`fused(step)` gives the last hidden states (N, H) that the model's own backbone would compute."""
 
     def __init__(self, backbone: Any):
         self.backbone = backbone
@@ -75,7 +75,7 @@ class _Layer:
         self.qkv, self.gate_up = self._together(self.attn, "qkv"), self._together(self.module, ("gate", "up"))
 
     def _packed(self) -> list[PackedLinear] | None:
-        """q, k, v, o, gate, up and down, if nothing else than a packed product happens in them."""
+        """The projections q, k, v, o, gate, up and down, if each of them is a packed product without hooks."""
         if self.activation is None:
             return None
         modules = [getattr(self.attn, f"{name}_proj") for name in "qkvo"]
@@ -85,7 +85,7 @@ class _Layer:
         return packed if len(packed) == len(modules) else None
 
     def _together(self, block: Any, names: Iterable[str]) -> ShadowLinear | None:
-        """One product in the place of several with the same input."""
+        """One product in place of several with the same input, if their shadow weights allow it."""
         linears = [getattr(block, f"{name}_proj", None) for name in names]
         if any(m is None or m._forward_hooks or m._forward_pre_hooks for m in linears):
             return None
@@ -124,7 +124,7 @@ class _Layer:
 
 
 class _Modules:
-    """Layers one by one, their projections as the model's modules."""
+    """Runs layers one by one and calls their projections as the model's modules."""
 
     def __init__(self, layers: Sequence[_Layer]):
         self.layers = layers
@@ -136,7 +136,7 @@ class _Modules:
 
 
 class _Stack(_Modules):
-    """Layers with packed projections, alike but for their windows."""
+    """Runs layers with packed projections as one operator. Except for their windows, the layers have equal options."""
 
     def __init__(self, layers: Sequence[_Layer]):
         super().__init__(layers)
@@ -156,15 +156,18 @@ class _Stack(_Modules):
 
 
 def _norms(layer: Any) -> list[Any]:
-    """Before attention, behind it, and those of queries and keys where a family has them."""
+    """The norms before attention and after it, then those of queries and keys where a family has them."""
     attn = layer.self_attn
     heads = [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
     return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
 
 
 def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | None:
-    """None for a model of another shape, with other dtypes than the cache's `dtype`, or with hooks or adapters on
-    modules that we would pass by."""
+    """The fused forward of a backbone whose cache has the given dtype; None where it would not compute the same.
+
+    This is so for models of another structure, for norms of other dtypes, and for hooks or replaced forwards on modules
+    that the fused forward does not call.
+    """
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or any(type(layer).__name__ not in LAYERS for layer in layers):
         return None
@@ -181,13 +184,17 @@ def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | N
     dtypes = {norm.weight.dtype for norm in norms}
     if dtypes == {dtype}:
         return fused
-    # Under autocast the residual stream is fp32, and so is what a router sees: our norms give what products take.
+    # Under autocast the residual stream is fp32, and routers read fp32 norms. Our norms return the dtype of the
+    # products instead, so models with routers keep their own forward.
     plain = all(layer.activation is not None for part in fused.parts for layer in part.layers)
     return fused if dtypes == {torch.float32} and plain else None
 
 
 def _does_something_else(module: nn.Module) -> bool:
-    """Whether another forward has been put on it than its class's, or one of `SAME`."""
+    """Whether somebody has put a forward on the instance that computes something else than its class does.
+
+    The forwards in `SAME` compute the same.
+    """
     forward = module.__dict__.get("forward")
     name = getattr(getattr(forward, "__func__", None), "__qualname__", None)
     return forward is not None and name not in SAME

@@ -1,4 +1,4 @@
-"""One call of `RolloutEngine.generate` while it runs: computes what the scheduler decides, collects what is drawn."""
+"""The main loop of a rollout: it computes what the scheduler decides and collects the sampled tokens."""
 
 import dataclasses
 import functools
@@ -18,12 +18,12 @@ from flashpo.rollout.prefix_tree import Node, Segment
 from flashpo.rollout.runner import Draw, Runner, Step, draw_tokens
 from flashpo.rollout.scheduler import Row, Scheduler
 
-START_ROWS = 256  # rows whose logits are held at a time to draw their first tokens
+START_ROWS = 256  # first tokens are drawn for so many rows at a time, which limits the memory for logits
 
 
 @dataclasses.dataclass(eq=False)
 class Completion:
-    """One completion while it grows; while a row computes it, the row has the same list of tokens."""
+    """One completion while it grows. `tokens` is the same list as in the scheduler's `Row` that computes it."""
 
     prompt_index: int
     params: SamplingParams
@@ -53,7 +53,10 @@ class Completion:
             self.reason = "length"
 
     def _at_stop_string(self, decode: Callable) -> bool:
-        """Whether a stop string has just been completed: a token is at least a byte, save for special ones."""
+        """Whether the last token has completed a stop string.
+
+        Only the last tokens are decoded: except for special tokens, each has at least one byte.
+        """
         if not self.params.stop_strings:
             return False
         longest = max(len(text.encode()) for text in self.params.stop_strings)
@@ -62,20 +65,22 @@ class Completion:
 
 
 class Ending(NamedTuple):
-    """What a cached node keeps of its end."""
+    """What a cached node keeps about its last token."""
 
-    logits: Tensor | None  # where a prompt ends
-    state: State | None  # of a hybrid model
+    logits: Tensor | None  # if a prompt ends there
+    state: State | None  # the recurrent state of a hybrid model
 
 
 class Generation:
-    """The completions of one call.
+    """Computes completions until all have ended.
 
     Args:
-        decode: tokens to text, for stop strings.
-        ended: called with the number of completions that have just ended.
-        hybrid: the model keeps a state for each row, which has to follow it.
-        images: those of the prompts, and under which adapters the tower has seen them.
+        completions: The completion that each row of the scheduler computes.
+        prefill_tokens: The largest number of tokens in one prefill.
+        decode: Token ids to text, for stop strings.
+        ended: Called with the number of completions that have just ended.
+        hybrid: Whether the model keeps a recurrent state for each row. The state then moves with the row.
+        images: The images of the prompts, and a key of the adapters under which the vision tower has computed them.
     """
 
     def __init__(
@@ -94,11 +99,11 @@ class Generation:
         self.decode, self.ended = decode, ended
         self.states = RowStates(runner.parts) if hybrid else None
         self.images = images
-        self._ahead: dict[Node, int] = {}  # of the rows of a prompt
+        self._ahead: dict[Node, int] = {}  # for each prompt's last node, see `_ahead_of`
         self.steps, self.row_steps = 0, 0
 
     def run(self) -> None:
-        """Until every completion has ended."""
+        """Runs until every completion has ended."""
         while self.scheduler.unfinished:
             plan = self.scheduler.plan()
             logits = self._halving_prefill(plan.prefill)
@@ -107,7 +112,7 @@ class Generation:
                 self._decode()
 
     def _decode(self) -> None:
-        """Steps until a row ends or has to leave: then others may start."""
+        """Runs decode steps until a row ends or is preempted, so that other rows may start."""
         version, rows = None, self.scheduler.rows
         while True:
             try:
@@ -134,7 +139,7 @@ class Generation:
                 return
 
     def _ahead_of(self, rows: Sequence[Row]) -> list[int]:
-        """How far their rotary positions are from numbers of tokens."""
+        """For each row, its rotary position minus its number of tokens. They differ after images."""
         if self.images is None:
             return []
         for row in rows:
@@ -149,10 +154,10 @@ class Generation:
                     completion.append(tokens[i], full[i], truncated[i], self.decode)
 
     def _finish(self, rows: Sequence[Row]) -> int:
-        """Rows that have ended give their blocks back; their number."""
+        """Frees the blocks of the rows that have ended and returns how many these are."""
         ended = [row for row in rows if self.completions[row].reason]
         for row in ended:
-            # the last token of a hybrid's row has no state: nothing can go on from there
+            # in a hybrid model there is no state after the cached tokens, so that no prompt could continue from them
             self.scheduler.finish(row, keep=self.completions[row].reason != "nan" and self.states is None)
         if ended:
             self.ended(len(ended))
@@ -174,7 +179,10 @@ class Generation:
                 self.prefill_tokens = min(self.prefill_tokens, sum(len(x.tokens) for x in segments)) // 2
 
     def _prefill(self, segments: Sequence[Segment]) -> dict[Segment, Tensor]:
-        """Caches the segments; the logits behind those whose next token is wanted. Nodes keep theirs, too."""
+        """Computes and caches the segments. Returns the logits after each segment whose next token is wanted.
+
+        A node also keeps the logits after its last token.
+        """
         logits: dict[Segment, Tensor] = {}
         parts, device = self.runner.parts, self.runner.cache.device
         ends: dict[Segment, State] = {}
@@ -202,7 +210,10 @@ class Generation:
         return None if self.images is None else functools.partial(self.images[0].placed, space=self.images[1])
 
     def _chunks(self, segments: Sequence[Segment]) -> Iterator[list[tuple[Segment, Piece, bool]]]:
-        """Pieces of at most `prefill_tokens` together; True where the logits behind the piece are wanted."""
+        """The pieces of each forward, at most `prefill_tokens` tokens together.
+
+        Each piece comes with its segment and with whether the logits after it are wanted.
+        """
         chunk: list[tuple[Segment, Piece, bool]] = []
         room = self.prefill_tokens
         for segment in segments:
@@ -227,13 +238,16 @@ class Generation:
             yield chunk
 
     def _joins(self, piece: Piece, others: Sequence[Piece]) -> bool:
-        """Whether one forward runs a piece with others: a hybrid model needs the state that it begins from."""
+        """Whether `piece` may run in one forward with `others`.
+
+        In a hybrid model it may only if the forward itself computes every state that its pieces begin from.
+        """
         if self.states is None:
             return True
         return self.states.trees and None not in (parent(piece, others), *(parent(p, []) for p in others[:1]))
 
     def _start(self, rows: Sequence[Row], logits: dict[Segment, Tensor]) -> None:
-        """The next token of rows that start, drawn from the logits behind them or behind their prompts."""
+        """Draws the next token of rows that start, from the logits after the row's last token or after its prompt."""
         for begin in range(0, len(rows), START_ROWS):
             some = rows[begin : begin + START_ROWS]
             stacked = torch.stack([logits.get(row, row.parent.payload.logits) for row in some])
@@ -246,5 +260,5 @@ class Generation:
 
 
 def _path(segment: Segment) -> list[int]:
-    """All tokens up to its end."""
+    """All tokens of the sequence up to the end of the segment."""
     return [*itertools.chain.from_iterable(node.tokens for node in segment.ancestors), *segment.tokens]

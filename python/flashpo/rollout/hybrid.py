@@ -1,7 +1,7 @@
-"""States of layers that are not attention (gated delta nets, state spaces, short convolutions), one for each row.
+"""Recurrent states of hybrid models: gated delta nets, state spaces and short convolutions, for each row.
 
-Such a layer keeps a state of fixed size in place of keys and values. A prompt's state is copied for each completion
-that starts from it, and moves with its row when rows of the batch come and go.
+Such a layer keeps a state of fixed size instead of keys and values. Each completion starts with a copy of its prompt's
+state. A state moves with its row when the decode batch changes.
 """
 
 import functools
@@ -26,7 +26,7 @@ from flashpo.ops._lineage import Lineage
 from flashpo.rollout.prefix_tree import Segment
 from flashpo.rollout.scheduler import Row
 
-State = dict[tuple[int, str, int], Tensor]  # (layer, kind, number) -> the layer's tensor, mostly one row's part of it
+State = dict[tuple[int, str, int], Tensor]  # (layer, kind, number) -> the state tensor, usually of one row
 
 
 def is_hybrid(config: PreTrainedConfig) -> bool:
@@ -34,7 +34,7 @@ def is_hybrid(config: PreTrainedConfig) -> bool:
 
 
 def cache_keyword(backbone: nn.Module) -> str:
-    """The name under which its forward takes a cache: "past_key_values" in older transformers."""
+    """The keyword by which the backbone's forward takes a cache; in older transformers "past_key_values"."""
     kind: Any = type(backbone)
     return _cache_keyword(kind)
 
@@ -45,10 +45,12 @@ def _cache_keyword(kind: Any) -> str:
 
 
 class States(Cache):
-    """The `past_key_values` of one batch of a hybrid model; its attention layers keep theirs in the engine's blocks.
+    """The `past_key_values` of one batch of a hybrid model: the recurrent states of its rows.
+
+    The keys and values of its attention layers are not in it; they are in the engine's KV cache.
 
     Args:
-        states: of the batch's rows, from `take`; None for rows that have read nothing yet.
+        states: For each row of the batch its state from `take`; None for a row that has read no token yet.
     """
 
     def __init__(self, config: PreTrainedConfig, states: Sequence[State | None]):
@@ -75,16 +77,16 @@ class States(Cache):
                 into.conv_kernel_size[number] = value.shape[-1]
 
     def load(self, states: Sequence[State]) -> None:
-        """Into the first rows, where they are: a CUDA graph knows no other place."""
+        """Copies the states into the first rows of the existing tensors, whose addresses a CUDA graph has captured."""
         for key, value in self._tensors().items():
             value[: len(states)].copy_(torch.stack([state[key] for state in states]))
 
     def take(self, row: int) -> State:
-        """A copy of one row's state."""
+        """A copy of the state of one row."""
         return {key: value[row].clone() for key, value in self._tensors().items()}
 
     def _tensors(self) -> State:
-        """Of all rows."""
+        """The state tensors of all rows."""
         return {
             (i, kind, number): value
             for i, layer in enumerate(self.layers)
@@ -96,10 +98,13 @@ class States(Cache):
 
 
 def states_of(config: PreTrainedConfig, kept: dict[str, list[Tensor]], rows: int) -> list[State]:
-    """Of each row, from what the layers have left, kind by kind in their order.
+    """The state of each row (here: of each piece of a prefill), from the tensors that the layers have kept.
+
+    Args:
+        kept: For each kind of state ("conv", "recurrent") the tensors of all layers that have one, in layer order.
 
     Raises:
-        Unsupported: these are not all layers that have a state.
+        Unsupported: The number of tensors is not the number of layers that have such a state.
     """
     keys = [
         (layer, kind, number)
@@ -115,7 +120,7 @@ def states_of(config: PreTrainedConfig, kept: dict[str, list[Tensor]], rows: int
             raise Unsupported(f"{len(found)} layers have left a {kind} state behind a token tree, not {len(wanted)}")
         for key, values in zip(wanted, found):
             for state, value in zip(states, values):
-                state[key] = value.clone()  # of a tensor that all rows share
+                state[key] = value.clone()  # a view would keep the tensor of all rows alive
     return states
 
 
@@ -136,10 +141,10 @@ class _Both(_PassThrough, LinearAttentionAndFullAttentionLayer):  # type: ignore
 
 
 class RowStates:
-    """The states of a generation's rows from one batch to the next.
+    """Carries the states of the rows of a generation from one decode batch to the next.
 
-    trees: whether the layers take token trees, so that several pieces that begin from nothing run at once.
-    fresh: of rows that have been prefilled, which is what happens to them after a preemption.
+    trees: Whether the layers can run token trees. Then pieces whose sequences begin in the same prefill run together.
+    fresh: The states of rows that have just been prefilled, which happens to a row after a preemption.
     """
 
     def __init__(self, lm: CausalLM):
@@ -154,11 +159,11 @@ class RowStates:
         self._places: dict[Row, int] = {}
 
     def of(self, rows: Sequence[Row]) -> list[State]:
-        """Of the rows of the next batch."""
+        """The states of the rows of the next batch."""
         return [self._state(row) for row in rows]
 
     def run(self, batch: States | None, rows: Sequence[Row]) -> None:
-        """From now on the states of these rows are in `batch`."""
+        """Records that from now on the states of these rows are in `batch`."""
         self._batch, self._places = batch, {row: i for i, row in enumerate(rows)}
 
     def _state(self, row: Row) -> State:
@@ -169,13 +174,17 @@ class RowStates:
         return row.parent.payload.state
 
     def taken(self, states: States | Lineage, pieces: int) -> list[State]:
-        """Behind each of the pieces that a forward has run with `states`."""
+        """The state after each of the pieces that a forward has run with `states`."""
         if isinstance(states, States):
             return [states.take(0)]
         return states_of(self.config, states.kept or {}, pieces)
 
     def behind(self, segment: Segment, ends: dict[Segment, State]) -> States:
-        """For the next piece of a segment; `ends`: of what this prefill has computed so far."""
+        """The states with which the next piece of a segment starts.
+
+        Args:
+            ends: The state after the last computed token of each segment that this prefill has worked on so far.
+        """
         state = ends.get(segment)
         if state is None and segment.parent.payload is not None:
             state = segment.parent.payload.state

@@ -1,7 +1,8 @@
-"""Prompts with images in a rollout: which are the same, what their tower makes of them, and where their tokens stand.
+"""Prompts with images in a rollout: which images are equal, their features, and the positions of their tokens.
 
-In the cache a token of an image has a code in the place of its id, so that prompts share what they have cached over
-equal images alone. A prefill puts the features where the codes are.
+For the prefix tree, the id of an image token is replaced by a code that stands for the image and the token's place in
+it. Prompts therefore share cached tokens of images only where the images are equal. A prefill replaces the codes by the
+features of the vision tower.
 """
 
 import contextlib
@@ -17,15 +18,18 @@ from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo.packing.images import TYPES, Distinct, Images, Unit, flattened
 from flashpo.packing.inputs import features_by, positions_of
 
-CODES = 1 << 40  # behind every vocabulary
+CODES = 1 << 40  # the smallest code: larger than the token ids of any vocabulary
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 
 
 def of_prompts(model: Any, prompts: Sequence[Sequence[int]], fields: Mapping[str, Any]) -> Images:
-    """Of prompts without padding, and what their processor gives beside them.
+    """The Images of prompts without padding.
+
+    Args:
+        fields: The tensors that the processor returned for the prompts besides their ids.
 
     Raises:
-        TypeError, ValueError: see `Images.of`.
+        TypeError, ValueError: See `Images.of`.
     """
     ids, live = padded(prompts, next(model.parameters()).device)
     given = {name: x for name, x in fields.items() if name != TYPES}
@@ -42,34 +46,34 @@ def of_prompts(model: Any, prompts: Sequence[Sequence[int]], fields: Mapping[str
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids, -1 behind a prompt, and mask."""
+    """(ids, mask) of prompts padded on the right with -1."""
     width = max(map(len, prompts))
     ids = torch.tensor([[*prompt, *[-1] * (width - len(prompt))] for prompt in prompts], device=device)
     return ids, (ids >= 0).long()
 
 
 def placeholders(config: Any) -> tuple[int, ...]:
-    """Ids that stand for something else than text, and are never sampled."""
+    """The ids that stand for images, videos or audio. They are never sampled."""
     return tuple(x for name in PLACEHOLDERS if isinstance(x := getattr(config, name, None), int))
 
 
 class Shown:
-    """The images of a call, or of all calls of a session.
+    """The images of a call, or of all calls of a session, with their features.
 
     Args:
-        most: tokens of the images that the tower sees at once.
+        most: The largest number of image tokens whose images the vision tower computes at once.
     """
 
     def __init__(self, parts: CausalLM, most: int):
         self.parts, self.most = parts, most
         self.distinct = Distinct()
         self.token = 0
-        self._features: dict[tuple[Hashable, int], list[Tensor]] = {}  # of an adapter and a unit: pooled, and deeper
-        self._in_parts = False  # whether the model's own come image by image
+        self._features: dict[tuple[Hashable, int], list[Tensor]] = {}  # (adapters, unit) -> pooled, then deepstack
+        self._in_parts = False  # whether the model returns features image by image
         self._device = next(parts.base.parameters()).device
 
     def told_apart(self, prompts: Sequence[Sequence[int]], images: Images) -> list[list[int]]:
-        """The prompts with codes in the places of image tokens."""
+        """The prompts with codes in place of image tokens."""
         self.token = images.token
         codes = torch.zeros(sum(unit.length for unit in images.units), dtype=torch.int64, device="cpu")
         for unit in images.units:
@@ -83,7 +87,7 @@ class Shown:
         return coded
 
     def embed(self, space: Hashable) -> None:
-        """Let the tower see the images that it has not seen yet, under the adapters of `space`."""
+        """Runs the vision tower on the images that it has not yet computed under the adapters of `space`."""
         missing = [i for i in range(len(self.distinct.units)) if (space, i) not in self._features]
         while missing:
             some, length = missing[:1], self.distinct.units[missing[0]].length
@@ -115,7 +119,7 @@ class Shown:
 
     @contextlib.contextmanager
     def placed(self, token: Tensor, space: Hashable) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Ids for a forward of these tokens, and what it takes beside them, to see the images at their codes."""
+        """Within it, a forward of the yielded ids and keywords uses the image features where `token` has codes."""
         shown = token >= CODES
         if not shown.any():
             yield token, {}
@@ -135,7 +139,11 @@ class Shown:
             yield token.masked_fill(shown, self.token), {"pixel_values": torch.zeros(1, device=token.device)}
 
     def turns(self, path: Sequence[int], begin: int) -> Tensor | None:
-        """Rotary positions (axes, tokens) of the tokens of a path from `begin` on; None where they count tokens."""
+        """Rotary positions (axes, tokens) of the tokens path[begin:]; None where they simply count tokens.
+
+        Args:
+            path: All tokens of a sequence from its first one on, with codes in place of image tokens.
+        """
         whole = [*path, *self._rest_of_the_last(path)]
         ids = torch.tensor([whole], device=self._device)
         shown = ids >= CODES
@@ -150,7 +158,7 @@ class Shown:
         return None if found is None else found[:, 0, begin : len(path)]
 
     def ahead(self, path: Sequence[int]) -> int:
-        """How far the rotary position of the next token is from the number of tokens before it."""
+        """The rotary position of the token after the path, minus the number of tokens in the path."""
         turns = self.turns(path, 0)
         return 0 if turns is None else int(turns.max()) + 1 - len(path)
 
@@ -160,13 +168,13 @@ class Shown:
         return i, self.distinct.units[i]
 
     def _rest_of_the_last(self, path: Sequence[int]) -> range:
-        """Of an image within which the path ends."""
+        """The codes that are missing of an image in whose middle the path ends."""
         if path[-1] < CODES:
             return range(0)
         _, unit = self._units_at(path[-1] - CODES)
         return range(path[-1] + 1, CODES + unit.start + unit.length)
 
     def _along(self, path: Sequence[int]) -> list[dict[str, Tensor]]:
-        """The parts of the images on a path, in their order."""
+        """The tensors of the images on a path, in their order."""
         begins = {unit.start: i for i, unit in enumerate(self.distinct.units)}
         return [self.distinct.parts[begins[x - CODES]] for x in path if x - CODES in begins]

@@ -1,6 +1,6 @@
-"""Linear layers for the few rows of a decode step, from a copy of their weight that is laid out for them.
+"""Linear layers of a decode step, which has few rows, from a copy of the weight in a faster layout.
 
-At 32 rows this is up to twice as quick as `F.linear`, which packs the weight at each call.
+At 32 rows this is up to twice as fast as `F.linear`, which packs the weight at each call.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,14 @@ from torch import Tensor
 from flashpo.ops.packed_linear import ROWS, pack_linear, packed_linear_fwd, packed_shape, packs
 
 Linear = Callable[[Tensor], Tensor]
-Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]  # of a shape
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]  # allocates, as `torch.empty` does
 
 
 class PackedLinear:
-    """`x -> x W^T + b` from a packed copy of W; for the many rows of a prefill by `plain`. Not differentiable."""
+    """`x -> x W^T + b` from a packed copy of W. More than ROWS rows, as in a prefill, go through `plain`.
+
+    It is not differentiable.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, plain: Linear, empty: Empty):
         out = empty(packed_shape(weight), weight.dtype, weight.device)
@@ -30,7 +33,7 @@ class PackedLinear:
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None, plain: Linear, empty: Empty) -> Linear | None:
-    """A PackedLinear, or what a library of torch has like it; None where there is no kernel for one."""
+    """A PackedLinear, or the product of oneDNN from a weight in its layout; None where neither has a kernel."""
     if packs(weight):
         return PackedLinear(weight, bias, plain, empty)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() == 0:

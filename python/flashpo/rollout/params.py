@@ -1,4 +1,4 @@
-"""What a rollout is asked for and what it returns: SamplingParams, Rollouts, RolloutStats."""
+"""The types that a rollout takes and returns: SamplingParams, Rollouts and RolloutStats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -6,33 +6,36 @@ from typing import Any
 
 from flashpo.rollout.arguments import SMALLEST_NORMAL, integer, items, kind, number
 
-MOST_COMPLETIONS = 2**20  # of one prompt: each is an object from the beginning
+MOST_COMPLETIONS = 2**20  # for one prompt; a Python object is made for each completion before any of them starts
 FINISH_REASONS = ("stop", "length", "nan")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one prompt is continued.
+    """How the completions of one prompt are sampled, and when they end.
 
-    The filters follow transformers' order: temperature, top-k, top-p, min-p. A completion ends with a token of
-    `stop_token_ids` or with the token that completes a string of `stop_strings` (both are part of it), else after
-    `max_new_tokens`. Its random numbers are keyed by (seed, index of the prompt in the call, index of the completion
-    within its prompt) and by the token's position: they do not depend on what else runs.
+    The filters apply in the same order as in transformers: temperature, top-k, top-p, min-p. A completion ends with the
+    first token that is in `stop_token_ids` or that completes a string of `stop_strings`, at the latest after
+    `max_new_tokens` tokens. The token that ends it is part of the completion. The random number of a token depends on
+    the seed, the index of the prompt in the call, the index of the completion within its prompt, and the token's
+    position. It does not depend on what else runs at the same time.
 
     Args:
-        n: completions of the prompt, up to 2^20.
-        temperature: divides the logits; 0: the most probable token (greedy).
-        top_k: keep this many tokens, below 2^63; 0: all.
-        top_p: keep the most probable tokens until they hold this mass, in (0, 1]; 1: all.
-        min_p: keep tokens at least this times as probable as the most probable, in [0, 1]; 0: all.
-        max_new_tokens: longest completion, in [1, 2^31).
-        stop_token_ids: ids that end a completion.
-        stop_strings: texts that end a completion; they need the engine's tokenizer.
-        suppress_token_ids: ids that are never drawn; those outside of the vocabulary change nothing.
-        seed: in [0, 2^63).
+        n: The number of completions of the prompt, from 1 to 2^20.
+        temperature: The logits are divided by it. 0 always takes the most probable token (greedy).
+        top_k: Only this many of the most probable tokens can be drawn; at most 2^63 - 1. 0 keeps all tokens.
+        top_p: Only the most probable tokens that together reach this probability can be drawn; in (0, 1]. 1 keeps all
+            tokens.
+        min_p: Only tokens can be drawn whose probability is at least `min_p` times that of the most probable token; in
+            [0, 1]. 0 keeps all tokens.
+        max_new_tokens: The largest number of tokens in a completion, from 1 to 2^31 - 1.
+        stop_token_ids: Token ids that end a completion.
+        stop_strings: Texts that end a completion. The engine needs a tokenizer to find them.
+        suppress_token_ids: Token ids that are never drawn. Ids outside the vocabulary have no effect.
+        seed: From 0 to 2^63 - 1.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: An argument is wrong. The message names it.
     """
 
     n: int = 1
@@ -72,7 +75,7 @@ class SamplingParams:
                 raise ValueError("stop_strings must not be empty: an empty string would stop everything")
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen; this is its construction
+        object.__setattr__(self, name, value)  # the dataclass is frozen, and this runs while it is constructed
 
     @property
     def greedy(self) -> bool:
@@ -80,20 +83,30 @@ class SamplingParams:
 
     @property
     def truncated(self) -> bool:
-        """Whether some tokens can never be drawn, so that `Rollouts.truncated_logprobs` differ from `logprobs`."""
+        """Whether a filter excludes tokens, so that `Rollouts.truncated_logprobs` differ from `logprobs`."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or len(self.suppress_token_ids) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutStats:
-    """What a rollout cost.
+    """What one call of `RolloutEngine.generate` cost.
 
-    tokens: sampled. seconds: of the whole call. steps: decode steps. prefill_tokens: computed before decoding, those
-    recomputed after a preemption or an eviction included. prefill_tokens_saved: what prefilling every completion's
-    prompt by itself would have cost more. peak_rows and mean_rows: rows decoded at once. cache_bytes: of the block
-    pool. peak_cache_bytes: of its blocks in use when it was fullest. preemptions: rows that lost their blocks to others
-    and were recomputed. nan_rows: completions ended by NaN logits. gather_bytes, gather_seconds: of the weights that
-    FSDP2 had to bring to this rank, and how long that took; 0 where weights are whole.
+    Attributes:
+        tokens: The number of sampled tokens.
+        seconds: The duration of the whole call.
+        steps: The number of decode steps.
+        prefill_tokens: Tokens computed by prefills. This includes tokens that were computed again after a preemption or
+            after their cache blocks were freed.
+        prefill_tokens_saved: How many more tokens would have been prefilled if each completion had prefilled its prompt
+            by itself.
+        peak_rows: The largest number of completions that were decoded at once.
+        mean_rows: The mean number of completions in a decode step.
+        cache_bytes: The size of the KV cache.
+        peak_cache_bytes: The bytes of the KV cache that were in use when most of its blocks were.
+        preemptions: How often a completion lost its blocks to others and had to be prefilled again.
+        nan_rows: The number of completions that NaN logits ended.
+        gather_bytes: The bytes of weights that FSDP2 brought to this rank; 0 where the weights are not sharded.
+        gather_seconds: How long that took.
     """
 
     tokens: int
@@ -112,20 +125,29 @@ class RolloutStats:
 
     @property
     def tokens_per_second(self) -> float:
+        """Sampled tokens per second of the whole call."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """Completions, flat: prompt 0's, then prompt 1's, and so on (until `reordered`); every list has one entry for each.
+    """The completions that a rollout has sampled, as lists with one entry for each completion.
 
-    prompt_index: which prompt of the call. prompt_ids: its tokens. completion_ids: at least one token each, the stop
-    token included. logprobs: of each token over the full vocabulary at the sampling temperature (greedy: at 1), which
-    is what a trainer computes again. truncated_logprobs: under the filtered, renormalised distribution it was drawn
-    from; the same object as `logprobs` where nothing was filtered. finish_reasons: "stop", "length" or "nan".
+    The completions of prompt 0 come first, then those of prompt 1, and so on; `reordered` changes the order.
+
+    Attributes:
+        prompt_index: The index of the completion's prompt in the call.
+        prompt_ids: The token ids of the prompt.
+        completion_ids: The sampled token ids, at least one, the stop token included.
+        logprobs: The log-probability of each sampled token over the full vocabulary at the sampling temperature (for
+            greedy sampling at temperature 1). A trainer computes the same quantity again.
+        truncated_logprobs: The log-probability of each sampled token under the filtered and renormalised distribution
+            that it was drawn from. Where nothing was filtered, an entry is the same list as in `logprobs`.
+        finish_reasons: "stop", "length", or "nan" if NaN logits ended the completion.
+        stats: What the call cost.
 
     Raises:
-        ValueError: the lists disagree, or an entry is none that a rollout can have.
+        ValueError: The lists have different lengths, a completion is empty, or a finish reason is unknown.
     """
 
     prompt_index: list[int]
@@ -152,10 +174,13 @@ class Rollouts:
         return len(self.prompt_index)
 
     def reordered(self, places: Sequence[int]) -> "Rollouts":
-        """Completion i of these stands at places[i] of the result.
+        """The same completions in another order: completion i becomes entry `places[i]` of the result.
+
+        Args:
+            places: A permutation of 0 to len(self) - 1.
 
         Raises:
-            ValueError: `places` is not a permutation of 0 to len - 1.
+            ValueError: `places` is no such permutation.
         """
         if sorted(places) != list(range(len(self))):
             raise ValueError(f"places must be a permutation of 0 to {len(self) - 1}")

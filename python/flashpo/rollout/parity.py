@@ -1,12 +1,13 @@
-"""Does the engine say the same as the model's own forward? Asked once for every class and config, before it is used.
+"""The self-check: before the engine is used for a class and config, its log-probs are compared with a plain forward's.
 
-Two rollouts are scored again by a plain forward: one of the model itself, whose differences may be those of rounding,
-and one of its small fp32 twin on the same device, in which a window that is off by one or a scale that is off by 1 %
-stands out. For the time of the check fp32 products are fp32: TF32 would hide that.
+Two short rollouts are scored again by the model's own forward. One is of the model itself, where rounding causes
+differences. The other is of a small fp32 twin of the model on the same device, where a window that is off by one or a
+scale that is off by 1 % shows clearly. During the check, products of fp32 numbers are computed in fp32, because TF32
+would hide such mistakes.
 
-What rounding may do is measured on the model itself: its plain forward runs again with the outputs of its layers and
-projections rounded otherwise. How far the log-probs move then depends on the model and its dtype alone. Forwards of
-other shapes are no such measure: some machines' GEMMs round alike in all of them.
+How large a difference rounding can cause is measured on the model itself: its plain forward runs again with the outputs
+of its layers and projections rounded differently. How far the log-probs move then depends only on the model and its
+dtype. Forwards of other shapes would not measure this, because the GEMMs of some machines round equally in all of them.
 """
 
 import contextlib
@@ -31,24 +32,24 @@ from flashpo.rollout.support import facts, longest
 from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
-Roll = Callable[..., Rollouts]  # of a model, prompts, SamplingParams and, where they have some, the prompts' images
-Beside = Callable[[list[int], Tensor], dict[str, Tensor]]  # what a forward of some of the sequences takes beside ids
+Roll = Callable[..., Rollouts]  # arguments: model, prompts, SamplingParams and, if the prompts have images, the images
+Beside = Callable[[list[int], Tensor], dict[str, Tensor]]  # (rows, ids) -> further keywords of a forward of these rows
 _answers: dict[Hashable, str | None] = {}
 
-PROMPTS = (BLOCK + 6, BLOCK + 3, 3)  # tokens: the first two share a block and split behind it
+PROMPTS = (BLOCK + 6, BLOCK + 3, 3)  # tokens of each prompt; the first two share a block and differ after it
 SAMPLED = SamplingParams(n=2, max_new_tokens=12, seed=7)
-STIRS = 3  # forwards that are rounded otherwise
-# A right engine's difference from the plain forward, in units of what the other roundings do: how it is averaged over
-# the tokens, and the most that is allowed. In 16 bits a router may take another expert for a token, and that token's
-# log-prob leaps: the median ignores it.
+STIRS = 3  # how many forwards are rounded differently, to measure the noise of rounding
+# How a difference from the plain forward is averaged over the tokens, and the largest one that is allowed, in units of
+# the noise of rounding. In 16 bits a router may choose another expert for a token, so that the token's log-prob jumps.
+# The median ignores such tokens.
 RMS = "root mean square", 8.0
 MEDIAN = "median", 2.0
 LOGPROB_ROUNDINGS = 4.0  # rollouts return log-probs in fp32
-LAYER_ROUNDINGS = 8.0  # by which a layer's output differs, in root mean square, before it is named
+LAYER_ROUNDINGS = 8.0  # a layer is named as the first to differ if its output differs by more roundings than this (RMS)
 
 
 def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
-    """`why_wrong`, asked once a process for each class, config, set of adapters and dtypes, and kind of device."""
+    """`why_wrong`, computed once in a process for each class, config, set of adapters, dtypes and type of device."""
     base: Any = CausalLM.of(model).base
     dtypes = frozenset(_dtypes(model, autocast))
     key = type(model), type(base), facts(base.config), dtypes, base.device.type, autocast, adapters_of(model)
@@ -59,7 +60,7 @@ def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
 
 
 def check_images(model: Any, roll: Roll, autocast: torch.dtype | None, sample: ImageRows) -> str | None:
-    """`check` of prompts with images, on a few that begin with those of a call."""
+    """`check` for prompts with images. The sample has a few rows that begin with prompts of a call."""
     base: Any = CausalLM.of(model).base
     dtypes = frozenset(_dtypes(model, autocast))
     key = "images", type(model), type(base), facts(base.config), dtypes, base.device.type, autocast, adapters_of(model)
@@ -112,11 +113,11 @@ def _difference_with_images(
 
 
 def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None) -> str | None:
-    """None where `roll` samples from `model` with the log-probs that a forward gives, else what is wrong.
+    """What is wrong with the log-probs that `roll` gives for `model`; None if a plain forward gives the same.
 
     Args:
-        roll: an engine without this check: (model, prompts, params) -> Rollouts.
-        autocast: as the trainer's forward has it.
+        roll: (model, prompts, params) -> Rollouts, by an engine without this check.
+        autocast: The dtype of the autocast region of the trainer's forward, None if there is none.
     """
     base = CausalLM.of(model).base
     twin = _twin(base)
@@ -127,7 +128,10 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
 
 
 def _twice(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | None:
-    """A router's near tie can make one rollout of a right engine differ; a wrong one differs in the next, too."""
+    """The reason why `roll` is wrong, if two rollouts both differ.
+
+    A near tie in a router can make one rollout of a correct engine differ. A wrong engine differs again in the next.
+    """
     reason = None
     for seed in range(2):
         reason = _difference(model, roll, autocast, seed)
@@ -150,7 +154,7 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed
     generator = torch.Generator().manual_seed(seed)
     room = (longest(base.config.get_text_config()) or math.inf) - SAMPLED.max_new_tokens
     if room <= SAMPLED.max_new_tokens:
-        return None  # too little to say anything
+        return None  # the model has too few positions for a comparison
     lengths = [int(min(n, room)) for n in PROMPTS]
     first, second, third = (
         torch.randint(0, vocabulary, (n,), generator=generator, device="cpu").tolist() for n in lengths
@@ -163,7 +167,7 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed
         if out_of_memory(error):
             raise
         return f"{type(error).__name__}: {error}"
-    if "nan" in rollouts.finish_reasons:  # an untrained or broken model has them, too: then nothing can be said
+    if "nan" in rollouts.finish_reasons:  # if the model's own forward gives NaN, too, the engine cannot be judged
         with eval_mode(model, autocast):
             finite = _logprobs(model, [first]).isfinite().all()
         return "its log-probs are not finite" if finite else None
@@ -178,12 +182,12 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed
 
 
 class Judgement(NamedTuple):
-    """How far log-probs are from a plain forward's, how far rounding moves that, and how far they may be."""
+    """How far log-probs are from those of a plain forward, and how far they may be."""
 
     distance: float
-    noise: float
+    noise: float  # how far different rounding moves the plain forward's log-probs
     allowed: float
-    average: str  # over the tokens, of all three
+    average: str  # how distance, noise and allowed are averaged over the tokens
     dtype: torch.dtype
 
 
@@ -195,7 +199,7 @@ def judged(
     temperature: float = 1.0,
     beside: Beside = lambda rows, ids: {},
 ) -> Judgement:
-    """Of log-probs (sequences, tokens) that somebody gives the sequences' ends."""
+    """Judges the log-probs `rolled` (sequences, tokens) of the last tokens of each sequence."""
     options = rolled.shape[1], temperature
     with eval_mode(model, autocast):
         plain = torch.cat([_logprobs(model, sequences, *options, beside, [row]) for row in range(len(sequences))])
@@ -208,14 +212,14 @@ def judged(
     average, most = RMS if torch.finfo(dtype).bits >= 32 else MEDIAN
     size = _rms if average == RMS[0] else _median
     noise = sorted(size(x) for x in stirred)[STIRS // 2]
-    noise = min(noise, math.sqrt(torch.finfo(dtype).eps))  # more is no rounding
+    noise = min(noise, math.sqrt(torch.finfo(dtype).eps))  # a larger value does not come from rounding
     stored = LOGPROB_ROUNDINGS * torch.finfo(torch.float32).eps * max(_rms(plain), 1.0)
     return Judgement(size(rolled - plain), noise, most * noise + stored, average, dtype)
 
 
 @contextlib.contextmanager
 def _rounded_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within it the outputs of layers and projections are moved by up to one rounding of their dtype."""
+    """Within it, the outputs of layers and projections are changed at random by up to one rounding of their dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def moved(x: Tensor) -> Tensor:
@@ -243,7 +247,7 @@ def _layers(text: nn.Module) -> nn.ModuleList:
 
 
 def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, prompt: list[int]) -> str:
-    """Where a prefill first leaves the plain forward."""
+    """The first layer whose output in a prefill differs from the plain forward's, in words."""
     layers = _layers(CausalLM.of(model).text)
     outputs: list[Tensor] = []
     hooks = [
@@ -265,7 +269,7 @@ def _first_layer(model: nn.Module, roll: Roll, autocast: torch.dtype | None, pro
 
 
 def _dtypes(model: nn.Module, autocast: torch.dtype | None) -> set[torch.dtype]:
-    """That a forward computes in; a quantised layer's is no parameter's."""
+    """The dtypes that a forward computes in. That of a quantised layer is not the dtype of a parameter."""
     dtypes = [p.dtype for p in model.parameters()] + [getattr(m, "compute_dtype", None) for m in model.modules()]
     return {x for x in (autocast, *dtypes) if isinstance(x, torch.dtype) and x.is_floating_point}
 
@@ -286,7 +290,7 @@ def _logprobs(
     beside: Beside = lambda rows, ids: {},
     rows: list[int] | None = None,
 ) -> Tensor:
-    """Log-probs (B, last) of the sequences' last tokens by one plain forward of all, or of these rows."""
+    """Log-probs (B, last) of the last tokens of all sequences, or only of those in `rows`, by one plain forward."""
     some = [*range(len(sequences))] if rows is None else rows
     sequences = [sequences[row] for row in some]
     lengths = [len(sequence) for sequence in sequences]

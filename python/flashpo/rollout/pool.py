@@ -1,4 +1,4 @@
-"""The memory of an engine: how large its KV cache is, which completions it admits, and what a session keeps."""
+"""The memory of an engine: the size of its KV cache, how many completions run at once, and what a session keeps."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from flashpo.rollout.runner import Runner
 from flashpo.rollout.scheduler import Scheduler
 from flashpo.rollout.support import Support
 
-MEMORY_SHARE = 0.5  # of what is free, for the cache where `kv_memory` is not given
-SESSION_TURNS = 4  # a session's cache holds so many times what its first call needs, where memory allows
+MEMORY_SHARE = 0.5  # the share of free memory that the cache may take where `kv_memory` is not given
+SESSION_TURNS = 4  # a session's cache holds this many times what its first call needs, where memory allows
 
 
 class Pool:
-    """The KV cache of a model with the runner that computes on it. It stays for the next call until it is dropped.
+    """The KV cache of a model and the runner that computes on it. They stay for the next call until `drop`.
 
-    The arguments are those of RolloutEngine.
+    The arguments are those of `RolloutEngine`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Pool:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Within it, calls share one scheduler, which keeps what they have cached."""
+        """The calls within it share one scheduler, which keeps what they have cached."""
         try:
             with contextlib.ExitStack() as self._session:
                 yield
@@ -52,10 +52,11 @@ class Pool:
         self.runner = self.scheduler = None
 
     def admit(self, call: Call, support: Support, dtype: torch.dtype) -> tuple[Runner, Scheduler]:
-        """The session's runner and scheduler, or new ones over a cache as large as the call can use, if memory allows.
+        """A runner and a scheduler for the call: those of the session if its cache is large enough, else a new
+        scheduler over a cache that is as large as the call can use and memory allows.
 
         Raises:
-            MemoryError: there is no room for the call's largest completion.
+            MemoryError: There is no room for the call's largest prompt with its completion.
         """
         sizes = [
             (blocks_for(len(prompt)), blocks_for(group[0].draw.limit), len(group))
@@ -78,7 +79,8 @@ class Pool:
         return runner, scheduler
 
     def _runner_of(self, needed: int, wanted: int, support: Support, dtype: torch.dtype) -> Runner:
-        """The last one if its cache is large enough, else one with as many of the wanted blocks as memory allows."""
+        """The last call's runner if its cache is large enough, else a new one with as many of the `wanted` blocks as
+        memory allows, at least `needed`."""
         base: Any = CausalLM.of(self.model)
         have = 0
         if self.runner is not None and self.runner.cache.dtype == dtype:
@@ -93,6 +95,6 @@ class Pool:
                 f"({needed} blocks of {BLOCK} tokens), kv_memory allows {memory} bytes"
             )
         if self.runner is None or have < blocks:
-            self.runner = None  # its memory first
+            self.runner = None  # free its memory before the new cache is allocated
             self.runner = Runner(base, allocate(support.layers, blocks, needed, dtype, device))
         return self.runner

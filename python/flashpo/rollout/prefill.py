@@ -1,7 +1,8 @@
-"""Prompts into the cache: one packed forward over pieces of several nodes, each behind its own past.
+"""Prefill: one packed forward computes and caches pieces of several nodes, each with the tokens before it as its past.
 
-Pieces whose whole past is in the same forward are a token tree, which one call of tree_attention answers. A piece
-behind tokens that earlier forwards have cached attends by itself to what it reads back.
+Pieces whose whole past is in the same forward form a token tree, whose attention is one call of tree_attention. A piece
+that follows tokens cached by earlier forwards reads their keys and values back from the cache; its attention is a call
+of its own.
 """
 
 import contextlib
@@ -24,15 +25,19 @@ from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import States, cache_keyword
 from flashpo.rollout.seam import in_charge
 
-TILE = 512  # queries whose scores against all of their keys exist at a time, where a kernel of torch cannot be used
+TILE = 512  # queries in a tile of `causal_attention`, which limits the memory for scores
 
 
 class Piece(NamedTuple):
-    """Consecutive tokens of one prompt, the last of `runs`: where they go and where all that is before them is."""
+    """Consecutive tokens of one sequence, which a prefill computes and caches.
+
+    runs: The cache runs of the sequence up to the end of the piece. The piece's tokens are the last ones of the last
+        run; all tokens before them are its past.
+    """
 
     tokens: Sequence[int]
     runs: Sequence[Run]
-    turns: Tensor | None = None  # (axes, tokens): rotary positions, where these are no numbers of tokens
+    turns: Tensor | None = None  # (axes, tokens): rotary positions, where they do not simply count tokens
 
     @property
     def positions(self) -> range:
@@ -53,14 +58,15 @@ def prefill(
     states: States | Lineage | None = None,
     placed: Callable[[Tensor], AbstractContextManager[tuple[Tensor, dict[str, Any]]]] | None = None,
 ) -> Tensor:
-    """Caches the tokens of all pieces; the hidden state (pieces, H) of each one's last token.
+    """Computes and caches the tokens of all pieces. Returns the hidden states (pieces, H) of the last token of each.
 
-    A piece may stand behind another one of the same call, if that comes before it.
+    A piece may continue another piece of the same call that comes before it.
 
     Args:
-        states: of a hybrid model: those behind the past of the only piece, which become those behind the piece; or
-            the lineage of pieces whose whole past is in this call, which keeps their states.
-        placed: of prompts with images, see `Shown.placed`.
+        fused: The faster forward to use, if there is one.
+        states: For a hybrid model. Either the states after the past of a single piece, which the call moves on to the
+            end of the piece. Or the lineage of pieces whose whole past is in this call, which keeps their states.
+        placed: For prompts with images, see `Shown.placed`.
     """
     packed = Packed(cache, pieces)
     if fused is not None and states is None:
@@ -88,15 +94,15 @@ def _text(token: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
 
 
 class Tree(NamedTuple):
-    """Pieces with all of their pasts, as tree_attention takes them."""
+    """Pieces together with their whole past, in the form that tree_attention takes. It has N tokens."""
 
-    end: Tensor  # (N,)
+    end: Tensor  # (N,): later tokens before this index see the token
     position: Tensor  # (N,)
-    slot: Tensor  # (N,): where their keys and values are
+    slot: Tensor  # (N,): the slots of keys and values in the cache
 
 
 class Packed:
-    """A packed forward: each piece attends to its past and causally to itself."""
+    """The attention of a packed forward: each piece attends to its past and causally to itself."""
 
     tables = None
 
@@ -121,7 +127,7 @@ class Packed:
                 self.spans += [(slice(begin, end), piece) for begin, end, piece in zip(begins, ends, members)]
 
     def turns(self) -> Tensor:
-        """Rotary positions: (1, N), or (axes, 1, N) where a piece has its own."""
+        """Rotary positions: (1, N), or (axes, 1, N) where a piece has rotary positions that do not count tokens."""
         axes = next((len(piece.turns) for piece in self.pieces if piece.turns is not None), 0)
         if not axes:
             return self.position[None]
@@ -139,7 +145,7 @@ class Packed:
     def attend_cached(
         self, layer: int, query: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
     ) -> Tensor:
-        """query (T, Hq, D), the tokens' own keys and values being in the cache -> (T, Hq, Dv)."""
+        """query (T, Hq, D) -> (T, Hq, Dv). The tokens' own keys and values must be in the cache already."""
         self.visited.add(layer)
         window = self.cache.layers[layer].window
         out = []
@@ -156,11 +162,11 @@ class Packed:
 
 
 def visible_until(pieces: Sequence[Piece]) -> list[int]:
-    """Of each piece, the end of the tokens that may see it, among those of all pieces; 0: its past is not with them.
+    """For each piece, the index in the packed forward up to which later tokens see it; 0 if its past is not in there.
 
-    A tree's pieces come depth first: each after its parent, or after the whole subtree of a sibling.
+    The pieces of a tree come depth first: each one after its parent or after the whole subtree of a sibling.
     """
-    until, path = [0] * len(pieces), list[tuple[int, Run]]()  # the open branch: pieces with all of their tokens here
+    until, path = [0] * len(pieces), list[tuple[int, Run]]()  # path: the pieces from the root to the current one
     at = 0
     for i, piece in enumerate(pieces):
         *above, own = piece.runs
@@ -176,7 +182,7 @@ def visible_until(pieces: Sequence[Piece]) -> list[int]:
 
 
 def lineage(pieces: Sequence[Piece], device: torch.device) -> Lineage:
-    """Of pieces each of which stands behind another one of them, or behind nothing; it keeps the states behind them."""
+    """The lineage of pieces that each continue another one or begin a sequence. It keeps the states after them."""
     parents = torch.tensor([parent(piece, pieces[:i]) for i, piece in enumerate(pieces)], device="cpu")
     stops = list(itertools.accumulate(len(piece.tokens) for piece in pieces))
     found = Lineage(torch.tensor([*zip([0, *stops], stops)], device="cpu"), parents, device)
@@ -185,7 +191,8 @@ def lineage(pieces: Sequence[Piece], device: torch.device) -> Lineage:
 
 
 def parent(piece: Piece, before: Sequence[Piece]) -> int | None:
-    """Which of `before` it stands behind; -1: behind nothing; None: behind what earlier forwards have cached."""
+    """The index in `before` of the piece that this one continues; -1 if it begins a sequence; None if it continues
+    tokens that earlier forwards have cached."""
     *above, own = piece.runs
     if own.length > len(piece.tokens):
         return None
@@ -197,9 +204,10 @@ def parent(piece: Piece, before: Sequence[Piece]) -> int | None:
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    """(1, Hq, T, Dv): the queries (1, Hq, T, D) are those of the last T of the keys (1, Hkv, S, D).
+    """Causal attention (1, Hq, T, Dv) of queries (1, Hq, T, D), which belong to the last T of the keys (1, Hkv, S, D).
 
-    A kernel of torch where the mask is plainly causal, else tiles of queries with the keys that they can see.
+    One call of torch's attention where the mask is purely causal and there are no softcap and sinks; else tiles of
+    queries, each with the keys that it can see.
     """
     queries, keys = query.shape[2], key.shape[2]
     plain = not softcap and sinks is None
@@ -209,7 +217,7 @@ def causal_attention(
     out = []
     for begin in range(0, queries, TILE):
         q = query[:, :, begin : begin + TILE]
-        last = keys - queries + begin + q.shape[2]  # of the keys, behind the tile's last query
+        last = keys - queries + begin + q.shape[2]  # one past the key of the tile's last query
         first = max(last - q.shape[2] - window + 1, 0) if window else 0
         k, v = key[:, :, first:last], value[:, :, first:last]
         distance = torch.arange(last - q.shape[2], last, device=q.device)[:, None] - torch.arange(
@@ -224,7 +232,7 @@ def causal_attention(
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sinks: Tensor | None):
-    """softmax(softcap tanh(q k^T scale / softcap), with one logit more a head where there are sinks) v, in fp32."""
+    """softmax(softcap tanh(q k^T scale / softcap)) v in fp32. A sink is one more logit of a head, without a value."""
     rep = q.shape[1] // k.shape[1]
     scores = q.float() @ k.float().repeat_interleave(rep, 1).transpose(2, 3) * scale
     if softcap:

@@ -1,8 +1,9 @@
-"""A pool of cache blocks and the tree of token sequences that lie in it.
+"""A pool of cache blocks, and the prefix tree of the token sequences that are stored in it.
 
-A segment is a run of tokens at consecutive positions that begins in a block of its own: token i of it lies in slot
-`blocks[i // BLOCK] * BLOCK + i % BLOCK`. The cache of a sequence is a chain of segments, from the top of the tree down.
-Since each begins in a new block, whatever its position, it may follow one that ends within a block: nothing is copied.
+A segment has tokens at consecutive positions and begins in a new block: its token i is in slot
+`blocks[i // BLOCK] * BLOCK + i % BLOCK`. The cache of a sequence is a chain of segments from the top of the tree down.
+A segment may follow one that ends in the middle of a block, because it begins in a new block in any case. Therefore
+nothing has to be copied.
 """
 
 import itertools
@@ -17,7 +18,7 @@ def blocks_for(tokens: int) -> int:
 
 
 class BlockAllocator:
-    """Gives out blocks 1 to blocks - 1; block 0 is the waste block, which parked rows write to."""
+    """Gives out the blocks 1 to blocks - 1. Block 0 is the waste block: no segment has it, and it pads block tables."""
 
     def __init__(self, blocks: int):
         if blocks < 2:
@@ -28,7 +29,7 @@ class BlockAllocator:
     def clear(self) -> None:
         self._free = list(range(self.capacity, 0, -1))
         self._owned: set[int] = set()
-        self.peak = 0  # most blocks owned at once; whoever reports it may start it anew
+        self.peak = 0  # the largest number of blocks owned at once; a caller that reports it may reset it
 
     @property
     def free(self) -> int:
@@ -39,7 +40,11 @@ class BlockAllocator:
         return len(self._owned)
 
     def take(self, count: int) -> list[int]:
-        """Raises MemoryError when fewer than `count` are free."""
+        """Gives out `count` blocks.
+
+        Raises:
+            MemoryError: Fewer are free.
+        """
         if count > self.free:
             raise MemoryError(f"{count} blocks are wanted, {self.free} are free")
         blocks = [self._free.pop() for _ in range(count)]
@@ -48,7 +53,11 @@ class BlockAllocator:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Raises ValueError for a block that nobody owns."""
+        """Takes blocks back.
+
+        Raises:
+            ValueError: A block is free already.
+        """
         for block in blocks:
             if block not in self._owned:
                 raise ValueError(f"block {block} is released, but nobody owns it")
@@ -57,15 +66,18 @@ class BlockAllocator:
 
 
 class Segment:
-    """Tokens at positions start, start + 1, ... in blocks of their own; `blocks` is empty while it is not cached."""
+    """Tokens at the positions start, start + 1, ..., in blocks that no other segment uses.
 
-    parent: "Node"  # what it continues: at the top the tree's root, which is empty
+    `blocks` is empty while the segment is not cached.
+    """
+
+    parent: "Node"  # the node that this segment continues; at the top it is the tree's root, which is empty
     start: int  # position of its first token
-    tokens: Sequence[int]  # its own
+    tokens: Sequence[int]  # without those of its ancestors
     blocks: list[int]
 
     def __init__(self, parent: "Node | None", tokens: Sequence[int]):
-        self.parent = parent  # type: ignore[assignment]  # None: the root, which only the tree's own code meets
+        self.parent = parent  # type: ignore[assignment]  # None for the root, which only code of this file sees
         self.start = parent.end if parent else 0
         self.tokens = tokens
         self.blocks = []
@@ -76,7 +88,7 @@ class Segment:
 
     @property
     def ancestors(self) -> "list[Node]":
-        """The nodes before it, from the top down: they hold the tokens at positions 0 to start - 1."""
+        """The nodes above it, from the top down. They have the tokens at positions 0 to start - 1."""
         nodes = []
         node = self.parent
         while node.parent:
@@ -86,42 +98,47 @@ class Segment:
 
 
 class Node(Segment):
-    """A segment that several rows read.
+    """A segment of a prompt or of a kept completion, which several rows may read.
 
-    running, waiting: rows here or further down that run now, and that will.
-    ends: a prompt ends here, so that the logits after the last token are wanted when the node is prefilled and kept
-        with it. An engine that drops them while no row waits clears `ends`; when a prompt ends here again, its last
-        tokens are computed anew.
-    payload: the engine's own (those logits, states of linear-attention layers); None once the node loses its blocks.
+    running, waiting: How many rows at this node or below it run, and how many wait.
+    ends: Whether a prompt ends here. Then the logits after the last token are computed and kept when the node is
+        prefilled. An engine that drops them while no row waits must clear `ends`; if another prompt ends here later,
+        its last tokens are then computed again.
+    payload: Whatever the engine keeps with the node (these logits, recurrent states). None once the node has lost its
+        blocks.
     """
 
     tokens: tuple[int, ...]
 
     def __init__(self, parent: "Node | None", tokens: tuple[int, ...], order: int):
         super().__init__(parent, tokens)
-        self.order = order  # among siblings
-        self.children: dict[tuple[int, ...], list[Node]] = {}  # by their first block of tokens
+        self.order = order  # siblings are sorted by it
+        self.children: dict[tuple[int, ...], list[Node]] = {}  # by their first BLOCK tokens
         self.running = 0
         self.waiting = 0
-        self.last_used = 0  # when a row last stopped here or below: never before that of its children
+        self.last_used = 0  # when a row last stopped at this node or below it; never earlier than for a child
         self.ends = False
         self.payload: Any = None
 
     @property
     def path(self) -> "list[Node]":
-        """Its ancestors and itself, from the top down."""
+        """The ancestors of the node and the node itself, from the top down."""
         return [*self.ancestors, self] if self.parent else []
 
 
 class PrefixTree:
-    """Nodes by tokens, one tree for each `space` (an adapter: its keys and values serve no other).
+    """Prefix trees of nodes, one tree for each `space`.
 
-    A prompt uses every node all of whose tokens it begins with. Where it parts from a node, the node is split at the
-    last block boundary before, if there is one; the tokens between, fewer than BLOCK, are computed again. With
-    `whole_nodes_only` a cached node is never split: the states of hybrid models exist only at its end.
+    A space stands for a set of active adapters: other adapters compute other keys and values for the same tokens.
 
-    A node that no row runs or waits for is freed at once, or, while `keep` is set, when its blocks are needed. Nodes
-    whose rows all wait can be freed as well, after those, and are prefilled again when a row starts.
+    A prompt uses each node whose tokens it has in full. Where a prompt differs from a node in the middle, the node is
+    split at the last block boundary before that place, if there is one. The tokens between the boundary and the place,
+    fewer than BLOCK, are computed again. With `whole_nodes_only` a cached node is never split, because the recurrent
+    state of a hybrid model is kept only for the end of a node.
+
+    A node for which no row runs or waits is freed at once; while `keep` is set, it is freed when its blocks are needed.
+    Nodes whose rows all wait may be freed too, but only after those without waiting rows. They are prefilled again
+    when a row starts.
     """
 
     def __init__(self, allocator: BlockAllocator, *, whole_nodes_only: bool = False):
@@ -135,10 +152,13 @@ class PrefixTree:
         self._order = itertools.count()
         self._roots: dict[Hashable, Node] = {}
         self._clock = itertools.count()
-        self._idle: dict[Node, None] = {}  # cached nodes that no row runs at or below
+        self._idle: dict[Node, None] = {}  # cached nodes without a running row at the node or below it
 
     def insert(self, tokens: tuple[int, ...], space: Hashable, rows: int, max_blocks: int) -> Node:
-        """The node at which `tokens` end, for `rows` rows that wait; its path takes at most `max_blocks` blocks."""
+        """Inserts a prompt for which `rows` rows wait, and returns the node at which it ends.
+
+        The nodes from the top to this one take at most `max_blocks` blocks.
+        """
         root = node = self._roots.setdefault(space, Node(None, (), 0))
         rest = tokens
         while match := self._longest_match(node, rest):
@@ -147,7 +167,7 @@ class PrefixTree:
                 node = self._split(node, shared)
             rest = rest[shared:]
         if sum(blocks_for(len(x.tokens)) for x in node.path) + blocks_for(len(rest)) > max_blocks:
-            node, rest = root, tokens  # too many partly filled blocks on this path: a node of its own
+            node, rest = root, tokens  # the path has too many partly filled blocks: put the whole prompt into one node
         if rest:
             node = self._attach(node, rest)
         node.ends = True
@@ -156,7 +176,8 @@ class PrefixTree:
         return node
 
     def start(self, leaf: Node) -> list[Node]:
-        """One of the rows waiting at `leaf` runs from now on. Returns the nodes that got blocks for it, to prefill."""
+        """Records that one of the rows waiting at `leaf` runs now. Returns the nodes that have just got blocks and so
+        have to be prefilled."""
         missing = []
         for node in leaf.path:
             node.waiting -= 1
@@ -168,7 +189,7 @@ class PrefixTree:
         return missing
 
     def stop(self, leaf: Node, *, waits: bool) -> None:
-        """One of the rows running at `leaf` has ended, or `waits` to run again."""
+        """Records that one of the rows running at `leaf` has stopped: it has ended, or it `waits` to run again."""
         now = next(self._clock)
         for node in leaf.path:
             node.running -= 1
@@ -182,7 +203,7 @@ class PrefixTree:
                 self._free(node)
 
     def adopt(self, parent: Node, tokens: tuple[int, ...], blocks: list[int]) -> Node:
-        """A node that is cached already, in `blocks`, below a node with running rows."""
+        """Adds a node whose tokens are cached already, in `blocks`, below a node with running rows."""
         node = self._attach(parent, tokens)
         node.blocks = blocks
         node.last_used = next(self._clock)
@@ -190,7 +211,10 @@ class PrefixTree:
         return node
 
     def make_room(self, blocks: int, spare: Collection[Node] = ()) -> bool:
-        """Frees idle nodes other than `spare` until `blocks` blocks are free. Frees none if all would not do."""
+        """Frees idle nodes, except for `spare`, until `blocks` blocks are free, and returns whether it could.
+
+        If freeing all of them would not be enough, none is freed.
+        """
         victims = [node for node in self._idle if node not in spare] if blocks > self.allocator.free else []
         if blocks > self.allocator.free + sum(len(node.blocks) for node in victims):
             return False
@@ -205,7 +229,7 @@ class PrefixTree:
             self._free(node)
 
     def _longest_match(self, node: Node, rest: tuple[int, ...]) -> tuple[Node, int] | None:
-        """The child of `node` that serves most of the first tokens of `rest`, and how many."""
+        """The child of `node` that shares the most of the first tokens of `rest`, and how many it shares."""
         for size in range(min(BLOCK, len(rest)), 0, -1):
             matches = [(child, self._shared(child, rest)) for child in node.children.get(rest[:size], ())]
             if any(shared for _, shared in matches):
@@ -213,9 +237,10 @@ class PrefixTree:
         return None
 
     def _shared(self, node: Node, rest: tuple[int, ...]) -> int:
-        """How many of the first tokens of `rest` the node serves: all of its own, or whole blocks.
+        """How many of the first tokens of `rest` the node can provide: all of its tokens, or a multiple of BLOCK.
 
-        A prompt that ends in a cached node without logits there has to compute its last token at least.
+        If a prompt ends in a cached node that has no logits there, at least the prompt's last token must be computed
+        again.
         """
         size = len(node.tokens)
         if rest[:size] == node.tokens and (size < len(rest) or node.ends or not node.blocks):
@@ -240,7 +265,8 @@ class PrefixTree:
             del node.parent.children[node.tokens[:BLOCK]]
 
     def _split(self, node: Node, at: int) -> Node:
-        """Cuts `node` at a block boundary. It stays the lower part, with its rows and logits; returns the upper."""
+        """Splits `node` at a block boundary. `node` becomes the lower part and keeps its rows and logits. Returns the
+        upper part."""
         self._detach(node)
         upper = self._attach(node.parent, node.tokens[:at])
         upper.running, upper.waiting, upper.last_used = node.running, node.waiting, node.last_used
@@ -252,7 +278,7 @@ class PrefixTree:
         return upper
 
     def _free(self, node: Node) -> None:
-        """Takes the node's blocks; removes it unless rows wait for it."""
+        """Frees the node's blocks, and removes the node from the tree unless rows wait for it."""
         self._idle.pop(node, None)
         self.allocator.release(node.blocks)
         node.blocks, node.payload = [], None

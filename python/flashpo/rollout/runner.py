@@ -1,7 +1,7 @@
-"""One decode step for all running rows: embed, layers, head, sample, and the tables of the next step.
+"""The decode step of all running rows: embedding, layers, head, sampling, and the tables of the next step.
 
-Every buffer keeps its address, no shape depends on a length and nothing waits for the host, so the step can be
-captured as a CUDA graph. On a CPU the same function runs directly.
+Every buffer keeps its address, no shape depends on the length of a sequence, and the device never waits for the host.
+The step can therefore be captured as a CUDA graph. On a CPU the same function runs directly.
 """
 
 import logging
@@ -34,9 +34,9 @@ class Draw(NamedTuple):
     top_p: float
     min_p: float
     seed: int
-    limit: int  # tokens of the completion
-    stop: Sequence[int]
-    suppressed: Sequence[int] = ()
+    limit: int  # the largest number of tokens of the completion
+    stop: Sequence[int]  # token ids that end it
+    suppressed: Sequence[int] = ()  # token ids that are never drawn
 
     @classmethod
     def of(cls, p: SamplingParams, prompt_index: int, index: int) -> "Draw":
@@ -46,7 +46,7 @@ class Draw(NamedTuple):
 
     @staticmethod
     def tensors(draws: Sequence["Draw"], device: torch.device) -> dict[str, Tensor]:
-        """What `draw_tokens` takes beside the logits and the positions."""
+        """The arguments of `draw_tokens` besides the logits and the positions, with a row for each draw."""
         settings = {
             name: torch.tensor([getattr(d, name) for d in draws], dtype=dtype, device=device)
             for name, dtype in SETTINGS.items()
@@ -70,8 +70,11 @@ def padded(ids: Sequence[int], wide: int) -> list[int]:
 
 
 def draw_tokens(logits: Tensor, suppressed: Tensor, offset: Tensor, **settings: Tensor) -> Sample:
-    """`sample` of every token but those of `suppressed` (rows, K), where ids outside of the vocabulary stand for none.
-    `logprob_full` is the model's, which knows of no suppression."""
+    """Draws a token for each row by `sample`, but never a token of `suppressed` (rows, K).
+
+    Ids outside the vocabulary, such as the padding -1, have no effect. `logprob_full` is over the full vocabulary,
+    suppressed tokens included, as a trainer computes it.
+    """
     if suppressed.shape[1] == 0:
         return sample(logits, **settings, offset=offset)
     there = (suppressed >= 0) & (suppressed < logits.shape[1])
@@ -81,12 +84,13 @@ def draw_tokens(logits: Tensor, suppressed: Tensor, offset: Tensor, **settings: 
     temperature = settings["temperature"].where(settings["temperature"] > 0, 1.0)[:, None]
     left_out = (logits.gather(1, index) / temperature).masked_fill(~there, -torch.inf).logsumexp(1)
     chosen = (logits.gather(1, drawn.token[:, None]) / temperature)[:, 0]
-    allowed = chosen - drawn.logprob_full  # the logarithm of the sum over all that may be drawn
+    allowed = chosen - drawn.logprob_full  # log-sum-exp of the logits of all tokens that may be drawn
     return drawn._replace(logprob_full=drawn.logprob_full - F.softplus(left_out - allowed))
 
 
 def stream(seed: int, prompt_index: int, index: int) -> int:
-    """The key of a completion's random numbers, in [-2^63, 2^63): SplitMix64's finaliser over the three."""
+    """The key of a completion's random numbers, in [-2^63, 2^63): a hash of the three numbers by SplitMix64's
+    finaliser."""
     x = seed
     for part in (prompt_index, index):
         x = (x + 0x9E3779B97F4A7C15 * (part + 1)) % 2**64
@@ -97,14 +101,14 @@ def stream(seed: int, prompt_index: int, index: int) -> int:
 
 
 class Sizes(NamedTuple):
-    """Of a step's buffers: exact on a CPU; rounded up on a GPU, so that graphs are used again."""
+    """The sizes of a step's buffers: exact on a CPU; rounded up on a GPU, so that more steps can use the same graph."""
 
     rows: int
-    shared: int  # segments that several rows read
-    blocks: int  # of the longest segment
-    stop: int  # tokens that end a row
-    suppressed: int  # tokens that a row never draws
-    steps: int  # between two looks of the host
+    shared: int  # segments that several rows may read
+    blocks: int  # blocks of the longest segment
+    stop: int  # the largest number of token ids that end a row
+    suppressed: int  # the largest number of token ids that a row never draws
+    steps: int  # steps between two times that the host reads results
 
     @classmethod
     def of(cls, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw], steps: int) -> "Sizes":
@@ -114,15 +118,15 @@ class Sizes(NamedTuple):
 
     def rounded(self) -> "Sizes":
         rows, shared, blocks, stop = (1 << max(n - 1, 0).bit_length() for n in self[:4])
-        suppressed = self.suppressed and 1 << (self.suppressed - 1).bit_length()  # none costs nothing
+        suppressed = self.suppressed and 1 << (self.suppressed - 1).bit_length()  # 0 stays 0: it makes sampling faster
         return Sizes(rows, shared, blocks, stop, suppressed, self.steps)
 
 
 class Step:
-    """The buffers of up to `sizes.rows` rows and the function that moves all of them on by one token.
+    """The buffers of up to `sizes.rows` rows. Calling the step advances all of them by one token.
 
-    Rows that have ended, and places without a row, are parked: `live` is False, they write nothing to the cache and
-    their numbers stand still.
+    Rows that have ended and entries of the batch without a row are parked: their `live` is False, they write nothing to
+    the cache, and their token, length and position do not change.
     """
 
     def __init__(self, parts: CausalLM, cache: KVCache, sizes: Sizes, fused: FusedBackbone | None = None):
@@ -131,8 +135,8 @@ class Step:
 
         rows, segments = sizes.rows, sizes.shared + sizes.rows
         self.parts, self.cache, self.sizes, self.fused = parts, cache, sizes, fused
-        self.states: States | None = None  # of a hybrid model's rows
-        # the segments of decode_attention: shared ones first, then each row's own
+        self.states: States | None = None  # the recurrent states of the rows of a hybrid model
+        # the segments of decode_attention: shared segments first, then the segment of each row
         self.readers = zeros(segments, 2, dtype=torch.int32)
         self.start = zeros(segments, dtype=torch.int32)
         self.length = zeros(segments, dtype=torch.int32)
@@ -142,13 +146,13 @@ class Step:
         self.live = zeros(rows, dtype=torch.bool)
         self.token = zeros(rows, dtype=torch.int64)
         self.position = zeros(rows, dtype=torch.int32)
-        self.ahead = zeros(rows, dtype=torch.int32)  # of it are rotary positions, behind images
+        self.ahead = zeros(rows, dtype=torch.int32)  # rotary position minus `position`; not 0 after images
         self.tables = self.readers, self.start, self.length, self.blocks, self.position
         self.limit = zeros(rows, dtype=torch.int32)
         self.stop = zeros(rows, sizes.stop, dtype=torch.int64)
         self.suppressed = zeros(rows, sizes.suppressed, dtype=torch.int64) - 1
         self.settings = {name: zeros(rows, dtype=dtype) for name, dtype in SETTINGS.items()}
-        # what the steps since the last look of the host have drawn
+        # what has been drawn since the host last read it
         self.at = zeros(1, dtype=torch.int64)
         self.tokens = zeros(sizes.steps, rows, dtype=torch.int64)
         self.logprobs = zeros(sizes.steps, 2, rows, dtype=torch.float32)
@@ -157,7 +161,7 @@ class Step:
     def load(
         self, rows: Sequence[Row], shared: Sequence[Shared], draws: Sequence[Draw], ahead: Sequence[int] = ()
     ) -> None:
-        """The tables of these rows, each of which feeds the last of its tokens next."""
+        """Fills the tables for these rows. The next step feeds the last token of each row to the model."""
         segments = [(s.begin, s.end, s.node.start, len(s.node.tokens), s.node.blocks) for s in shared]
         segments += [(0, 0, 0, 0, [])] * (self.sizes.shared - len(shared))
         segments += [(i, i + 1, row.start, len(row.tokens), row.blocks) for i, row in enumerate(rows)]
@@ -184,7 +188,7 @@ class Step:
         self.at.zero_()
 
     def take(self) -> Iterator[tuple[list[int], list[list[float]]]]:
-        """Of each step since the last look: a token, and the two log-probs, of each row."""
+        """For each step since the last call: the token of each row, and its log-probs (full, truncated)."""
         tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
         self.at.zero_()
         return zip(tokens, logprobs)
@@ -198,7 +202,7 @@ class Step:
     def attend_cached(
         self, layer: int, query: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
     ) -> Tensor:
-        """query (N, Hq, D), its own tokens being in the cache -> (N, Hq, Dv)."""
+        """query (N, Hq, D) -> (N, Hq, Dv). The tokens' own keys and values must be in the cache already."""
         caches = self.cache.keys[layer], self.cache.values[layer]
         window = self.cache.layers[layer].window
         out, _ = decode_attention(
@@ -234,23 +238,26 @@ class Step:
 
 
 class Runner:
-    """Steps of all sizes over one cache; on CUDA each is captured at its first use and replayed from then on.
+    """Steps of all sizes over one cache. On CUDA each size is captured at its first use and replayed from then on.
 
-    check_every: steps between two looks of the host, each of which waits for the device.
+    check_every: How many steps run before the host reads their results, for which it has to wait for the device.
     """
 
     def __init__(self, parts: CausalLM, cache: KVCache):
         self.parts, self.cache = parts, cache
-        self.fused: FusedBackbone | None = None  # in the place of the backbone's own forward
+        self.fused: FusedBackbone | None = None  # used in place of the backbone's own forward
         self.cuda = cache.device.type == "cuda"
         self.check_every = 16 if self.cuda else 1
-        self._pool = torch.cuda.graph_pool_handle() if self.cuda else None  # one for all graphs
+        self._pool = torch.cuda.graph_pool_handle() if self.cuda else None  # all graphs share one memory pool
         self._weights: Hashable = None
         self._adapters: Hashable = None
         self._captured: dict[tuple[Hashable, Sizes], tuple[Step, Callable[[], object]]] = {}
 
     def use(self, weights: Hashable, adapters: Hashable) -> None:
-        """Where the weights of the next steps are, as a graph knows no other place, and which adapters answer."""
+        """Sets the addresses of the weights and the active adapters of the next steps.
+
+        A graph is valid only for the addresses that it was captured with.
+        """
         if weights != self._weights:
             self._captured.clear()
         self._weights, self._adapters = weights, adapters
@@ -263,9 +270,11 @@ class Runner:
         states: Sequence[State] | None = None,
         ahead: Sequence[int] = (),
     ) -> tuple[Step, Callable]:
-        """A step whose tables hold these rows, with their states in a hybrid model, and what moves it on.
+        """A step whose tables hold these rows, and the function that advances it by one token.
 
-        ahead: of each row, how far rotary positions are from numbers of tokens; nothing where they are nowhere.
+        Args:
+            states: In a hybrid model, the recurrent state of each row.
+            ahead: For each row, its rotary position minus its number of tokens; empty if that is 0 for all rows.
         """
         sizes = Sizes.of(rows, shared, draws, self.check_every)
         if not self.cuda:  # new buffers cost next to nothing on a CPU
@@ -284,13 +293,17 @@ class Runner:
 
     def _step(self, sizes: Sizes, states: Sequence[State] | None) -> Step:
         step = Step(self.parts, self.cache, sizes, self.fused)
-        if states is not None:  # a place without a row has some state, too
+        if states is not None:  # entries of the batch without a row need some state, too
             places = [*states, *[states[0]] * (sizes.rows - len(states))]
             step.states = States(self.parts.base.config.get_text_config(), places)
         return step
 
     def _capture(self, step: Step) -> tuple[Step, Callable[[], object]]:
-        """All rows are parked, so that warm-up and capture leave no trace in the cache; states are loaded later."""
+        """Captures a step as a CUDA graph, or returns the step itself if that fails.
+
+        All rows are parked meanwhile, so that warm-up and capture do not write to the cache. They do change recurrent
+        states, which are loaded afterwards.
+        """
         try:
             stream = torch.cuda.Stream(self.cache.device)
             stream.wait_stream(torch.cuda.current_stream())

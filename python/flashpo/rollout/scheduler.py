@@ -1,6 +1,7 @@
-"""Which rows run, in which blocks, and what has to be prefilled: a rollout's decisions, without a tensor.
+"""The scheduler of a rollout: it decides which rows run, in which cache blocks, and what has to be prefilled.
 
-A row is one completion. Rows wait in the order given, start when blocks and places allow, and end with `finish`:
+It computes no tensors. A row is one completion. Rows wait in the order in which they were added, start when there are
+blocks and room in the decode batch, and end with `finish`:
 
     scheduler = Scheduler(blocks, max_rows)
     for i, prompt in enumerate(prompts):
@@ -10,7 +11,7 @@ A row is one completion. Rows wait in the order given, start when blocks and pla
         prefill(plan.prefill)
         for row in plan.started:
             row.tokens.append(first_token(row))
-        ...                                       # finish the rows that have ended already
+        ...                                       # finish the rows that have ended with this token
         scheduler.grow(steps)
         decode(scheduler.rows, scheduler.shared)  # tables are uploaded when scheduler.version has changed
         for row in scheduler.rows:
@@ -31,11 +32,12 @@ from flashpo.rollout.prefix_tree import BLOCK, BlockAllocator, Node, PrefixTree,
 
 
 class Row(Segment):
-    """One completion: a segment below the last node of its prompt that grows by a token a step.
+    """One completion: a segment below the last node of its prompt, which grows by one token in each decode step.
 
-    tokens: sampled so far; the engine appends. All but the last are in the cache: the last has not been fed yet.
-    blocks: for max_new_tokens tokens, or, under optimistic admission, for what `grow` was asked for; empty while it
-        does not run.
+    tokens: The tokens sampled so far, appended by the engine. All but the last are in the cache: the last one goes
+        through the model in the next step.
+    blocks: Enough for max_new_tokens tokens; under optimistic admission enough for the tokens that `grow` was asked
+        for. Empty while the row does not run.
     """
 
     tokens: list[int]
@@ -49,17 +51,17 @@ class Row(Segment):
 
     @property
     def position(self) -> int:
-        """Of tokens[-1], the token to be fed next."""
+        """The position of tokens[-1], which the next step feeds to the model."""
         return self.end - 1
 
 
 class Plan(NamedTuple):
-    prefill: list[Segment]  # to compute and cache: nodes before their children, and rows with all their tokens so far
-    started: list[Row]  # to sample one token each: from its own last logits if it is in `prefill`, else its parent's
+    prefill: list[Segment]  # to compute and cache: nodes before their children; preempted rows with all their tokens
+    started: list[Row]  # to sample one token each, from the row's last logits if it is in `prefill`, else its parent's
 
 
 class Shared(NamedTuple):
-    """A node and the rows of `Scheduler.rows` that read it, [begin, end)."""
+    """A node and the range [begin, end) of `Scheduler.rows` that read it."""
 
     node: Node
     begin: int
@@ -68,9 +70,9 @@ class Shared(NamedTuple):
 
 @dataclass
 class Counts:
-    """What happened since the last `Scheduler.take_counts`."""
+    """Counts since the last `Scheduler.take_counts`."""
 
-    prompt_tokens: int = 0  # what prefilling the prompt of every completion by itself would have cost
+    prompt_tokens: int = 0  # what would have been prefilled if each completion had prefilled its prompt by itself
     prefill_tokens: int = 0
     peak_rows: int = 0
     peak_blocks: int = 0
@@ -78,23 +80,26 @@ class Counts:
 
 
 class Scheduler:
-    """Admits rows to a pool of blocks.
+    """Admits rows to a pool of cache blocks.
 
-    Rows start in the order added, preempted ones before all others. The first row that does not fit holds back those
-    behind it; when nothing runs it fits, so something always runs. Decisions depend on nothing but the calls made.
+    Rows start in the order in which they were added, and preempted rows start before all others. A row that does not
+    fit holds back all rows after it. Any row fits when no other row runs, so that some row always runs. The decisions
+    depend only on the calls made.
 
     Args:
-        blocks: of the pool, block 0 (the waste block) included.
-        max_rows: that run at once. May be lowered between plans, after preempting the rows in excess.
-        whole_nodes_only: for hybrid models, see PrefixTree.
-        expected_tokens: None: a row starts when blocks for all its max_new_tokens are free, and is never preempted. A
-            number (optimistic admission): when blocks for the mean length of finished completions are free, of which
-            this number counts as one; `grow` preempts when blocks run out after all. A preempted row starts again with
-            blocks for all its max_new_tokens, so that it cannot be the cause of further preemptions.
+        blocks: The number of blocks in the pool, including block 0, the waste block.
+        max_rows: The largest number of rows that run at once. It may be lowered between two plans, after the rows in
+            excess have been preempted.
+        whole_nodes_only: True for hybrid models, see `PrefixTree`.
+        expected_tokens: None: a row starts when blocks for all of its max_new_tokens are free, and is never preempted.
+            A number (optimistic admission): a row starts when blocks for the mean length of finished completions are
+            free, where this number counts as one finished completion. If blocks run out later, `grow` preempts rows. A
+            preempted row starts again only with blocks for all of its max_new_tokens, so that it cannot cause further
+            preemptions.
 
     Attributes:
-        rows: that run, in tree order: the rows below any node are contiguous.
-        version: changes whenever `rows`, their blocks or `shared` change.
+        rows: The running rows in tree order: the rows below any node are contiguous.
+        version: Changes whenever `rows`, their blocks or `shared` change.
     """
 
     def __init__(
@@ -112,17 +117,17 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._order = itertools.count()
         self._mean_length = expected_tokens
-        self._lengths = 1  # in that mean
+        self._lengths = 1  # how many lengths the mean is taken over
         self._counts = Counts()
 
     def add(
         self, tokens: Sequence[int], *, prompt_index: int, n: int, max_new_tokens: int, space: Hashable = None
     ) -> list[Row]:
-        """Queues n rows below the prompt `tokens`. Only prompts of equal `space` (adapter) share anything.
+        """Queues n rows below the prompt `tokens`. Only prompts of equal `space` (the adapters) share cache blocks.
 
         Raises:
             ValueError: `tokens` is empty, or `n` or `max_new_tokens` is below 1.
-            MemoryError: a row would not even fit by itself; names the blocks needed and available.
+            MemoryError: A row does not fit even if it runs alone. The message gives the blocks needed and available.
         """
         if not tokens:
             raise ValueError(f"tokens: prompt {prompt_index} is empty")
@@ -139,19 +144,19 @@ class Scheduler:
         rows = [Row(prompt, prompt_index, i, max_new_tokens, next(self._order)) for i in range(n)]
         self._waiting.extend(rows)
         self._counts.prompt_tokens += n * len(tokens)
-        self.version += 1  # a node that running rows read may have been split
+        self.version += 1  # the insertion may have split a node that running rows read
         return rows
 
     @property
     def unfinished(self) -> int:
-        """Rows that run or wait."""
+        """How many rows run or wait."""
         return len(self.rows) + len(self._waiting)
 
     def plan(self) -> Plan:
         """Starts the rows that fit.
 
-        All of `Plan.prefill` counts as cached from now on: it must be computed before anything else is asked of the
-        scheduler, or everything be forgotten (`reset`).
+        From now on the scheduler counts all of `Plan.prefill` as cached. The caller must compute it before the next
+        call of the scheduler, or `reset` the scheduler if that fails.
         """
         prefill: list[Segment] = []
         started: list[Row] = []
@@ -172,7 +177,7 @@ class Scheduler:
 
     @property
     def shared(self) -> list[Shared]:
-        """The nodes that running rows read, parents before children; the rows' own segments come after them."""
+        """The nodes that running rows read, parents before children. The rows themselves are not included."""
         begin: dict[Node, int] = {}
         end: dict[Node, int] = {}
         for i, row in enumerate(self.rows):
@@ -182,11 +187,11 @@ class Scheduler:
         return [Shared(node, begin[node], end[node]) for node in begin]
 
     def grow(self, steps: int) -> list[Row]:
-        """Gives every running row blocks for `steps` more tokens, at most for max_new_tokens.
+        """Gives each running row blocks for `steps` more tokens, up to its max_new_tokens.
 
-        Where they run out, the rows with the fewest tokens are preempted until the others have theirs; these rows are
-        returned and wait again. All tokens sampled must have been appended before. Without optimistic admission rows
-        have all their blocks, and nothing happens.
+        Where blocks run out, the rows with the fewest tokens are preempted until there are enough for the others. The
+        preempted rows are returned; they wait again. All sampled tokens must have been appended before. Without
+        optimistic admission every row has all of its blocks from the start, and this does nothing.
         """
         preempted = []
         for row in list(self.rows):
@@ -201,9 +206,9 @@ class Scheduler:
         return preempted
 
     def preempt(self, row: Row) -> None:
-        """Takes the blocks of a running row, which waits again before all others; it starts by a prefill of its tokens.
+        """Frees the blocks of a running row, which then waits again, before all other rows.
 
-        All its tokens sampled must have been appended before.
+        When it starts again, its tokens so far are prefilled. All of its sampled tokens must have been appended before.
         """
         self._stop(row, waits=True)
         self._waiting.appendleft(row)
@@ -212,8 +217,8 @@ class Scheduler:
     def finish(self, row: Row, *, keep: bool = True) -> Node | None:
         """Ends a running row, whose tokens must be complete.
 
-        While `keeping`, its cached tokens, all but the last, become a node below its prompt. This is returned, so that
-        the states of a hybrid model can be put into its payload. keep=False: not this row; its cache holds NaN, say.
+        Within `keeping`, its cached tokens (all but the last) become a node below its prompt, which is returned. With
+        keep=False they do not, for example because they hold NaN.
         """
         node = None
         cached = tuple(row.tokens[:-1])
@@ -229,7 +234,7 @@ class Scheduler:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """A session: within it, prompts and finished completions stay cached until their blocks are needed."""
+        """A session: prompts and finished completions stay cached until their blocks are needed or the session ends."""
         self._tree.keep = True
         try:
             yield
@@ -238,14 +243,14 @@ class Scheduler:
             self._tree.free_unwanted()
 
     def reset(self) -> None:
-        """Forgets all rows and all that is cached."""
+        """Forgets all rows and everything that is cached."""
         self._tree.clear()
         self._waiting.clear()
         self.rows.clear()
         self.version += 1
 
     def take_counts(self) -> Counts:
-        """The counts since the last call."""
+        """Returns the counts since the last call and starts new ones."""
         counts, self._counts = self._counts, Counts(peak_rows=len(self.rows))
         counts.peak_blocks, self._allocator.peak = self._allocator.peak, self._allocator.used
         return counts

@@ -1,8 +1,8 @@
-"""How a model of transformers runs on our cache without a line of it being patched.
+"""How a model of transformers runs on our KV cache without any change to its code.
 
-transformers looks its attention up by the name in the config. `rollout_mode` puts our name there; the registered
-function hands queries, keys and values to whoever the current thread has put `in_charge`: the probe below, a prefill
-or a decode step. No mask function is registered under the name, so no mask is ever built.
+transformers looks the attention function up by the name in the config. `rollout_mode` puts our name there. The function
+registered under that name hands queries, keys and values to the object that the current thread has put `in_charge`: the
+probe below, a prefill or a decode step. No mask function is registered under the name, so no mask is ever built.
 """
 
 import contextlib
@@ -21,13 +21,14 @@ from flashpo._ownership import ModelInUse as ModelInUse
 from flashpo._ownership import alone
 
 ATTENTION = "flashpo_decode"
-HARMLESS = ("position_ids", "cache_position")  # tensors that layers pass on, of no use to attention
+HARMLESS = ("position_ids", "cache_position")  # tensors that layers pass on and that attention does not use
 
 
 class Attention(Protocol):
-    """Answers the attention of every layer during one forward.
+    """An object that computes the attention of every layer during one forward.
 
-    query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), with rope applied; returns (B, T, Hq, Dv).
+    `attend` takes query (B, Hq, T, D) and key (B, Hkv, T, D), both with rope applied, and value (B, Hkv, T, Dv). It
+    returns (B, T, Hq, Dv).
     """
 
     def attend(
@@ -40,9 +41,10 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def in_charge(attention: Attention) -> Iterator[None]:
-    """`attention` answers the layers of every forward of this thread.
+    """Within it, `attention` computes the attention of every forward of this thread.
 
-    Not a keyword of the forward: some models drop keywords on the way to their attention, some refuse unknown ones.
+    It is not passed as a keyword of the forward, because some models drop keywords on the way to their attention and
+    others refuse unknown ones.
     """
     before = getattr(_thread, "attention", None)
     _thread.attention = attention
@@ -70,13 +72,13 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator[None]:
-    """Every module in eval mode, no gradients, no autocast but the one given; undone at the end.
+    """Within it, every module is in eval mode, without gradients and without any autocast other than the given one.
 
-    Eval mode also switches dropout and gradient checkpointing off: both look at `training`. The flags are set one by
-    one because `train()` and `eval()` would give all modules the same.
+    Eval mode also switches off dropout and gradient checkpointing, which both depend on `training`. At the end each
+    module gets its own flag back, which `train()` could not do.
 
     Raises:
-        ModelInUse: another rollout has the model.
+        ModelInUse: Another rollout of the model has not ended.
     """
     with alone(model):
         training = [module for module in model.modules() if module.training]
@@ -96,7 +98,7 @@ def eval_mode(model: nn.Module, autocast: torch.dtype | None = None) -> Iterator
 
 @contextlib.contextmanager
 def rollout_mode(model: nn.Module) -> Iterator[None]:
-    """`eval_mode` with every config on our attention, but those of towers; undone at the end."""
+    """`eval_mode` with our attention in every config except those of vision and audio towers; undone at the end."""
     with eval_mode(model):
         lm = CausalLM.of(model)
         towers = {*lm.backbone.modules()} - {lm.backbone, *lm.text.modules()}
@@ -113,7 +115,7 @@ def rollout_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Call(NamedTuple):
-    """What one layer hands to its attention."""
+    """The shapes and options that one layer hands to its attention."""
 
     layer: int
     heads: int
@@ -124,11 +126,11 @@ class Call(NamedTuple):
     softcap: float
     sinks: bool
     window: int | None
-    window_given: bool  # some families have a window and do not say so by the keyword
+    window_given: bool  # some families have a window but do not pass the keyword `sliding_window`
 
 
 class _Probe:
-    """Records every call; its own answer has the right shape and no meaning."""
+    """Records every call of attention. What it returns has the right shape but no meaning."""
 
     def __init__(self):
         self.calls: list[Call] = []
@@ -154,9 +156,12 @@ class _Probe:
 
 
 def probe(model: nn.Module) -> list[Call]:
-    """The calls of attention that one forward of two tokens makes, in order: facts, where a config invites guesses."""
+    """The calls of attention that a forward of two tokens makes, in order.
+
+    They are facts about the layers, which a config would only let us guess.
+    """
     attention = _Probe()
-    # FSDP2 learns from its first forward what its root is, and ends a group with the last of its modules
+    # FSDP2 takes the module of its first forward for its root, and ends a group with the last of its modules
     entered = model if any(map(is_fsdp2_unit, model.modules())) else CausalLM.of(model).backbone
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
     with rollout_mode(model), in_charge(attention):

@@ -1,4 +1,4 @@
-"""Which models the engine can run, why it refuses the others, and what layers ask of the cache."""
+"""Which models the engine can run, why it refuses the others, and what each layer stores in the cache."""
 
 import inspect
 import weakref
@@ -17,14 +17,14 @@ from flashpo._hosts.transformers import layer_types, takes_attentions
 from flashpo.rollout import seam
 from flashpo.rollout.hybrid import is_hybrid
 
-# What trainers set in a config while they run, and what no forward of ours depends on.
+# Trainers change these options while they run, and none of our forwards depends on them.
 NO_FACTS = ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")
-FIXED_UP_TO = ("dynamic", "longrope")  # rope whose frequencies change with the longest row, from a length on
+FIXED_UP_TO = ("dynamic", "longrope")  # rope whose frequencies depend on the longest row once it exceeds some length
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer: what it caches for a token, and how far back it looks (window 0: everything)."""
+    """One attention layer: what it caches for a token, and how many tokens it sees (window 0: all earlier tokens)."""
 
     index: int
     kv_heads: int
@@ -35,7 +35,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Support:
-    """ok, or the reason why not. longest: sequences must not have more tokens. hybrid: some layers keep a state."""
+    """Whether the engine can run a model.
+
+    Attributes:
+        ok: True if it can, as far as `support` can tell.
+        reason: Why it cannot; empty if it can.
+        layers: The attention layers.
+        longest: The largest number of tokens in a sequence; None if there is no limit.
+        hybrid: Whether some layers keep a recurrent state instead of keys and values.
+    """
 
     ok: bool
     reason: str
@@ -45,10 +53,19 @@ class Support:
 
 
 def support(model: nn.Module) -> Support:
-    """Whether the engine can run `model`, and if not, why.
+    """Says whether the engine can run `model`, and if not, why.
 
-    What can be told from classes and configs is told first; the rest by a forward of two tokens, whose calls of
-    attention are facts about layers where a config invites guesses. What neither shows is found by `parity`.
+    First it looks at classes and configs, then at the calls of attention in a forward of two tokens. It does not
+    compare results: `RolloutEngine` does so in a self-check before its first rollout (see parity.py).
+
+    Args:
+        model: A causal language model of transformers, also inside wrappers of PEFT and others.
+
+    Returns:
+        `ok` and the `reason` why not, the attention layers, and the longest sequence.
+
+    Raises:
+        ModelInUse: A rollout of the model has not ended.
     """
     reason = next(_refusals(model), None)
     if reason is not None:
@@ -79,10 +96,11 @@ def support(model: nn.Module) -> Support:
 
 
 def structure(model: nn.Module) -> Hashable:
-    """What `support` and the self-check were told by: differs after another module, config, dtype or device is in it.
+    """A value that changes when the answers of `support` and the self-check may change: when the model gets another
+    module, config, dtype or device.
 
-    Cheap enough for every call. Modules are held weakly, so that a replaced one is freed and never mistaken for another
-    at its address.
+    It is cheap enough to be computed at every call. Weak references to the modules let a replaced module be freed, and
+    a new module at its address is not mistaken for it.
     """
     modules = list(model.modules())
     configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if isinstance(c, PreTrainedConfig)}
@@ -95,12 +113,12 @@ def structure(model: nn.Module) -> Hashable:
 
 
 def facts(config: PreTrainedConfig) -> str:
-    """All of a config that a forward may depend on."""
+    """All options of a config that a forward may depend on, as text."""
     return str({name: value for name, value in config.to_dict().items() if name not in NO_FACTS})
 
 
 def _refusals(model: nn.Module) -> Iterator[str]:
-    """Reasons that need no forward."""
+    """The reasons for a refusal that can be found without a forward."""
     try:
         lm = CausalLM.of(model)
     except Unsupported as error:
@@ -127,7 +145,7 @@ def _refusals(model: nn.Module) -> Iterator[str]:
 
 
 def _own_generate(model: nn.Module) -> str | None:
-    """What is called in the place of transformers' `generate`: a method of the model's class, or set on an instance."""
+    """The class or instance whose own `generate` runs in place of transformers', in words; None if there is none."""
     for module in layers_of_wrapping(model):
         kind: Any = type(module)
         own = vars(module).get("generate")
@@ -146,7 +164,7 @@ def _is_peft(kind: type) -> bool:
 
 
 def longest(config: PreTrainedConfig) -> int | None:
-    """Tokens up to which positions exist, and mean the same whatever the longest row of a batch."""
+    """The largest number of tokens for which positions exist and do not depend on the longest row of a batch."""
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:

@@ -1,6 +1,6 @@
-"""A small random model of the same class and the same options as a given one: what is cheap to check in fp32.
+"""A small random model with the class and the options of a given one, which is cheap to check in fp32.
 
-Mistakes that would hide behind the rounding of a large bf16 model, or behind a window of 4096 tokens, show in it.
+It shows mistakes that would be hidden by the rounding of a large bf16 model, or by a window of 4096 tokens.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from flashpo._hosts.transformers import models_stay_whole
 
 LAYERS = 4
 VOCABULARY = 97
-LARGEST = 5_000_000  # parameters; a model that stays larger has sizes that we do not know
+LARGEST = 5_000_000  # parameters; a model that stays larger has options for sizes that are not in SIZES
 
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8, laurel_rank=8,
@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = dict(
     mamba_chunk_size=16, chunk_size=16,
     num_kv_shared_layers=2, lru_width=32, attention_window_size=9,
     sliding_window=9, attention_chunk_size=9, attn_logit_softcapping=2.0, final_logit_softcapping=4.0,
-    # of the towers of multimodal models, most of which name the text model's width, too
+    # for the towers of multimodal models; most of these options repeat the text model's width
     depth=2, embed_dim=32, out_hidden_size=32, text_hidden_size=32, projection_dim=32, alignment_intermediate_size=32,
     image_token_id=VOCABULARY - 1, image_token_index=VOCABULARY - 1, video_token_id=VOCABULARY - 2,
 )  # fmt: skip
@@ -48,7 +48,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decod
 
 
 def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
-    """`config` with every size in it made small, and as many layers as show each kind once."""
+    """`config` with all sizes made small and fewer layers, among which each kind of layer is kept."""
     values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
     values |= {name: small_config(part) for name, part in _parts(config).items()}
     for name, size in SIZES.items():
@@ -57,9 +57,9 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
             values[name] = min(value, size)
     heads = _value(config, "num_attention_heads")
     if isinstance(heads, int):
-        few = max(n for n in (1, 2, 4) if n <= max(heads, 1))  # divides every width
+        few = max(n for n in (1, 2, 4) if n <= max(heads, 1))  # each of these divides all small widths
         values |= {name: few for name in HEADS if name in values}
-        for name in SHARED_HEADS:  # the ratio says what kind of attention it is
+        for name in SHARED_HEADS:  # keep the kind of attention: all heads share keys, or some do, or none
             shared = _value(config, name)
             if isinstance(shared, int) and not isinstance(shared, bool):
                 values[name] = few if shared == heads else max(min(shared, few // 2), 1)
@@ -80,10 +80,12 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
 
 
 def small_twin(base: Any) -> PreTrainedModel:
-    """A small model like `base`, on its device; of a multimodal one that cannot be made small, the text model alone.
+    """A small model like `base`, on its device.
+
+    For a multimodal model that cannot be made small, it is a small copy of the text model alone.
 
     Raises:
-        ValueError: there is none, or it does not run.
+        ValueError: No small model can be made, or it does not run.
     """
     text = base.config.get_text_config()
     kinds: list[tuple[PreTrainedConfig, type | None]] = [(base.config, type(base))]
@@ -100,13 +102,13 @@ def small_twin(base: Any) -> PreTrainedModel:
 
 
 def _parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
-    """Of a multimodal model: the configs of its text model and towers."""
+    """The sub-configs of a multimodal model: those of its text model and its towers."""
     found = {name: _value(config, name) for name in config.sub_configs}
     return {name: part for name, part in found.items() if isinstance(part, PreTrainedConfig)}
 
 
 def _fit_rotation(values: dict[str, Any]) -> None:
-    """M-RoPE gives each of its axes a share of a head's rotations: the same shares of a small head's."""
+    """Scales the sections of M-RoPE to the small head. Each axis keeps its share of a head's rotations."""
     rope = values.get("rope_parameters")
     if isinstance(rope, dict) and "mrope_section" in rope and isinstance(values.get("num_attention_heads"), int):
         sections = rope["mrope_section"]
@@ -117,14 +119,14 @@ def _fit_rotation(values: dict[str, Any]) -> None:
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:
-    with contextlib.suppress(Exception):  # some refuse to name a value that differs from layer to layer
+    with contextlib.suppress(Exception):  # some configs raise for a value that differs from layer to layer
         return getattr(config, name)
 
 
 def _kept_layers(kinds: list[str]) -> list[int]:
-    """The first and the last layer of each kind, and at least LAYERS, in their order."""
+    """The indices of the first and the last layer of each kind, and of at least LAYERS layers if there are so many."""
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
-    last = {kind: i for i, kind in enumerate(kinds)}  # which share the keys and values of earlier ones, in Gemma 3n
+    last = {kind: i for i, kind in enumerate(kinds)}  # in Gemma 3n these use the keys and values of earlier layers
     kept = {*first.values(), *last.values()}
     for i in range(len(kinds)):
         if len(kept) < LAYERS:
@@ -133,13 +135,13 @@ def _kept_layers(kinds: list[str]) -> list[int]:
 
 
 def small_model(config: PreTrainedConfig, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model of a small config in eval mode, fp32 on the CPU, whose logits spread over a few nats.
+    """A random model of a small config in eval mode, in fp32 on the CPU. Its logits spread over a few nats.
 
     Args:
-        kind: its class, in place of the one that AutoModelForCausalLM knows for the config.
+        kind: The class of the model. By default AutoModelForCausalLM chooses it.
 
     Raises:
-        ValueError: the model is not small, or cannot be made here.
+        ValueError: The model is not small, or cannot be made here.
     """
     make = AutoModelForCausalLM.from_config if kind is None else kind._from_config
     with (

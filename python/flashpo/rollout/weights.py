@@ -1,13 +1,14 @@
-"""What a rollout computes with: the trainer's live weights, or a shadow of them in a quicker form.
+"""The weights that a rollout computes with: the trainer's live weights, or copies of them in a faster form.
 
-    with WeightView(model):   # Linear layers compute with the view; parameters are never written
-        ...                   # everything is as before on the way out, also after an exception
+    with WeightView(model):   # linear layers compute with the view; parameters are never written
+        ...                   # afterwards everything is as before, also after an exception
 
-A shadow is a buffer of ours beside a parameter: packed for the CPU's GEMM library, cast to the autocast dtype, with
-LoRA merged in, or gathered from FSDP2's shards. Those of layers that read the same input lie behind each other, so that
-one product can take them together. It is made anew on every entry, whatever `fingerprint` says: an
-optimizer that writes through `param.data` leaves no trace in `_version`. What is packed keeps its memory, as fresh
-pages can cost more than packing does, and on CUDA everything does, so that graphs stay valid; `release` frees it.
+A copy, called shadow, is packed for decoding on a CPU, cast to the autocast dtype, merged with LoRA, or gathered from
+FSDP2's shards. The shadows of layers that read the same input are contiguous, so that one product can compute them
+together. Shadows are computed again on every entry, even if `fingerprint` has not changed, because an optimizer that
+writes through `param.data` does not change `_version`. Packed copies keep their memory between entries, because
+getting fresh pages from the system can take longer than packing. On CUDA all shadows keep their memory, so that CUDA
+graphs stay valid. `release` frees it.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ SAME_INPUT = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 @dataclasses.dataclass(frozen=True)
 class ShadowLinear:
-    """A Linear layer by a buffer."""
+    """A linear layer that computes with a shadow of its weight."""
 
     weight: Tensor
     bias: Tensor | None
@@ -47,7 +48,10 @@ class ShadowLinear:
 
 @dataclasses.dataclass(frozen=True)
 class UnderAutocast:
-    """Some layers (routers) turn autocast off to compute in fp32: those parts keep their fp32 weights."""
+    """A linear layer with weights cast to `dtype` under autocast, and with its `original` forward outside of autocast.
+
+    Some layers (routers) turn autocast off for a part of their forward, to compute it with fp32 weights.
+    """
 
     linear: Linear
     original: Linear
@@ -59,23 +63,27 @@ class UnderAutocast:
 
 
 class WeightView:
-    """The weights that a rollout computes with: a context that swaps `forward` on instances of Linear and LoRA layers.
+    """A context in which linear and LoRA layers compute with the weights chosen for a rollout.
+
+    It replaces `forward` on instances of these layers and restores it on exit.
 
     Args:
-        model: any module; a PEFT model, too.
-        mode: "alias": the parameters themselves. "shadow": buffers for every Linear of which we have a quicker form, on
-            a GPU of those with the same input (q, k and v; gate and up). "auto": buffers where they are needed, or pay
-            and are freed after the rollout.
-        dtype: what the trainer autocasts to, None without autocast. The context then is an autocast region, in which
-            Linear layers find fp32 weights already cast.
-        lora: "live": `W x + s B A x`, as in training. "merged": `(W + s B A) x`, summed in fp32. "auto": merged where
-            the sum stays in fp32. Not in 16 bit: there an early adapter is less than half a unit in the last place of
-            W and rounds away, so that the base model would answer. Where weights are packed, the many rows of a
-            prefill go through the live layers.
+        model: Any module, also a PEFT model.
+        mode: Which weights linear layers compute with. "alias": the parameters themselves. "shadow": copies wherever
+            a copy is faster; on a GPU these are the layers that read the same input (q, k and v; gate and up). "auto":
+            copies where the parameters cannot be used as they are (autocast, merged LoRA), and packed copies of
+            larger weights on a CPU.
+        dtype: The dtype that the trainer autocasts to; None without autocast. With a dtype the context is an autocast
+            region in which linear layers use weights that are already cast.
+        lora: How LoRA layers compute. "live": `W x + s B A x`, as in training. "merged": `(W + s B A) x`, with the sum
+            computed in fp32. "auto": merged where the sum also stays in fp32. In 16 bits it is not merged, because an
+            adapter early in training changes W by less than half a unit in the last place: the change would be rounded
+            away and the base model would answer. Where weights are packed, the many rows of a prefill go through the
+            live layers.
 
     Raises:
-        ValueError: a wrong argument, or (on entry) weights that are sharded or wrapped in a way that we cannot view.
-        RuntimeError: on the way out, if the weights or the active adapters have changed in the meantime.
+        ValueError: An argument is wrong. On entry: the weights are sharded or wrapped in a way that has no view.
+        RuntimeError: On exit: the weights or the active adapters have changed in the meantime.
     """
 
     def __init__(self, model: nn.Module, mode: str = "auto", *, dtype: torch.dtype | None = None, lora: str = "auto"):
@@ -86,13 +94,13 @@ class WeightView:
             raise ValueError("lora: merging needs a buffer, which mode='alias' rules out")
         self.model, self.mode, self.dtype, self.lora = model, mode, dtype, lora
         self.buffers: dict[tuple[nn.Module, str], Tensor] = {}
-        self._groups: dict[nn.Module, list[nn.Linear]] = {}  # of the layers that read the same input, each one's
+        self._groups: dict[nn.Module, list[nn.Linear]] = {}  # a layer -> all layers with its input, itself included
         self._inside: contextlib.ExitStack | None = None
         self._forwards: dict[nn.Module, Linear] = {}
         self._sharded: list[Tensor] = []
         self._gathered = Gathered()
         self._packed: dict[nn.Module, Tensor] = {}
-        self._memory = HugePages()  # of what is packed
+        self._memory = HugePages()  # the memory of the packed copies
 
     def __enter__(self) -> "WeightView":
         if self._inside is not None:
@@ -105,7 +113,7 @@ class WeightView:
             begin = time.perf_counter()
             size = inside.enter_context(sharding.gathered(self.model, self._buffer))
             self._gathered += Gathered(size, time.perf_counter() - begin)
-            if self.dtype is not None:  # without a cache, which would keep a step's copies in a CUDA graph
+            if self.dtype is not None:  # without autocast's cache: a CUDA graph would keep its copies of weights
                 device = next(self.model.parameters()).device.type
                 inside.enter_context(torch.autocast(device, self.dtype, cache_enabled=False))
             inside.enter_context(self._swapped())
@@ -120,7 +128,7 @@ class WeightView:
             self.buffers.clear()  # no graph reads them
 
     def release(self) -> None:
-        """Free the buffers; CUDA graphs that read them have to be captured again."""
+        """Frees the buffers. CUDA graphs that read them have to be captured again."""
         if self._inside is not None:
             raise RuntimeError("release() of an open WeightView")
         self.buffers.clear()
@@ -128,7 +136,7 @@ class WeightView:
 
     @contextlib.contextmanager
     def adapter(self, name: str) -> Iterator[None]:
-        """Within the open view, `name` answers in place of the active adapters; what trains is not changed."""
+        """Within it, the adapter `name` answers in place of the active adapters. `requires_grad` does not change."""
         try:
             with active_adapter(self.model, name):
                 self._swap_adapters()
@@ -137,15 +145,15 @@ class WeightView:
             self._swap_adapters()
 
     def take_gathered(self) -> Gathered:
-        """Of all entries since it was last taken."""
+        """The weights gathered by all entries since the last call of this method."""
         gathered, self._gathered = self._gathered, Gathered()
         return gathered
 
     def fingerprint(self) -> tuple:
-        """Changes with the place, dtype and version of every parameter, and with the adapters that answer.
+        """A value that changes with the address, dtype and version of any parameter, and with the active adapters.
 
-        Equal fingerprints: CUDA graphs captured at the one may run at the other. They do not prove equal values: see
-        the head of this file.
+        If two fingerprints are equal, a CUDA graph captured at the one may run at the other. They do not prove that the
+        values are equal, see the docstring of this file.
         """
         return _tensor_states(self._parameters(), self._rewritten()), adapter_states(self.model)
 
@@ -153,13 +161,13 @@ class WeightView:
         return self._sharded or list(self.model.parameters())
 
     def _rewritten(self) -> set[int]:
-        """Parameters that PEFT swaps for their sum with an adapter, and back, in every forward of their layer."""
+        """The ids of parameters that PEFT overwrites by their sum with an adapter, and restores, in every forward."""
         layers: list[Any] = [layer for layer in self.model.modules() if is_tuner_layer(layer)]
         return {id(layer.get_param()) for layer in layers if hasattr(layer, "get_param")}
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        self._sharded = list(self.model.parameters())  # what `gathered` covers up
+        self._sharded = list(self.model.parameters())  # `gathered` replaces them on the modules
         before = self.fingerprint()
         try:
             yield
@@ -170,7 +178,7 @@ class WeightView:
 
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
-        """`forward` of single modules; hooks and whatever wraps `__call__` go on working."""
+        """Replaces `forward` on single modules. Hooks and wrappers of `__call__` keep working."""
         self._forwards = {}
         try:
             self._groups = {layer: group for group in same_input(self.model) for layer in group}
@@ -181,11 +189,11 @@ class WeightView:
 
     def _swap(self, modules: Iterable[nn.Module]) -> None:
         module: Any
-        merged: set[nn.Module] = set()  # bases that nobody calls
+        merged: set[nn.Module] = set()  # base layers that nobody calls, as their weight is merged into the LoRA layer's
         with torch.no_grad(), _autocast_off():
             for module in modules:  # a LoRA layer comes before its base
                 if "forward" in module.__dict__ or module in merged:
-                    continue  # somebody else's wrapper calls what it wraps
+                    continue  # keep a forward that somebody else has put there; it calls what it wraps
                 forward = None
                 if is_tuner_layer(module):
                     forward, whole = self._adapted(module)
@@ -205,14 +213,14 @@ class WeightView:
         self._swap(layers)
 
     def _adapted(self, layer: Any) -> tuple[Linear | None, bool]:
-        """The forward of an adapted layer (None: PEFT's own), and whether it has the base layer's weight in it."""
+        """The forward of a layer with adapters (None: PEFT's own), and whether it includes the base layer's weight."""
         adapters = vanilla_lora(layer)
         if adapters is None:
             if self.lora == "merged":
                 raise ValueError(f"lora: no merged form of {type(layer).__name__}; use lora='live'")
             return None, False
         if not adapters:
-            return None, False  # of other layers' adapters PEFT may hand this one arguments
+            return None, False  # PEFT's own forward, as PEFT may pass this layer arguments for adapters of other layers
         base = layer.base_layer
         if not self._merges(base.weight):
             return functools.partial(lora_linear, base, adapters), False
@@ -225,7 +233,7 @@ class WeightView:
         return self.lora == "merged" or exact
 
     def _linear(self, module: nn.Module, weight: Tensor, live: Tensor, bias: Tensor | None) -> Linear | None:
-        """`x W^T + b` from a buffer that holds `weight`; None where the parameter `live` is as good."""
+        """`x W^T + b` from a buffer that holds `weight`; None where computing with the parameter `live` is as fast."""
         if self.mode == "alias":
             return None
         dtype = self.dtype if self.dtype is not None and live.dtype == torch.float32 else live.dtype
@@ -243,14 +251,14 @@ class WeightView:
         return linear if dtype == live.dtype else UnderAutocast(linear, module.forward, live.device.type, dtype)
 
     def _place(self, module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where the module's packed weight goes: as the last rollout's, whose pages are at hand."""
+        """The memory for the module's packed weight: that of the last rollout if it fits, as its pages are mapped."""
         place = self._packed.get(module)
         if place is None or place.shape != shape or place.dtype != dtype:
             place = self._packed[module] = self._memory.empty(shape, dtype, device)
         return place
 
     def _buffer(self, module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of `value` that keeps its place from one rollout to the next."""
+        """A copy of `value` that keeps its address from one rollout to the next as long as its buffer is kept."""
         buffer = self.buffers.get((module, name))
         if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (value.shape, dtype, value.device):
             group: list[Any] = self._groups.get(module, [module]) if name.startswith("shadow.") else [module]
@@ -262,7 +270,7 @@ class WeightView:
 
 
 def same_input(model: nn.Module) -> Iterator[list[nn.Linear]]:
-    """The plain Linear layers of each block that multiply the same activations, biases on all of them or on none."""
+    """For each block, its plain linear layers that read the same input, if all of them have a bias or none has."""
     for module in model.modules():
         for names in SAME_INPUT:
             layers: list[Any] = [getattr(module, name, None) for name in names]
@@ -273,7 +281,7 @@ def same_input(model: nn.Module) -> Iterator[list[nn.Linear]]:
 
 
 def joined(linears: Sequence[Any]) -> ShadowLinear | None:
-    """One product for several, if their shadows lie behind each other."""
+    """One linear layer that computes several at once, if their shadows are contiguous; else None."""
     linears = [x.linear if isinstance(x, UnderAutocast) else x for x in linears]
     if not all(isinstance(x, ShadowLinear) for x in linears) or len({x.bias is None for x in linears}) > 1:
         return None
@@ -283,7 +291,7 @@ def joined(linears: Sequence[Any]) -> ShadowLinear | None:
 
 
 def _behind_each_other(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensor of which these are the rows, in their order."""
+    """The tensor whose rows are those of all parts, in their order; None if the parts are not contiguous in memory."""
     first, place = parts[0], parts[0].data_ptr()
     for part in parts:
         if part.data_ptr() != place or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
@@ -300,6 +308,6 @@ def _autocast_off() -> Iterator[None]:
 
 
 def _tensor_states(tensors: list[Tensor], rewritten: set[int]) -> tuple:
-    """Place, version and dtype of each; the version of a tensor that is rewritten with its own values says nothing."""
+    """Address, version and dtype of each tensor, without the version of those that are overwritten and restored."""
     local = ((getattr(tensor, "_local_tensor", tensor), id(tensor) in rewritten) for tensor in tensors)  # of a DTensor
     return tuple((x.data_ptr(), None if own else x._version, x.dtype) for x, own in local)

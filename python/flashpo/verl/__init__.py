@@ -1,8 +1,10 @@
-"""FlashPO under verl 0.9's registries: `algorithm.adv_estimator=flashpo_rloo`, `policy_loss.loss_mode=flashpo_gspo`.
+"""Policy losses and advantage estimators of FlashPO in the registries of verl 0.9.
 
-verl loads `flashpo.verl.plugin` in each of its processes by itself (entry point "verl.plugins"). verl knows some
-estimators by name and hands them more than others: gae, gdpo and, in its v1 trainer, grpo. For ours to run there, they
-have to go by verl's own names: `VERL_USE_EXTERNAL_MODULES=flashpo.verl.replace`.
+In a configuration of verl they are chosen as `algorithm.adv_estimator=flashpo_rloo` and
+`policy_loss.loss_mode=flashpo_gspo`, for example. verl loads `flashpo.verl.plugin` in each of its processes by itself
+(entry point "verl.plugins"). verl calls some estimators by their own names and hands them more arguments than others:
+gae, gdpo and, in its v1 trainer, grpo. Ours get these arguments only under verl's own names, which
+`VERL_USE_EXTERNAL_MODULES=flashpo.verl.replace` gives them.
 """
 
 from verl.trainer.ppo import core_algos
@@ -12,14 +14,17 @@ from flashpo.verl.losses import POLICY_LOSSES
 
 __all__ = ["register"]
 
-# compute_advantage calls these by their names in the module, past verl's registry
+# compute_advantage calls these functions by their names in the module, without verl's registry
 CALLED_BY_NAME = {"gae": "compute_gae_advantage_return", "grpo": "compute_grpo_outcome_advantage"}
 
 
 def register(*, replace: bool = False) -> None:
-    """Put our losses and estimators under verl's registries, as "flashpo_" and verl's name; a second call does nothing.
+    """Registers FlashPO's policy losses and advantage estimators in verl, as "flashpo_" followed by verl's name.
 
-    With `replace=True` they stand under verl's own names too: an unchanged configuration runs on them.
+    A second call changes nothing.
+
+    Args:
+        replace: Register them under verl's own names, too, so that an unchanged configuration uses them.
     """
     for name, loss in POLICY_LOSSES.items():
         core_algos.register_policy_loss(f"flashpo_{name}")(loss)

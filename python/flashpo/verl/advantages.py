@@ -1,7 +1,8 @@
-"""verl's advantage estimators out of `flashpo.group_advantages` and `flashpo.gae`: verl 0.9.1's arguments and results.
+"""verl's advantage estimators, computed by `flashpo.group_advantages` and `flashpo.gae`.
 
-Each returns (advantages, returns), (B, T). Where they differ from verl: a NaN reward concerns its own row alone, which
-gets 0; groups of equal rewards get exactly 0; masked tokens of `gae` and `remax` have 0 instead of a carried value.
+They take the arguments and give the results of verl 0.9.1. Each returns (advantages, returns), both (B, T). They differ
+from verl in three cases. A NaN reward affects only its own row, which gets 0. Groups of equal rewards get exactly 0.
+Masked tokens of `gae` and `remax` get 0 instead of a carried value.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +30,9 @@ def gae(
     lam: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Steps over observation tokens; advantages are whitened over the live tokens.
+    """Generalised advantage estimation. It skips observation tokens, and whitens the advantages over the live tokens.
 
-    verl gives values, gamma and lam to an estimator of the name "gae" alone.
+    verl passes values, gamma and lam only to the estimator with the name "gae".
     """
     if values is None or response_mask is None or gamma is None or lam is None:
         raise ValueError(f"values, response_mask, gamma and lam are needed; {BY_NAME_ALONE.format('gae')}")
@@ -46,7 +47,11 @@ def grpo(
     norm_adv_by_std_in_grpo: bool | None = None,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """norm_adv_by_std_in_grpo: also of `config`, which is all that verl hands to an estimator that it does not know."""
+    """GRPO: the reward minus the group's mean, divided by the group's standard deviation if norm_adv_by_std_in_grpo.
+
+    If norm_adv_by_std_in_grpo is not given, it is read from `config`: to an estimator that verl does not know by name,
+    verl passes only the configuration.
+    """
     check_epsilon(epsilon)
     by_std = norm_adv_by_std_in_grpo
     if by_std is None:
@@ -67,7 +72,10 @@ def grpo_passk(
     config: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """As in verl, the configuration says whether to divide by the standard deviation, not the argument."""
+    """Pass@k: only the best completion of a group has an advantage, its reward minus the second best one.
+
+    As in verl, `config` decides whether it is divided by the standard deviation; the argument is not used.
+    """
     check_epsilon(epsilon)
     if config is None:
         raise ValueError("config must be verl's AlgoConfig, got None")
@@ -91,9 +99,9 @@ def gdpo(
     batch: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Each reward in its groups by itself, then their weighted sum whitened over the live tokens.
+    """GDPO: computes GRPO advantages of each reward separately, then whitens their weighted sum over the live tokens.
 
-    verl gives the single rewards (`non_tensor_batch`) to an estimator of the name "gdpo" alone.
+    verl passes the single rewards (`non_tensor_batch`) only to the estimator with the name "gdpo".
     """
     check_epsilon(epsilon)
     names = None if config is None else config.get("gdpo_reward_keys", None)
@@ -117,14 +125,14 @@ def gdpo(
 
 
 def rloo(token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, **_: Any) -> tuple[Tensor, Tensor]:
-    """A group of one keeps its reward, as in verl's loop."""
+    """RLOO. In a group of one, the advantage is the reward itself, as in verl's loop."""
     return _rloo(token_level_rewards, response_mask, index, "verl")
 
 
 def rloo_vectorized(
     token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """A group of one gets 0, as in verl's vectorised form."""
+    """RLOO. In a group of one, the advantage is 0, as in verl's vectorised form."""
     return _rloo(token_level_rewards, response_mask, index, "trl")
 
 
@@ -137,7 +145,10 @@ def _rloo(token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, c
 
 
 def opo(token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, **_: Any) -> tuple[Tensor, Tensor]:
-    """The baseline weighs each reward by its length; a row without live tokens is a sibling of no weight."""
+    """OPO: the reward minus the mean of the group's rewards weighted by the number of live tokens.
+
+    A row without live tokens has weight 0 in its group's baseline.
+    """
     lengths = live(response_mask).sum(-1)
     here = lengths > 0
     scores = wide(token_level_rewards.sum(-1)).masked_fill(~here, torch.nan)
@@ -154,7 +165,7 @@ def gpg(
     f_norm: float = 1.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Rewards above their group's mean, times the batch's size over its number of non-zero rewards."""
+    """GPG: (reward - mean of the group) * (size of the batch / number of its non-zero rewards) / f_norm."""
     scores = token_level_rewards.sum(-1)
     alpha = scores.shape[0] / scores.count_nonzero().clamp(min=1)
     result = group_advantages(scores, keys(index, scores), scale="none", convention="verl")
@@ -164,7 +175,7 @@ def gpg(
 def reinforce_plus_plus(
     token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Discounted returns of each token, whitened: GAE with lambda 1 and no values."""
+    """REINFORCE++: whitened discounted returns, which are GAE with lambda 1 and values 0."""
     if config is None:
         raise ValueError("config must be verl's AlgoConfig, got None")
     nothing = torch.zeros_like(token_level_rewards)
@@ -174,7 +185,7 @@ def reinforce_plus_plus(
 def reinforce_plus_plus_baseline(
     token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Rewards above their group's mean, whitened over the live tokens."""
+    """REINFORCE++ with a baseline: the reward minus the group's mean, whitened over the live tokens."""
     scores = token_level_rewards.sum(-1)
     above = group_advantages(scores, keys(index, scores), scale="none", convention="verl").advantage
     return spread(whiten(above, response_mask), response_mask)
@@ -183,7 +194,7 @@ def reinforce_plus_plus_baseline(
 def remax(
     token_level_rewards: Tensor, reward_baselines: Tensor, response_mask: Tensor, config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Reward to go, less the reward of the greedy completion."""
+    """ReMax: the reward to go minus the reward of the greedy completion."""
     nothing = torch.zeros_like(token_level_rewards)
     returns = estimate(token_level_rewards, nothing, live(response_mask), gamma=1.0, lam=1.0)[1]
     return returns - reward_baselines[:, None] * response_mask, returns
@@ -195,14 +206,14 @@ def check_epsilon(epsilon: float) -> None:
 
 
 def keys(index: Sequence, beside: Tensor) -> Tensor:
-    """verl's group labels, often strings, as numbers (B,) on the device of `beside`."""
+    """verl's group labels, which are often strings, as int64 numbers (B,) on the device of `beside`."""
     numbers: dict[Any, int] = {}
     labels = index.tolist() if isinstance(index, np.ndarray | Tensor) else index
     return torch.tensor([numbers.setdefault(x, len(numbers)) for x in labels], dtype=torch.int64, device=beside.device)
 
 
 def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the live tokens, each of which has its row's advantage (B,)."""
+    """The advantages (B,) of rows with mean 0 and variance 1 over the live tokens, which all have their row's value."""
     lengths = mask.sum(-1).to(advantage.dtype)
     tokens = lengths.sum()
     centred = advantage - (lengths * advantage).sum() / tokens.clamp(min=1)
@@ -211,7 +222,7 @@ def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
 
 
 def spread(advantage: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The row's advantage (B,) for each of its live tokens, which in verl is the return as well."""
+    """(advantages, returns), both (B, T): each live token gets its row's advantage (B,), in verl also as the return."""
     tokens = advantage[:, None] * mask
     return tokens, tokens
 

@@ -1,7 +1,7 @@
-"""verl's policy losses out of `flashpo.policy_loss`: verl 0.9.1's arguments, loss, gradient and metrics.
+"""verl's policy losses, computed by `flashpo.policy_loss`, with the arguments, gradients and metrics of verl 0.9.1.
 
-Where they differ from verl, verl would be NaN or infinite: a micro-batch without live tokens gives 0, a NaN at a masked
-position is not looked at, a ratio that overflows (only geo_mean does not clamp it) saturates.
+They differ from verl only where verl would be NaN or infinite. A micro-batch without live tokens gives 0. A NaN at a
+masked position is ignored. A ratio that overflows saturates; in verl only geo_mean does not clamp it.
 """
 
 from collections.abc import Callable
@@ -21,18 +21,24 @@ AGGREGATION = {  # verl's loss_agg_mode -> ours
     "token-sum": "token_sum",
     "seq-mean-token-mean": "sequence_mean",
     "seq-mean-token-sum": "sequence_sum",
-    "seq-mean-token-sum-norm": "sequence_sum",  # over a constant, which `scale` takes
+    "seq-mean-token-sum-norm": "sequence_sum",  # divided by a constant, which is part of `scale`
 }
-CLIPPED = ("clip_low", "clip_high")  # where clipping stops the gradient
-OUTSIDE = ("below", "above")  # whatever the sign of the advantage
+CLIPPED = ("clip_low", "clip_high")  # counts tokens whose gradient is stopped by clipping
+OUTSIDE = ("below", "above")  # counts tokens whose ratio is outside the bounds, for either sign of the advantage
 
 
 @dataclass(frozen=True)
 class VerlLoss:
-    """A policy loss as verl calls one: `(loss, metrics)` of padded tensors (B, T) and an ActorConfig.
+    """A policy loss with the call that verl makes: padded tensors (B, T) and an ActorConfig give `(loss, metrics)`.
 
-    `preset` is its name in `flashpo.LOSSES`; `options` takes the fields of the spec from verl's config; `clipfrac` and
-    `clipfrac_lower` name the counts that verl logs as shares of the tokens, None what it does not log.
+    Args:
+        preset: The name of the loss in `flashpo.LOSSES`.
+        options: Takes the fields of the LossSpec from verl's config.
+        clipfrac, clipfrac_lower: Which counts verl logs under these names as shares of the tokens. An empty tuple logs
+            0; None logs nothing.
+        kl: Whether verl logs `actor/ppo_kl`.
+        default_mode: The aggregation where loss_agg_mode is not given.
+        only_mode: The aggregation that verl uses whatever loss_agg_mode is; None: loss_agg_mode decides.
     """
 
     preset: str
@@ -41,7 +47,7 @@ class VerlLoss:
     clipfrac_lower: tuple[str, ...] | None = ()
     kl: bool = True
     default_mode: str = "token-mean"
-    only_mode: str | None = None  # verl aggregates this way whatever loss_agg_mode says
+    only_mode: str | None = None
 
     def __call__(
         self,
@@ -81,7 +87,10 @@ class VerlLoss:
 
 
 def aggregation(mode: str, width: int, global_batch_info: Any) -> dict[str, Any]:
-    """What `agg_loss(loss_agg_mode=mode, **global_batch_info)` is for `policy_loss`, on tensors of `width` tokens."""
+    """The arguments of `policy_loss` that aggregate as verl's `agg_loss(loss_agg_mode=mode, **global_batch_info)`.
+
+    `width` is the number of tokens T of the padded tensors.
+    """
     if mode not in AGGREGATION:
         raise ValueError(f"loss_agg_mode must be one of {tuple(AGGREGATION)}, got {mode!r}")
     info: dict[str, Any] = dict(dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None)
@@ -103,7 +112,7 @@ def aggregation(mode: str, width: int, global_batch_info: Any) -> dict[str, Any]
 
 
 def live(mask: Tensor) -> Tensor:
-    """verl's masks as bool; it has float ones, too."""
+    """A mask of verl as bool. Some of its masks are float."""
     if mask.is_floating_point():
         fine = ((mask == 0) | (mask == 1)).all()
         if mask.device.type != "cpu":
@@ -152,12 +161,13 @@ def geo_mean(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """GMPO. As in verl, loss_agg_mode and the global batch have no say: it is the mean over this call's sequences."""
+    """GMPO. As in verl, loss_agg_mode and the global batch are not used: the loss is the mean over this call's
+    sequences."""
     if config is None:
         raise ValueError("config must be verl's ActorConfig, got None")
     mask = live(response_mask)
     weights = rollout_is_weights
-    if weights is not None:  # of a sequence: their geometric mean
+    if weights is not None:  # the weight of a sequence is the geometric mean over its tokens
         log_weights = torch.where(mask, (wide(weights) + 1e-10).log(), 0.0)
         weights = (log_weights.sum(-1) / mask.sum(-1).clamp(min=1)).exp()
     bounds = clip(config)
@@ -187,7 +197,7 @@ def dro(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """REINFORCE with a quadratic penalty on the log-ratio: beta k2 to the old policy."""
+    """DRO: REINFORCE plus a penalty of dro_beta times half the squared log-ratio to the old policy (k2)."""
     if rollout_is_weights is not None:
         raise ValueError("rollout_is_weights: the penalty of flashpo_dro takes no importance weights")
     if config is None or not config.policy_loss.dro_beta or config.policy_loss.dro_beta < 0:
@@ -216,9 +226,10 @@ def bypass_mode(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Two policies: old_log_prob is the rollout's. verl's own weights and rejections, then REINFORCE or PPO.
+    """verl's bypass mode: old_log_prob is the rollout's, so that there are two policies instead of three.
 
-    rollout_is_weights is not used, as in verl: the weights are those of the current policy.
+    verl's own code computes importance weights and rejections; then REINFORCE or PPO follows. As in verl,
+    rollout_is_weights is not used: the weights are computed with the current policy.
     """
     settings = None if config is None else config.policy_loss.get("rollout_correction")
     if settings is None:
@@ -240,7 +251,7 @@ def bypass_mode(
     args = old_log_prob, log_prob, advantages, mask, loss_agg_mode, config
     if kind == "reinforce":
         loss, own = reinforce(*args, rollout_is_weights=weights.batch["rollout_is_weights"] if weights else None)
-    else:  # the ratio to the rollout is in the clipped surrogate already
+    else:  # the clipped surrogate includes the ratio to the rollout already
         loss, own = vanilla(*args)
     return loss, own | metrics
 

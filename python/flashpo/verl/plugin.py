@@ -1,4 +1,4 @@
-"""For verl's plugin hooks, which import a module and call nothing."""
+"""The module for verl's plugin hooks, which import a module but call nothing: importing it registers our functions."""
 
 from flashpo.verl import register
 
