@@ -1,8 +1,8 @@
-"""Which adapters of PEFT run on the rollout engine, on token trees and on our head: for `flashpo.bench.models`.
+"""Which PEFT adapters work with the rollout engine, with token trees and with our LM head; for `flashpo.bench.models`.
 
-Every type of adapter that the installed PEFT has, and every option that changes what LoRA computes, is put on a small
-model with random adapter weights, so that none is the identity. Rollouts, token trees and TRL's fused head on our
-operator are compared with `PeftModel.forward` and its gradients.
+Every adapter type of the installed PEFT, and every option that changes what LoRA computes, is put on a small model with
+random adapter weights, so that no adapter is the identity. Rollouts, token trees, and TRL's fused head on our operator
+are compared with `PeftModel.forward` and its gradients.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ TOKENS = list(range(0, VOCABULARY, 3))
 INVOCATION = [5, 6]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PROMPT = {"num_virtual_tokens": 3}
-# What a type takes in place of `target_modules`, or beside them: sizes for which a small model has room.
+# What a type takes instead of `target_modules`, or in addition: sizes that fit into a small model.
 TYPES: dict[str, dict[str, Any]] = {
     "MULTITASK_PROMPT_TUNING": PROMPT | {"num_tasks": 2},
     "P_TUNING": PROMPT | {"encoder_hidden_size": 8},
@@ -83,11 +83,11 @@ LORA: dict[str, dict[str, Any]] = {
     "velora_config": {"velora_config": {"num_groups": 4}},
 }
 NAMES = tuple(sorted([kind.value for kind in PeftType] + [f"LORA, {option}" for option in LORA]))
-ROUNDING = 1e-4  # of log-probs in nats and, relatively, of gradients: more is another computation
+ROUNDING = 1e-4  # of log-probs in nats and, relatively, of gradients; a larger error means another computation
 
 
 class Row(NamedTuple):
-    """Of one adapter: "yes", or why not, for rollouts, token trees and the fused head."""
+    """The results of one adapter: "yes" or the reason against it, for rollouts, token trees and the fused head."""
 
     adapter: str
     rollout: str
@@ -96,12 +96,12 @@ class Row(NamedTuple):
 
 
 class Untried(Exception):
-    """There is nothing to compare with; the text says why."""
+    """There is nothing with which to compare; the message says why."""
 
 
 def try_adapter(name: str) -> Row:
-    """Raises Untried where the adapter cannot be built, or its own forward does not run; AssertionError where the
-    adapter changes nothing, so that nothing would be seen."""
+    """Try one adapter. Raises Untried if it cannot be built or its own forward does not run. Raises AssertionError if
+    it changes nothing, because then the comparison would show nothing."""
     model = make(name)
     try:
         expected = _results(model, _alone(model))
@@ -114,14 +114,14 @@ def try_adapter(name: str) -> Row:
 
 
 def make(name: str) -> PeftModel:
-    """A small model under the adapter, with random adapter weights."""
+    """A small model with the adapter, whose weights are random."""
     kind, _, option = name.partition(", ")
     config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     usual: dict[str, Any] = PROMPT if issubclass(config, PromptLearningConfig) else {"target_modules": LAYERS}
     options = usual | (LORA[option] if option else TYPES.get(kind, {}))
     size: dict[str, Any] = {"tie_word_embeddings": options.pop("tied", False), "num_hidden_layers": 2}
     family = options.pop("family", "llama")
-    size |= {"attn_pdrop": 0.0} if family == "gpt2" else {}  # its published dropout would keep it from token trees
+    size |= {"attn_pdrop": 0.0} if family == "gpt2" else {}  # GPT-2's published dropout would rule out token trees
     model = tiny_model(family, **size)
     torch.manual_seed(0)
     with contextlib.redirect_stderr(io.StringIO()):  # some show progress
@@ -136,7 +136,7 @@ def make(name: str) -> PeftModel:
 def _wrapped(model: Any, kind: str, config: type[PeftConfig], options: dict[str, Any]) -> PeftModel:
     if kind != "XLORA":
         return peft.get_peft_model(model, config(task_type="CAUSAL_LM", **options))
-    with tempfile.TemporaryDirectory() as folder:  # it mixes adapters that are on disk
+    with tempfile.TemporaryDirectory() as folder:  # this type mixes adapters that are on disk
         lora = LoraConfig(task_type="CAUSAL_LM", target_modules=LAYERS, init_lora_weights=False)
         peft.get_peft_model(copy.deepcopy(model), lora).save_pretrained(folder)
         model.config.use_cache = False
@@ -145,7 +145,7 @@ def _wrapped(model: Any, kind: str, config: type[PeftConfig], options: dict[str,
 
 
 def randomise(model: Any) -> None:
-    """Adds noise to all that trains."""
+    """Add noise to all trainable parameters."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -154,7 +154,7 @@ def randomise(model: Any) -> None:
 
 
 def rows() -> Tensor:
-    """Three rows that branch twice, with the tokens that invoke an activated LoRA in two of them."""
+    """Three rows that branch twice; two of them contain the tokens that invoke an activated LoRA."""
     ids = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
     ids[0, 4:6] = torch.tensor(INVOCATION)
     ids[1, :6], ids[2, :3] = ids[0, :6], ids[0, :3]
@@ -165,7 +165,7 @@ Results = tuple[Tensor, dict[str, Tensor]]
 
 
 def _results(model: Any, logprob: Tensor) -> Results:
-    """Log-probs (3, 11), and every gradient of a sum of them with random weights."""
+    """Log-probs (3, 11), and every gradient of their sum with random weights."""
     weights = torch.randn(logprob.shape, generator=torch.Generator().manual_seed(2))
     (logprob * weights).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -178,7 +178,7 @@ def _of_logits(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _alone(model: Any) -> Tensor:
-    """By the model's own forward of each row."""
+    """The results of the model's own forward, row by row."""
     ids = rows()
     return torch.cat([_of_logits(model(input_ids=row[None], use_cache=False).logits, row[None]) for row in ids])
 
@@ -219,7 +219,7 @@ def _packed(model: Any, expected: Results) -> str:
 
 
 def _head(model: Any, expected: Results) -> str:
-    """As SFT, DPO and KTO call a model, on padded rows."""
+    """The results of the fused head, called on padded rows as SFT, DPO and KTO do."""
     if is_tuner_layer(CausalLM.of(model).head):
         return "TRL refuses an adapter on the head"
     ids = rows()

@@ -1,4 +1,4 @@
-"""Benchmark of group_advantages beside TRL's torch expression and verl's loop over groups."""
+"""Benchmark of group_advantages against TRL's torch expression and verl's loop over groups."""
 
 import importlib.util
 from collections import defaultdict
@@ -11,7 +11,8 @@ import flashpo
 from flashpo import group_advantages
 from flashpo.bench.timing import Clock, Device, KernelTable
 
-SHAPES = {"512 groups of 64": (512, 64), "65536 rewards in 4096 ragged groups": (4096, None)}  # groups, their size
+# (number of groups, their size)
+SHAPES = {"512 groups of 64": (512, 64), "65536 rewards in 4096 ragged groups": (4096, None)}
 REFERENCE, VERL = "FlashPO's reference in torch", "verl's loop"
 
 
@@ -29,7 +30,7 @@ def reference(rewards, group):
 
 
 def trl(rewards, generations):
-    """GRPOTrainer's lines with scale_rewards="group", of groups of one size whose rows stand together."""
+    """GRPOTrainer's lines for scale_rewards="group": groups have one size and consecutive rows."""
     from trl.trainer.utils import nanstd
 
     rewards = (rewards[:, None] * torch.ones(1, device=rewards.device)).nansum(dim=1)
@@ -40,8 +41,8 @@ def trl(rewards, generations):
 
 
 def verl(rewards, group):
-    """compute_grpo_outcome_advantage: a dictionary of lists of scalar tensors."""
-    scores, keys = rewards.clone(), group.tolist()  # verl's keys are an array on the host
+    """verl's compute_grpo_outcome_advantage: a dictionary of lists of scalar tensors."""
+    scores, keys = rewards.clone(), group.tolist()  # in verl the keys are an array on the host
     members, mean, std = defaultdict(list), {}, {}
     for i, key in enumerate(keys):
         members[key].append(scores[i])
@@ -71,10 +72,10 @@ def table(device: Device, groups: int, size: int | None, clock: Clock, with_peer
     if error > 1e-5:
         raise AssertionError(f"group_advantages is off by {error}")
     if with_peers and importlib.util.find_spec("trl"):
-        # it has no ragged groups: as many rewards in as many groups of one size
+        # TRL has no ragged groups: it gets as many rewards in as many groups of one size
         variants[trls_name(size)] = lambda: trl(rewards, size or 16)
     seconds = clock(variants)
-    if with_peers:  # apart: it takes a second, and what comes after it in turn finds the caches cold
+    if with_peers:  # not in turns with the others: it takes a second and would leave cold caches for the next variant
         seconds |= clock({VERL: lambda: verl(rewards, group)})
     for name in seconds:
         yield {"variant": name, "ms": seconds[name] * 1e3, "times_flashpo": seconds[name] / seconds["FlashPO"]}

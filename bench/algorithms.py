@@ -1,5 +1,5 @@
-"""The table of docs/algorithms.md: by which operators and trainer each runs, whose results it reproduces in which
-test, and how much it learned in `make zoo`."""
+"""The table of docs/algorithms.md: for each algorithm its operators and trainer, the source whose results it reproduces
+and the test that shows it, and how much it learned in `make zoo`."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ class Algorithm(NamedTuple):
     operators: str
     trainer: str
     same_as: str
-    test: str  # file::function below tests/
-    zoo: str | None = None  # its name there
+    test: str  # file::function in tests/
+    zoo: str | None = None  # its name in the zoo
 
 
 GRPO, VERL = "test_trl_policy.py::test_grpo", "test_verl_losses.py::test_same_as_verl"
@@ -62,7 +62,7 @@ ALGORITHMS = (
 
 
 def records(learned: dict[str, dict]) -> list[dict]:
-    """Its rows, given the zoo's newest record of each name."""
+    """The rows of the table, given the zoo's newest record of each name."""
     rows = []
     for algorithm in ALGORITHMS:
         found = learned.get(algorithm.zoo or "")

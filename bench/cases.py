@@ -1,4 +1,4 @@
-"""The suites of `flashpo bench`: each yields the titles of its tables and what makes them."""
+"""The suites of `flashpo bench`. Each yields the titles of its tables and the functions that measure them."""
 
 import importlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from functools import partial
 
 from flashpo.bench.timing import Device, KernelTable, Tables, compare
 
-KERNELS = {  # where the tables of an operator are, a function of device and quick
+KERNELS = {  # where the tables of an operator are: a function of device and quick
     "linear_logprob": "scoring.linear_logprob_tables",
     "linear_divergence": "divergence.tables",
     "selective_log_softmax": "scoring.selective_log_softmax_tables",
@@ -19,7 +19,7 @@ KERNELS = {  # where the tables of an operator are, a function of device and qui
     "decode_attention": "decoding.tables",
     "packed_linear": "packed_linear.tables",
 }
-WHOLES = {  # what runs many operators: a function of device, with_peers and quick; some of these modules need TRL
+WHOLES = {  # suites that run many operators: functions of device, with_peers and quick; some of these modules need TRL
     "rollout": "rollout.tables",
     "rollout_long": "rollout.long_tables",
     "mismatch": "mismatch.tables",

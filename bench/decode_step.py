@@ -1,8 +1,10 @@
-"""One step of decoding, from the tokens drawn last to the next ones: under a CUDA graph, and launched kernel by kernel.
+"""One decode step, from the tokens sampled last to the next ones: with a CUDA graph, and with kernels launched one by
+one.
 
-The floor is the slower of two things that are measured in the same run: a copy of as many bytes as the step has to
-read (every weight, and every distinct key and value once), and its products at the rate of a large matrix product. A
-step is timed in a run of as many as the engine makes between two looks of the host: one on a CPU, sixteen on a GPU.
+The floor is the slower of two things that are measured in the same run: copying as many bytes as the step must read
+(every weight once, and every distinct key and value once), and its products at the rate of a large matrix product.
+Steps are timed in runs of as many steps as the engine makes before the host looks at the results: one on a CPU, sixteen
+on a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,13 +31,13 @@ GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 class Case(NamedTuple):
-    model: str  # of SHAPES
+    model: str  # a name in SHAPES
     dtype: torch.dtype
     prompts: int
     prompt: int  # tokens
-    group: int = 8  # rows of each prompt
-    own: int = 96  # tokens that each row has drawn
-    masters: torch.dtype | None = None  # of the weights, where `dtype` is autocast's
+    group: int = 8  # rows per prompt
+    own: int = 96  # tokens that each row has sampled
+    masters: torch.dtype | None = None  # dtype of the weights, if `dtype` is autocast's
 
     @property
     def title(self) -> str:
@@ -57,7 +59,8 @@ CASES = {
 
 
 def loaded(runner: Runner, case: Case, vocabulary: int) -> tuple[Step, Callable]:
-    """A step whose tables hold the case's rows, and what moves it on; what the cache holds does not matter."""
+    """A step whose tables contain the case's rows, and a function that advances it. The cache's content does not
+    matter."""
     rows = case.prompts * case.group
     scheduler = Scheduler(runner.cache.blocks, rows)
     for i in range(case.prompts):
@@ -119,7 +122,8 @@ def records(device: Device, case: Case) -> Iterator[dict]:
 
 
 def _flops(model: torch.nn.Module, case: Case) -> int:
-    """Of a step's matrix products: a row's with every weight but the embeddings', and with what it attends to."""
+    """The operations of a step's matrix products: for each row, with all weights except embeddings, and with its
+    context."""
     embeddings = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     weights = sum(p.numel() for p in model.parameters() if p is not embeddings or p is head)
@@ -131,7 +135,7 @@ def _flops(model: torch.nn.Module, case: Case) -> int:
 
 
 def run_of_steps(step: Step, move: Callable, steps: int) -> Callable[[], None]:
-    """As the engine makes them between two looks of the host; then the rows go back to where they were."""
+    """Make as many steps as the engine makes before the host looks; then put the rows back to where they were."""
     own, position = step.own_length.clone(), step.position.clone()
 
     def run() -> None:

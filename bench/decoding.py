@@ -1,4 +1,4 @@
-"""decode_attention of a step: against torch's attention over every row's whole context, and a read of the cache."""
+"""decode_attention in a step, against torch's attention over the whole context of each row, and a read of the cache."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from flashpo import decode_attention
 from flashpo.bench.timing import Clock, Device, KernelTable, dtype_name
 
-# groups, rows of a group, query heads, key heads, features, tokens of a prompt, of a row; layers, so that no cache
-# of the processor holds what a step reads
+# groups, rows per group, query heads, key heads, features, tokens per prompt, tokens per row; and as many layers as are
+# needed so that no processor cache holds what a step reads
 SHAPES = {
     "cpu": [(4, 8, 8, 4, 64, 1024, 32, 8), (4, 8, 8, 4, 64, 256, 128, 8), (32, 1, 8, 4, 64, 256, 128, 8)],
     "cuda": [(8, 8, 16, 8, 128, 2048, 512, 8), (32, 8, 16, 8, 128, 512, 512, 4), (64, 1, 16, 8, 128, 1024, 512, 4)],
@@ -21,7 +21,7 @@ VARIANTS, PEERS = (COPY, "FlashPO"), (WHOLE,)
 
 
 def tables_of(groups, rows, prompt, own):
-    """(rows, start, length, blocks, position) and how many blocks there are; block 0 stays empty."""
+    """(rows, start, length, blocks, position), and the number of blocks; block 0 stays empty."""
     batch, prompt_blocks, own_blocks = groups * rows, -(-prompt // 64), -(-own // 64)
     shared = torch.arange(groups)[:, None] * rows + torch.tensor([0, rows])
     ranges = torch.cat((shared, torch.arange(batch)[:, None] + torch.tensor([0, 1])))
@@ -34,7 +34,7 @@ def tables_of(groups, rows, prompt, own):
 
 
 def gather(k_cache, v_cache, tables, row):
-    """A row's keys and values (heads, tokens, features), contiguous."""
+    """The keys and values of a row (heads, tokens, features), contiguous."""
     ranges, _, length, blocks, _ = tables
     k, v = [], []
     for (begin, end), n, ids in zip(ranges.tolist(), length.tolist(), blocks.long()):

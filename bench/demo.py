@@ -1,9 +1,9 @@
-"""`make demo`: the same unmodified TRL scripts with and without `flashpo run`, on arithmetic, on any CPU, in minutes.
+"""`make demo`: the same unmodified TRL scripts with and without `flashpo run`, on arithmetic; any CPU, a few minutes.
 
-Runs examples/sft.py and then, from the stock run's checkpoint, examples/grpo.py, each stock and accelerated with the
-same seeds; prints a table, writes demo.png and demo.json. A step's time is the median of the times between the
-trainer's log lines, so it holds everything: data, generation, optimiser. demo_parts.py times the LM head and
-generation alone.
+It runs examples/sft.py and then, from the checkpoint of the stock run, examples/grpo.py; each of them stock and
+accelerated with the same seeds. It prints a table and writes demo.png and demo.json. The time of a step is the median
+of the times between the trainer's log lines, so it contains everything: data, generation, optimiser. demo_parts.py
+times the LM head and generation separately.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 STOCK = [sys.executable]
 FLASHPO = [sys.executable, "-m", "flashpo.run"]
-FIRST_STEPS = 5  # not timed: allocations and caches
+FIRST_STEPS = 5  # not timed, because of allocations and cold caches
 FOOTNOTE = """
 The model is a small Qwen3 with random weights, 4 layers, hidden size 128 and a vocabulary of 2,048, of which the data
 use 16: the head has the share of the work that it has in Qwen3-0.6B, but sequences of 20 tokens are far from real ones.
@@ -41,13 +41,13 @@ class Run(NamedTuple):
 
 
 def environment() -> dict[str, str]:
-    # Spinning threads of OpenMP take ten times as long where others use the CPU, too.
+    # OpenMP threads that spin take ten times as long if other processes use the CPU, too.
     passive = {"OMP_WAIT_POLICY": "PASSIVE"}
     return passive | os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def train(title: str, python: list[str], script: str, out: Path, steps: int, *args: str) -> Run:
-    """Run the script in a process of its own and read its progress from the log lines that the trainer prints."""
+    """Run the script in a separate process and read its progress from the log lines that the trainer prints."""
     out.mkdir(parents=True, exist_ok=True)
     command = [*python, EXAMPLES / script, "--output-dir", out, "--max-steps", str(steps), *args]
     times = []
@@ -61,7 +61,7 @@ def train(title: str, python: list[str], script: str, out: Path, steps: int, *ar
         except BaseException:
             process.kill()
             raise
-        _, status, usage = os.wait4(process.pid, 0)  # the peak memory of this child alone
+        _, status, usage = os.wait4(process.pid, 0)  # gives the peak memory of this child only
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         tail = (out / "stderr.log").read_text()[-3000:]
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
 
     sft = pair("sft.py", args.sft_steps, out / "model")
-    checkpoint = out / "sft-stock"  # for both GRPO runs
+    checkpoint = out / "sft-stock"  # both GRPO runs start from it
     grpo = pair("grpo.py", args.grpo_steps, checkpoint)
     parts = part_times(checkpoint)
     print("\n" + table(sft, grpo, parts) + "\n\n" + differences(sft))

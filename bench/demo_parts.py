@@ -1,8 +1,9 @@
-"""Two parts of the demo's steps alone, stock and accelerated in turns: `python bench/demo_parts.py CHECKPOINT`.
+"""Two parts of the demo's steps by themselves, stock and accelerated in turns: `python bench/demo_parts.py CHECKPOINT`.
 
-The LM head, forward and backward, through TRL's own `fused_lm_head` forward with the layers below it replaced by a
-constant; and the generation of a GRPO step, by transformers' `generate` as TRL calls it and by the rollout engine.
-On arithmetic problems in the sizes of the demo's batches. Prints {part: [stock, accelerated]}, median seconds.
+One part is the LM head, forward and backward, through the forward of TRL's `fused_lm_head`, with the layers below it
+replaced by a constant. The other is the generation of a GRPO step, by transformers' `generate` as TRL calls it and by
+the rollout engine. Both use arithmetic problems in batches of the demo's sizes. Prints {part: [stock, accelerated]} in
+median seconds.
 """
 
 import json
@@ -26,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import arithmetic
 
 WARM_UP, REPEATS = 3, 15
-PROMPTS, COMPLETIONS, NEW = 16, 8, 16  # of examples/grpo.py
+PROMPTS, COMPLETIONS, NEW = 16, 8, 16  # as in examples/grpo.py
 
 
 def labels_of(batch: int, tokens) -> torch.Tensor:
-    """(batch, length): the completions and their end, -100 on prompts and padding."""
+    """(batch, length): the completions with their end token; -100 on prompts and padding."""
     rows = arithmetic.problems(batch, seed=2)
     prompts, completions = ([tokens(row[key])["input_ids"] for row in rows] for key in ("prompt", "completion"))
     labels = torch.full((batch, max(len(p) + len(c) for p, c in zip(prompts, completions)) + 1), -100)
@@ -78,7 +79,7 @@ def generation(checkpoint: str) -> list[float]:
 
 
 def in_turns(title: str, stock_seconds: Callable[[], float], our_seconds: Callable[[], float]) -> list[float]:
-    """The medians."""
+    """Time the variants in turns; return the medians."""
     times = [(stock_seconds(), our_seconds()) for _ in tqdm(range(WARM_UP + REPEATS), desc=title, unit="pair")]
     return [statistics.median(values) for values in zip(*times[WARM_UP:])]
 

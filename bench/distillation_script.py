@@ -1,5 +1,4 @@
-"""A TRL script as one finds them, without a word of FlashPO: distillation_step.py times it with and without
-`flashpo run`.
+"""An ordinary TRL script that does not mention FlashPO; distillation_step.py times it with and without `flashpo run`.
 
 python bench/distillation_script.py STUDENT TEACHER OUT ROWS SYSTEM_TOKENS PROMPT_TOKENS NEW_TOKENS STEPS SEED
 """

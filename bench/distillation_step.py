@@ -1,8 +1,8 @@
-"""A whole step of on-policy distillation, rollout, both models and update: the same TRL script under `python` and under
+"""A whole step of on-policy distillation (rollout, both models, update): the same TRL script under `python` and under
 `flashpo run`.
 
-As grpo_step.py, whose models and turns these are; student and teacher have random weights. Every prompt is answered
-once, as in TRL, and begins with a system prompt that all share.
+Models and the alternation of runs are those of grpo_step.py; student and teacher have random weights. Each prompt gets
+one completion, as in TRL, and all prompts begin with the same system prompt.
 """
 
 import statistics
@@ -20,13 +20,13 @@ SCRIPT = Path(__file__).with_name("distillation_script.py")
 
 
 class Case(NamedTuple):
-    student: str  # of SHAPES
+    student: str  # a name in SHAPES
     teacher: str
-    system: int  # tokens that all prompts begin with
-    prompt: int  # tokens, with these
+    system: int  # tokens of the common system prompt
+    prompt: int  # tokens, including the system prompt
     new: int  # the limit of completions
-    mean_length: int | None  # of completions, if a limit did not cut them; None: none ends before
-    rows: int = 16  # a step
+    mean_length: int | None  # of completions, without the limit; None: they end at the limit only
+    rows: int = 16  # per step
     steps: int = 4
     seeds: int = 1
 

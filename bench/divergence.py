@@ -1,4 +1,4 @@
-"""Benchmark of `linear_divergence` against the kernel of two heads in TRL, and against torch with whole logits."""
+"""Benchmark of `linear_divergence` against TRL's kernel for two heads, and against torch with full logits."""
 
 import functools
 import importlib.util
@@ -10,7 +10,7 @@ from flashpo import linear_divergence
 from flashpo.bench import peers
 from flashpo.bench.timing import Clock, Device, KernelTable, dtype_name
 
-# N, H of student and teacher, V
+# N, H of student and of teacher, V
 SHAPES = {"cpu": [(1024, 512, 896, 32768), (1024, 1024, 2048, 151936)], "cuda": [(8192, 2048, 4096, 151936)]}
 DTYPES = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16,)}
 PHASES = ("forward", "step", "step, frozen head")
@@ -24,7 +24,7 @@ def ours(h, w, h_teacher, w_teacher, beta):
 
 
 def run(function, heads, beta, phase):
-    """`phase`: forward alone, or with backward; the student's head may be frozen."""
+    """`phase` is forward only, or forward with backward; the student's head may be frozen."""
     leaves = [x.detach() for x in heads]
     wanted = {"forward": [], "step": leaves[:2], "step, frozen head": leaves[:1]}[phase]
     for x in wanted:
@@ -39,7 +39,7 @@ def run(function, heads, beta, phase):
 
 
 def products(student, teacher) -> dict:
-    """Every product of a pass in its own shape and its best layout, into a ready buffer."""
+    """All products of a pass, each in its own shape and its best layout, into a buffer that already exists."""
     (h, w), (h_t, w_t) = student, teacher
     tile, flat = (torch.randn(a, b, device=h.device).to(h.dtype) for a, b in ((len(w), len(h)), (len(h), len(w))))
     d_h, d_w = torch.empty_like(h), torch.empty_like(w)

@@ -1,6 +1,6 @@
-"""The table of README that says what to expect: one line a measurement, small gains too, from the newest records.
+"""README's table of what to expect: one line per measurement, including small gains, from the newest records.
 
-A line names a title of `flashpo bench` and the two variants in it that are compared; its numbers come from the records.
+A line names a title of `flashpo bench` and two of its variants that are compared. The numbers come from the records.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ class Line(NamedTuple):
     what: str
     model: str
     prompt: str  # tokens
-    group: str  # completions of a prompt
+    group: str  # completions per prompt
     device: str
     title: str
     stock: str = "stock TRL"
@@ -51,7 +51,7 @@ LINES = (
 
 
 def rows(tables: dict) -> list[str]:
-    """Markdown; `tables`: title -> (document, records)."""
+    """The rows in Markdown; `tables` maps a title to (document, records)."""
     head = [
         "what",
         "model",

@@ -8,13 +8,13 @@ import torch
 from flashpo import gae
 from flashpo.bench.timing import Clock, Device, KernelTable
 
-SHAPES = {"cpu": [(64, 1024), (64, 16384)], "cuda": [(64, 16384), (1024, 16384)]}  # B, T
+SHAPES = {"cpu": [(64, 1024), (64, 16384)], "cuda": [(64, 16384), (1024, 16384)]}  # (B, T)
 COPY, WHITENED, LOOP = "copy of rewards and values", "FlashPO, whitened", "torch loop over T"
 VARIANTS, PEERS = (COPY, "FlashPO", WHITENED), (LOOP,)
 
 
 def loop(rewards, values, mask, gamma, lam):
-    """One step of a time loop after the other, over B sequences each, as verl and OpenRLHF do it; verl's rule."""
+    """A time loop, each step over all B sequences, as in verl and OpenRLHF; by verl's rule for masked tokens."""
     advantage, value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     reverse = []
     for t in reversed(range(rewards.shape[1])):
@@ -46,7 +46,7 @@ def records(device: Device, shape: tuple[int, int], clock: Clock, with_peers: bo
     }
     names = VARIANTS + PEERS if with_peers else VARIANTS
     seconds = clock({name: functions[name] for name in names})
-    moved = rewards.numel() * (4 * 4 + 1)  # rewards, values, mask; advantages, returns
+    moved = rewards.numel() * (4 * 4 + 1)  # bytes of rewards, values and mask, and of advantages and returns
     for name, time in seconds.items():
         record = {"variant": name, "ms": time * 1e3, "times_flashpo": time / seconds["FlashPO"]}
         if name == "FlashPO":

@@ -1,6 +1,7 @@
-"""How a training pass grows with the completions of a prompt and with its length, on token trees and in TRL.
+"""How the time of a training pass grows with the completions per prompt and with the prompt's length: token trees and
+TRL.
 
-Ours should grow with the distinct tokens, TRL's with all that stand in the padded rows.
+Ours should grow with the number of distinct tokens, TRL's with the number of all tokens in the padded rows.
 """
 
 from functools import partial
@@ -10,7 +11,7 @@ from flashpo.bench.timing import Device, Tables, compare
 
 TITLE = "training pass over"
 COMPLETION = 128  # tokens at most
-OVER_COMPLETIONS = {"cpu": (512, (2, 4, 8, 16, 32)), "cuda": (2048, (2, 4, 8, 16, 32))}  # prompt length, completions
+OVER_COMPLETIONS = {"cpu": (512, (2, 4, 8, 16, 32)), "cuda": (2048, (2, 4, 8, 16, 32))}  # (prompt length, completions)
 OVER_PROMPTS = {"cpu": (4, (128, 256, 512, 1024, 2048, 4096)), "cuda": (8, (512, 1024, 2048, 4096, 8192))}
 
 

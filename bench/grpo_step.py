@@ -1,10 +1,10 @@
-"""A whole GRPO step, rollout, scoring and update: the same TRL script under `python` and under `flashpo run`.
+"""A whole GRPO step (rollout, scoring, update): the same TRL script under `python` and under `flashpo run`.
 
-Each run is a process of its own; the two take turns, seed by seed. A step's time is the median of all steps but the
-first of each run. The model's weights are random: one that never stops writes completions of full length, all of them
-different, which leaves the least to share; one that ends them with a constant probability a token shows what stock TRL
-pays for padding and for waiting for the longest. A tiny model makes enough steps to learn: its rewards tell whether
-both learn the same.
+Each run is a separate process; the two alternate, seed by seed. The time of a step is the median over all runs and all
+of their steps except the first. The model's weights are random. A model that never stops writes completions of full
+length that are all different, so there is least to share. A model that stops with a constant probability per token
+shows what stock TRL pays for padding and for waiting for the longest completion. A tiny model makes enough steps to
+learn; its rewards show whether both runs learn the same.
 """
 
 import json
@@ -35,10 +35,10 @@ class Case(NamedTuple):
     prompt: int  # tokens
     steps: int
     seeds: int
-    mean_length: int | None = None  # of completions, if a limit did not cut them; None: none ends before
-    model: str = "42M"  # of SHAPES
-    new: int = 128  # the limit
-    prompts: int = 2  # a step, of 8 completions each
+    mean_length: int | None = None  # of completions, without the limit; None: they end at the limit only
+    model: str = "42M"  # a name in SHAPES
+    new: int = 128  # the limit of completions
+    prompts: int = 2  # per step; each has 8 completions
 
     @property
     def title(self) -> str:
@@ -63,13 +63,13 @@ CASES = {
 
 class Run(NamedTuple):
     seconds: list[float]
-    peak: int  # bytes of the process; on a GPU: of its memory
+    peak: int  # bytes of the process; on a GPU, of the GPU's memory
     rewards: list[float] = []  # noqa: RUF012  # a NamedTuple's; read only
     losses: list[float] = []  # noqa: RUF012
 
 
 def save_model(shape: dict[str, Any], mean_length: int | None, device: str, folder: str) -> None:
-    """Random weights, and a tokenizer to which every id is a word."""
+    """Save a model with random weights, and a tokenizer for which every id is a word."""
     torch.manual_seed(0)
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     config = Qwen3Config(
@@ -88,10 +88,10 @@ def save_model(shape: dict[str, Any], mean_length: int | None, device: str, fold
 
 @torch.no_grad()
 def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
-    """Let END follow any token with about this probability.
+    """Let END follow every token with about this probability.
 
-    Feature 0 of the residual stream is made the same 1 for all tokens: none but the embedding writes to it. END's row
-    of the head, that of the tied embedding, then reads its logit from there.
+    Feature 0 of the residual stream is set to 1 for all tokens, since only the embedding writes to it. END's row of the
+    head, which is tied to the embedding, then reads its logit from that feature.
     """
     embedding = model.model.embed_tokens.weight
     embedding[:, 0] = 1
@@ -116,7 +116,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
     runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as out:
         save_model(SHAPES[case.model], case.mean_length, device.name, model)
-        learns = case.model == "tiny"  # others make too few steps
+        learns = case.model == "tiny"  # the other models make too few steps
         settings = case.prompts, case.prompt, case.new, case.steps
         for seed in range(case.seeds):
             for name, command in VARIANTS.items():

@@ -1,4 +1,4 @@
-"""A TRL script as one finds them, without a word of FlashPO: images.py times it with and without `flashpo run`.
+"""An ordinary TRL script that does not mention FlashPO; images.py times it with and without `flashpo run`.
 
 python bench/image_script.py MODEL OUT PROMPTS IMAGE_TOKENS PROMPT_TOKENS NEW_TOKENS STEPS SEED
 """

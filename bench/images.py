@@ -1,7 +1,8 @@
 """A whole GRPO step on prompts with an image: the same TRL script under `python` and under `flashpo run`.
 
-As grpo_step.py, whose turns these are: a text model of its shapes, a small tower, images of noise of which no two are
-alike, eight completions of each prompt. The first step, which is not counted, holds the comparison with plain forwards.
+The runs alternate as in grpo_step.py. The model is a text model of its shapes with a small vision tower. The images are
+noise, all different, and each prompt has eight completions. The first step, which is not counted, contains the
+comparison with plain forwards.
 """
 
 import statistics
@@ -21,16 +22,16 @@ from flashpo.bench.shapes import SHAPES
 from flashpo.bench.timing import Device, Tables
 
 SCRIPT = Path(__file__).with_name("image_script.py")
-ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]}  # of heads of 64
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]}  # for heads of 64 features
 TOWER = dict(depth=2, num_heads=4, patch_size=PATCH, deepstack_visual_indexes=[0])
 
 
 class Case(NamedTuple):
     image: int  # tokens
-    model: str = "42M"  # of SHAPES
-    prompt: int = 32  # tokens beside the image
+    model: str = "42M"  # a name in SHAPES
+    prompt: int = 32  # tokens besides the image
     new: int = 128
-    prompts: int = 1  # a step, of 8 completions each
+    prompts: int = 1  # per step; each has 8 completions
     steps: int = 3
 
     @property
@@ -45,7 +46,7 @@ CASES = {
 
 
 def save_model(case: Case, device: str, folder: str) -> None:
-    """Random weights, and a tokenizer to which every id is a word."""
+    """Save a model with random weights, and a tokenizer for which every id is a word."""
     torch.manual_seed(0)
     shape = SHAPES[case.model]
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}

@@ -1,5 +1,5 @@
-"""GRPO whose reward is a model, without a word of FlashPO: reward_step.py times its scoring with and without
-`flashpo run`.
+"""GRPO with a reward model, in an ordinary TRL script that does not mention FlashPO; reward_step.py times its scoring
+with and without `flashpo run`.
 
 python bench/judge_script.py POLICY JUDGE OUT PROMPTS PROMPT_TOKENS NEW_TOKENS STEPS SEED
 """

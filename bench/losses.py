@@ -1,4 +1,4 @@
-"""Benchmark of `policy_loss`: forward and backward of a loss on log-probs that are given, against TRL's own chain."""
+"""Benchmark of `policy_loss`, forward and backward on given log-probs, against TRL's chain of torch operations."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,9 +9,9 @@ from flashpo import policy_loss
 from flashpo.bench.peers import trl_policy_loss
 from flashpo.bench.timing import Clock, Device, KernelTable
 
-SHAPES = {"cpu": (64, 4096), "cuda": (256, 8192)}  # sequences, tokens
+SHAPES = {"cpu": (64, 4096), "cuda": (256, 8192)}  # (sequences, tokens)
 KL = {"kl_coef": 0.04, "kl_ratio_correction": True}
-SPECS = {  # title -> (name in LOSSES, its overrides, what TRL's chain is told)
+SPECS = {  # title -> (name in LOSSES, its overrides, options of TRL's chain)
     "dapo": ("dapo", {}, {}),
     "grpo with k3 KL": ("grpo", {**KL, "clip_high": 0.28}, {"beta": 0.04}),
     "gspo": ("gspo", {}, {"level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}),
@@ -26,7 +26,7 @@ def make(device: Device, with_ref: bool) -> dict[str, torch.Tensor]:
     sequences, tokens = SHAPES[device.name]
     old = -torch.rand(sequences, tokens, device=device.name)
     length = torch.randint(tokens // 2, tokens + 1, (sequences, 1), device=device.name)
-    mask = (torch.arange(tokens, device=device.name) < length).long()  # as TRL has it
+    mask = (torch.arange(tokens, device=device.name) < length).long()  # the dtype that TRL has
     inputs = {
         "logprob": old + 0.05 * torch.randn_like(old),
         "old_logprob": old,
@@ -62,7 +62,8 @@ def table(device: Device, title: str, clock: Clock, with_peers: bool) -> list[di
     if not error < 1e-5:
         raise AssertionError(f"the gradient of policy_loss {title} is off by {error} of its largest value")
 
-    # The least that has to move: every input once, the gradient once; half of it read and half written by a copy
+    # The minimum that must move: every input once and the gradient once. A copy reads half of its bytes and writes
+    # half.
     floor_bytes = sum(x.nbytes for x in inputs.values()) + inputs["logprob"].nbytes
     source = torch.empty(floor_bytes // 2, dtype=torch.uint8, device=device.name).zero_()
     target = torch.empty_like(source)

@@ -1,7 +1,7 @@
-"""How far a rollout's log-probs are from the trainer's, beside how far the trainer is from itself.
+"""How far a rollout's log-probs are from the trainer's, compared with how far the trainer's are from themselves.
 
-The trainer's own forward gives other numbers for the same tokens with another number of rows in it, and others again in
-a wider dtype: an engine cannot be nearer than that, and needs not be.
+The trainer's own forward gives other numbers for the same tokens if the number of rows differs, and others again in a
+wider dtype. An engine cannot be closer to the trainer than that, and need not be.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from flashpo.bench.timing import Device, Tables, dtype_name
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams
 
 PROMPTS, COMPLETIONS, PROMPT, NEW = 12, 8, 64, 32
-PEAKED = 0.08  # initializer_range; at the default all tokens would be as likely
+PEAKED = 0.08  # initializer_range; with the default, all tokens would be equally likely
 
 
 @torch.no_grad()
 def trained(model, rollouts: Rollouts, rows: int) -> Tensor:
-    """Log-probs (completions, NEW) by plain forwards of so many rows."""
+    """Log-probs (completions, NEW) by plain forwards of so many rows at a time."""
     ids = torch.tensor([p + c for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids)], device=model.device)
     found = []
     for some in ids.split(rows):

@@ -1,9 +1,9 @@
-"""`python -m flashpo.bench.models`: which families of transformers run on the rollout engine and on token trees.
+"""`python -m flashpo.bench.models`: which model families of transformers run on the rollout engine and on token trees.
 
-Every causal language model family that can be made small is built with random weights, and tried: the engine's own
+Every family of causal language models that can be made small is built with random weights and tried. The engine's
 self-check (flashpo.rollout.parity) and that of packed training (flashpo.packing.parity) compare it with plain forwards.
-So is every multimodal class that writes text, with text alone and with images of random pixels, and every kind of
-adapter of PEFT, on one of them (flashpo.bench.adapters). Writes docs/models.md.
+The same is done for every multimodal class that writes text, with text only and with images of random pixels, and, on
+one of the families, for every kind of PEFT adapter (flashpo.bench.adapters). Writes docs/models.md.
 """
 
 import argparse
@@ -141,13 +141,13 @@ Not built small, or do not run without an image: {names}.
 
 class Row(NamedTuple):
     family: str
-    rollout: str  # "yes", "yes, with states" or the reason
-    packed: str  # "yes" or the reason
-    found: bool  # refused by the self-check only
+    rollout: str  # "yes", "yes, with states", or the reason against it
+    packed: str  # "yes" or the reason against it
+    found: bool  # whether only the self-check refused it
 
 
 def try_family(family: str, build: Callable = tiny_model) -> Row:
-    """Raises where the family cannot be built, or does not run at all."""
+    """Try one family. Raises if it cannot be built or does not run at all."""
     model = build(family)
     with torch.no_grad():
         model(input_ids=torch.arange(2, 12)[None], use_cache=False)
@@ -168,12 +168,12 @@ def _packed(model) -> str:
 
 
 def cell(text: str) -> str:
-    """A reason in a table, without the numbers of one run."""
+    """A reason as it appears in the table, without the numbers of this particular run."""
     return " ".join(re.sub(r"\d\.\de[-+]\d+", "...", text).replace("|", "\\|").split())[:200]
 
 
 def try_families(families: Sequence[str], build: Callable = tiny_model) -> tuple[list[Row], list[str]]:
-    """With those that were not built."""
+    """Try all families; return the results, and the families that could not be built."""
     rows, untried = [], []
     for family in families:
         try:
@@ -186,12 +186,13 @@ def try_families(families: Sequence[str], build: Callable = tiny_model) -> tuple
 
 
 def try_images(row: Row) -> tuple[str, str]:
-    """Rollout and packed training of a multimodal class with images; what text alone rules out is not tried again."""
+    """Try rollout and packed training of a multimodal class with images. What failed with text only is not tried
+    again."""
     if row.packed != "yes" and not row.rollout.startswith("yes"):
         return row.rollout, row.packed
     try:
         model = image_model(row.family)
-    except Exception:  # of any kind: it is transformers' own code
+    except Exception:  # of any kind, because it is transformers' own code
         return UNTRIED, UNTRIED
     if reason := why_no_images(CausalLM.of(model).backbone):
         return reason, reason
@@ -216,7 +217,7 @@ def try_images(row: Row) -> tuple[str, str]:
 
 
 def try_multimodal() -> str:
-    """The section of the page."""
+    """The page's section on multimodal classes."""
     rows, untried = try_families(MULTIMODAL, tiny_multimodal)
     found = [try_images(row) for row in rows]
     lines = [f"| {' | '.join(map(cell, (*row[:3], *images)))} |" for row, images in zip(rows, found)]
@@ -228,7 +229,7 @@ def try_multimodal() -> str:
 
 
 def try_adapters() -> str:
-    """The section of the page."""
+    """The page's section on adapters."""
     rows, untried = [], []
     for name in adapters.NAMES:
         try:
@@ -246,7 +247,7 @@ def try_adapters() -> str:
 
 
 def facts(rows: list[Row], untried: list[str]) -> dict[str, object]:
-    """Of a table of families and what is said of it."""
+    """What the page says about a table of families: numbers, rows and names."""
     return dict(
         total=len(rows) + len(untried),
         rollout=sum(row.rollout.startswith("yes") for row in rows),
@@ -270,7 +271,7 @@ def page(rows: list[Row], untried: list[str], about_adapters: str, about_multimo
 
 
 def write_section(section: str) -> None:
-    """In the place of the one that has its heading; another one follows it."""
+    """Replace the section of the page that has the same heading; another section must follow it."""
     before, heading, rest = PAGE.read_text().partition(section.splitlines(keepends=True)[0])
     if not heading:
         raise SystemExit(f"{PAGE} has no section {section.splitlines()[0]!r}")

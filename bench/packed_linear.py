@@ -1,4 +1,5 @@
-"""packed_linear over the weights of a whole model, so that no cache holds them: against F.linear and a read of them."""
+"""packed_linear over the weights of a whole model, which no cache can hold, against F.linear and a read of the
+weights."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from flashpo.bench.timing import Clock, Device, KernelTable, dtype_name
 from flashpo.ops.packed_linear import pack_linear, packed_linear, packs
 
-COLUMNS, DEPTH, LAYERS = 1536, 512, 48  # 151 MB of float32
+COLUMNS, DEPTH, LAYERS = 1536, 512, 48  # 151 MB in float32
 ROWS = (1, 8, 32, 128)
 READ = "read of as many bytes"
 
@@ -21,7 +22,7 @@ def records(device: Device, dtype: torch.dtype, rows: int, clock: Clock, with_pe
     exact = F.linear(x.double(), weights[0].double())
     error = (packed_linear(x, packed[0], columns=COLUMNS) - exact).abs().max().item()
     allowed = (F.linear(x, weights[0]) - exact).abs().max().item()
-    if not error <= 4 * allowed:  # sums in another order
+    if not error <= 4 * allowed:  # sums may be in another order
         raise AssertionError(f"packed_linear is off by {error}")
     moved = LAYERS * weights[0].nbytes
     source = torch.empty(moved, dtype=torch.uint8).zero_()

@@ -1,5 +1,5 @@
-"""Benchmark of a training pass on token trees: a model forward, the log-probs of the completions, and backward, against
-the padded pass of TRL on the same samples and the same weights.
+"""Benchmark of a training pass on token trees (model forward, log-probs of the completions, backward) against TRL's
+padded pass on the same samples with the same weights.
 """
 
 import copy
@@ -20,7 +20,7 @@ TEMPERATURE = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """`groups` prompts with `size` completions each, of up to `completion` tokens; `ragged`: of random lengths."""
+    """`groups` prompts, each with `size` completions of up to `completion` tokens; of random lengths if `ragged`."""
 
     title: str
     groups: int
@@ -43,7 +43,7 @@ WORKLOADS = {
         Workload("nothing shared, no padding", 8, 1, 1024, 512, ragged=False),
     ],
 }
-HYBRID = dict(  # Qwen3.5's layers, 35M parameters
+HYBRID = dict(  # layers of Qwen3.5, 35M parameters
     hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
     head_dim=64, vocab_size=16384, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=64,
     linear_value_head_dim=64, layer_types=[*["linear_attention"] * 3, "full_attention"] * 2,
@@ -58,7 +58,7 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 class Samples:
-    """Prompts padded on the left, completions on the right, as TRL has them."""
+    """Prompts padded on the left and completions padded on the right, as in TRL."""
 
     def __init__(self, workload: Workload, vocab: int, device: str):
         rows, prompt, completion = workload.groups * workload.size, workload.prompt, workload.completion
@@ -72,7 +72,7 @@ class Samples:
         self.upstream = (torch.randn(rows, completion) * mask).to(device)
 
     def padded(self, model) -> Tensor:
-        """As TRL's `_get_per_token_logps_and_entropies` does it."""
+        """The pass as in TRL's `_get_per_token_logps_and_entropies`."""
         labels = self.input_ids.masked_fill(self.attention_mask == 0, -100)
         labels[:, : -self.completion_mask.shape[1]] = -100
         out = model(input_ids=self.input_ids, attention_mask=self.attention_mask, labels=labels, fused_lm_head=True)
@@ -85,13 +85,13 @@ class Samples:
         return score(model, self.tree(), temperature=TEMPERATURE).logprob
 
     def train(self, log_probs: Callable, model) -> None:
-        """Forward and backward by `packed`, `padded` or another function of the model like them."""
+        """Forward and backward, where forward is `packed`, `padded` or another function with the same interface."""
         model.zero_grad(set_to_none=True)
         (log_probs(model) * self.upstream).sum().backward()
 
 
 def make_models(device: Device, dtype: torch.dtype, hybrid: bool = False) -> tuple:
-    """One for FlashPO, which changes its attention and its norms for good, and the same for TRL."""
+    """A model for FlashPO, whose attention and norms are changed permanently, and an equal one for TRL."""
     import transformers
     from trl.trainer.utils import add_fused_lm_head
 
@@ -101,7 +101,7 @@ def make_models(device: Device, dtype: torch.dtype, hybrid: bool = False) -> tup
     config = kind(**shape, **peaked, tie_word_embeddings=True, dtype=dtype)
     with torch.device(device.name):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    if device.cuda:  # as TRL does by default; without, its padded pass does not fit
+    if device.cuda:  # as TRL does by default; without it, TRL's padded pass does not fit into memory
         model.gradient_checkpointing_enable()
     add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     return model.train(), copy.deepcopy(model)
@@ -132,7 +132,7 @@ def table(device: Device, workload: Workload, models: tuple, with_peers: bool) -
     if with_peers:
         ways["TRL, padded"] = samples.padded, stock
     evaluations = {name: torch.no_grad()(partial(*way)) for name, way in ways.items()}
-    if checkpointed:  # fewer tokens may leave room for it
+    if checkpointed:  # the tree has fewer tokens, so it may fit without
         ways["FlashPO without checkpointing"] = packed_with_all_activations, model
     exact = torch.no_grad()(samples.padded)(stock)
     errors = {
@@ -143,7 +143,7 @@ def table(device: Device, workload: Workload, models: tuple, with_peers: bool) -
         raise AssertionError(f"{workload.title}: off by {errors['FlashPO']} nats")
     variants = {f"{name} pass": partial(samples.train, *way) for name, way in ways.items()}
     variants |= {f"{name} scoring": evaluate for name, evaluate in evaluations.items()}
-    seconds = compare(device, variants, budget=0.0, rounds=3)  # they take seconds to minutes
+    seconds = compare(device, variants, budget=0.0, rounds=3)  # a pass takes seconds to minutes
     tree = samples.tree()
     records = []
     for variant in variants:
@@ -183,7 +183,7 @@ def tables(device: Device, with_peers: bool, quick: bool) -> Tables:
 
 
 def ligers_layers(device: Device, workload: Workload, models: tuple) -> list[dict]:
-    """As TRL's use_liger_kernel has them; the models keep them."""
+    """Use Liger's layers as TRL's use_liger_kernel does. The models keep them."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     for model in models:

@@ -1,5 +1,5 @@
-"""What others do for the same tokens: (logprob, entropy or None) of hidden states and a head, or of logits, where only
-what is installed and runs on the device is listed; and the policy loss of given log-probs.
+"""Other implementations of the same computations: (logprob, entropy or None) from hidden states and a head, or from
+logits; and the policy loss of given log-probs. Only those that are installed and run on the device are listed.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def eager(h, w, target):
-    """torch, as one would write it: logits in the head's dtype, then fp32."""
+    """Plain torch: logits in the head's dtype, then fp32."""
     return eager_logits(F.linear(h, w), target)
 
 
@@ -22,7 +22,7 @@ def eager_logits(logits, target):
 def trl_logits(logits, target):
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
-    # its CPU path loops over the first dimension: one sequence of all tokens is its best case
+    # Its CPU path loops over the first dimension, so its best case is one sequence of all tokens.
     logprob, entropy = selective_log_softmax_and_entropy(logits[None], target[None])
     return logprob[0], entropy[0]
 
@@ -36,14 +36,14 @@ def trl(h, w, target):
 
 
 def trl_divergence(h, w, h_teacher, w_teacher, beta):
-    """(divergence, entropy): the kernel of TRL's DistillationTrainer; the divergence alone has a gradient."""
+    """(divergence, entropy) by the kernel of TRL's DistillationTrainer. Only the divergence has a gradient."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     return ChunkedDivergenceFunction.apply(h, w, None, h_teacher, w_teacher, None, beta)
 
 
 def eager_divergence(h, w, h_teacher, w_teacher, beta):
-    """torch, as GKD writes it: both logits whole, and no entropy."""
+    """Plain torch, as in GKD: both logits are materialised, and there is no entropy."""
     student, teacher = (F.linear(*head).float().log_softmax(-1) for head in ((h, w), (h_teacher, w_teacher)))
     if beta == 0:
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1), None
@@ -55,14 +55,14 @@ def eager_divergence(h, w, h_teacher, w_teacher, beta):
 
 
 def cce(h, w, target):
-    """Exact gradients (`cce` itself filters them and sums in bf16); no entropy."""
+    """With exact gradients (by default `cce` filters them and sums in bf16); there is no entropy."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(h, w, target, reduction="none", impl="cce_exact"), None
 
 
 def liger(h, w, target):
-    """Mean cross-entropy only: the gradient is computed in its forward pass, for a uniform upstream gradient."""
+    """The mean cross-entropy only: its forward pass computes the gradient for a uniform upstream gradient."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     return -LigerFusedLinearCrossEntropyFunction.apply(h, w, target)[0], None
@@ -83,8 +83,8 @@ def trl_policy_loss(
     num_items=None,
     metrics=False,
 ):
-    """What TRL 1.16's GRPOTrainer._compute_loss does with log-probs, in torch and on one process; `metrics`: and logs,
-    each a wait for the device."""
+    """What TRL 1.16's GRPOTrainer._compute_loss does with log-probs, in torch and on one process. With `metrics` it
+    also logs, and each logged value waits for the device."""
     a = advantage[:, None]
     log_ratio = logprob - old_logprob
     if level == "sequence":
@@ -137,7 +137,7 @@ def trl_metrics(w, a, mask, kl, loss_type, epsilon_low, epsilon_high):
 
 def installed(device: str) -> dict:
     """name -> function of (hidden, weight, target)."""
-    torch._dynamo.reset()  # the last shape's graphs would count towards the limit of recompilations
+    torch._dynamo.reset()  # the graphs of the previous shape would count towards the limit of recompilations
     found = {"torch eager": eager, "torch.compile": torch.compile(eager)}
     if importlib.util.find_spec("trl"):
         found["TRL"] = trl

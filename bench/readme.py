@@ -1,9 +1,9 @@
 """`python -m flashpo.bench.readme`: writes the tables of our pages from bench/results/*.jsonl, between their markers.
 
-A table stands between `<!-- table: TITLE -->` and `<!-- end -->`; TITLE is that of `flashpo bench`, for a GPU with the
-name of its file behind it, "TITLE on gpu-h200". The newest record is taken, with the machine and the command that made
-it. "algorithms" is the table of algorithms.py, with what each learned in the newest `make zoo` that ran it;
-"expectations" that of expectations.py.
+A table is between `<!-- table: TITLE -->` and `<!-- end -->`. TITLE is a title of `flashpo bench`; for a GPU it is
+followed by the name of the file with the results, as in "TITLE on gpu-h200". The newest record is used, and the page
+shows the machine and the command that made it. "algorithms" is the table of algorithms.py, with what each algorithm
+learned in the newest `make zoo` that ran it. "expectations" is the table of expectations.py.
 """
 
 import json
@@ -54,7 +54,7 @@ HEADS = {
 
 
 def newest() -> dict[str, tuple[dict, list[dict]]]:
-    """title -> (document, records)"""
+    """title -> (document, records), for the newest records."""
     found = {}
     for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")):
         place = f" on {file.stem}" if file.stem.startswith("gpu-") else ""
@@ -68,7 +68,7 @@ def newest() -> dict[str, tuple[dict, list[dict]]]:
 
 
 def learned() -> dict[str, dict]:
-    """name -> its record in the newest zoo"""
+    """name -> its record in the newest `make zoo` that ran it."""
     files = (ROOT / "bench" / "results").glob("*.jsonl")
     documents = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     tables = [

@@ -1,5 +1,5 @@
-"""tree_recurrence and tree_conv on groups of completions, against their references in torch, and against the chunks of
-transformers on padded rows.
+"""tree_recurrence and tree_conv on groups of completions, against their torch references, and against transformers'
+chunked computation on padded rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +26,9 @@ class Shape(NamedTuple):
 
 
 class Group(NamedTuple):
-    prompt: int  # 0: nothing is shared
+    prompt: int  # 0 means that nothing is shared
     completions: int
-    longest: int  # of ragged completions
+    longest: int  # the longest of ragged completions
 
 
 SHAPES = {
@@ -51,7 +51,7 @@ PADDED, PHASES = "transformers, padded rows", ("forward", "step")
 
 
 def lineage_of(group: Group, device: str) -> tuple[Lineage, Tensor]:
-    """And the flat index of every token of the padded rows, 0 on padding."""
+    """The lineage, and the flat index of every token in the padded rows, 0 on padding."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(group.longest // 8, group.longest + 1, (group.completions,), generator=generator)
     shared = [group.prompt] if group.prompt else []
@@ -71,7 +71,7 @@ def on(backend: str | None, f: Callable) -> Callable:
 
 
 def padded_delta_rule(rows: Tensor) -> Callable:
-    """As Qwen3.5 computes it without `fla`: q and k repeated for each head, whole rows."""
+    """The delta rule as Qwen3.5 computes it without `fla`: q and k are repeated for each head, and rows are whole."""
     from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
     def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def padded_delta_rule(rows: Tensor) -> Callable:
 
 
 def measured(device: Device, functions: dict[str, Callable], inputs: list[Tensor], clock: Clock) -> Iterator[dict]:
-    """Forward, and forward with backward."""
+    """Measure forward alone, and forward with backward."""
     leaves = [x.requires_grad_() for x in inputs]
     variants = {}
     for name, f in functions.items():
@@ -92,7 +92,7 @@ def measured(device: Device, functions: dict[str, Callable], inputs: list[Tensor
         def step(f=f, upstream=upstream) -> None:
             torch.autograd.grad(f(*leaves), leaves, upstream)
 
-        backend = "torch" if name == "reference" else None  # of the backward pass, too
+        backend = "torch" if name == "reference" else None  # for the backward pass, too
         variants[f"{name} forward"] = on(backend, torch.no_grad()(partial(f, *leaves)))
         variants[f"{name} step"] = on(backend, step)
     reference = on("torch", torch.no_grad()(functions["reference"]))
@@ -142,7 +142,7 @@ def convolution_records(device: Device, features: int, group: Group, clock: Cloc
 
 
 def peers_of(shape: Shape) -> tuple[str, ...]:
-    """transformers has the delta rule with one decay a head."""
+    """The peers; transformers has the delta rule with one decay per head."""
     return tuple(f"{PADDED} {phase}" for phase in PHASES) if shape.delta and not shape.per_feature else ()
 
 

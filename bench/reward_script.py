@@ -1,4 +1,4 @@
-"""A TRL script as one finds them, without a word of FlashPO: reward_step.py times it with and without `flashpo run`.
+"""An ordinary TRL script that does not mention FlashPO; reward_step.py times it with and without `flashpo run`.
 
 python bench/reward_script.py MODEL OUT PAIRS PROMPT_TOKENS SHORTEST LONGEST STEPS SEED
 """

@@ -1,7 +1,7 @@
-"""Reward models: a step of training one, and what it costs to score rollouts by one.
+"""Reward models: a training step of one, and the cost of scoring rollouts with one.
 
-The same TRL scripts under `python` and under `flashpo run`, as in grpo_step.py, whose models and turns these are. The
-models have random weights.
+The same TRL scripts run under `python` and under `flashpo run`. Models and the alternation of runs are those of
+grpo_step.py. The models have random weights.
 """
 
 import statistics
@@ -19,11 +19,11 @@ TRAINING, SCORING = (Path(__file__).with_name(f"{name}_script.py") for name in (
 
 
 class Training(NamedTuple):
-    model: str  # of SHAPES
+    model: str  # a name in SHAPES
     prompt: int  # tokens
-    shortest: int  # of answers, whose lengths are uniform
+    shortest: int  # of answers, whose lengths are uniformly distributed
     longest: int
-    pairs: int = 4  # a step
+    pairs: int = 4  # per step
     steps: int = 4
 
     @property
@@ -38,14 +38,14 @@ class Training(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """The time is that of the reward model alone."""
+    """The time is that of the reward model only."""
 
-    model: str  # of SHAPES
+    model: str  # a name in SHAPES
     prompt: int  # tokens
-    mean_length: int | None  # of completions, if a limit did not cut them; None: none ends before
-    new: int = 128  # the limit
+    mean_length: int | None  # of completions, without the limit; None: they end at the limit only
+    new: int = 128  # the limit of completions
     policy: str = "tiny"
-    prompts: int = 2  # a step, of 8 completions each
+    prompts: int = 2  # per step; each has 8 completions
     steps: int = 4
 
     @property

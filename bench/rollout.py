@@ -1,7 +1,9 @@
-"""Rollouts against transformers' `generate` and continuous batching, in TRL's setting: groups of completions, no cache.
+"""Rollouts against transformers' `generate` and its continuous batching, in TRL's setting: groups of completions, and
+no cache from earlier calls.
 
-The floor of a rollout: its GEMMs at the rate of a large one (or their weights read once a step, if that takes longer)
-and every distinct key and value read once a step at the rate of a copy, both measured in the same run.
+The floor of a rollout is the sum of two times that are measured in the same run: its GEMMs at the rate of a large one
+(or reading their weights once per step, if that takes longer), and reading every distinct key and value once per step
+at the rate of a copy.
 """
 
 import logging
@@ -21,10 +23,10 @@ class Case(NamedTuple):
     dtype: torch.dtype
     prompt: int
     new: int
-    ragged: bool = False  # stop tokens end completions at a third of `new`, on average
-    model: str = "42M"  # of SHAPES
+    ragged: bool = False  # stop tokens end completions at a third of `new` on average
+    model: str = "42M"  # a name in SHAPES
     prompts: int = 4
-    group: int = 8  # completions of each prompt
+    group: int = 8  # completions per prompt
 
     @property
     def title(self) -> str:
@@ -48,7 +50,7 @@ CASES = {
         _on_gpu("1.7B", 8, 512, new=1024, ragged=True),
     ],
 }
-LONG = {"cpu": 64, "cuda": 128}  # new tokens beyond which a case is one of the long ones
+LONG = {"cpu": 64, "cuda": 128}  # cases with more new tokens than this are long
 
 
 def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
@@ -65,7 +67,7 @@ def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
     ids = torch.tensor(repeated, device=device.name)
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": case.new, "pad_token_id": 0}
     settings |= {"eos_token_id": list(stops)} if stops else {}
-    drawn: dict[str, int] = {}  # tokens that the last run of a variant has drawn
+    drawn: dict[str, int] = {}  # number of tokens that the last run of a variant sampled
 
     def ours():
         drawn["FlashPO"] = engine.generate(prompts, params).stats.tokens
@@ -81,7 +83,8 @@ def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
         drawn["continuous batching"] = sum(len(x.generated_tokens) for x in out.values())
 
     variants = {"FlashPO": ours, "generate": generate}
-    affordable = case.new <= LONG[device.name] and case.prompt <= 1024 and len(repeated) <= 64  # others take minutes
+    # Other cases take minutes
+    affordable = case.new <= LONG[device.name] and case.prompt <= 1024 and len(repeated) <= 64
     if with_peers and not case.ragged and affordable:
         variants["continuous batching"] = continuous_batching
     gemm = torch.randn(2, 2048, 2048, device=device.name).to(case.dtype)
@@ -95,7 +98,7 @@ def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
     stats = engine.generate(prompts, params).stats
     weights = sum(p.numel() for p in model.parameters())
     token_bytes = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * case.dtype.itemsize
-    read = case.prompts * case.prompt + stats.mean_rows * case.new / 2  # distinct keys and values of a step
+    read = case.prompts * case.prompt + stats.mean_rows * case.new / 2  # distinct keys and values per step
     step = max(2 * weights * stats.mean_rows / flops, weights * case.dtype.itemsize / bandwidth)
     floor = 2 * weights * case.prompts * case.prompt / flops + stats.steps * (step + read * token_bytes / bandwidth)
     for name, time in seconds.items():
@@ -119,7 +122,7 @@ def records(device: Device, case: Case, with_peers: bool) -> Iterator[dict]:
 
 @torch.no_grad()
 def check(model, rollouts, dtype: torch.dtype) -> None:
-    """The log-probs of two completions against a plain forward."""
+    """Compare the log-probs of two completions with those of a plain forward."""
     for i in range(2):
         prompt, completion = rollouts.prompt_ids[i], rollouts.completion_ids[i]
         logits = model(torch.tensor([prompt + completion], device=model.device)).logits[0, len(prompt) - 1 : -1].float()

@@ -1,4 +1,4 @@
-"""`flashpo bench`: tables for people first, then one JSON document on the last line of output."""
+"""`flashpo bench`: prints tables for people, then one JSON document on the last line of output."""
 
 import argparse
 import contextlib
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
                 if args.only in title:
                     tables[title] = records = list(measure())
                     show(title, records)
-    finally:  # also of what came before a failure or the end of one's patience
+    finally:  # even what was measured before a failure or an interruption
         document["backends"] = flashpo.stats()
         write(document, args.out)
     if args.plot:
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it SIGTERM raises, and so does SIGINT, which a job in the background would ignore."""
+    """Inside this context SIGTERM raises, and so does SIGINT, which a background job would ignore."""
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda number, _: sys.exit(128 + number)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -1,4 +1,4 @@
-"""sample against torch.multinomial and an inverse CDF in torch, bare and behind transformers' logits warpers."""
+"""sample against torch.multinomial and an inverse CDF in torch, each alone and after transformers' logits warpers."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import flashpo
 from flashpo import sample
 from flashpo.bench.timing import Clock, Device, KernelTable
 
-SHAPES = [(32, 32768), (64, 151936)]  # B, V
+SHAPES = [(32, 32768), (64, 151936)]  # (B, V)
 FILTERS = {
     "": {},
     ", top-k 50": {"top_k": 50},
@@ -34,7 +34,7 @@ def inverse_cdf(logits):
 
 
 def warped(top_k=0, top_p=1.0, min_p=0.0):
-    """What `generate` does; its log-probs are of the filtered distribution alone."""
+    """What `generate` does; its log-probs are those of the filtered distribution only."""
     from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers = [TopKLogitsWarper(top_k)] if top_k else []

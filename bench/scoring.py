@@ -1,4 +1,4 @@
-"""Benchmarks of the log-prob ops: each gives records of one table. Correctness first; a wrong result is never timed."""
+"""Benchmarks of the log-prob operators; each gives the records of one table. A result is checked before it is timed."""
 
 import importlib.util
 import time
@@ -11,7 +11,7 @@ from flashpo import linear_logprob, selective_log_softmax
 from flashpo.bench import peers
 from flashpo.bench.timing import Clock, Device, KernelTable, Tables
 
-HEAD_SHAPES = {"cpu": [(1024, 896, 32768), (2048, 1024, 151936)], "cuda": [(8192, 4096, 151936)]}  # N, H, V
+HEAD_SHAPES = {"cpu": [(1024, 896, 32768), (2048, 1024, 151936)], "cuda": [(8192, 4096, 151936)]}  # (N, H, V)
 LOGITS_SHAPES = {"cpu": (2048, 151936), "cuda": (8192, 151936)}  # larger than any cache
 DTYPES = (torch.bfloat16, torch.float32)
 HEAD_DTYPES = {"cpu": DTYPES, "cuda": (torch.bfloat16,)}
@@ -25,7 +25,7 @@ def of(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def worst_error(function, inputs, target, rows=64) -> float:
-    """Largest error of the log-probs against fp64 over the first rows, in nats."""
+    """The largest error of the log-probs against fp64 over the first rows, in nats."""
     x, *head = inputs
     logits = x[:rows].double() @ head[0].double().t() if head else x[:rows].double()
     exact = logits.log_softmax(-1).gather(-1, target[:rows, None])[:, 0]
@@ -41,7 +41,7 @@ def forward(function, inputs, target):
 
 
 def step(function, inputs, target, upstream, frozen=()):
-    """Forward, and backward with a gradient of its own for each token."""
+    """Forward, and backward with a different gradient for each token."""
     leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(inputs)]
     wanted = [x for x in leaves if x.requires_grad]
 
@@ -71,7 +71,8 @@ def head(device: Device, shape, dtype, clock: Clock, with_peers: bool) -> Iterat
     if errors["FlashPO"] > (2e-4 if dtype == torch.float32 else 0.3):
         raise AssertionError(f"linear_logprob is off by {errors['FlashPO']} nats")
 
-    # Every product of the pass in its own shape and its best layout, into a ready buffer: the floor of the GEMMs.
+    # All products of the pass, each in its own shape and its best layout, into a buffer that exists: the floor of the
+    # GEMMs.
     logits, flat = (torch.empty(a, b, dtype=dtype, device=device.name) for a, b in ((vocab, n), (n, vocab)))
     logits.normal_(), flat.normal_()
     d_h, d_w = torch.empty_like(h), torch.empty_like(w)
@@ -130,7 +131,8 @@ def logits(device: Device, dtype, clock: Clock, with_peers: bool) -> Iterator[di
     size = x.numel() * x.itemsize
     read = size / min(seconds["read (max)"], seconds["read (sum)"])
     for name in variants:
-        moved = size * (2 if name == "copy" else 3 if name.endswith("step") else 1)  # step: read, read, write
+        # A step reads the logits twice and writes the gradient
+        moved = size * (2 if name == "copy" else 3 if name.endswith("step") else 1)
         phase = name.rpartition(" ")[2]
         record = {"variant": name, "ms": seconds[name] * 1e3, "gb_per_s": moved / seconds[name] / 1e9}
         if phase in ("forward", "step"):
@@ -141,7 +143,7 @@ def logits(device: Device, dtype, clock: Clock, with_peers: bool) -> Iterator[di
 
 
 def overhead(device: Device) -> Iterator[dict]:
-    """Microseconds of a whole call on 3 x 8 logits: what Python, dispatch and binding cost."""
+    """Microseconds of a whole call on 3 x 8 logits: the cost of Python, dispatch and binding."""
     for grad in (False, True):
         x, t = torch.randn(3, 8, device=device.name), torch.zeros(3, dtype=torch.long, device=device.name)
         x.requires_grad_(grad)

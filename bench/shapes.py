@@ -1,4 +1,4 @@
-"""Qwen3-like models with random weights, by their size in parameters: nothing is downloaded."""
+"""Qwen3-like models with random weights, named by their number of parameters. Nothing is downloaded."""
 
 from typing import Any
 
@@ -30,11 +30,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=128, vocab_size=151936,
     ),
 }  # fmt: skip
-USUAL = {"cpu": "42M", "cuda": "1.7B"}  # of a benchmark that does not say otherwise
+USUAL = {"cpu": "42M", "cuda": "1.7B"}  # for a benchmark that does not name another one
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str, **options: Any) -> Any:
-    """For inference; options: of the configuration, beside those of the shape."""
+    """A model for inference. `options` are configuration options besides those of the shape."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     with torch.device(device):

@@ -1,4 +1,4 @@
-"""A TRL script as one finds them, without a word of FlashPO: grpo_step.py times it with and without `flashpo run`.
+"""An ordinary TRL script that does not mention FlashPO; grpo_step.py times it with and without `flashpo run`.
 
 python bench/step_script.py MODEL OUT PROMPTS PROMPT_TOKENS NEW_TOKENS STEPS SEED LEARNING_RATE
 """

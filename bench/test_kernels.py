@@ -1,8 +1,8 @@
 """The kernels' tables as cases of pytest-benchmark: `pytest bench --benchmark-only`, or `make bench-kernels`.
 
-A case is a variant of a table of `flashpo bench`, and -k chooses among them: "linear_logprob and bfloat16 and not TRL".
-The chosen variants of a table are measured together, in turns, once their results have been checked; a case then
-replays the times of its variant to pytest-benchmark, whose options mean what they always do (--benchmark-max-time,
+A case is one variant of a table of `flashpo bench`; -k selects cases: "linear_logprob and bfloat16 and not TRL". The
+selected variants of a table are measured together, in turns, after their results have been checked. Each case then
+replays the times of its variant to pytest-benchmark, whose options have their usual meaning (--benchmark-max-time,
 --benchmark-min-rounds, --benchmark-save, --benchmark-compare).
 """
 
@@ -21,7 +21,7 @@ CASES = [(table, variant) for table in kernel_tables(DEVICE) for variant in (*ta
 
 
 class VirtualTime:
-    """A clock that advances by what was measured before."""
+    """A clock that advances by the times that were measured before."""
 
     now = 0.0
 
@@ -36,7 +36,7 @@ virtual_time = VirtualTime()
 
 
 class Measured:
-    """The times and the records of the table that was measured last: the next one frees its inputs."""
+    """The times and records of the table that was measured last. Measuring the next table frees its inputs."""
 
     title: str | None = None
 

@@ -1,4 +1,4 @@
-"""Time and memory of functions that do the same thing: warm, interleaved, medians."""
+"""Time and memory of functions that do the same thing: warmed up, interleaved, as medians."""
 
 import ctypes
 import gc
@@ -10,17 +10,19 @@ from typing import NamedTuple
 import torch
 
 Function = Callable[[], object]
-Tables = Iterator[tuple[str, Callable[[], Iterable[dict]]]]  # of titles, and what measures and gives the records
-Clock = Callable[[dict[str, Function]], dict[str, float]]  # the median seconds of each
+# Titles, each with a function that measures its table and returns the records
+Tables = Iterator[tuple[str, Callable[[], Iterable[dict]]]]
+Clock = Callable[[dict[str, Function]], dict[str, float]]  # returns the median seconds of each function
 
 
 class KernelTable(NamedTuple):
-    """One operator at one shape: `flashpo bench` prints it, and pytest-benchmark has a case for each variant of it."""
+    """One operator at one shape. `flashpo bench` prints it; pytest-benchmark has a case for each of its variants."""
 
     title: str
-    variants: tuple[str, ...]  # FlashPO's, and what shows their floor
-    peers: tuple[str, ...]  # of those, what is not installed is not measured
-    measure: Callable[[Clock, bool], Iterable[dict]]  # with_peers; checks the results before it asks the clock
+    variants: tuple[str, ...]  # FlashPO's variants, and those that show their floor
+    peers: tuple[str, ...]  # those that are not installed are not measured
+    # (clock, with_peers); it checks the results before it calls the clock
+    measure: Callable[[Clock, bool], Iterable[dict]]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -28,7 +30,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Device:
-    """The CPU, or one CUDA device whose L2 is emptied before each call."""
+    """The CPU, or one CUDA device, whose L2 cache is emptied before each call."""
 
     def __init__(self, name: str):
         self.name = name
@@ -49,13 +51,13 @@ class Device:
         return start.elapsed_time(end) / 1e3
 
     def collect(self) -> None:
-        """Frees what a model that has been measured leaves behind."""
+        """Free what a model that has been measured leaves behind."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
     def peak_bytes(self, f: Function) -> int:
-        """By how much memory in use grows at most during f()."""
+        """The largest growth of memory in use during f(), in bytes."""
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
@@ -64,9 +66,10 @@ class Device:
             f()
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
-        ctypes.CDLL(None).malloc_trim(0)  # or f() takes the memory that earlier calls have freed, and nothing grows
+        # Otherwise f() would reuse memory that earlier calls freed, and nothing would grow
+        ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the high-water mark
+            file.write("5")  # resets the peak (VmHWM)
         before = _status_bytes("VmRSS")
         f()
         return max(_status_bytes("VmHWM") - before, 0)
@@ -80,10 +83,11 @@ def _status_bytes(field: str) -> int:
 def interleave(
     device: Device, variants: dict[str, Function], budget: float | None = None, rounds: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each variant. All take turns, so that a change of the machine's mood meets all of them.
+    """Seconds of each call of each variant. The variants take turns, so that changes of the machine's speed affect all
+    of them.
 
-    Each is warmed up for a tenth of `budget` seconds, then called in at least `rounds` rounds, and in more as long as
-    its share of `budget` lasts. The default is 4, on a GPU, whose times vary less, 0.5.
+    Each is warmed up for a tenth of `budget` seconds. Then each is called in at least `rounds` rounds, and in more
+    while its share of `budget` lasts. The default budget is 4 seconds, and 0.5 on a GPU, whose times vary less.
     """
     if budget is None:
         budget = 0.5 if device.cuda else 4.0
@@ -106,6 +110,6 @@ def interleave(
 def compare(
     device: Device, variants: dict[str, Function], budget: float | None = None, rounds: int = 5
 ) -> dict[str, float]:
-    """Median seconds of each variant, see `interleave`."""
+    """Median seconds of each variant; see `interleave`."""
     times = interleave(device, variants, budget, rounds)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -1,6 +1,7 @@
-"""Small multimodal models whose images are a few tokens, and images as their processors would give them: random pixels.
+"""Small multimodal models whose images are only a few tokens, and inputs like those from their processors: random
+pixels.
 
-How a family takes its images is found by trying: the layouts below are those of transformers' processors.
+How a family takes its images is found by trying the layouts below, which are those of transformers' processors.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +22,11 @@ TOKEN = VOCABULARY - 1
 SIZE, PATCH = 28, 7  # pixels
 SHAPE = 3, SIZE, SIZE
 PINPOINTS = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
-Rows = list[list[int]]  # of each row, the seeds of its images
+Rows = list[list[int]]  # for each row, the seeds of its images
 
 
 def image_model(family: str) -> PreTrainedModel:
-    """In fp32 and eval mode. Its images are small where its configuration fixes their size."""
+    """The model in fp32 and eval mode. Its images are small if its configuration fixes their size."""
     config = CONFIG_MAPPING[family]()
     text, tower = config.get_text_config(), config.vision_config
     name = next(name for name in config.sub_configs if getattr(config, name) is text)
@@ -43,17 +44,17 @@ def image_model(family: str) -> PreTrainedModel:
 
 
 def pictures(model: Any, rows: Rows) -> tuple[dict[str, Tensor], int]:
-    """Fields of the images of each row, and how many tokens each image has.
+    """The input fields for the images of each row, and the number of tokens of each image.
 
     Raises:
-        ValueError: the model takes its images in no way that is known here.
+        ValueError: the model does not take its images in any of the known ways.
     """
     layout, tokens = layout_of(model)
     return layout(model, rows), tokens
 
 
 def layout_of(model: Any) -> tuple[Callable[[Any, Rows], dict[str, Tensor]], int]:
-    """How it takes its images, and how many tokens each has."""
+    """How the model takes its images, and the number of tokens of each."""
     backbone: Any = CausalLM.of(model).backbone
     reasons = []
     for layout in LAYOUTS:
@@ -66,7 +67,7 @@ def layout_of(model: Any) -> tuple[Callable[[Any, Rows], dict[str, Tensor]], int
                 ids = torch.tensor([[5, *[TOKEN] * tokens, 6]])
                 model(input_ids=ids, use_cache=False, **fields, **type_ids(model, ids))
             return layout, tokens
-        except Exception as error:  # of any kind: it is the model's own code
+        except Exception as error:  # of any kind, because it is the model's own code
             reasons.append(f"{layout.__name__}: {error}")
     raise ValueError(f"how {type(model).__name__} takes images is not known here: {'; '.join(reasons)}")
 
@@ -77,7 +78,7 @@ def type_ids(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
 
 
 def grids(model: Any, rows: Rows) -> dict[str, Tensor]:
-    """Patches, and their numbers in time, height and width of each image."""
+    """Patches, and for each image their numbers in time, height and width."""
     merge = model.config.vision_config.spatial_merge_size
     weight = next(p for name, p in model.named_parameters() if "patch_embed" in name)
     pixels = torch.cat([*_drawn(rows, 4 * merge**2, weight[0].numel())])
@@ -92,7 +93,7 @@ def grids_of_squares(model: Any, rows: Rows) -> dict[str, Tensor]:
 
 
 def padded_rows(model: Any, rows: Rows) -> dict[str, Tensor]:
-    """As many images for each row, the missing ones of zeros."""
+    """The same number of images for each row; missing ones are zeros."""
     own = _drawn(rows, *SHAPE)
     pixels = torch.zeros(len(rows), max(map(len, rows)), *SHAPE)
     for i, row in enumerate(rows):
@@ -102,7 +103,7 @@ def padded_rows(model: Any, rows: Rows) -> dict[str, Tensor]:
 
 
 def padded_patches(model: Any, rows: Rows) -> dict[str, Tensor]:
-    """Tiles of patches, padded, with their heights and widths."""
+    """Padded tiles of patches, with their heights and widths."""
     factor, patch = model.config.downsample_factor, model.config.vision_config.patch_size
     pixels = torch.stack([*_drawn(rows, 4 * factor**2, 3 * patch**2)])
     mask = (torch.arange(4 * factor**2) < 2 * factor**2).long().expand(len(pixels), -1)
@@ -128,5 +129,5 @@ LAYOUTS = (grids, grids_of_squares, padded_patches, padded_rows, tiles_and_sizes
 
 
 def _drawn(rows: Rows, *shape: int) -> Iterator[Tensor]:
-    """In fp32, as processors give them."""
+    """Random numbers in fp32, as processors return them."""
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for row in rows for seed in row)

@@ -1,5 +1,5 @@
-"""A small random model of every causal language model family in transformers, and of every multimodal one that writes
-text, for sweeps and tests."""
+"""Small random models of every causal language model family in transformers, and of every multimodal family that writes
+text; for sweeps and tests."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ MLA = dict(num_key_value_heads=4, num_experts_per_tok=2)
 HEADS = dict(head_dim=8, num_key_value_heads=2)
 HYBRID = ["linear_attention", "full_attention"] * 2
 CONV = dict(layer_types=["conv", "full_attention"] * 2)
-# published with three axes, which the defaults of their configs leave out
+# Published with three axes, which the defaults of their configs omit.
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 MROPE = dict(rope_parameters=ROPE)
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """The family's text config, every size in it made small."""
+    """The family's text config with all sizes made small."""
     return small_config(CONFIG_MAPPING[family]().get_text_config(), **OVERRIDES.get(family, {}) | overrides)
 
 
@@ -53,7 +53,7 @@ def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
 
 
 def tiny_multimodal(family: str, **overrides: Any) -> PreTrainedModel:
-    """The family's whole model: a small text model and small towers. The overrides are the text model's."""
+    """The family's whole model: a small text model with small towers. The overrides are for the text model."""
     config = CONFIG_MAPPING[family]()
     text = config.get_text_config()
     small = small_config(text, **OVERRIDES.get(text.model_type, {}) | overrides)

@@ -1,6 +1,6 @@
-"""tree_attention on groups of completions against torch's attention: on padded rows, and under a dense mask.
+"""tree_attention on groups of completions against torch's attention, on padded rows and under a dense mask.
 
-"flash, equal work" is the rate to reach: torch's FlashAttention on plain causal rows that have together as many pairs
+"flash, equal work" is the rate to reach: torch's FlashAttention on plain causal rows that together have as many pairs
 of a query and a key as the tree.
 """
 
@@ -20,9 +20,9 @@ from flashpo.bench.timing import Clock, Device, KernelTable
 
 class Shape(NamedTuple):
     prompts: int
-    prompt: int  # tokens; 0: nothing is shared
-    completions: int  # of each prompt
-    longest: int  # of ragged completions
+    prompt: int  # tokens; 0 means that nothing is shared
+    completions: int  # per prompt
+    longest: int  # the longest of ragged completions
     heads: int
     kv_heads: int
     dim: int
@@ -48,7 +48,7 @@ class Groups(NamedTuple):
 
 
 def groups(shape: Shape, device: str) -> Groups:
-    """Flat tokens: a prompt, then its completions, and so on."""
+    """The tokens in flat order: a prompt, then its completions, then the next prompt, and so on."""
     generator = torch.Generator().manual_seed(0)
     end: list[int] = []
     position: list[int] = []
@@ -72,7 +72,8 @@ def groups(shape: Shape, device: str) -> Groups:
 
 
 def systems(tree: Groups, with_peers: bool) -> dict:
-    """name -> (attention, whether it takes padded rows): (q, k, v) -> out, of (N, heads, D) or (B, heads, T, D)."""
+    """name -> (attention, whether it takes padded rows). attention(q, k, v) -> out, of (N, heads, D) or (B, heads, T,
+    D)."""
     found = {
         "FlashPO": (lambda q, k, v: tree_attention(q, k, v, tree.end, tree.position), False),
         PADDED: (lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True), True),
@@ -87,7 +88,7 @@ def systems(tree: Groups, with_peers: bool) -> dict:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     found[DENSE] = dense, False
-    if tree.end.is_cuda:  # no backward on CPUs
+    if tree.end.is_cuda:  # it has no backward on CPUs
         N = len(tree.end)
         blocks = create_block_mask(lambda b, h, q, k: (k <= q) & (q < tree.end[k]), None, None, N, N, device="cuda")
         compiled = torch.compile(flex_attention)
@@ -101,7 +102,7 @@ def systems(tree: Groups, with_peers: bool) -> dict:
 
 
 def equal_work(shape: Shape, pairs: int, device: str, dtype: torch.dtype) -> tuple[dict, int]:
-    """Forward and step of plain causal rows as long as the tree is deep, and their pairs."""
+    """Forward and step on plain causal rows as long as the tree is deep, and the number of their pairs."""
     length = shape.prompt + shape.longest
     of_row = length * (length + 1) // 2
     rows = max(round(pairs / of_row), 1)
@@ -139,7 +140,7 @@ def records(device: Device, shape: Shape, dtype: torch.dtype, clock: Clock, with
         def step(attention=attention, inputs=inputs, d_out=d_out):
             torch.autograd.grad(attention(*inputs), inputs, d_out)
 
-        if exact is None:  # of the first rows' queries of the first key head, in float64
+        if exact is None:  # in float64, for the first rows' queries of the first key head
             wide = (x[:2, : x.shape[1] // shape.kv_heads].double() for x in padded)
             exact = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).transpose(1, 2)[
                 tree.real[:2]
@@ -151,7 +152,7 @@ def records(device: Device, shape: Shape, dtype: torch.dtype, clock: Clock, with
     if errors["FlashPO"] > 2 * errors[PADDED] + 1e-6:
         raise AssertionError(f"tree_attention is off by {errors['FlashPO']}")
 
-    pairs = (tree.position + 1).sum().item()  # of a query and a key that it sees
+    pairs = (tree.position + 1).sum().item()  # pairs of a query and a key that it sees
     plain, plain_pairs = equal_work(shape, pairs, device.name, dtype)
     variants |= plain
     size = 1024 if device.name == "cpu" else 8192
@@ -162,7 +163,7 @@ def records(device: Device, shape: Shape, dtype: torch.dtype, clock: Clock, with
     yield {"variant": "GEMM", "ms": seconds["GEMM"] * 1e3, "gflop_per_s": gemm / 1e9}
     for name, f in variants.items():
         system, _, phase = name.rpartition(" ")
-        own = plain_pairs if system == EQUAL else pairs  # that a tree needs, whatever else is computed
+        own = plain_pairs if system == EQUAL else pairs  # the pairs that a tree needs, whatever else a variant computes
         flops = own * shape.heads * shape.dim * (4 if phase == "forward" else 14)
         yield {
             "variant": name,

@@ -1,13 +1,14 @@
-"""`make zoo`: every algorithm from the same checkpoint, with the same seeds and tokens, on answers a program can check.
+"""`make zoo`: every algorithm from the same checkpoint, with the same seeds and tokens, on answers that a program can
+check.
 
-A small model first imitates sums half of which stop short of the result (examples/arithmetic.py). From there each
-algorithm takes --steps optimisation steps of 64 sequences (DPO: 32 pairs): SFT on complete sums, DPO on complete ones
-against spoiled ones, the others on what the model itself writes, rewarded by exact match. distil has no reward but a
-teacher, the model that sft ended with. judged is GRPO whose reward is a model, trained on complete sums against spoiled
-ones; it misses some wrong numbers, so a penalty on the distance from the start keeps the policy to what it can judge.
-All have the same budget of tokens, with prompts and what is generated in vain: DAPO, which replaces groups of equal
-rewards, takes fewer steps for it. The reward drawn is that of held-out problems, sampled at temperature 1 under a fixed
-seed.
+A small model first imitates sums, half of which stop before the result (examples/arithmetic.py). From there each
+algorithm takes --steps optimisation steps of 64 sequences (DPO: 32 pairs). SFT trains on complete sums, DPO on complete
+ones against spoiled ones, and the others on what the model itself writes, rewarded by exact match. distil has no reward
+but a teacher, which is the model with which sft ended. judged is GRPO with a reward model, which was trained on
+complete sums against spoiled ones. The reward model misses some wrong numbers, so a penalty on the distance from the
+start keeps the policy near what it can judge. All have the same budget of tokens, including prompts and discarded
+completions. DAPO replaces groups of equal rewards, so it takes fewer steps. The plotted reward is that of held-out
+problems, sampled at temperature 1 with a fixed seed.
 
 python -m flashpo.bench.zoo                    # sft dpo ppo grpo dapo gspo rloo cispo distil judged
 python -m flashpo.bench.zoo gmpo sapo          # any name of flashpo.LOSSES
@@ -34,12 +35,12 @@ from flashpo.bench.run import machine, show
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("sft", "dpo", "ppo", "grpo", "dapo", "gspo", "rloo", "cispo", "distil", "judged")
-NEEDS = {"distil": "sft", "judged": "reward"}  # what is trained first where it has not been
-SEQUENCES = 64  # a step
-GENERATIONS = 8  # completions a prompt
-LONGEST = 16  # tokens of a completion
-TOKENS = 870  # a step: a little more than SEQUENCES have
-MARGIN = 0.1  # by which each must end above its start
+NEEDS = {"distil": "sft", "judged": "reward"}  # what is trained first if it has not been trained
+SEQUENCES = 64  # per step
+GENERATIONS = 8  # completions per prompt
+LONGEST = 16  # tokens per completion
+TOKENS = 870  # per step; a little more than SEQUENCES have
+MARGIN = 0.1  # each must end above its start by this much
 HELD_OUT = 512
 
 
@@ -51,12 +52,12 @@ def arithmetic():
 
 
 def exact_answer(completions, answer, **kwargs) -> list[float]:
-    """1 where the last number of a completion is the answer."""
+    """1 if the last number of a completion is the answer."""
     return [float(re.findall(r"\d+", text)[-1:] == [right]) for text, right in zip(completions, answer)]
 
 
 class Curve(transformers.TrainerCallback):
-    """The reward on held-out problems, at the start and every few steps."""
+    """Records the reward on held-out problems, at the start and every few steps."""
 
     def __init__(self, rows: list[dict], tokenizer, every: int, bar: tqdm):
         self.rows, self.tokenizer, self.every, self.bar = rows, tokenizer, every, bar
@@ -93,14 +94,14 @@ class Curve(transformers.TrainerCallback):
 
 
 class Budget(transformers.TrainerCallback):
-    """Ends training before the steps that, at the pace so far, would take it beyond so many tokens."""
+    """Ends training before the steps that, at the rate so far, would exceed the budget of tokens."""
 
     def __init__(self, tokens: int):
         self.tokens, self.spent = tokens, 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.spent = logs.get("num_tokens", self.spent)  # logged when something was generated
-        together = getattr(args, "steps_per_generation", 1)  # which share what was generated for them
+        together = getattr(args, "steps_per_generation", 1)  # optimisation steps that share one generation
         if state.global_step % together == 0:
             control.should_training_stop |= self.spent * (1 + together / state.global_step) > self.tokens
 
@@ -114,7 +115,7 @@ def config(kind: type, out: Path, steps: int, seed: int, rows: int = SEQUENCES, 
 
 
 def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
-    """TRL's data format, our trainer class."""
+    """Data in TRL's format, and our trainer class."""
     sums, fast = arithmetic(), importlib.import_module("flashpo.trl")
     rows = sums.problems(steps * SEQUENCES, seed + 1)
     if name in ("start", "sft"):
@@ -128,8 +129,8 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         prompts = [row["prompt"] for row in rows[: len(rows) // 2]]
         pairs = [{"prompt": p, "chosen": sums.totals(p), "rejected": sums.spoiled(p, rng)} for p in prompts]
     if name == "reward":
-        # TRL ends the texts that a reward model learns from with <eos>, and leaves it out where GRPO asks the model:
-        # tokens are taken as they are
+        # TRL ends the texts from which a reward model learns with <eos>, but omits it where GRPO asks the model. So the
+        # tokens are given as they are
         ids, characters = ("chosen", "rejected"), sums.tokenizer()
         data = [{f"{i}_ids": characters(pair["prompt"] + pair[i])["input_ids"] for i in ids} for pair in pairs]
         rate = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
@@ -147,7 +148,8 @@ def trainer(name: str, model: Path, out: Path, steps: int, seed: int):
         learning_rate=3e-4, max_completion_length=LONGEST, steps_per_generation=2, num_generations=GENERATIONS
     )
     if name == "ppo":
-        made = fast.PPOTrainer, fast.PPOConfig, online | {"num_iterations": 1}  # as many fresh tokens as the others
+        # So that it gets as many fresh tokens as the others
+        made = fast.PPOTrainer, fast.PPOConfig, online | {"num_iterations": 1}
     elif name == "rloo":
         made = fast.RLOOTrainer, fast.RLOOConfig, online | {"beta": 0.0}
     else:
@@ -169,7 +171,7 @@ def trl_config(name: str) -> type:
 
 
 def train(made, out: Path, *callbacks: transformers.TrainerCallback) -> float:
-    """In how many seconds; the model is in `out` afterwards."""
+    """Train, and return the seconds that it took. Afterwards the model is in `out`."""
     for callback in callbacks:
         made.add_callback(callback)
     made.remove_callback(transformers.PrinterCallback)

@@ -12,6 +12,7 @@
 #include <unistd.h>
 #endif
 
+#include "cuda_library.h"
 #include "decode_layer.h"
 #include "decode_plan.h"
 #include "ops.h"
@@ -85,6 +86,12 @@ F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
   if (isa == Isa::amx) return baseline_form;  // the CPU may have no AVX-512
 #endif
   return isa >= Isa::avx512 ? avx512_form : isa == Isa::avx2 ? avx2_form : baseline_form;
+}
+
+// A kernel of the CUDA library, which may be loaded later than this module.
+template <typename... Args>
+auto on_cuda(void (*CudaKernels::*kernel)(Args...)) {
+  return [kernel](Args... args) { (cuda_kernels().*kernel)(args...); };
 }
 
 }  // namespace
@@ -169,22 +176,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_advantages", &group_advantages, ReleaseGil());
   m.def("group_advantages_scratch", &group_advantages_scratch);
 
-#ifdef FLASHPO_CUDA
-  m.attr("built_with_cuda") = true;
-  m.def("gae_fwd_cuda", &gae_fwd_cuda, ReleaseGil());
-  m.def("gae_whiten_cuda", &gae_whiten_cuda, ReleaseGil());
-  m.def("sample_cuda", &sample_cuda, ReleaseGil());
-  m.def("cuda_device", [](int index) {
-    const CudaDevice d = cuda_device(index);
-    py::dict facts;
-    facts["capability"] = py::make_tuple(d.major, d.minor);
-    facts["multiprocessors"] = d.multiprocessors;
-    facts["shared_memory_per_block"] = d.shared_memory_per_block;
-    facts["driver"] = d.driver;
-    facts["runtime"] = d.runtime;
-    return facts;
-  });
-#else
-  m.attr("built_with_cuda") = false;
-#endif
+  m.def("load_cuda_library", [](const char* path) { return load_cuda_library(path).architecture; });
+  m.def("gae_fwd_cuda", on_cuda(&CudaKernels::gae_fwd), ReleaseGil());
+  m.def("gae_whiten_cuda", on_cuda(&CudaKernels::gae_whiten), ReleaseGil());
+  m.def("sample_cuda", on_cuda(&CudaKernels::sample), ReleaseGil());
 }

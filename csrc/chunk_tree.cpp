@@ -6,7 +6,7 @@
 namespace flashpo::tree {
 namespace {
 
-// Of each of `count` the places in `owners` that name it, in their order.
+// For each of `count` owners, the indices at which `owners` names it, in ascending order.
 Lists lists_of(const std::vector<int64_t>& owners, int64_t count) {
   Lists lists{std::vector<int64_t>(count + 1), std::vector<int64_t>(owners.size())};
   for (const int64_t owner : owners)

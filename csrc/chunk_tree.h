@@ -1,4 +1,4 @@
-// The chunks of a token tree, as Chunks in python/flashpo/ops/_lineage.py has them, for tree_recurrence on the CPU.
+// The chunks of a token tree for tree_recurrence on the CPU, as in `Chunks` of python/flashpo/ops/_lineage.py.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,11 +8,11 @@
 namespace flashpo::tree {
 
 struct Chunk {
-  int64_t begin, count;  // tokens
-  int64_t depth, at;     // chunks before it, and its place among those of its depth
+  int64_t begin, count;  // its tokens
+  int64_t depth, at;     // the number of chunks before it, and its index among those of its depth
 };
 
-// Some numbers for each of many: those of i are items[first[i]] to items[first[i + 1]].
+// A list of numbers for each of many things: the list of i is items[first[i]] to items[first[i + 1] - 1].
 struct Lists {
   std::vector<int64_t> first, items;
 };
@@ -20,13 +20,14 @@ struct Lists {
 class ChunkTree {
  public:
   std::vector<Chunk> chunks;
-  std::vector<int64_t> first;  // chunk of each depth, and the number of all
-  Lists next, ends;            // of each chunk: those that start from its state, and the segments that end with it
-  int64_t widest;              // chunks of one depth
+  std::vector<int64_t> first;  // the first chunk of each depth, and the number of all chunks at the end
+  // For each chunk: the chunks that start from its state, and the segments that end with it
+  Lists next, ends;
+  int64_t widest;              // the largest number of chunks in one depth
 
   ChunkTree(const Tensor& token, const Tensor& before, const Tensor& last, const std::vector<int64_t>& sizes,
             int64_t tokens);
-  ~ChunkTree();  // not inline: a copy compiled for AVX-512 must never be the one that the linker keeps
+  ~ChunkTree();  // not inline: the linker must not keep a copy that was compiled for AVX-512
 
   int64_t count() const { return static_cast<int64_t>(chunks.size()); }
   int64_t depths() const { return static_cast<int64_t>(first.size()) - 1; }

@@ -8,14 +8,14 @@
 namespace flashpo {
 namespace {
 
-// Dense tensors out of `work`, one behind the other. They point into themselves and stay where they are.
+// Dense tensors in `work`, one after the other. They point into themselves, so they must not be moved.
 class Part : public Tensor {
  public:
   Part(const Tensor& work, int64_t& used, std::initializer_list<int64_t> shape) : Part(work, shape) {
     dl.byte_offset += used * (dl.dtype.bits / 8);
     used += shape_[0] * strides_[0];
   }
-  // The numbers of another part in another shape, or of `memory` from its beginning.
+  // The memory of another part in another shape, or of `memory` from its beginning.
   Part(const Tensor& memory, std::initializer_list<int64_t> shape) : Tensor(memory) {
     dl.ndim = static_cast<int>(shape.size());
     dl.shape = shape_;
@@ -30,7 +30,7 @@ class Part : public Tensor {
   int64_t shape_[3], strides_[3];
 };
 
-// Layer `i` of the stack. total may be residual, and out x: they are read before the others are written.
+// Compute layer `i` of the stack. total may be residual, and out may be x: each is read before the other is written.
 void decode_layer(const LayerKernels& kernels, const LayerStack& stack, size_t i, const Tensor& x,
                   const Tensor& residual, const Tensor& cos, const Tensor& sin, const Tensor& slot, double scale,
                   int activation, const Tensor& out, const Tensor& total, const Tensor& work, const Tensor& lse,

@@ -1,5 +1,5 @@
-// Decoder layers, one behind the other, for the rows of a decode step in one call. The weights that stream by leave no
-// Python in the caches: between kernels an operator's twenty lines of it take tens of microseconds.
+// The decoder layers of a decode step in one call. Reading the weights evicts Python from the caches, so the twenty
+// lines of Python of one operator would take tens of microseconds between two kernels.
 #pragma once
 #include <vector>
 
@@ -8,7 +8,7 @@
 
 namespace flashpo {
 
-// Of the instruction set at hand.
+// The kernels of the instruction set in use.
 struct LayerKernels {
   decltype(&baseline::add_rms_norm) add_rms_norm;
   decltype(&baseline::packed_linear) packed_linear;
@@ -17,18 +17,19 @@ struct LayerKernels {
   decltype(&baseline::gated_activation) gated_activation;
 };
 
-// What belongs to each layer, layer by layer.
+// What belongs to each layer, one layer after the other.
 struct LayerStack {
-  enum Norm { BEFORE, BETWEEN, QUERY, KEY, NORMS };  // the last two may be None
+  enum Norm { BEFORE, BETWEEN, QUERY, KEY, NORMS };  // the last two may be undefined
   enum Linear { Q, K, V, O, GATE, UP, DOWN, LINEARS };
-  static constexpr size_t EPS = 3;  // of BEFORE, of BETWEEN, of QUERY and KEY
+  static constexpr size_t EPS = 3;  // for BEFORE, for BETWEEN, for QUERY and KEY
   std::vector<Tensor> norms, linears, biases, k_caches, v_caches;
   std::vector<double> eps;
   std::vector<const decode::Plan*> plans;
 };
 
-// x, residual (None before the first layer of a model), out, total: (rows, hidden). work: of x's dtype, a row's 3 hidden
-// states, queries and keys twice, gate and up. lse, scratch: as decode_attention takes them, for every plan.
+// x, residual (undefined before the first layer of a model), out and total are (rows, hidden). work has x's dtype and
+// room for each row's 3 hidden states, 2 times queries, 2 times keys, gate and up. lse and scratch are as
+// decode_attention takes them, large enough for every plan.
 void decode_layers(const LayerKernels& kernels, const LayerStack& stack, const Tensor& x, const Tensor& residual,
                    const Tensor& cos, const Tensor& sin, const Tensor& slot, double scale, int activation,
                    const Tensor& out, const Tensor& total, const Tensor& work, const Tensor& lse,

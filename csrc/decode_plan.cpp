@@ -5,10 +5,10 @@
 namespace flashpo::decode {
 namespace {
 
-constexpr double LOADING = 16;  // a key costs as much to load as its product with so many queries
+constexpr double LOADING = 16;  // loading a key costs as much as multiplying it with so many queries
 constexpr double PARTS_A_THREAD = 4;
 
-// The used segments, checked.
+// Read and check the segments that are used.
 std::vector<Segment> read_segments(const Tensor& rows, const Tensor& start, const Tensor& length,
                                    const Tensor& blocks, int64_t batch, int64_t cache_blocks) {
   std::vector<Segment> segments;
@@ -26,9 +26,9 @@ std::vector<Segment> read_segments(const Tensor& rows, const Tensor& start, cons
   return segments;
 }
 
-// family[b]: which rows hang together through common segments, counted from 0; the last entry is their number.
+// family[b] numbers the sets of rows that are connected by common segments, from 0; the last entry is their number.
 std::vector<int64_t> families(const std::vector<Segment>& segments, int64_t batch) {
-  std::vector<int64_t> joined(batch + 1, 0);  // first as differences: how many segments span rows b - 1 and b
+  std::vector<int64_t> joined(batch + 1, 0);  // at first differences: how many segments contain both rows b - 1 and b
   for (const Segment& s : segments) {
     ++joined[std::min(s.begin + 1, batch)];
     --joined[s.end];
@@ -67,7 +67,7 @@ Plan::Plan(const Tensor& rows, const Tensor& start, const Tensor& length, const 
                    [&](const Segment& a, const Segment& b) { return family[a.begin] < family[b.begin]; });
   make_units(family);
 
-  std::vector<double> work(units.size(), 1.0);  // of a head; 1: for the results
+  std::vector<double> work(units.size(), 1.0);  // of one head; 1 is for writing the results
   double total = 0;
   for (size_t u = 0; u < units.size(); ++u) {
     for (const Chunk& c : chunks(units[u])) work[u] += work_of(c);

@@ -1,9 +1,9 @@
-// group_advantages, written once for the CPU and for a block of CUDA threads: what a team of threads does with B rows.
+// group_advantages for the CPU and for a block of CUDA threads: what a team of threads does with B rows.
 //
-// The team sweeps over the rows a few times and waits for its last thread after each sweep. A hash table of row numbers
-// (open addressing) finds the groups; the row in the table stands for its group. Sums over a group are taken in fixed
-// point, relative to its smallest reward and to its range: integer additions commute, so the result depends neither on
-// the order of the threads nor on that of the rows, and equal rewards give exactly 0.
+// The team goes over the rows a few times and waits for all its threads after each pass. A hash table of row numbers
+// (open addressing) finds the groups; the row in the table represents its group. Sums over a group are computed in
+// fixed point, relative to the group's smallest reward and to its range. Integer additions commute, so the result
+// depends neither on the order of the threads nor on that of the rows, and equal rewards give exactly 0.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,23 +18,24 @@
 namespace flashpo::advantages {
 
 constexpr int MAX_FUNCTIONS = 64;
-constexpr int32_t FREE = -1;                   // a slot of the table without a row
+constexpr int32_t FREE = -1;                   // a slot of the table that has no row
 constexpr double ONE = 1152921504606846976.0;  // 2^60: the fixed-point form of 1
 constexpr double WHITENING_EPS = 1e-8;         // verl's masked_whiten adds it to the variance
 constexpr const char* FINITE = "rewards must be finite, or NaN where there is none; so must their weighted sum";
 
 enum Baseline { MEAN, LEAVE_ONE_OUT, SECOND_BEST, NONE };  // in the order of BASELINES in Python
-enum Scale { GROUP, BATCH, UNSCALED };                     // and of SCALES
+enum Scale { GROUP, BATCH, UNSCALED };                     // in the order of SCALES in Python
 
-// What is known of the scorable rewards of one group, or of the whole batch.
+// The statistics of the scorable rewards of one group, or of the whole batch.
 struct Group {
-  int64_t count = 0, weight = 0;              // rows, and the sum of their lengths (where none are given: rows)
+  // The number of rows, and the sum of their lengths (without lengths, also the number of rows)
+  int64_t count = 0, weight = 0;
   int32_t low = INT32_MAX, high = INT32_MIN;  // the smallest and the largest, as `ordered`
   int32_t second = INT32_MIN, at_high = 0;    // the largest below `high`, and how many rows have `high`
-  int64_t sum = 0, squares = 0;               // means of t = (x - low) / width and of (t - mean)^2: 2^60 stands for 1
+  int64_t sum = 0, squares = 0;               // means of t = (x - low) / width and of (t - mean)^2, as numbers of 2^-60
   double width = 0, per_width = 0, per_weight = 0;
   double centre = 0, offset = 0, factor = 1;  // x - baseline = (x - centre - offset) factor
-  double std = 0, gain = 0;                   // and the advantage is that times gain
+  double std = 0, gain = 0;                   // the advantage is (x - baseline) gain
 };
 
 struct Problem {
@@ -46,20 +47,20 @@ struct Problem {
   Baseline baseline;
   Scale scale;
   double eps;
-  bool raw_singletons;  // a group with one scorable reward keeps it as its advantage
+  bool raw_singletons;  // a group with one scorable reward has that reward as its advantage
   float *advantage, *mean, *std;
   bool* degenerate;
   // scratch
   int64_t capacity;  // a power of two
-  Group* batch;      // one, and
+  Group* batch;      // one
   Group* groups;     // (rows, columns), of which the first `found` are used
-  int32_t* found;    // one: how many groups there are
-  int32_t* id;       // (rows): the number of the row's group; before that, a row that stands for it
-  int32_t* number;   // (rows): the group's number, where the row stands for one
+  int32_t* found;    // one: the number of groups
+  int32_t* id;       // (rows): the number of the row's group; before that is known, a row that represents the group
+  int32_t* number;   // (rows): the number of the group that this row represents, if it represents one
   int32_t* table;    // (capacity)
 };
 
-// Floats as integers of the same order: atomics have a minimum and a maximum of integers alone.
+// Floats as integers of the same order, because atomic minimum and maximum exist for integers only.
 FLASHPO_TEAM inline int32_t ordered(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -74,14 +75,15 @@ FLASHPO_TEAM inline double unordered(int32_t bits) {
 
 FLASHPO_TEAM inline int64_t fixed_point(double x) { return static_cast<int64_t>(x * ONE); }
 
-// Keys are often regular (prompt << 32 | turn): every bit of the result depends on all of theirs (splitmix64).
+// Keys are often regular (prompt << 32 | turn), so every bit of the result must depend on all bits of the key
+// (splitmix64).
 FLASHPO_TEAM inline uint64_t hash(uint64_t key) {
   key = (key ^ key >> 30) * 0xbf58476d1ce4e5b9;
   key = (key ^ key >> 27) * 0x94d049bb133111eb;
   return key ^ key >> 31;
 }
 
-// From the extremes to what the sums are taken relative to.
+// From the extremes, set the numbers relative to which the sums are taken.
 FLASHPO_TEAM inline void open(Group& g, bool weighted) {
   if (g.count == 0) return;
   if (!weighted) g.weight = g.count;
@@ -91,7 +93,7 @@ FLASHPO_TEAM inline void open(Group& g, bool weighted) {
   g.per_weight = 1 / static_cast<double>(g.weight);
 }
 
-// From the sums to mean and standard deviation (ddof 1).
+// From the sums, compute mean and standard deviation (ddof 1).
 FLASHPO_TEAM inline void close(Group& g, double eps) {
   const double weight = static_cast<double>(g.weight);
   g.offset = g.width * (g.sum / ONE);
@@ -100,7 +102,7 @@ FLASHPO_TEAM inline void close(Group& g, double eps) {
   g.gain = g.std > 0 ? 1 / (g.std + eps) : 0;
 }
 
-// And to the baseline that the problem asks for.
+// Then compute the baseline for which the problem asks.
 FLASHPO_TEAM inline void close(Group& g, const Problem& p) {
   close(g, p.eps);
   const bool alone = g.count == 1;
@@ -118,7 +120,7 @@ FLASHPO_TEAM inline void close(Group& g, const Problem& p) {
   }
 }
 
-// The rows in groups by key, with a Group for every column.
+// The rows grouped by key, with a Group for every column.
 template <bool MANY>
 struct ByKey {
   const Problem& p;
@@ -128,7 +130,7 @@ struct ByKey {
   FLASHPO_TEAM Group* operator[](int64_t i) const { return p.groups + i * columns(); }
 };
 
-// All rows in one.
+// All rows as one group.
 struct Whole {
   Group* batch;
   FLASHPO_TEAM int64_t columns() const { return 1; }
@@ -137,7 +139,8 @@ struct Whole {
   FLASHPO_TEAM Group* operator[](int64_t) const { return batch; }
 };
 
-// NORMALIZE_FIRST: each function by itself, then their sum (GDPO). The functions are the columns then; else their sum is.
+// NORMALIZE_FIRST: normalise each function by itself, then sum (GDPO); then the columns are the functions. Otherwise
+// the only column is their sum.
 template <class Team, bool NORMALIZE_FIRST>
 struct Run {
   const Problem& p;
@@ -163,7 +166,7 @@ struct Run {
   FLASHPO_TEAM ByKey<NORMALIZE_FIRST> by_key() { return {p}; }
   FLASHPO_TEAM Whole whole() { return {p.batch}; }
 
-  // The weighted sum over the functions that scored the row, rounded once; NaN where none did.
+  // The weighted sum over the functions that scored the row, rounded once; NaN if none did.
   FLASHPO_TEAM float combined(int64_t row) {
     double sum = 0;
     bool scored = false;
@@ -181,7 +184,7 @@ struct Run {
   FLASHPO_TEAM void find_group(int64_t row) {
     const int32_t mine = static_cast<int32_t>(row);
     const int64_t key = p.group[row];
-    if (Team::IN_ORDER && row > 0 && p.group[row - 1] == key) {  // a group's rows mostly stand together
+    if (Team::IN_ORDER && row > 0 && p.group[row - 1] == key) {  // rows of a group are mostly adjacent
       p.id[row] = p.id[row - 1];
       return;
     }
@@ -200,7 +203,7 @@ struct Run {
     }
   }
 
-  // Counts, extremes, means and squared deviations of value(row, column) in each group.
+  // Compute count, extremes, mean and squared deviations of value(row, column) in each group.
   template <class In, class Value>
   FLASHPO_TEAM void gather(In in, Value value, const int64_t* lengths) {
     const auto weight = [&](int64_t row) { return lengths ? lengths[row] : 1; };
@@ -231,7 +234,7 @@ struct Run {
       });
   }
 
-  // The same over all rows, of the values that stand in `advantage`.
+  // The same over all rows, for the values in `advantage`.
   FLASHPO_TEAM const Group& gather_batch() {
     gather(whole(), [&](int64_t row, int64_t) { return p.advantage[row]; }, p.lengths);
     each_group(whole(), [&](Group& g) { close(g, p.eps); });

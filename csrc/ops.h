@@ -1,4 +1,4 @@
-// Every kernel entry point. The CPU ones exist once per instruction set, each in its own namespace.
+// Every kernel entry point. The CPU kernels exist once per instruction set, each in a separate namespace.
 #pragma once
 #include <vector>
 
@@ -118,7 +118,7 @@ namespace advantages {
 struct Problem;
 }
 void group_advantages_cuda(const advantages::Problem& problem, bool normalize_first, int64_t stream);
-// What gae_fwd takes, here and on CUDA: throws, or returns the number of sequences.
+// Check the arguments of gae_fwd, on the CPU and on CUDA; return the number of sequences.
 int64_t expect_gae(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens,
                    const Tensor& advantages, const Tensor& returns, const Tensor& moments, DLDeviceType device);
 void gae_fwd_cuda(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& cu_seqlens,
@@ -126,17 +126,12 @@ void gae_fwd_cuda(const Tensor& rewards, const Tensor& values, const Tensor& mas
                   int64_t stream);
 void gae_whiten_cuda(const Tensor& advantages, const Tensor& mask, const Tensor& moments, double eps, int64_t stream);
 
-// What `sample` takes, here and on CUDA: throws, or returns it.
+// Check the arguments of `sample`, on the CPU and on CUDA, and return them as a Problem.
 sampling::Problem expect_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
                                 const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& offset,
                                 const Tensor& token, const Tensor& numbers, DLDeviceType device);
 void sample_cuda(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
                  const Tensor& min_p, const Tensor& seed, const Tensor& offset, const Tensor& token,
                  const Tensor& numbers, int64_t stream);
-
-struct CudaDevice {
-  int major, minor, multiprocessors, shared_memory_per_block, driver, runtime;
-};
-CudaDevice cuda_device(int index);  // throws std::runtime_error where there is no such device or no driver
 
 }  // namespace flashpo

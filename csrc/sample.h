@@ -1,9 +1,9 @@
-// sample, written once for a CPU thread and for a block of CUDA threads: how a token is drawn from a row of logits.
+// sample for a CPU thread and for a block of CUDA threads: how a token is sampled from a row of logits.
 //
-// Every filter keeps a beginning of the row's total order (larger logit first, then smaller id): all logits above a
-// threshold and, of those equal to it, the ones with an id below a limit. Thresholds are found by narrowing an interval
-// of floats, seen as integers of the same order, until it holds the searched one alone: nothing is sorted. What passes
-// over the logits is the Row's: it sums weights 2^((x - top) unit) in chunks of the vocabulary.
+// Every filter keeps a prefix of the row's total order (larger logits first, then smaller ids): all logits above a
+// threshold and, of those equal to it, the ones with an id below a limit. A threshold is found without sorting, by
+// narrowing an interval of floats, read as integers of the same order, until only the searched one remains. The passes
+// over the logits are functions of the Row; it sums weights 2^((x - top) unit) in chunks of the vocabulary.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -19,23 +19,23 @@
 namespace flashpo::sampling {
 
 struct Problem {
-  int64_t rows, vocab, stride;             // of the logits, in elements
-  const float* temperature;                // (rows), as all that follow
-  const int64_t* top_k;                    // or nullptr: 0, all of them
-  const float *top_p, *min_p;              // or nullptr: 1 and 0
+  int64_t rows, vocab, stride;             // stride: of the logits, in elements
+  const float* temperature;                // (rows), like all that follow
+  const int64_t* top_k;                    // nullptr: 0, which keeps all
+  const float *top_p, *min_p;              // nullptr: 1 and 0
   const int64_t *seed, *offset;
   int64_t* token;
   float* numbers;                          // (3, rows): logprob, logprob_full, kept_mass
 };
 
-// Not shared between the instruction sets, of which each must keep its own copy.
+// Each instruction set must have its own copy, so this is not shared between them.
 namespace {
 
 constexpr float LOG2E_OF_1 = 1.44269504088896341f;
 constexpr float LOWEST_BITS = -127.0f;  // weights below 2^-126 are 0
 
 struct Weight {
-  double mass;  // of some logits; where they are counted, their count too
+  double mass;  // of some logits; if they are counted, this is their count as well
   int64_t count;
 };
 struct All {};
@@ -64,7 +64,7 @@ FLASHPO_TEAM inline Kept both(Kept a, Kept b) {
   return a.limit < b.limit ? a : b;
 }
 
-// Floats as integers of the same order; those that a 16-bit format lacks are shifted out.
+// Floats as integers of the same order. Bits that a 16-bit format does not have are shifted out.
 FLASHPO_TEAM inline int64_t ordered(float x, int shift) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -78,7 +78,7 @@ FLASHPO_TEAM inline float unordered(int64_t key, int shift) {
   return x;
 }
 
-// In [0, 1), 53 bits of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+// A number in [0, 1) from 53 bits of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 FLASHPO_TEAM inline double uniform(uint64_t key, uint64_t counter) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
@@ -94,20 +94,20 @@ FLASHPO_TEAM inline double uniform(uint64_t key, uint64_t counter) {
   return static_cast<double>((uint64_t{c0} << 32 | c1) >> 11) * 0x1p-53;
 }
 
-// What is kept so that the logits before the last one weigh less than `wanted` and with it no less: the first of the
-// total order. COUNTED: each weighs 1, else its probability. Everything, where no logit >= `lowest` is the last one.
+// The shortest prefix of the total order that weighs at least `wanted`. COUNTED: each logit weighs 1, otherwise its
+// probability. Everything is kept if the last logit of that prefix would be below `lowest`.
 template <bool COUNTED, typename Row>
 FLASHPO_TEAM Kept first(Row& row, double wanted, float lowest) {
   const Kept everything{-INFINITY, row.size};
   const int shift = Row::SHIFT;
   int64_t low = ordered(lowest < -FLT_MAX ? -FLT_MAX : lowest, shift) - 1, high = ordered(row.top, shift) + 1;
-  Weight at_low{0, row.size}, at_high{0, 0};  // of all logits >= low, which weigh at least `wanted`, and >= high
-  bool found = false;                         // was that seen to be so?
+  Weight at_low{0, row.size}, at_high{0, 0};  // of all logits >= low, which weigh at least `wanted`, and of all >= high
+  bool found = false;                         // whether `low` was found by a pass
   row.unfocus();
   for (int pass = 0; high - low > 1 && at_low.count - at_high.count > 1; ++pass) {
-    // Evenly between the two values, which suits logits, or between the two keys, which bounds the number of passes.
+    // Evenly spaced between the two values, which suits logits, or the two keys, which bounds the number of passes.
     const float from = unordered(low, shift), to = unordered(high, shift);
-    constexpr int N = Row::PIVOTS;  // tried in one pass over the logits
+    constexpr int N = Row::PIVOTS;  // pivots per pass over the logits
     int64_t keys[N];
     float pivots[N];
     for (int i = 0; i < N; ++i) {
@@ -157,7 +157,8 @@ FLASHPO_TEAM Drawn draw(Row& row, const Problem& p, int64_t r) {
     if (top_k > 0) kept = first<true>(row, static_cast<double>(top_k), row.top + LOWEST_BITS / row.unit);
     if (top_p < 1) {
       if (top_k > 0) mass = row.sums(kept);
-      // together, logits that weigh less than mass (1 - top_p) / count can be spared; half of that is on the safe side
+      // Logits that each weigh less than mass (1 - top_p) / count can be ignored together; half of it is on the safe
+      // side.
       const double count = static_cast<double>(top_k > 0 ? top_k : row.size);
       const float bits = log2f(static_cast<float>(mass * (1 - top_p) / count)) - 1;
       const float lowest = row.top + (bits > LOWEST_BITS ? bits : LOWEST_BITS) / row.unit;
@@ -167,7 +168,7 @@ FLASHPO_TEAM Drawn draw(Row& row, const Problem& p, int64_t r) {
   }
   if (kept.threshold > -INFINITY) mass = row.sums(kept);
   const int64_t token = row.locate(kept, greedy ? 0 : uniform(p.seed[r], p.offset[r]) * mass);
-  // each from its own sum: the only logit that is kept has the log-prob 0, also where it is one in a million
+  // Each from its own sum: then the log-prob of the only kept logit is 0, even if its probability is one in a million.
   const float z = (row.at(token) - row.top) / temperature;
   const float logprob = greedy ? 0 : z - logf(static_cast<float>(mass));
   return {token, logprob, z - logf(static_cast<float>(all)), static_cast<float>(mass / all)};

@@ -1,4 +1,5 @@
-// A borrowed view of a torch tensor, as DLPack describes it. No pybind11 and no torch in here: kernels include it.
+// A borrowed view of a torch tensor, as DLPack describes it. It uses neither pybind11 nor torch, because kernels
+// include it.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -10,7 +11,7 @@ namespace flashpo {
 enum class DType { f64, f32, bf16, f16, i64, i32, boolean, other };
 
 struct Tensor {
-  DLTensor dl{};         // data == nullptr and ndim == -1 stand for None
+  DLTensor dl{};         // data == nullptr and ndim == -1 mean None
   Tensor() { dl.ndim = -1; }
 
   bool defined() const { return dl.ndim >= 0; }
@@ -25,10 +26,10 @@ struct Tensor {
   }
 };
 
-// The checks that stand beside a kernel; each throws std::invalid_argument, which Python sees as ValueError.
-// Not inline: a copy compiled for AVX-512 must never be the one that the linker keeps for every machine.
+// The checks of kernels' arguments. Each throws std::invalid_argument, which Python sees as ValueError. They are not
+// inline: the linker must not keep a copy that was compiled for AVX-512 for every machine.
 void expect(bool fine, const char* message);
-// `x` is a contiguous tensor of that dtype and shape; an undefined one passes where it is optional.
+// Check that `x` is a contiguous tensor of that dtype and shape; an undefined one is accepted if it is optional.
 void expect_dense(const char* name, const Tensor& x, DType dtype, std::initializer_list<int64_t> shape,
                   bool optional = false, DLDeviceType device = kDLCPU);
 

@@ -1,4 +1,5 @@
-// pybind11 <-> torch without torch: arguments are borrowed through DLPack's C exchange API (0.1 us a tensor).
+// Conversion of torch tensors for pybind11 without torch: they are borrowed by DLPack's C exchange API (0.1 us per
+// tensor).
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -37,7 +38,7 @@ struct type_caster<flashpo::Tensor> {
   bool load(handle source, bool) {
     if (source.is_none()) return true;
     auto& torch = flashpo::TorchExchange::instance();
-    // Raised here: the TypeError that pybind11 makes itself prints every argument, tensors' values included.
+    // Raised here, because pybind11's own TypeError prints every argument, including the values of tensors.
     if (!PyObject_TypeCheck(source.ptr(), reinterpret_cast<PyTypeObject*>(torch.tensor_type)))
       throw pybind11::type_error("expected a torch.Tensor or None");
     if (torch.api->dltensor_from_py_object_no_sync(source.ptr(), &value.dl) != 0) throw error_already_set();

@@ -5,13 +5,13 @@
 
 namespace flashpo::tree {
 
-// A tile ends early where a path ends in its second half, so that most tiles hold tokens of one path.
+// A tile ends early if a path ends in its second half, so that most tiles hold tokens of one path.
 Tiles::Tiles(const Tensor& end, const Tensor& position, int64_t window) : window(window) {
   const int64_t tokens = end.dim() == 1 ? end.size(0) : 0;
   expect_dense("end", end, DType::i32, {tokens});
   expect_dense("position", position, DType::i32, {tokens});
   const int32_t *ends_of = end.data<int32_t>(), *position_of = position.data<int32_t>();
-  std::vector<int64_t> open{tokens};  // ends of the subtrees that a token is in
+  std::vector<int64_t> open{tokens};  // ends of the subtrees that contain the token
   for (int64_t i = 0; i < tokens; ++i) {
     while (open.back() <= i) open.pop_back();
     const int32_t end = ends_of[i], position = position_of[i];

@@ -1,11 +1,13 @@
-"""Decode attention on tensor cores: a program takes some queries of a key head over a share of their blocks.
+"""Decode attention on tensor cores: a program computes some queries of one key head over a share of the rows' blocks.
 
-Nothing is planned on the host: which segments a program's rows read, it finds in the tables. What lies before a row's
-own tokens is likely read by its neighbours too: a program does that for some rows together. The segment that a row's
-position is in is its own: a program for each row, as a program for several would wait for their short segments one
-after the other. Block i of a sequence belongs to split i mod SPLITS of either kind, wherever its segment begins, so
-that a row's sums and their order depend on its own segments alone. Rows that do not read a block carry their sums
-through it unchanged.
+Nothing is planned on the host; a program finds the segments that its rows read in the tables. Blocks before a row's own
+segment (the one that contains the row's position) are probably read by neighbouring rows too, so one program computes
+them for several rows. For the own segments there is one program per row, because a program for several rows would go
+through their short segments one after the other.
+
+Blocks of either kind are distributed over the splits by their index in the sequence: block i belongs to split i mod
+SPLITS, wherever its segment begins. So the sums of a row and their order depend only on the segments that this row
+reads. Rows that do not read a block keep their sums unchanged.
 """
 
 import torch
@@ -16,16 +18,16 @@ from torch import Tensor
 from flashpo.kernels.linear_logprob import shared_memory
 from flashpo.kernels.token_stats import LN2, LOG2E
 
-BLOCK: tl.constexpr = tl.constexpr(64)  # tokens of a block of the cache
-SPLITS = 8, 2  # of what is before a row's own segment, and of that: powers of two
-SEGMENTS = 128  # whose ranges are looked at together
-LOWEST: tl.constexpr = tl.constexpr(-3e38)  # stands for the largest of no products
+BLOCK: tl.constexpr = tl.constexpr(64)  # tokens in a block of the cache
+SPLITS = 8, 2  # for the blocks before a row's own segment, and for those of its own segment; powers of two
+SEGMENTS = 128  # the number of segments whose ranges are examined at once
+LOWEST: tl.constexpr = tl.constexpr(-3e38)  # the maximum over no products
 NOWHERE: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def logit(x, scale, softcap):
-    """Products -> what differences are taken of: with a softcap the logits, else the products themselves."""
+    """Turn products into the numbers whose differences are taken: logits with a softcap, otherwise the products."""
     if softcap is not None:
         t = tl.exp2(tl.abs(x) * (-2 * LOG2E * scale / softcap))
         x = tl.where(x < 0, -softcap, softcap) * ((1 - t) / (1 + t))
@@ -55,7 +57,7 @@ def attend(
     head,
     split,
     part,
-    OWN: tl.constexpr,  # the segments that the rows' positions are in, else all others
+    OWN: tl.constexpr,  # whether to take the rows' own segments, which contain their positions; otherwise all others
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -69,7 +71,7 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """ROWS rows from `first` over a split of one kind of their segments."""
+    """Attention of ROWS rows from `first` over one split of their own or of their other segments."""
     i = tl.arange(0, BLOCK_Q)
     row = first + i // rep
     inside = (i < ROWS * rep) & (row < B)
@@ -91,7 +93,7 @@ def attend(
         hit = (begin < end) & (begin < first + ROWS) & (first < end)
         if OWN:
             hit &= behind > tl.load(positions + first)
-        else:  # what several rows read may be anything to each of them
+        else:  # a segment read by several rows may be own to one of them and not to another
             of_first = tl.load(positions + begin, mask=hit & (begin >= 0) & (begin < B), other=0)
             hit &= (end - begin > 1) | (behind <= of_first)
         s = tl.min(tl.where(hit, segment, NOWHERE))
@@ -133,7 +135,8 @@ def attend(
                 p = tl.exp2((x - top[:, None]) * unit)
                 factor = tl.exp2((m - top) * unit)
                 more = tl.dot(p.to(values.dtype), values, input_precision="ieee")
-                acc = tl.where(reads[:, None], acc * factor[:, None] + more, acc)  # NaN of others' values stays theirs
+                # NaN in blocks that only other rows read must not reach this row
+                acc = tl.where(reads[:, None], acc * factor[:, None] + more, acc)
                 l = l * factor + tl.sum(p, 1)
                 m = top
             s = tl.min(tl.where(hit & (segment > s), segment, NOWHERE))
@@ -151,13 +154,13 @@ def split_kernel(
     q,  # (B, heads rep, D)
     k_cache,  # (blocks, heads, D, 64)
     v_cache,  # (blocks, heads, 64, DV)
-    ranges,  # (S, 2): rows
+    ranges,  # (S, 2): the range of rows
     starts,  # (S,)
     lengths,  # (S,)
     block_table,  # (S, M)
     positions,  # (B,)
     sums,  # (2, PARTS, B, heads rep): m, the largest x, and l, the sum of 2^((x - m) unit)
-    parts,  # (PARTS, B, heads rep, DV): the values' sums, where l is not 0
+    parts,  # (PARTS, B, heads rep, DV): weighted sums of the values, where l is not 0
     B,
     S,
     M,
@@ -170,7 +173,7 @@ def split_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     WINDOWED: tl.constexpr,
-    BEFORE: tl.constexpr,  # splits
+    BEFORE: tl.constexpr,  # the number of splits for the blocks before, and for the own segment
     OWN: tl.constexpr,
     SEGMENTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -180,7 +183,7 @@ def split_kernel(
 ):
     PARTS: tl.constexpr = BEFORE + OWN
     ROWS: tl.constexpr = BLOCK_Q // rep
-    before = tl.cdiv(B, ROWS) * heads * BEFORE  # programs
+    before = tl.cdiv(B, ROWS) * heads * BEFORE  # number of programs
     i = tl.program_id(0)
     if i < before:
         head, split = i // BEFORE % heads, i % BEFORE
@@ -220,7 +223,7 @@ def merge_kernel(
     at = part_of.to(tl.int64) * queries + query
     m = tl.load(sums + at, mask=part_of < PARTS, other=LOWEST)
     l = tl.load(sums + at + PARTS * queries.to(tl.int64), mask=part_of < PARTS, other=0.0)
-    some = l != 0  # NaN too
+    some = l != 0  # also true for NaN
     top = tl.max(tl.where(some, m, LOWEST), 0)
     factor = tl.where(some, tl.exp2((m - top) * (LOG2E if CAPPED else scale * LOG2E)), 0.0)
     part = tl.load(parts + at[:, None] * DV + dv[None, :], mask=some[:, None] & (dv[None, :] < DV), other=0.0)
@@ -240,8 +243,9 @@ def merge_kernel(
 
 
 def tile(rep: int, features: int, value_features: int, itemsize: int, shared: int) -> dict[str, int]:
-    """Some 8 rows a program, a usual group, in whole tiles of tensor cores, or fewer where their queries and weights
-    would leave no room for a tile of the cache. Many small programs at once hide more latency than stages of few."""
+    """A tile of about 8 rows (a usual group) per program, in whole tensor-core tiles. It has fewer rows if the queries
+    and weights leave no room for a tile of the cache. Many small programs hide more latency than the stages of few
+    large ones."""
     block_d, block_dv = (max(triton.next_power_of_2(n), 16) for n in (features, value_features))
     fewest = max(triton.next_power_of_2(rep), 16)
     block_q = max(min(triton.next_power_of_2(8 * rep), 64), fewest)

@@ -1,6 +1,8 @@
-"""What a decoder layer does between its matrix products: a program for each row of tokens, or for each head of one.
+"""The operations of a decoder layer between its matrix products; a program computes a row of tokens or one of its
+heads.
 
-Every intermediate is rounded where transformers' modules round it: to the dtype of the operands, the wider one of two.
+Every intermediate result is rounded where transformers' modules round it: to the dtype of the operands, or to the wider
+one of two.
 """
 
 import torch
@@ -10,8 +12,8 @@ from torch import Tensor
 
 from flashpo.kernels.kv_append import BLOCK, place
 
-LONGEST = 16384  # features of a row, which a program holds at once
-COLUMNS = 1024  # of a gated activation, a program
+LONGEST = 16384  # the number of features in a row, which a program holds at once
+COLUMNS = 1024  # columns of a gated activation per program
 
 
 @triton.jit
@@ -26,7 +28,7 @@ def load_wide(p, mask):
 
 @triton.jit
 def scaled(x, inverse, weight, at, inside, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
-    """The end of an RMSNorm of `dtype`."""
+    """The last step of an RMSNorm in `dtype`: the scaling by the weight."""
     w = load_wide(weight + at, inside)
     if UNIT_OFFSET:
         y = rounded(x * inverse * (1 + w), dtype)
@@ -65,7 +67,7 @@ def norm_kernel(
 def turned(
     x, weight, cos, sin, eps, D: tl.constexpr, R: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The head at x, its norm where there is a weight for it, its first R features rotated by halves."""
+    """The head at x, normalised if there is a weight, with its first R features rotated in halves."""
     d = tl.arange(0, BLOCK_D)
     inside, turns, first = d < D, d < R, d < R // 2
     partner = tl.where(first, d + R // 2, d - R // 2)
@@ -107,7 +109,7 @@ def rope_kernel(
     UNIT_OFFSET: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program for each head of queries, then for each of keys and values, of a token."""
+    """For each token, one program per query head, then one per head of keys and values."""
     n, head = (tl.program_id(0) // (q_heads + heads)).to(tl.int64), tl.program_id(0) % (q_heads + heads)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
@@ -137,7 +139,7 @@ def gated_kernel(
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """silu(x) = x sigmoid(x); gelu_tanh(x) = x sigmoid(u), since 1 + tanh(u / 2) = 2 sigmoid(u)."""
+    """silu(x) = x sigmoid(x). gelu_tanh(x) = x sigmoid(u), since 1 + tanh(u / 2) = 2 sigmoid(u)."""
     parts: tl.constexpr = (columns + BLOCK - 1) // BLOCK
     n = (tl.program_id(0) // parts).to(tl.int64)
     j = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
@@ -149,14 +151,14 @@ def gated_kernel(
 
 
 def warps(numbers: int) -> int:
-    """16 bytes of 16-bit numbers for each thread."""
+    """So many warps that each thread has 16 bytes of 16-bit numbers."""
     return min(max(triton.next_power_of_2(numbers) // 256, 1), 16)
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool, out: Tensor, total: Tensor
 ) -> None:
-    """All dense."""
+    """All tensors are contiguous."""
     rows, features = x.shape
     if x.numel() == 0:
         return
@@ -190,7 +192,7 @@ def rope_append(
     slot: Tensor,
     out: Tensor,
 ) -> None:
-    """q, k and v with rows that may be strided, all else dense."""
+    """The rows of q, k and v may be strided; all other tensors are contiguous."""
     rows, q_heads, features = out.shape
     blocks, heads = k_cache.shape[:2]
     if rows == 0:
@@ -220,7 +222,7 @@ def rope_append(
             UNIT_OFFSET=unit_offset,
             BLOCK_D=triton.next_power_of_2(features),
             num_warps=1,
-            debug=True,  # keeps the assertion
+            debug=True,  # keeps the device assertion
             sanitize_overflow=False,
         )
 

@@ -1,16 +1,17 @@
-"""Keys and values of new tokens into their slots of a paged cache: one program for each token and head."""
+"""Writing keys and values of new tokens into their slots of the paged KV cache; one program per token and head."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK: tl.constexpr = tl.constexpr(64)  # tokens of a block of the cache
+BLOCK: tl.constexpr = tl.constexpr(64)  # tokens in a block of the cache
 
 
 @triton.jit
 def place(slots, n, limit, head, heads: tl.constexpr):
-    """Where a head of token n goes: the first of its tile's tokens, its own within that tile, and whether it goes."""
+    """Where a head of token n goes: the first token index of its tile, the offset in the tile, and whether to write
+    it."""
     slot = tl.load(slots + n)
     tl.device_assert(slot < limit, "slot holds values beyond the cache")
     return (slot // BLOCK * heads + head) * BLOCK, slot % BLOCK, (slot >= 0) & (slot < limit)
@@ -67,6 +68,6 @@ def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor)
             BLOCK_D=triton.next_power_of_2(D),
             BLOCK_DV=triton.next_power_of_2(DV),
             num_warps=1,
-            debug=True,  # keeps the assertion
+            debug=True,  # keeps the device assertion
             sanitize_overflow=False,
         )

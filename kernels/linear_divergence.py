@@ -1,6 +1,7 @@
-"""Divergence of two heads from tiles of their logits that live in registers only: `divergence_stats` in Triton.
+"""Divergence of two heads from tiles of their logits that exist in registers only: `divergence_stats` in Triton.
 
-Each pass makes both tiles by the same instructions, so that it sees the logits of the log-sum-exps it got.
+All passes compute both tiles by the same instructions, so that their logits agree with the log-sum-exps of the first
+pass.
 """
 
 import torch
@@ -54,7 +55,7 @@ def both_tiles(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """(the student's logits before temperature, their derivative, the teacher's), -inf past the last column."""
+    """(the student's logits before temperature, their derivative, the teacher's logits); -inf past the last column."""
     x_s = logits_tile(s_hidden, s_weight, n, v, J, s_H, s_stride_h, s_stride_w, S_DTYPE, BLOCK_N, BLOCK_V, BLOCK_H)
     x_t = logits_tile(t_hidden, t_weight, n, v, J, t_H, t_stride_h, t_stride_w, T_DTYPE, BLOCK_N, BLOCK_V, BLOCK_H)
     z_s, slope = transform(x_s, s_bias, v, J, s_logit_scale, s_softcap)
@@ -65,7 +66,7 @@ def both_tiles(
 
 @triton.jit
 def gap_of_tile(gap, forbidden, own, top_own, total_own, other, top_other, bits):
-    """The sums GAP and FORBIDDEN (N,) with a tile more; `top_...` and `total_own` are still those before it."""
+    """Add a tile to the sums GAP and FORBIDDEN (N,). `top_...` and `total_own` are those before this tile."""
     base_own = tl.maximum(tl.maximum(top_own, tl.max(own, 1)), LOWEST)
     base_other = tl.maximum(tl.maximum(top_other, tl.max(other, 1)), LOWEST)
     shift = tl.maximum((top_own - base_own) * bits, LOWEST)
@@ -79,7 +80,7 @@ def gap_of_tile(gap, forbidden, own, top_own, total_own, other, top_other, bits)
 
 @triton.jit
 def keep_top(top, at, x, v):
-    """The largest logit so far and its place, the first one of several."""
+    """The largest logit so far and its index (the first of several that tie)."""
     highest = tl.max(x, 1)
     first = tl.min(tl.where(x == highest[:, None], v[None, :], 2147483647), 1).to(tl.float32)
     return tl.maximum(top, highest), tl.where(highest > top, first, at)
@@ -89,7 +90,7 @@ def keep_top(top, at, x, v):
 def mixture_over_student(log2_s, log2_t, beta, rest):
     """(log M - log p of the student, log M - log p of the teacher) in nats, from bits; rest = 1 - beta."""
     d = tl.minimum(tl.maximum(log2_t - log2_s, -126.0), 126.0)
-    e = tl.exp2(-tl.abs(d))  # relative to the larger of the two
+    e = tl.exp2(-tl.abs(d))  # the ratio of the smaller probability to the larger one
     small, large = tl.where(d < 0, beta, rest), tl.where(d < 0, rest, beta)
     over_larger = tl.log(tl.where(e < 0.5, large + small * e, 1.0 + small * (e - 1.0)))
     return over_larger + tl.maximum(d, 0.0) * LN2, over_larger - tl.minimum(d, 0.0) * LN2
@@ -104,8 +105,8 @@ def partial_kernel(
     t_weight,
     t_bias,
     target,  # (N,)
-    order,  # (N,): the live tokens first
-    live,  # (): how many
+    order,  # (N,): indices of the tokens, live ones first
+    live,  # (): the number of live tokens
     out,  # (splits, 10 or 14, N)
     N,
     J,
@@ -206,7 +207,7 @@ def mixture_kernel(
     t_bias,
     order,
     live,
-    s_rows,  # (4, N): merge_partials'
+    s_rows,  # (4, N): from merge_partials
     t_rows,
     out,  # (splits, 2, N): JSD and KL_STUDENT
     N,
@@ -328,7 +329,8 @@ def d_logits_kernel(
     d = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if d_divergence is not None:
         upstream = tl.load(d_divergence + n)
-        used = tl.where(upstream == 0, 0.0, tl.load(kl + n))[:, None]  # not an infinite one that nothing uses
+        # An infinite KL would give NaN even where its gradient is 0
+        used = tl.where(upstream == 0, 0.0, tl.load(kl + n))[:, None]
         if MODE == FORWARD:
             of_z = p - tl.exp2(log2_t)
         if MODE == REVERSE:
@@ -347,7 +349,7 @@ def d_logits_kernel(
 
 
 def tiles_of_two(dtypes, limit: int, stored: int) -> tuple[int, int, int, int, int]:
-    """The best tile of which a program holds two: one of `tiles` that is half as wide as the widest."""
+    """The best tile for a program that holds two: one of `tiles`, but at most half as wide as the widest."""
     widest = max(dtypes, key=lambda dtype: dtype.itemsize)
     tile = tiles(widest, limit, stored)
     return tiles(widest, limit // 2, stored) if tile == TILES_16_BIT[0] else tile
@@ -358,7 +360,7 @@ def mode_of(beta: float) -> int:
 
 
 class Launch:
-    """What the kernels of a call have in common."""
+    """What all kernels of one call share."""
 
     def __init__(self, heads):
         student, teacher = (

@@ -1,6 +1,6 @@
-"""The LM head's log-probabilities from tiles of logits that live in registers only; gradients from tiles of d logits.
+"""Log-probs of the LM head from tiles of logits that exist in registers only, and gradients from tiles of d logits.
 
-A tile is computed by the same instructions in both passes, so that backward sees the logits of the log-sum-exp it got.
+Both passes compute a tile by the same instructions, so that backward's logits agree with forward's log-sum-exp.
 """
 
 import functools
@@ -26,12 +26,12 @@ from flashpo.kernels.token_stats import (
 from flashpo.ops._check import check_range
 from flashpo.ops._product import add_product, product
 
-# Columns of the vocabulary a program folds. It depends on nothing, so that neither does the order in which a token's
-# logits are added up; enough parts to fill a GPU with a single tile of tokens.
+# The number of vocabulary columns that a program folds. It is a constant, so that the order in which a token's logits
+# are added up depends on nothing. It gives enough parts to fill a GPU even with a single tile of tokens.
 SPLIT = 1024
-CHUNK_BYTES = 2**28  # of d logits that backward keeps at a time
+CHUNK_BYTES = 2**28  # bytes of d logits that backward holds at a time
 
-# (BLOCK_N, BLOCK_V, BLOCK_H, stages, warps), best first; fp32 multiplies without tensor cores, bound by registers
+# (BLOCK_N, BLOCK_V, BLOCK_H, stages, warps), best first. fp32 does not use tensor cores and is limited by registers.
 TILES_16_BIT = (
     (128, 256, 64, 4, 8),
     (128, 128, 64, 4, 8),
@@ -44,7 +44,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 def tiles(dtype: torch.dtype, shared_memory: int, stored: int | None = None) -> tuple[int, int, int, int, int]:
-    """The best tile whose stages fit; operands lie in shared memory as they are `stored`, in bytes an element."""
+    """The best tile whose stages fit into shared memory, where operands take `stored` bytes per element."""
     table = TILES_32_BIT if dtype == torch.float32 else TILES_16_BIT
     for tile in table:
         block_n, block_v, block_h, stages, _ = tile
@@ -75,7 +75,7 @@ def logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """hidden[n] weight[v]^T in fp32; columns past the last repeat it."""
+    """hidden[n] weight[v]^T in fp32. Columns past the last one repeat it."""
     k = tl.arange(0, BLOCK_H)
     a_at = hidden + n[:, None] * stride_h + k[None, :]
     b_at = weight + tl.minimum(v, J - 1).to(tl.int64)[None, :] * stride_w + k[:, None]
@@ -91,7 +91,7 @@ def logits_tile(
 
 @triton.jit
 def transform(x, bias, v, J, logit_scale, softcap):
-    """(logits before temperature, their derivative by hidden weight^T)."""
+    """(the logits before temperature, their derivative by hidden weight^T)."""
     if bias is not None:
         x += tl.load(bias + v, mask=v < J, other=0.0).to(tl.float32)[None, :]
     x *= logit_scale
@@ -111,7 +111,7 @@ def inverse_temperature(token_temperature, temperature, n):
     return tl.full(n.shape, 1.0, tl.float32) / temperature
 
 
-# per-token arguments may be rows of one tensor, whose alignment varies with their length
+# Per-token arguments may be rows of one tensor, whose alignment varies with their length.
 @triton.jit(
     do_not_specialize=["N", "J", "vocab_start"],
     do_not_specialize_on_alignment=["target", "token_temperature"],
@@ -122,8 +122,8 @@ def partial_kernel(
     target,  # (N,)
     bias,  # (J,) or None
     token_temperature,  # (N,) or None
-    order,  # (N,): the live tokens first
-    live,  # (): how many
+    order,  # (N,): indices of the tokens, live ones first
+    live,  # (): the number of live tokens
     out,  # (splits, 4 or 8, N)
     N,
     J,
@@ -146,7 +146,7 @@ def partial_kernel(
     count = tl.load(live)
     if tl.program_id(0) * BLOCK_N >= count:
         return
-    n = tl.load(order + i, mask=i < count, other=0)  # a token past the last costs nothing more and is not stored
+    n = tl.load(order + i, mask=i < count, other=0)  # a token past the last is computed but not stored
     own = tl.load(target + n) - vocab_start
     bits = inverse_temperature(token_temperature, temperature, n) * LOG2E
     top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -171,7 +171,7 @@ def partial_kernel(
 
 @triton.jit(do_not_specialize=["N", "S", "ignore_index"], do_not_specialize_on_alignment=["target"])
 def join_kernel(partials, target, out, N, S, ignore_index, SIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """The parts (S, R, N) as one; an ignored token's, which nothing wrote, become 0, 1, 0, 0, 1, 0, 0, 0."""
+    """Join the parts (S, R, N). Ignored tokens, which no program wrote, become 0, 1, 0, 0, 1, 0, 0, 0."""
     N = N.to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -206,10 +206,10 @@ def d_logits_kernel(
     token_temperature,
     order,
     live,
-    rows,  # (4 or 7, N): merge_partials'
+    rows,  # (4 or 7, N): from merge_partials
     d_logprob,  # (N,) or None
     d_entropy,  # (N,) or None
-    out,  # (N, whole tiles): d (hidden weight^T) of the columns start ... stop - 1, and no matter what beyond
+    out,  # (N, whole tiles): d (hidden weight^T) of the columns start ... stop - 1; beyond them anything
     N,
     start,
     stop,
@@ -248,12 +248,13 @@ def d_logits_kernel(
     if d_entropy is not None:
         d -= tl.load(d_entropy + n)[:, None] * p * (logp * LN2 + tl.load(at + N * ENTROPY)[:, None])
     d *= slope * cold[:, None]
-    # whole tiles: a limit on columns, which may be odd, would cost the 16-byte stores
+    # Whole tiles are stored: a mask for the columns, whose number may be odd, would prevent 16-byte stores.
     tl.store(out + n[:, None] * stride_out + column[None, :], d.to(out.dtype.element_ty), mask=i[:, None] < count)
 
 
 def plan(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype):
-    """What both passes need: the live tokens first and how many they are, on the device; and the tile."""
+    """What both passes need: the order of tokens (live ones first) and the number of live ones, on the device; the
+    tile."""
     ignored = target == ignore_index
     order = ignored.to(torch.uint8).argsort(stable=True)
     live = (~ignored).sum()
@@ -395,9 +396,10 @@ def gradients(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A few thousand columns of d logits at a time, each turned into its share of the gradients by GEMMs in fp32.
+    """Compute a few thousand columns of d logits at a time, and add their share of the gradients by GEMMs with fp32
+    output.
 
-    `d_logits(out, start, stop)` writes those of the vocabulary's entries start ... stop - 1, in whole tiles of block_v.
+    `d_logits(out, start, stop)` writes those of the vocabulary entries start ... stop - 1, in whole tiles of block_v.
     """
     (N, H), J = hidden.shape, len(weight)
     d_hidden = hidden.new_zeros((N, H) if want_hidden else 0, dtype=torch.float32)
@@ -406,8 +408,8 @@ def gradients(
     if N == 0 or not (want_hidden or want_weight or want_bias):
         return d_hidden.to(hidden.dtype), d_weight.zero_(), d_bias.zero_()
     chunk = min(J, max(1024, min(8192, CHUNK_BYTES // (N * dtype.itemsize) // 256 * 256)))
-    dx = hidden.new_zeros((N, triton.cdiv(chunk, block_v) * block_v), dtype=dtype)  # an ignored token's row stays 0
-    if want_weight:  # an ignored token's hidden state may be anything, inf too
+    dx = hidden.new_zeros((N, triton.cdiv(chunk, block_v) * block_v), dtype=dtype)  # the rows of ignored tokens stay 0
+    if want_weight:  # the hidden states of ignored tokens may be anything, even inf
         operand = hidden.to(dtype).masked_fill(ignored[:, None], 0.0)
     for start in range(0, J, chunk):
         stop = min(start + chunk, J)
@@ -424,7 +426,7 @@ def gradients(
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32; cuBLAS left to itself may add up parts of a 16-bit product in 16 bits."""
+    """a b with fp32 output. By default cuBLAS may add up parts of a 16-bit product in 16 bits."""
     if a.is_cuda:
         return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
     return product(a.float(), b.float())

@@ -1,8 +1,8 @@
 """Policy losses of ragged sequences in one launch, and their gradient in another: `flashpo.ops.policy_loss` in Triton.
 
-A program has a sequence, or a part of one where no gradient runs through the whole sequence. It leaves a row of partial
-statistics; the program that arrives last adds the rows up in their order and finishes the loss. The rows of gradients
-stay without what is known only then: `factors`.
+A program takes a sequence. If no gradient depends on the whole sequence, it takes a part of one. Each program stores a
+row of partial statistics; the last program to finish adds up the rows in order and computes the loss. The gradients
+that programs store lack the factors that are known only then; these are returned as `factors`.
 """
 
 import functools
@@ -52,14 +52,14 @@ from flashpo.ops.policy_stats import NAMES
     ],
 )  # fmt: skip
 def forward_kernel(
-    logprob,  # (N,), as all that follow; None where there is none
+    logprob,  # (N,), like the following unless noted; None if not given
     old_logprob,
-    advantage,  # or (S,)
+    advantage,  # (N,) or (S,)
     mask,
     cu_seqlens,  # (S + 1,)
     ref_logprob,
     rollout_logprob,
-    importance_ratio,  # or (S,)
+    importance_ratio,  # (N,) or (S,)
     entropy,
     entropy_threshold,  # (1,)
     num_items,  # (1,)
@@ -68,24 +68,24 @@ def forward_kernel(
     grads,  # (1 or 2, N)
     factors,  # (1 or 2,)
     partials,  # (S PARTS, WIDTH)
-    arrived,  # (1,): how many programs, 0 again after the last one
+    arrived,  # (1,): the number of programs that have finished; reset to 0 by the last one
     numbers,
     N,
     S,
     PARTS,
     RATIO: tl.constexpr,
     SURROGATE: tl.constexpr,
-    KL: tl.constexpr,  # "none": without
+    KL: tl.constexpr,  # "none": there is no KL
     KL_RATIO_CORRECTION: tl.constexpr,
     IMPORTANCE: tl.constexpr,
     AGGREGATION: tl.constexpr,
     EMPTY_SEQUENCES: tl.constexpr,
-    ENTROPY_MEAN: tl.constexpr,  # "none": without bonus
+    ENTROPY_MEAN: tl.constexpr,  # "none": there is no bonus
     ADVANTAGE_OF_SEQUENCE: tl.constexpr,
     IMPORTANCE_OF_SEQUENCE: tl.constexpr,
-    CHAIN: tl.constexpr,  # the gradient of the ratio goes through the whole sequence
+    CHAIN: tl.constexpr,  # whether the gradient of the ratio goes through the whole sequence
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,  # tokens at a time of the first pass, which holds less of each
+    WIDE: tl.constexpr,  # tokens at a time in the first pass, which holds fewer values per token
 ):
     SEQUENCE_RATIO: tl.constexpr = RATIO == "sequence" or RATIO == "sequence_sum"
     PER_SEQUENCE: tl.constexpr = SEQUENCE_RATIO and ADVANTAGE_OF_SEQUENCE and SURROGATE != "gmpo"
@@ -101,11 +101,11 @@ def forward_kernel(
     )
     program = tl.program_id(0).to(tl.int64)
     s, part = program // PARTS, program % PARTS
-    exists = s < S  # a batch of no sequences has a program, too
+    exists = s < S  # false for the one program of a batch without sequences
     start = tl.load(cu_seqlens + s, mask=exists, other=0)
     end = tl.load(cu_seqlens + s + 1, mask=exists, other=0)
 
-    # 1. What a token needs to know of its whole sequence
+    # 1. What the tokens need to know about their whole sequence
     n, kept_at_least_1, log_w_of_sequence, log_weight, rho_total, behind = 1.0, 1.0, 0.0, 0.0, 0.0, 0.0
     if FIRST_PASS:
         zeros = tl.zeros((WIDE,), tl.float32)
@@ -129,7 +129,8 @@ def forward_kernel(
                     log_rho = tl.log(tl.maximum(rho, 1e-8))
                 elif IMPORTANCE != "none":
                     rho = importance_weight(t.log_rho, 0.0, 0.0, numbers, IMPORTANCE)
-                    unbounded = rho == exp(t.log_rho)  # whose logarithm is known better than by its exponential
+                    # Then log_rho is more accurate than the logarithm of its exponential
+                    unbounded = rho == exp(t.log_rho)
                     log_rho = tl.where(unbounded, t.log_rho, tl.log(tl.maximum(rho, 1e-8)))
                 if WEIGHTED:
                     weight_sum += tl.where(t.live, clamp(log_rho, VESPO_LOG_MIN, 20.0), 0.0)
@@ -150,7 +151,7 @@ def forward_kernel(
     at_least_1 = tl.maximum(n, 1.0)
     share = 1 / at_least_1 if AGGREGATION == "sequence_mean" else 1.0
 
-    # 2. Losses, statistics, and gradients but for CHAIN
+    # 2. Losses, statistics, and gradients except for CHAIN
     size = tl.cdiv(tl.cdiv(end - start, PARTS), BLOCK) * BLOCK
     begin = start + part * size
     stop = tl.minimum(begin + size, end)
@@ -163,7 +164,7 @@ def forward_kernel(
     weights, weight_sum, weight_squared = zeros, zeros, zeros
     smallest, largest, lightest, heaviest = infinite, -infinite, infinite, -infinite
     bins = tl.zeros((WIDTH,), tl.int32)
-    # A sequence without tokens has a block, too, whose first place stands for it in the statistics of sequences
+    # A sequence without tokens gets a block, too. Its first place stands for the sequence in statistics per sequence.
     for first in range(begin, tl.where(exists & (part == 0), tl.maximum(stop, start + 1), stop), BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = at < stop
@@ -247,7 +248,7 @@ def forward_kernel(
         kept_sum += t.kept.to(tl.float32)
         kept_h_sum += tl.where(t.kept, t.entropy, 0.0)
 
-    # 3. The gradient of a sequence's ratio, to all of its tokens
+    # 3. Add the gradient of a sequence's ratio to all of its tokens
     if CHAIN:
         each = tl.sum(chain) * share
         if SURROGATE == "gmpo":
@@ -314,8 +315,8 @@ def _arrived(device: torch.device, stream: int) -> Tensor:
 
 
 def arrived(device: torch.device) -> Tensor:
-    """A zero that every launch leaves as zero: one for each stream, whose launches follow one another. A CUDA graph,
-    which may be replayed beside them, gets its own and sets it."""
+    """A counter that is zero before and after every launch. There is one per stream, because launches on a stream do
+    not overlap. A CUDA graph may be replayed at the same time, so it gets its own, which it sets to zero."""
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     return _arrived(device, torch.cuda.current_stream(device).cuda_stream)
@@ -343,7 +344,7 @@ def structure(spec: LossSpec) -> dict[str, object]:
 
 
 def parts_of_a_sequence(N: int, S: int) -> int:
-    """Enough for 256 programs, where that leaves 1024 tokens to each."""
+    """The number of parts: so many that there are up to 256 programs, each with at least 1024 tokens."""
     return max(1, min(256 // max(S, 1), N // (1024 * max(S, 1)), 32))
 
 

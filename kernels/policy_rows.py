@@ -1,7 +1,7 @@
-"""Statistics of a policy loss as rows: one of each program, which the last program adds up in their order.
+"""Statistics of a policy loss as rows: each program writes one, and the last program adds them up in order.
 
-In partial rows LOSS is the entropy that the bonus averages "as the loss", and minima are negated, so that whatever is
-not a sum is a maximum.
+In these partial rows, column LOSS holds the entropy for a bonus that is aggregated like the loss, and minima are
+negated, so that every column is either a sum or a maximum.
 """
 
 import torch
@@ -11,14 +11,14 @@ import triton.language as tl
 from flashpo.ops.policy_stats import LOG_RATIO_BINS, LOG_RATIO_EDGES, NAMES
 from flashpo.ops.policy_stats import SUMS as _SUMS
 
-# The columns, as in NAMES
+# The columns, in the order of NAMES
 (
     LOSS, POLICY_LOSS, TOKENS, SEQUENCES, LIVE_SEQUENCES, ENTROPY, KL_SUM, APPROX_KL, RATIOS, RATIO_SUM, RATIO_SQUARED,
     CLIP_LOW, CLIP_HIGH, BELOW, ABOVE, CAPPED, SATURATED, WEIGHTS, WEIGHT, WEIGHT_SQUARED, OFF_POLICY_SEQUENCES,
     HIGH_ENTROPY_TOKENS, HIGH_ENTROPY, PHIS, PHI, RATIO_MIN, RATIO_MAX, CLIP_LOW_MIN, CLIP_HIGH_MAX, WEIGHT_MIN,
     WEIGHT_MAX,
 ) = (tl.constexpr(i) for i, name in enumerate(NAMES) if name not in LOG_RATIO_BINS)  # fmt: skip
-BINS: tl.constexpr = tl.constexpr(NAMES.index(LOG_RATIO_BINS[0]))  # the first of them
+BINS: tl.constexpr = tl.constexpr(NAMES.index(LOG_RATIO_BINS[0]))  # the first bin
 EDGES: tl.constexpr = tl.constexpr(LOG_RATIO_EDGES)
 EDGES_A_SIDE: tl.constexpr = tl.constexpr(len(LOG_RATIO_EDGES))
 SUMS: tl.constexpr = tl.constexpr(len(_SUMS))
@@ -29,7 +29,7 @@ TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def stack(columns):
-    """(R, C) of C = 2^c columns (R,)."""
+    """Stack C = 2^c columns (R,) to (R, C)."""
     HALF: tl.constexpr = len(columns) // 2
     pairs = (tl.join(columns[0], columns[HALF]),)
     for i in tl.static_range(1, HALF):
@@ -49,7 +49,7 @@ def column(x, name):
 
 @triton.jit
 def bin_column(log_w):
-    """Where log-ratios are counted."""
+    """The column in which log-ratios like log_w are counted."""
     beyond = tl.zeros(log_w.shape, tl.int32)
     for i in tl.static_range(EDGES_A_SIDE):
         beyond += (tl.abs(log_w) >= EDGES[i]).to(tl.int32)
@@ -75,7 +75,7 @@ def finish(
     EMPTY_SEQUENCES: tl.constexpr,
     ENTROPY_MEAN: tl.constexpr,
 ):
-    """Statistics and factors from all partial rows, added up in their order."""
+    """Compute statistics and factors from all partial rows, added up in order."""
     ROWS: tl.constexpr = 64
     k = tl.arange(0, WIDTH)
     nothing = tl.where(k < SUMS, 0.0, float("-inf")) + tl.zeros((ROWS, WIDTH), tl.float32)

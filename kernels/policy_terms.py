@@ -1,6 +1,6 @@
-"""A token's part of a policy loss in Triton: what it holds, its ratio's surrogate loss, its KL, with their derivatives.
+"""The terms of single tokens in a policy loss, in Triton: their inputs, surrogate losses, KL, and the derivatives.
 
-Formulas: `flashpo.ops.loss_spec` and `flashpo.ops._policy_loss_reference`.
+The formulas are in `flashpo.ops.loss_spec` and `flashpo.ops._policy_loss_reference`.
 """
 
 import math
@@ -18,13 +18,13 @@ SATURATION: tl.constexpr = tl.constexpr(_SATURATION)
 VESPO_LOG_MIN: tl.constexpr = tl.constexpr(_VESPO_LOG_MIN)
 VESPO_LOG_MAX: tl.constexpr = tl.constexpr(_VESPO_LOG_MAX)
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
-LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # few bits, so that its multiples are exact
+LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # has few bits, so that its multiples are exact
 LN2_LOW: tl.constexpr = tl.constexpr(math.log(2.0) - 0.693359375)
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 
 
 class Numbers(NamedTuple):
-    """The run-time values of a LossSpec. A bound that it does not have is infinite."""
+    """The run-time values of a LossSpec. A bound that the spec does not have is infinite."""
 
     scale: float
     clip_low: float
@@ -46,7 +46,7 @@ class Numbers(NamedTuple):
     kl_clamp: float
     importance_min: float
     importance_max: float
-    off_policy_threshold: float | None  # None: not compiled
+    off_policy_threshold: float | None  # None: the code for it is not compiled
     max_length: float
     entropy_coef: float
 
@@ -85,7 +85,7 @@ class Numbers(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What a block of tokens holds: 0 where a token is not live, whatever lies in memory there."""
+    """The values of a block of tokens. They are 0 where a token is not live, whatever is in memory there."""
 
     live: tl.tensor
     kept: tl.tensor  # live, and of high entropy
@@ -95,7 +95,7 @@ class Tokens(NamedTuple):
     advantage: tl.tensor
     entropy: tl.tensor
     log_rho: tl.tensor  # log pi_old - log pi_rollout
-    behind: tl.tensor  # log pi_rollout - log pi, of pi_old without a rollout
+    behind: tl.tensor  # log pi_rollout - log pi; with pi_old if there is no pi_rollout
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def load_live(x, at, live, otherwise):
 
 @triton.jit
 def load_spread(x, at, live, s, OF_SEQUENCE: tl.constexpr):
-    """Values of the tokens, or the one of their sequence s."""
+    """The values of the tokens, or the one value of their sequence s."""
     if OF_SEQUENCE:
         return tl.load(x + s) + tl.zeros(at.shape, tl.float32)
     else:
@@ -117,7 +117,7 @@ def load_spread(x, at, live, s, OF_SEQUENCE: tl.constexpr):
 
 @triton.jit
 def known(x):
-    """0 for NaN, and finite."""
+    """Replace NaN by 0 and bound infinities."""
     x = tl.where(x == x, x, 0.0)
     return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
 
@@ -156,8 +156,8 @@ def clamp(x, low, high):
 
 @triton.jit
 def exp(x):
-    """Accurate to the last bits, where tl.exp loses as many as x has before its point."""
-    x = clamp(x, -128.0, 128.0)  # beyond that exp(x) is 0 and inf
+    """Accurate to the last bits. tl.exp loses as many bits as x has before its binary point."""
+    x = clamp(x, -128.0, 128.0)  # beyond these bounds exp(x) is 0 or inf
     n = tl.floor(x * LOG2E + 0.5)
     rest = (x - n * LN2_HIGH) - n * LN2_LOW
     return tl.exp2(n) * tl.exp2(rest * LOG2E)
@@ -165,7 +165,7 @@ def exp(x):
 
 @triton.jit
 def importance_weight(log_rho, total, mean, numbers, IMPORTANCE: tl.constexpr):
-    """rho of tokens with these log rho, in a sequence with this sum and mean of them."""
+    """rho of tokens with these log rho, whose sum and mean over the sequence are given."""
     if IMPORTANCE == "sequence_truncate" or IMPORTANCE == "sequence_mask":
         log_rho = tl.zeros(log_rho.shape, tl.float32) + total
     rho = exp(log_rho)
@@ -195,7 +195,8 @@ def vespo_phi(log_weight, advantage, numbers):
 
 @triton.jit
 def surrogate(t, w, phi, numbers, SURROGATE: tl.constexpr):
-    """Loss, its derivative by log w, by log pi beside that; w below and above its bounds, and capped."""
+    """Loss, its derivatives by log w and (apart from that) by log pi; whether w is below, above its bounds, or
+    capped."""
     adv = t.advantage
     never = t.live & False
     zeros = tl.zeros(w.shape, tl.float32)
@@ -224,7 +225,7 @@ def surrogate(t, w, phi, numbers, SURROGATE: tl.constexpr):
         x = -adv * w
         by_log_w = x
         below, above = t.d < -numbers.clip_low, t.d > numbers.clip_high
-    else:  # a constant of the gradient times log pi
+    else:  # a factor that is constant for the gradient, times log pi
         if SURROGATE == "cispo":
             by_logp = -clamp(w, numbers.lowest, numbers.highest) * adv
         elif SURROGATE == "vespo":
@@ -249,7 +250,7 @@ def surrogate(t, w, phi, numbers, SURROGATE: tl.constexpr):
 
 @triton.jit
 def exp_rest(x):
-    """exp(x) - 1 - x, near 0 by its series."""
+    """exp(x) - 1 - x, computed by its series near 0."""
     series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))
     series = x * x * (1 / 2 + x * (1 / 6 + x * series))
     return tl.where(tl.abs(x) < 0.3, series, exp(clamp(x, float("-inf"), SATURATION)) - x - 1)
@@ -257,7 +258,7 @@ def exp_rest(x):
 
 @triton.jit
 def kl_estimate(delta, numbers, KL: tl.constexpr):
-    """Of delta = log ref - log pi: the estimate, and its derivative by log pi."""
+    """The KL estimate from delta = log ref - log pi, and its derivative by log pi."""
     if KL == "k3" or KL == "k3+":
         held = clamp(delta, -numbers.kl_log_clamp, numbers.kl_log_clamp)
         kl = exp_rest(held)

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens straight from logits: one read forward, one read and one write backward."""
+"""Log-probabilities of chosen tokens from logits: one read in forward; one read and one write in backward."""
 
 import math
 
@@ -28,7 +28,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    n = row + tl.arange(0, 1)  # rows of one, so that tiles of one row and of many share their code
+    n = row + tl.arange(0, 1)  # tensors of one row, so that tiles of one row and of many share their code
     N = N.to(tl.int64)
     target = tl.load(index + n)
     if tl.load(index + row) == ignore_index:
@@ -52,7 +52,7 @@ def forward_kernel(
     store_stats(out, n, n < N, N, top * scale, total, weighted, relative, sq_sum, y_sum, is_top1, mean_scale, SIDE)
 
 
-# per-token arguments may be rows of one tensor, whose alignment varies with their length
+# Per-token arguments may be rows of one tensor, whose alignment varies with their length.
 @triton.jit(
     do_not_specialize=["T", "N", "ignore_index"],
     do_not_specialize_on_alignment=["index", "d_logprob", "d_entropy"],
@@ -60,10 +60,10 @@ def forward_kernel(
 def backward_kernel(
     logits,
     index,
-    rows,  # (4 or 7, N): forward's
+    rows,  # (4 or 7, N), as returned by forward
     d_logprob,  # (N,) or None
     d_entropy,  # (N,) or None
-    d_logits,  # (B, T, V): may be the logits themselves, every element is read by the program that writes it
+    d_logits,  # (B, T, V); may be the logits themselves, as each program reads only the elements that it writes
     T,
     N,
     V,
@@ -97,13 +97,14 @@ def backward_kernel(
 
 
 def block_and_warps(V: int, longest: int) -> tuple[int, int]:
-    """At least 16 elements a thread, so that each has a few 16-byte loads in flight."""
+    """At least 16 elements per thread, so that each thread has a few 16-byte loads in flight."""
     block = max(128, min(triton.next_power_of_2(V), longest))
     return block, max(1, min(block // 512, 16))
 
 
 def _rows(*tensors: Tensor) -> tuple[int, ...]:
-    """T and each tensor's (stride_b, stride_t); evenly spaced rows make one batch: no stride depends on a length."""
+    """T and each tensor's (stride_b, stride_t). Evenly spaced rows count as one batch, so no stride depends on a
+    length."""
     B, T, _ = tensors[0].shape
     if all(x.stride(0) == T * x.stride(1) for x in tensors):
         return B * T, *(stride for x in tensors for stride in (0, x.stride(1)))
@@ -149,7 +150,7 @@ def backward(
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor:
-    """Writes d_logits, which has a unit last stride and may be `logits`."""
+    """Write d_logits, whose last stride is 1. It may be `logits`."""
     N, V = len(index), logits.shape[-1]
     if N > 0:
         if logits.stride(-1) != 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
-# -inf times a weight of 0 would be NaN, this is 0: differences of logits end here
+# The lower bound for differences of logits: 0 * -inf would be NaN, but 0 * LOWEST is 0.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 REF, SUM, WSUM, TARGET, SQSUM, YSUM, BEFORE, MAX = (tl.constexpr(row) for row in range(8))
 LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST = (tl.constexpr(row) for row in range(4))
@@ -20,10 +20,10 @@ LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST = (tl.constexpr(row) for row in range(4))
 
 @triton.jit
 def fold(top, total, weighted, sq_sum, y_sum, before, x, scale, cols, target, vocab, SIDE: tl.constexpr):
-    """Add the tile x (R, C) of columns `cols` to the sums (R,) so far; y = x scale (R,), x is -inf where cols >= vocab.
+    """Add the tile x (R, C) of columns `cols` to the sums (R,); y = x scale (R,). x is -inf where cols >= vocab.
 
-    `top` and `before` are the largest x so far, not bits: (x - top) scale is exactly 0 for the largest, and no compiler
-    can round it otherwise by making a fused multiply-add of x scale - top scale.
+    `top` and `before` are the largest x so far, not in bits: (x - top) scale is exactly 0 for the largest x. With
+    x scale - top scale, a compiler could make a fused multiply-add, which rounds otherwise.
     """
     raised = tl.maximum(top, tl.max(x, 1))
     base = tl.maximum(raised, LOWEST)  # finite even if all logits so far are -inf
@@ -42,15 +42,15 @@ def fold(top, total, weighted, sq_sum, y_sum, before, x, scale, cols, target, vo
 
 @triton.jit
 def log2_prob(x, scale, log_z, log_z_rest):
-    """log2 of softmax from the rows of `store_stats`; finite for -inf. The first maximum also keeps x scale - log_z
-    from being fused: it is exactly 0 for the largest logit, whose product was rounded to make log_z."""
+    """log2 of the softmax, from the rows of `store_stats`; finite for -inf. The first maximum also prevents the fusion
+    of x scale - log_z, which must be exactly 0 for the largest logit: log_z is that rounded product."""
     y = tl.maximum(x * scale, LOWEST)
     return tl.maximum((y - tl.maximum(log_z, LOWEST)) - log_z_rest, LOWEST)
 
 
 @triton.jit
 def join(partials, n, inside, N, S, SIDE: tl.constexpr):
-    """Rows REF ... MAX of the partial of S parts, partials (S, R, N), at tokens n; parts are added in their order."""
+    """Rows REF ... MAX of the partial that joins S parts (S, R, N), at tokens n. Parts are added in their order."""
     R: tl.constexpr = 8 if SIDE else 4
     ref = tl.full(n.shape, float("-inf"), tl.float32)
     for s in range(S):
@@ -93,7 +93,7 @@ def store_partial(out, n, inside, N, ref, total, weighted, target, sq_sum, y_sum
 def store_stats(
     out, n, inside, N, ref, total, weighted, target, sq_sum, y_sum, is_top1, mean_scale, SIDE: tl.constexpr
 ):
-    """The rows of whole tokens, LOGPROB ... LOG_Z_REST and the side outputs, into `out` (4 or 7, N)."""
+    """Store the rows LOGPROB ... LOG_Z_REST and the side outputs of whole tokens into `out` (4 or 7, N)."""
     bits = tl.log2(total)
     tl.store(out + N * LOGPROB + n, (target - bits) * LN2, mask=inside)
     tl.store(out + N * ENTROPY + n, (bits - weighted / total) * LN2, mask=inside)

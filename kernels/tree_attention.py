@@ -1,6 +1,6 @@
-"""tree_attention, forward: a tile of queries of one head goes over the tiles of keys that it sees any of.
+"""tree_attention, forward: for a tile of queries of one head, a program goes over the tiles of keys that they see.
 
-Tiles of which it sees everything come first and cost no mask. The softmax is online, in powers of 2.
+Fully visible tiles come first and need no mask. The softmax is online, in powers of 2.
 """
 
 import torch
@@ -18,7 +18,7 @@ TILES_16_BIT = {
     128: ((64, 64, 3, 4), (64, 64, 2, 4), (64, 32, 2, 4)),
     256: ((128, 64, 2, 8), (64, 64, 2, 8), (64, 32, 2, 4), (32, 32, 1, 4)),
 }
-TILES_32_BIT = {  # without tensor cores, bound by registers
+TILES_32_BIT = {  # without tensor cores, limited by registers
     64: ((64, 32, 2, 8), (32, 32, 2, 4)),
     128: ((32, 16, 2, 4),),
     256: ((32, 16, 1, 8), (16, 16, 1, 4)),
@@ -30,7 +30,7 @@ def block_dim(dim: int) -> int:
 
 
 def tile(dtype: torch.dtype, dim: int, shared_memory: int) -> dict[str, int]:
-    """The best tile for heads of `dim`, a power of 2, whose queries and stages of keys and values fit."""
+    """The best tile for heads of `dim`, a power of 2, such that the queries and all stages of keys and values fit."""
     table = TILES_32_BIT if dtype == torch.float32 else TILES_16_BIT
     for queries, keys, stages, warps in table[max(dim, 64)]:
         if (queries + 2 * stages * keys) * dim * dtype.itemsize <= shared_memory - 1024:
@@ -40,7 +40,7 @@ def tile(dtype: torch.dtype, dim: int, shared_memory: int) -> dict[str, int]:
 
 @triton.jit
 def load_tokens(x, begin, N, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK, BLOCK_D) of one head of x from the token `begin`, zeros beyond its tokens and its dimension."""
+    """(BLOCK, BLOCK_D) of one head of x from the token `begin`; zeros past the last token and the last feature."""
     i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     at = x + begin.to(tl.int64) * stride + i[:, None] * stride + d[None, :]
     inside = i[:, None] < N - begin
@@ -51,7 +51,7 @@ def load_tokens(x, begin, N, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK
 
 @triton.jit
 def cap(x, scale, softcap):
-    """(the score in powers of 2 of x = q k, its derivative by scale x)."""
+    """(the score of x = q k for a softmax in powers of 2, the derivative of the score by scale x)."""
     if softcap is not None:
         t = tl.exp2(tl.abs(x) * (-2 * LOG2E * scale / softcap))
         tanh = (1 - t) / (1 + t)
@@ -87,7 +87,7 @@ def forward_step(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """The keys from `begin` folded into the running (maximum, sum, weighted values)."""
+    """Fold the keys from `begin` into the running (maximum, sum, weighted values)."""
     keys = load_tokens(k, begin, N, stride_kn, BLOCK_K, D, BLOCK_D)
     s, _ = cap(tl.dot(q, tl.trans(keys), input_precision="ieee"), scale, softcap)
     if MASKED:
@@ -97,7 +97,8 @@ def forward_step(
         seen = visible(i[:, None], j[None, :], end_j[None, :], position_i[:, None], position_j[None, :], window)
         s = tl.where(seen, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top  # a row that has seen nothing yet
+    # 0 for a row that has seen no key yet
+    base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
     shrink = tl.exp2(top - base)
     p = tl.exp2(s - base[:, None])
     values = load_tokens(v, begin, N, stride_vn, BLOCK_K, DV, BLOCK_DV)
@@ -113,7 +114,7 @@ def forward_kernel(
     sinks,  # (Hq,) or None
     end,  # (N,)
     position,  # (N,)
-    lists,  # of tiles of keys for each tile of queries
+    lists,  # the tiles of keys for each tile of queries
     counts,
     out,  # (N, Hq, DV)
     lse,  # (N, Hq)
@@ -142,7 +143,7 @@ def forward_kernel(
     v += (head // REPEAT).to(tl.int64) * stride_vh
     begin = row * BLOCK_Q
     inside = begin + tl.arange(0, BLOCK_Q) < N
-    i = tl.minimum(begin + tl.arange(0, BLOCK_Q), N - 1)  # beyond the last query, its like
+    i = tl.minimum(begin + tl.arange(0, BLOCK_Q), N - 1)  # queries past the last repeat it
     position_i = tl.load(position + i) if window is not None else i
     queries = load_tokens(q + head.to(tl.int64) * stride_qh, begin, N, stride_qn, BLOCK_Q, D, BLOCK_D)
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)

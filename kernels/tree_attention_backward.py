@@ -1,6 +1,7 @@
-"""tree_attention, backward: a tile of keys goes over the queries that see it, then a tile of queries over its keys.
+"""tree_attention, backward: one kernel goes over the queries for each tile of keys, one over the keys for each of
+queries.
 
-Each of the two writes its gradients once, added up in a fixed order, so that the result is the same in every run.
+Each kernel writes its gradients once, summed in a fixed order, so that the result is the same in every run.
 """
 
 import torch
@@ -15,7 +16,7 @@ from flashpo.kernels.tree_tiles import lists, visible
 from flashpo.ops import _masked_attention as masked
 
 # head dimension -> (tokens of a program, tokens of a step, stages, warps), best first
-KEYS_16_BIT = {  # two sums of gradients in registers leave room for short steps only
+KEYS_16_BIT = {  # two gradient sums in registers leave room only for short steps
     64: ((64, 64, 3, 4), (64, 64, 2, 4), (64, 32, 1, 4)),
     128: ((64, 32, 2, 4), (64, 32, 1, 4)),
     256: ((64, 32, 2, 8), (32, 32, 2, 4), (32, 16, 1, 4)),
@@ -35,10 +36,10 @@ TILES_32_BIT = {
 def tile(
     table: dict[int, tuple[tuple[int, int, int, int], ...]], dtype: torch.dtype, dim: int, shared_memory: int
 ) -> tuple[int, int, dict[str, int]]:
-    """(tokens of a program, of a step, options of the launch): the best tile of the 16 bit `table`, or of fp32's, that
-    fits with its own operands, two operands in stages, the probabilities and their gradient."""
+    """(tokens per program, tokens per step, launch options) of the best tile that fits. It must hold its own operands,
+    two operands in stages, and the probabilities with their gradient. `table` is for 16 bits; fp32 has its own."""
     table = TILES_32_BIT if dtype == torch.float32 else table
-    operands = 2 if shared_memory > 200 * 1024 else 1  # before Hopper, tensor cores take one of them from registers
+    operands = 2 if shared_memory > 200 * 1024 else 1  # before Hopper, tensor cores read one of them from registers
     for own, step, stages, warps in table[max(dim, 64)]:
         elements = (operands * own + 2 * stages * step) * dim + 2 * own * step
         if elements * dtype.itemsize <= shared_memory - 1024:
@@ -70,7 +71,7 @@ def delta_kernel(
 
 @triton.jit
 def gradient(s, dp, lse, delta, slope, seen):
-    """(p, d score) of a tile whose scores are in powers of 2; seen may be None."""
+    """(p, d score) of a tile whose scores are for powers of 2. seen may be None."""
     p = tl.exp2(s - lse)
     if seen is not None:
         p = tl.where(seen, p, 0.0)
@@ -106,7 +107,7 @@ def keys_step(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """The share of the queries from `begin`; tiles are keys by queries."""
+    """Add the share of the queries from `begin`. Tiles are keys by queries."""
     queries = load_tokens(q, begin, N, stride_qn, BLOCK_Q, D, BLOCK_D)
     upstream = load_tokens(d_out, begin, N, stride_dn, BLOCK_Q, DV, BLOCK_DV)
     i = begin + tl.arange(0, BLOCK_Q)
@@ -120,7 +121,7 @@ def keys_step(
         seen = visible(i[None, :], j[:, None], end_j[:, None], position_i[None, :], position_j[:, None], window)
     dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
     p, ds = gradient(s, dp, lse_i[None, :], delta_i[None, :], slope, seen)
-    # in fp32 a tile's sum comes first: added one by one, a prompt's thousands of queries would lose more
+    # In fp32 the sum of a tile is computed first: adding a prompt's thousands of queries one by one would lose more.
     if queries.dtype == tl.float32:
         dv += tl.dot(p, upstream, input_precision="ieee")
         dk += tl.dot(ds, queries, input_precision="ieee")
@@ -140,7 +141,7 @@ def keys_kernel(
     lse,
     delta,
     d_out,
-    lists,  # of tiles of queries for each tile of keys
+    lists,  # the tiles of queries for each tile of keys
     counts,
     dk,  # (N, Hkv, D)
     dv,  # (N, Hkv, DV)
@@ -225,7 +226,7 @@ def queries_step(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """The share of the keys from `begin`; tiles are queries by keys."""
+    """Add the share of the keys from `begin`. Tiles are queries by keys."""
     keys = load_tokens(k, begin, N, stride_kn, BLOCK_K, D, BLOCK_D)
     values = load_tokens(v, begin, N, stride_vn, BLOCK_K, DV, BLOCK_DV)
     s, slope = cap(tl.dot(queries, tl.trans(keys), input_precision="ieee"), scale, softcap)
@@ -250,7 +251,7 @@ def queries_kernel(
     lse,
     delta,
     d_out,
-    lists,  # of tiles of keys for each tile of queries
+    lists,  # the tiles of keys for each tile of queries
     counts,
     dq,  # (N, Hq, D)
     N,

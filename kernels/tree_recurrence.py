@@ -1,7 +1,7 @@
-"""tree_recurrence, forward, with one decay for each head. Formulas and names as in flashpo/ops/tree_recurrence.py.
+"""tree_recurrence, forward, with one decay per head. Formulas and names are those of flashpo/ops/tree_recurrence.py.
 
-Terms that need no state are computed for all chunks at once, then the states for one depth after another: a program
-makes the state that its chunk starts from out of what is known of the chunk before it. Outputs are again one launch.
+Terms that do not depend on a state are computed for all chunks in one launch. The states follow, one launch per depth:
+a program computes the state from which its chunk starts from the chunk before it. All outputs are again one launch.
 Everything is in fp32.
 """
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from flashpo.kernels.tree_attention import block_dim
 
-BLOCK_V = 32  # columns of a state in one program
-LAUNCH = {"num_stages": 1, "num_warps": 8}  # what loops over columns would not fit into shared memory more than once
+BLOCK_V = 32  # columns of a state per program
+# Kernels that loop over columns do not fit into shared memory with more stages
+LAUNCH = {"num_stages": 1, "num_warps": 8}
 
 
 @triton.jit
@@ -25,14 +26,14 @@ def product(a, b):
 
 @triton.jit
 def tokens_of(token, chunk, N, C: tl.constexpr):
-    """(index of each token of a chunk, whether there is one)."""
+    """(the index of each token of a chunk, whether there is such a token)."""
     at = tl.load(token + chunk * C + tl.arange(0, C))
     return at, at < N
 
 
 @triton.jit
 def rows(x, at, live, stride, begin, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(C, BLOCK) of one head of x from the column `begin` on, zeros beyond its tokens and its width."""
+    """(C, BLOCK) of one head of x from the column `begin`; zeros past its tokens and its width."""
     column = begin + tl.arange(0, BLOCK)
     found = tl.load(x + at[:, None] * stride + column, mask=live[:, None] & (column < WIDTH), other=0.0)
     return found.to(tl.float32)
@@ -40,7 +41,7 @@ def rows(x, at, live, stride, begin, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def block(x, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(addresses, mask) of (BLOCK_R, BLOCK_C) of a dense (ROWS, COLUMNS) from the column `begin` on."""
+    """(addresses, mask) of a (BLOCK_R, BLOCK_C) part of a contiguous (ROWS, COLUMNS) from the column `begin`."""
     row, column = tl.arange(0, BLOCK_R)[:, None], begin + tl.arange(0, BLOCK_C)[None, :]
     return x + row * COLUMNS + column, (row < ROWS) & (column < COLUMNS)
 
@@ -61,7 +62,7 @@ def store_block(
 
 @triton.jit
 def decays(decay, at, live, heads, C: tl.constexpr):
-    """exp of (G_i - G_j, 0 above the diagonal; G; G_last - G; G_last). No sum is the difference of two."""
+    """exp of: G_i - G_j (0 above the diagonal), G, G_last - G, G_last. No sum is computed as the difference of two."""
     g = tl.load(decay + at * heads, mask=live, other=0.0).to(tl.float32)
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     until = tl.where(j <= i, g[None, :], 0.0)
@@ -73,7 +74,7 @@ def decays(decay, at, live, heads, C: tl.constexpr):
 
 @triton.jit
 def inverse(a, C: tl.constexpr):
-    """(I + a)^-1 for a strictly lower a."""
+    """(I + a)^-1 for a strictly lower triangular a."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     found = tl.where(i == j, 1.0, 0.0)
     for row in range(1, C):
@@ -132,7 +133,7 @@ def state_behind(
     REPEAT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """exp(G_last) S_before + (k exp(G_last - G))^T u, of columns from `begin` on."""
+    """The state after a chunk, exp(G_last) S_before + (k exp(G_last - G))^T u, in the columns from `begin`."""
     at, live = tokens_of(token, chunk, N, C)
     _, _, rest, kept = decays(decay + head, at, live, heads, C)
     keys = rows(k + (head // REPEAT).to(tl.int64) * stride_kh, at, live, stride_kn, 0, DK, BLOCK_K)
@@ -152,7 +153,7 @@ def states_kernel(
     update,  # in: U, out: u
     read,
     N,
-    first,  # chunk of this depth, and of the one above; both 0 for the roots
+    first,  # the first chunk of this depth, and of the depth before; both are 0 for the roots
     first_above,
     stride_kn,
     stride_kh,
@@ -163,7 +164,7 @@ def states_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The states before the chunks of one depth, and their u."""
+    """Compute the states before the chunks of one depth, and their u."""
     chunk, head, heads = (first + tl.program_id(0)).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     begin = tl.program_id(2) * BLOCK_V
     place = chunk * heads + head
@@ -248,14 +249,14 @@ def out_kernel(
 
 
 class Problem(NamedTuple):
-    """Arguments as kernels take them."""
+    """The arguments in the form that the kernels take."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    decay: Tensor  # fp32, dense
+    decay: Tensor  # fp32, contiguous
     beta: Tensor | None
-    constants: dict[str, int]  # and how to launch
+    constants: dict[str, int]  # sizes, and launch options
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None, token: Tensor):

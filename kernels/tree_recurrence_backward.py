@@ -1,5 +1,5 @@
-"""tree_recurrence, backward: the terms again, then the gradients of the states from the last depth to the first, and
-those of the inputs for all chunks at once. Everything is in fp32.
+"""tree_recurrence, backward. It recomputes the terms, then computes the gradients of the states from the last depth to
+the first, and then those of the inputs for all chunks at once. Everything is in fp32.
 """
 
 import torch
@@ -72,10 +72,10 @@ def states_kernel(
     d_out,
     d_ends,  # (S, H, DK, DV) or None
     d_update,  # in: P^T d_out, out: the gradient of u
-    d_before,  # (M, H, DK, DV): of the states before the chunks, and behind them
+    d_before,  # (M, H, DK, DV): of the states before the chunks; d_behind: of the states after them
     d_behind,
     N,
-    first,  # chunk of this depth, of the next and of the one after it
+    first,  # the first chunk of this depth, of the next one and of the one after it
     next,
     stop,
     segments,
@@ -91,7 +91,7 @@ def states_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Of the chunks of one depth. A state's gradient is the sum over the chunks that start from it, in their order."""
+    """State gradients for the chunks of one depth: the sum over the chunks that start from a state, in their order."""
     within = tl.program_id(0)
     chunk, head, heads = (first + within).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     begin = tl.program_id(2) * BLOCK_V
@@ -137,7 +137,7 @@ def inputs_kernel(
     d_out,
     d_update,  # the gradient of u
     d_behind,
-    dq,  # (N, H, DK): of each head
+    dq,  # (N, H, DK): for each head of v
     dk,
     dv,  # (N, H, DV)
     d_decay,  # (N, H)
@@ -161,10 +161,10 @@ def inputs_kernel(
     at, live = tokens_of(token, chunk, N, C)
     factor, reach, rest, kept = decays(decay + head, at, live, heads, C)
     key_head, place = (head // REPEAT).to(tl.int64), chunk * heads + head
-    d_reached = tl.zeros((C, BLOCK_K), tl.float32)  # of scale q exp(G)
-    d_read = tl.zeros((C, BLOCK_K), tl.float32)  # of beta k exp(G)
-    d_write = tl.zeros((C, BLOCK_K), tl.float32)  # of k exp(G_last - G)
-    d_within = tl.zeros((C, C), tl.float32)  # of P, and of A
+    d_reached = tl.zeros((C, BLOCK_K), tl.float32)  # the gradient of scale q exp(G)
+    d_read = tl.zeros((C, BLOCK_K), tl.float32)  # the gradient of beta k exp(G)
+    d_write = tl.zeros((C, BLOCK_K), tl.float32)  # the gradient of k exp(G_last - G)
+    d_within = tl.zeros((C, C), tl.float32)  # the gradient of P; d_against: that of A
     d_against = tl.zeros((C, C), tl.float32)
     of_last, of_beta = 0.0, tl.zeros((C,), tl.float32)
     for begin in range(0, DV, BLOCK_V):
@@ -208,7 +208,7 @@ def inputs_kernel(
         d_reach += of_state * b
         d_keys += d_read * (reach * b)[:, None] + product(by_key, keys) + product(tl.trans(by_key), keys)
     d_reach += tl.where(tl.arange(0, C) == C - 1, kept * of_last, 0.0)
-    # token t's decay lies between i and j where j < t <= i
+    # The decay of token t is part of G_i - G_j where j < t <= i.
     between = product(tl.where(j < i, d_gap, 0.0), tl.where(i < j, 1.0, 0.0)) + d_reach[:, None]
     found = tl.sum(tl.where(i >= j, between, 0.0), 0) + tl.sum(tl.where(i < j, d_rest[:, None], 0.0), 0)
     tl.store(d_decay + at * heads + head, found, mask=live)

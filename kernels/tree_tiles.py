@@ -1,6 +1,6 @@
-"""Which tiles of a tree's attention mask hold anything, and which nothing but seen pairs: lists made on the device.
+"""Lists of the attention mask's tiles in a tree: those that are fully visible, and those that are partly visible.
 
-They are made once for all layers of a model, and for backward: those of the last tree are kept.
+The lists are made on the device, once for all layers of a model and for backward. Those of the last tree are kept.
 """
 
 import torch
@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64  # columns looked at together
+CHUNK = 64  # columns that are examined at once
 MOST: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def visible(i, j, end_j, position_i, position_j, window):
-    """Whether query i sees key j, of any shapes that broadcast; window may be None."""
+    """Whether query i sees key j; the shapes broadcast. window may be None."""
     seen = (j <= i) & (i < end_j)
     if window is not None:
         seen &= position_i - position_j < window
@@ -33,7 +33,7 @@ def highest(x, inside):
 
 @triton.jit
 def bounds(end, position, token, N):
-    """Of each row of tokens: the least and the largest end and position."""
+    """For each row of tokens: the smallest and largest end, and the smallest and largest position."""
     inside = token < N
     ends = tl.load(end + token, mask=inside, other=0)
     places = tl.load(position + token, mask=inside, other=0)
@@ -44,17 +44,17 @@ def bounds(end, position, token, N):
 def lists_kernel(
     end,  # (N,)
     position,  # (N,)
-    lists,  # (rows, columns): the full tiles' columns from the front, the others' from the back
-    counts,  # (rows, 2): how many of either
+    lists,  # (rows, columns): the fully visible tiles' columns from the front, the partly visible ones' from the back
+    counts,  # (rows, 2): the numbers of both
     N,
     columns,
     window,
     ROWS_ARE_KEYS: tl.constexpr,
-    ROW: tl.constexpr,  # tokens
+    ROW: tl.constexpr,  # tokens in a row of tiles
     COLUMN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """A program for each row of tiles."""
+    """One program for each row of tiles."""
     begin = tl.program_id(0) * ROW
     own = bounds(end, position, begin + tl.arange(0, ROW)[None, :], N)
     stop = tl.minimum(begin + ROW, N)
@@ -93,7 +93,8 @@ def lists_kernel(
 def lists(
     end: Tensor, position: Tensor, window: int | None, row: int, column: int, rows_are_keys: bool
 ) -> tuple[Tensor, Tensor]:
-    """(lists, counts) for rows of `row` tokens; a mask of keys by queries where `rows_are_keys`, else the other way."""
+    """(lists, counts) for rows of `row` tokens. Rows are keys and columns queries if `rows_are_keys`, else vice
+    versa."""
     kept = _kept(end, position)
     options = window, row, column, rows_are_keys
     if options not in kept:
@@ -101,29 +102,30 @@ def lists(
     return kept[options]
 
 
-Lists = dict[tuple, tuple[Tensor, Tensor]]  # by their options
+Lists = dict[tuple, tuple[Tensor, Tensor]]  # keyed by the options of `lists`
 _last: tuple[tuple, tuple[Tensor, Tensor], Lists] | None = None  # (identity, tree, lists)
 
 
 def _kept(end: Tensor, position: Tensor) -> Lists:
-    """The lists of this tree, to be added to.
+    """The lists of this tree, to which the caller may add.
 
-    What is kept holds the tree's tensors, so that no other has their addresses; `_version` counts what is written into
-    them, inference mode excepted. A graph being captured makes lists of its own, which live as long as it does.
+    The cache also holds the tree's tensors, so that no other tensor can get their addresses. `_version` detects writes
+    into them, except in inference mode, where nothing is cached. A CUDA graph that is being captured makes its own
+    lists, which live as long as the graph.
     """
     global _last
     if end.is_inference() or position.is_inference() or (end.is_cuda and torch.cuda.is_current_stream_capturing()):
         return {}
     stream = torch.cuda.current_stream(end.device) if end.is_cuda else None
     identity = stream, *((x.data_ptr(), len(x), x._version) for x in (end, position))
-    kept = _last  # looked at once: another thread may put its own tree there at any moment
+    kept = _last  # read once, because another thread may replace it at any moment
     if kept is None or kept[0] != identity:
         kept = _last = identity, (end, position), {}
     return kept[2]
 
 
 def release() -> None:
-    """Forgets the last tree and its lists."""
+    """Forget the last tree and its lists."""
     global _last
     _last = None
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.metadata
 import types
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import trl.trainer.utils as utils
 from trl.trainer import distillation_trainer
 
 import flashpo
+from flashpo import doctor
 from flashpo._hosts import Seam, code, report, versions
 from flashpo._hosts import trl as host
-from flashpo.trl import PatchError, patch, patched, unpatch
+from flashpo.trl import PatchError, patch, patched, start, unpatch
 from flashpo.trl.patch import active
 
 TRAINERS = [(name, what) for name, needs in host.TRAINERS.items() for what in needs]
@@ -256,6 +258,20 @@ def test_versions():
     assert versions.standing("trl", "2.0.0.dev0").startswith("newer than the newest")
     assert versions.MATRIX[-1].trl == trl.__version__
     assert not versions.older(torch.__version__, versions.FLOORS["torch"])
+
+
+def test_packages_without_metadata_say_their_version(monkeypatch):
+    """Copied or bundled packages, as in an image or a build system that vendors them."""
+
+    def none(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    versions_said = f"flashpo {flashpo.__version__}, torch {torch.__version__}, trl {trl.__version__}, transformers "
+    assert start.machine("cpu").startswith(versions_said)
+    assert dict(doctor.machine())["trl"] == f"{trl.__version__}, supported"
+    assert report.of_trl()[0].startswith(f"TRL {trl.__version__}: supported")
+    assert versions.installed("no_such_package") is None
 
 
 def test_seams_are_said_in_a_line_each():

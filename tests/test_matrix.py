@@ -44,7 +44,7 @@ def by_trl(name: str, **settings):
         return None
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO", "Distillation"])
+@pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO", "Distillation"])
 def test_a_step_is_that_of_the_installed_trl(name):
     ours = SAMPLED_BY_TRL.get(name, {})
 

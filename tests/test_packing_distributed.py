@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3Config
+from trl_models import SMALL
 from two_processes import in_two_processes, needs_gloo
 
 from flashpo._causal_lm import CausalLM
@@ -42,6 +44,26 @@ def check(rank: int, wrapper: str, multimodal: bool) -> None:
         assert_same_gradients({name: ours[name] for name in expected}, expected)
 
 
+def check_tensor_parallel(rank: int, folder: str) -> None:
+    """transformers splits layers and head over the processes, which all have the same batch."""
+    from packing_models import backward, batch, packed, padded
+    from test_packing_models import assert_same_gradients
+
+    from flashpo._hosts.sharding import is_dtensor
+    from flashpo.rollout import support
+
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    split = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    assert is_dtensor(split.lm_head.weight)
+    assert is_dtensor(split.model.layers[0].mlp.up_proj.weight)
+    results, expected = packed(split, batch(), TEMPERATURE), padded(plain, batch(), TEMPERATURE)
+    torch.testing.assert_close(results[0], expected[0], rtol=1e-4, atol=1e-5)
+    ours, expected = backward(split, batch(), results), backward(plain, batch(), expected)
+    whole = {n: g.full_tensor() if is_dtensor(g) else g for n, g in ours.items()}
+    assert_same_gradients(whole, expected, tolerance=1e-4)
+    assert support(split).reason == "weights are DTensors, but not of FSDP2 (tensor parallelism)"
+
+
 def ddp(model: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=hasattr(model.model, "visual"))
 
@@ -63,3 +85,12 @@ WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2}
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_gradients_are_reduced(wrapper):
     in_two_processes((check, wrapper, False), (check, wrapper, True))
+
+
+def test_tensor_parallelism(tmp_path):
+    for tied in (False, True):
+        config = Qwen3Config(
+            **SMALL | {"num_key_value_heads": 2, "vocab_size": 98}, head_dim=16, tie_word_embeddings=tied
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(tied))
+    in_two_processes(*((check_tensor_parallel, str(tmp_path / str(tied))) for tied in (False, True)))

@@ -271,6 +271,11 @@ def test_one_rank_without_memory_tells_the_others(monkeypatch):
         assert not answers
         assert parity(llama(), agree=lambda x: x if x == [False] else [*x, ("wrong", True)]) == "wrong"
         answers.clear()
+        patch.setattr("flashpo._hosts.sharding.meets", lambda model: True)
+        told.clear()
+        with pytest.raises(torch.OutOfMemoryError):  # the others are in a forward that this rank has left
+            parity(model, agree=lambda x: told.append(x) or x * 2)
+        assert told == [[False]]
     assert packable(model, check=True).ok
 
 

@@ -7,6 +7,7 @@ import runpy
 import pytest
 from pages import PAGES, ROOT, TESTS, name_of
 
+from flashpo._hosts.versions import MATRIX
 from flashpo.bench import readme
 from flashpo.bench.algorithms import ALGORITHMS
 
@@ -28,6 +29,15 @@ def test_options_are_those_of_the_configurations():
     text = tool["PAGE"].read_text()
     assert "| `share_prefix` |" in text
     assert tool["filled"](text) == text
+
+
+def test_versions_are_those_of_the_matrix():
+    """`make matrix` changes rows alone."""
+    tool = runpy.run_path(str(ROOT / "tools" / "matrix.py"))
+    text = tool["RESULTS"].read_text()
+    rows = [line for line in text.partition("<!-- end -->")[0].splitlines() if re.match(r"\| \d", line)]
+    assert [tuple(row.strip("| ").split(" | ")[:2]) for row in rows] == list(MATRIX)
+    assert tool["filled"](text, rows) == text
 
 
 def test_tests_that_are_named_exist():

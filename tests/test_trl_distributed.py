@@ -62,9 +62,9 @@ def check_images(rank: int, folder: str) -> None:
     assert_same(stock, ours)
 
 
-def check_fsdp2(rank: int, folder: str, head_alone: bool, trees: bool) -> None:
+def check_fsdp2(rank: int, folder: str, head_alone: bool, trees: bool, one_pads: bool = False) -> None:
     """`head_alone`: the head is a unit of its own, whose hooks never fire: TRL gets a sharded DTensor from it.
-    `trees`: the head takes them."""
+    `trees`: the head takes them. `one_pads`: but not the batch of rank 1, so that both ranks run padded rows."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -82,7 +82,10 @@ def check_fsdp2(rank: int, folder: str, head_alone: bool, trees: bool) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder)
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         if trees:
-            take_trees(model, Sharing(None), temperature=1.0, fp32_head=False, outputs=("log_probs", "entropy"))
+            sharing = Sharing(None)
+            if one_pads and rank == 1:
+                sharing.pays = lambda *args: False
+            take_trees(model, sharing, temperature=1.0, fp32_head=False, outputs=("log_probs", "entropy"))
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
         if head_alone:
@@ -105,10 +108,12 @@ def check_fsdp2(rank: int, folder: str, head_alone: bool, trees: bool) -> None:
         return Step(loss.item(), {}, {n: p.grad.full_tensor() for n, p in model.named_parameters()})
 
     # TRL does not sum the gradient of a head that is a unit of its own over the processes
-    expected = step(sharded(head_alone and not trees), stock)
+    on_trees = trees and not one_pads
+    expected = step(sharded(head_alone and not on_trees), stock)
     flashpo.stats(reset=True)
     actual = step(sharded(head_alone), patched)
-    assert_ran("linear_logprob_partial", "linear_logprob_bwd", *(["tree_attention_fwd"] if trees else []))
+    assert_ran("linear_logprob_partial", "linear_logprob_bwd")
+    assert bool(flashpo.stats().get("tree_attention_fwd")) == on_trees
     assert_same([expected], [actual])
 
 
@@ -177,7 +182,8 @@ def test_dynamic_sampling():
 
 def test_fsdp2():
     folder = model_path()
-    in_two_processes(*[(check_fsdp2, folder, *how) for how in itertools.product((False, True), repeat=2)])
+    how = [*itertools.product((False, True), repeat=2), (False, True, True), (True, True, True)]
+    in_two_processes(*[(check_fsdp2, folder, *each) for each in how])
 
 
 def test_rollouts():

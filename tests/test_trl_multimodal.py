@@ -58,7 +58,10 @@ def picture(shade: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("KTO", "gemma3"), ("RLOO", "qwen3_vl"), ("SFT", "qwen3_5"), ("GRPO", "qwen3_5")]
+    ("name", "model"),
+    [(name, "qwen3_5") for name in ("SFT", "DPO", "GRPO")]
+    + [(name, "gemma3") for name in ("SFT", "DPO", "KTO", "GRPO")]
+    + [("RLOO", "qwen3_vl")],
 )
 def test_text_trains_on_trees(name, model):
     assert_same_training(name, model=model)

@@ -4,14 +4,13 @@ import copy
 import warnings
 
 import pytest
-import torch
 
 pytest.importorskip("trl")
 import trl
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification
-from trl_models import CONFIGS, assert_same, bidirectional_path, make_trainer, model_path, text, tokenizer, train
+from trl_models import assert_same, bidirectional_path, judge, make_trainer, text, tokenizer, train
 
 import flashpo
 import flashpo.trl
@@ -27,28 +26,10 @@ PAIRS = [
 LORA = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
 
-def judge(kind="qwen3"):
-    """The same weights every time, also of the head, which no checkpoint has."""
-    path = model_path(kind) if kind in CONFIGS else kind
-    torch.manual_seed(1)
-    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
-
-
 def make_reward_trainer(package, tmp_path, kind="qwen3", pairs=PAIRS, peft_config=None, **options):
-    config = (package if hasattr(package, "RewardConfig") else trl).RewardConfig
-    settings = dict(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", seed=1,
-        save_strategy="no", logging_steps=1, disable_tqdm=True, max_steps=1, per_device_train_batch_size=4,
-        learning_rate=1e-3, dataloader_pin_memory=False,
-    )  # fmt: skip
-    torch.manual_seed(2)  # adapters are random
-    return package.RewardTrainer(
-        model=judge(kind),
-        args=config(**settings | options),
-        processing_class=tokenizer(),
-        train_dataset=Dataset.from_list(pairs),
-        peft_config=copy.deepcopy(peft_config),
-    )
+    data, adapter = Dataset.from_list(pairs), copy.deepcopy(peft_config)
+    output = {"output_dir": str(tmp_path)}
+    return make_trainer("Reward", package, kind, train_dataset=data, peft_config=adapter, **output | options)
 
 
 def assert_same_rewards(tmp_path, **options):

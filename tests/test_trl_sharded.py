@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
 from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, train
 
 import flashpo.trl
+from flashpo import _fallbacks
 from flashpo._hosts.sharding import wraps_in_fsdp1
 from flashpo.rollout.pool import Pool
 from flashpo.rollout.runner import Step
@@ -111,9 +112,14 @@ def check_same_training(rank: int, folder: str, name: str, sharding: str, teache
     with launched():
         how = SHARDINGS[sharding]() | dict(use_cpu=False)
         flashpo.stats(reset=True)
-        our_losses, ours = trained(name, flashpo.trl, **how, **SAMPLED_BY_TRL.get(name, {}), **options)
+        sampled = {} if sharding == "fsdp1" else SAMPLED_BY_TRL.get(name, {})
+        our_losses, ours = trained(name, flashpo.trl, **how, **sampled, **options)
     head = "linear_divergence" if name == "Distillation" else "linear_logprob"
     assert_ran(f"{head}_partial", f"{head}_bwd", "tree_attention_fwd")
+    refused = [reason for reason in _fallbacks.said if "rollout engine" in reason]
+    assert len(refused) == (name == "GRPO" and sharding == "fsdp1")
+    assert all("FSDP1 shards the weights: use FSDP2" in reason for reason in refused)
+    _fallbacks.said.clear()
     if rank == 0:
         torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=1e-5)
         for n, w in weights.items():
@@ -181,15 +187,16 @@ def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
         trainer.accelerator.backward(parts.sum())
 
 
-def test_fsdp2():
+def test_fsdp():
     folder = model_path()
     same = [(check_same_training, folder, name, "fsdp2", model_path("qwen3_tied")) for name in OPTIONS]
-    in_two_processes(*same, (check_ranks_meet, folder, "fsdp2"))
+    others = [(check_same_training, folder, *how, "") for how in (("SFT", "fsdp2_offload"), ("GRPO", "fsdp1"))]
+    in_two_processes(*same, *others, (check_ranks_meet, folder, "fsdp2"))
 
 
 @needs_deepspeed
 def test_zero2():
-    in_two_processes((check_same_training, model_path(), "SFT", "zero2", ""))
+    in_two_processes(*[(check_same_training, model_path(), name, "zero2", "") for name in ("SFT", "GRPO")])
 
 
 @needs_deepspeed

@@ -1,9 +1,11 @@
 """The wheel that `pip wheel` makes: what it links, what it holds, and that it works where nothing else is installed."""
 
+import ctypes
 import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -26,14 +28,36 @@ def wheel(tmp_path_factory):
     return next(out.glob("*.whl"))
 
 
-def test_links_neither_torch_nor_cuda(wheel, tmp_path):
+@pytest.fixture(scope="module")
+def libraries(wheel, tmp_path_factory):
+    """The C++ module, and the library of CUDA kernels where there is a CUDA compiler."""
+    folder = tmp_path_factory.mktemp("libraries")
     with zipfile.ZipFile(wheel) as archive:
-        (extension,) = (name for name in archive.namelist() if name.endswith(".so"))
-        archive.extract(extension, tmp_path)
-    dynamic = subprocess.run(["readelf", "-d", tmp_path / extension], capture_output=True, text=True, check=True)
-    needed = [line.split("[")[1].rstrip("]") for line in dynamic.stdout.splitlines() if "(NEEDED)" in line]
-    assert needed
-    assert not [name for name in needed if any(banned in name for banned in ("torch", "c10", "cuda", "cudart", "gomp"))]
+        names = [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(folder, names)
+    return {pathlib.PurePath(name).name.partition(".")[0]: folder / name for name in names}
+
+
+def test_links_neither_torch_nor_cuda(libraries):
+    for path in libraries.values():
+        dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True)
+        needed = [line.split("[")[1].rstrip("]") for line in dynamic.stdout.splitlines() if "(NEEDED)" in line]
+        assert needed
+        assert not [name for name in needed if any(banned in name for banned in ("torch", "c10", "cuda", "gomp"))]
+
+
+def test_the_cuda_kernels_load_without_a_driver_and_keep_their_runtime_to_themselves(libraries):
+    """Functions of the CUDA runtime that it shows would be taken from torch's, which may be of another version."""
+    found = [path for name, path in libraries.items() if name.startswith("libflashpo_cuda")]
+    if not found:
+        pytest.skip("built without a CUDA compiler")
+    (library,) = found
+    load = ctypes.CDLL(library).flashpo_cuda_kernels
+    load.restype = ctypes.POINTER(ctypes.c_char_p)  # what it points to begins with the version
+    assert load()[0].decode() == flashpo.__version__
+    show = ["nm", "--dynamic", "--defined-only", "--format=just-symbols", library]
+    symbols = subprocess.run(show, capture_output=True, text=True, check=True).stdout.split()
+    assert [name for name in symbols if not name.startswith("_Z")] == ["flashpo_cuda_kernels"]
 
 
 def test_holds_the_package_and_nothing_else(wheel):
@@ -55,25 +79,54 @@ def test_older_systems_load_it(wheel):
     assert int(re.search(r"platform\s+tag:\s+\"manylinux_2_(\d+)_", verdict).group(1)) <= 34, verdict
 
 
-def test_works_in_a_clean_environment(wheel, tmp_path):
-    """Torch, borrowed from here, is all that there is besides the wheel."""
-    venv.create(tmp_path, with_pip=True)
-    python = tmp_path / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    (tmp_path / "lib" / version / "site-packages" / "torch.pth").write_text(
-        f"{pathlib.Path(torch.__file__).parents[1]}\n"
-    )
+@pytest.fixture(scope="module")
+def clean(wheel, tmp_path_factory):
+    """A new environment with the wheel, and what runs a program of it, without any compiler. It borrows torch and the
+    packages beside it from here."""
+    home = tmp_path_factory.mktemp("clean")
+    venv.create(home, with_pip=True)
+    programs = home / "bin"
+    subprocess.run([programs / "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    (libraries,) = home.glob("lib/python*/site-packages")
+    (libraries / "borrowed.pth").write_text(f"{pathlib.Path(torch.__file__).parents[1]}\n")
+    compilers = ("cc", "c++", "gcc", "g++", "clang", "nvcc", "ptxas", "ld", "cmake", "ninja")
+    assert not [name for name in compilers if shutil.which(name, path=programs)]
+    chosen = {"PATH": str(programs), "HF_HUB_OFFLINE": "1"}
+    rest = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDA_HOME", "CUDA_PATH")}
+
+    def run(program, *arguments):
+        command = [programs / program, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=home, env=rest | chosen)
+
+    return run
+
+
+def test_works_in_a_clean_environment(clean):
     code = """
-import torch, flashpo
+import sys, torch, flashpo
 out = flashpo.linear_logprob(torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 1, 8]))
 assert out.logprob.isfinite().all() and flashpo.stats()["linear_logprob_partial"] == {"native": 1}, flashpo.stats()
-assert flashpo.__file__.startswith(%r)
+assert flashpo.__file__.startswith(sys.prefix)
 """
-    subprocess.run([python, "-c", code % str(tmp_path)], check=True, cwd=tmp_path)
-    doctor = subprocess.run([tmp_path / "bin" / "flashpo", "doctor"], capture_output=True, text=True, cwd=tmp_path)
-    assert doctor.returncode == 0, doctor.stderr
-    assert "linear_logprob_partial" in doctor.stdout
+    run = clean("python", "-c", code)
+    assert run.returncode == 0, run.stderr
+    doctor = clean("flashpo", "doctor", "--check")
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert doctor.stdout.startswith("FlashPO runs here: cpu by C++ or CUDA kernels")
+    assert doctor.stdout.endswith("all checks passed\n")
+
+
+def test_the_grpo_of_the_demo_is_accelerated_in_a_clean_environment(clean, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import arithmetic
+
+    model = arithmetic.save(tmp_path / "model", vocab_size=64, hidden_size=32, layers=1)
+    options = ["--model", model, "--output-dir", tmp_path / "out", "--max-steps", "1", "--batch-size", "8"]
+    run = clean("flashpo", "run", ROOT / "examples" / "grpo.py", *options)
+    assert run.returncode == 0, run.stderr
+    parts = "rollout engine, token trees, LM head, loss, advantages by FlashPO"
+    assert f"GRPOTrainer (flashpo.trl.grpo): {parts}" in run.stderr
 
 
 def test_builds_without_a_cuda_compiler(tmp_path):
@@ -85,9 +138,10 @@ def test_builds_without_a_cuda_compiler(tmp_path):
     install = [sys.executable, "-m", "pip", "install", *options, *target, str(ROOT)]
     subprocess.run(install, check=True, env=os.environ | {"CXX": "gcc"})
     # -S: without site there is no finder of an editable install in front of this one
-    code = f"import sys; sys.path[:0] = {[str(tmp_path / 'site'), *sys.path]!r}; from flashpo import _C"
-    run = [sys.executable, "-S", "-c", f"{code}; print(_C.built_with_cuda)"]
-    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "False\n"
+    code = f"import sys; sys.path[:0] = {[str(tmp_path / 'site'), *sys.path]!r}; from flashpo import _op"
+    run = [sys.executable, "-S", "-c", f"{code}; print(_op.why_unavailable('native', 'cuda'))"]
+    said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("no libflashpo_cuda*.so beside flashpo._C")
 
 
 def test_no_instruction_set_leaks_into_another(wheel):

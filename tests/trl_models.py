@@ -9,7 +9,13 @@ import transformers
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 import flashpo.trl
 from flashpo.bench.tiny_models import tiny_config
@@ -122,6 +128,13 @@ def load(kind: str, dtype: torch.dtype = torch.float32):
     return _class_of(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
 
 
+def judge(kind: str = "qwen3", dtype: torch.dtype = torch.float32):
+    """A reward model: the same weights every time, also of the head, which no checkpoint has."""
+    path = model_path(kind) if kind in CONFIGS else kind
+    torch.manual_seed(1)
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=dtype)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     words = models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
     base = Tokenizer(words)
@@ -153,6 +166,7 @@ DATA = {
 
 DATA["PPO"] = DATA["Distillation"] = DATA["GRPO"]
 DATA["ORPO"] = DATA["CPO"] = DATA["DPO"]
+DATA["Reward"] = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in DATA["DPO"]]
 
 
 def reward(completions, completion_ids, **kwargs) -> list[float]:
@@ -183,7 +197,7 @@ def make_trainer(name: str, package=trl, model: str = "qwen3", dtype=torch.float
     if name in ("GRPO", "RLOO", "PPO"):
         extra.setdefault("reward_funcs", reward)
     return getattr(package, f"{name}Trainer")(
-        model=load(model, dtype),
+        model=judge(model, dtype) if name == "Reward" else load(model, dtype),
         args=config,
         **{"processing_class": tokenizer(), "train_dataset": Dataset.from_list(DATA[name])} | extra,
     )

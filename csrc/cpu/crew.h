@@ -1,4 +1,4 @@
-// What kernels share whose threads each have memory of their own and take the next piece of work when they are free.
+// For kernels whose threads each have their own memory and take the next piece of work when they are free.
 #pragma once
 #include <atomic>
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-// Memory for floats, part by part out of a scratch tensor; without one, it counts how much is needed.
+// Hands out memory for floats from a scratch tensor. Without a tensor it only counts how much is needed.
 class Arena {
  public:
   explicit Arena(float* p = nullptr) : p_(p) {}
@@ -25,7 +25,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// (tokens, heads, features)
+// A view of a (tokens, heads, features) tensor.
 template <typename T>
 struct Array {
   const T* p;
@@ -34,7 +34,7 @@ struct Array {
   const T* at(int64_t i, int64_t h) const { return p + i * token + h * head; }
 };
 
-// f(i, thread) for all i < n: whichever thread is free takes the next.
+// Call f(i, thread) for all i < n; a free thread takes the next i.
 template <typename F>
 static inline void take_turns(int64_t n, int threads, F&& f) {
   std::atomic<int64_t> next{0};
@@ -44,7 +44,7 @@ static inline void take_turns(int64_t n, int threads, F&& f) {
   });
 }
 
-// A worker for each thread.
+// Make one worker per thread.
 template <typename Worker, typename... Arguments>
 std::vector<Worker> crew(Arena& arena, int threads, const Arguments&... arguments) {
   std::vector<Worker> workers;

@@ -1,8 +1,8 @@
-// Decode attention on the CPU: a part of the plan after the other, by whichever thread is free.
+// Decode attention on the CPU: free threads take the parts of the plan in order.
 //
-// The queries of all rows that read a chunk are the rows of two small products: with 64 keys at a time, of which a
-// vector is contiguous, and of their weights with 64 values. A chunk's softmax needs no rescaling; what it adds up to
-// is merged into the running results of its rows.
+// The queries of all rows that read a chunk are the rows of two small products: first with the keys, 64 at a time,
+// which are contiguous for each feature; then their weights with the 64 values. The softmax of a chunk needs no
+// rescaling; its result is merged into the running results of its rows.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -30,11 +30,11 @@ using decode::Unit;
 struct Sizes {
   int64_t heads, rep, features, value_features;
 
-  // Rows and columns that whole tiles of AMX may be written to.
+  // The numbers of rows and columns are rounded up, because whole AMX tiles are written.
   int64_t queries() const { return round_up(std::max(decode::MAX_QUERIES, rep), 16); }
   int64_t padded_features() const { return round_up(features, 32); }
   int64_t padded_values() const { return round_up(value_features, 32); }
-  int64_t result() const { return padded_values() + 16; }  // o, then m and l
+  int64_t result() const { return padded_values() + 16; }  // o, followed by m and l
 
   int64_t tile() const { return BLOCK * std::max(padded_features(), padded_values()); }
   int64_t of_thread() const { return queries() * (padded_features() + 2 * CHUNK + 2 * result()) + tile(); }
@@ -52,8 +52,9 @@ struct Arrays {
   float* lse;
 };
 
-// Products s with the keys of a chunk -> weights 2^((x - m) unit); s and the weights may be the same memory. Keys
-// outside of [visible, last) weigh 0: from `first`, before any row's, to the end of the last 32. Returns m and the sum.
+// Turn the products s with the keys of a chunk into weights 2^((x - m) unit), which may overwrite s. Keys outside of
+// [visible, last) get weight 0, from `first`, which is not after any row's first visible key, to the end of the last
+// 32 keys. Returns m and the sum of the weights.
 template <bool CAPPED, typename Weight>
 void softmax(float* s, int64_t first, int64_t last, int64_t visible, const Options& options, Weight* weights, float* m,
              float* l) {
@@ -81,7 +82,7 @@ void softmax(float* s, int64_t first, int64_t last, int64_t visible, const Optio
   std::fill(weights + end, weights + round_up(last, 32), Weight{});
 }
 
-// What one thread works with.
+// The state of one thread.
 template <typename T, typename Product, bool CAPPED>
 class Worker {
   using Operand = typename Product::Operand;
@@ -103,7 +104,7 @@ class Worker {
     if constexpr (sizeof(Operand) == sizeof(float)) weights_ = products_;
   }
 
-  // Whole heads of a unit, from their queries to their results; or some chunks of one head, into `partials`.
+  // Compute whole heads of a unit, from queries to results; or some chunks of one head, into `partials`.
   void attend(const Part& part) {
     const Unit& unit = plan_.units[part.unit];
     chunks_ = plan_.chunks(unit);
@@ -127,7 +128,7 @@ class Worker {
     }
   }
 
-  // All chunks of a head that was split.
+  // Merge all chunks of a head that was split.
   void merge_all(const Part& part) {
     const Unit& unit = plan_.units[part.unit];
     clear(unit);
@@ -152,7 +153,7 @@ class Worker {
     }
   }
 
-  // The softmax of a chunk's rows over it: o, m and l of each query into `partial_`.
+  // The softmax of a chunk's rows over the chunk: o, m and l of each query go into `partial_`.
   void attend(const Unit& unit, int64_t head, const Chunk& chunk, const Ahead& ahead_of_next) {
     const int64_t queries = queries_of(chunk), begin = first_block(chunk);
     const int64_t features = sizes_.features, value_features = sizes_.value_features;
@@ -230,7 +231,7 @@ class Worker {
   const Arrays<T>& arrays_;
   const Sizes& sizes_;
   const Options& options_;
-  std::vector<Chunk> chunks_;  // of the part at hand
+  std::vector<Chunk> chunks_;  // of the current part
   Product product_;
   float *products_, *results_, *partial_;  // (queries, CHUNK), (queries, result), (queries, result)
   Operand *queries_, *weights_;            // (queries, padded features), (queries, CHUNK)

@@ -1,5 +1,5 @@
-// What stands between the matrix products of a decoder layer, on the CPU: a row of tokens at a time, in one pass each.
-// Every intermediate is rounded to T where transformers' modules round it.
+// The operations between the matrix products of a decoder layer, on the CPU: each goes over the rows of tokens in one
+// pass. Every intermediate result is rounded to T where transformers' modules round it.
 #include <algorithm>
 
 #include "../ops.h"
@@ -9,8 +9,8 @@
 namespace flashpo::FLASHPO_ISA {
 namespace {
 
-constexpr int64_t SMALL = 32768;  // numbers, below which a second thread costs more than it does
-constexpr int MAX_FEATURES = 512;  // of a head
+constexpr int64_t SMALL = 32768;  // with fewer numbers than this, a second thread costs more than it saves
+constexpr int MAX_FEATURES = 512;  // of one head
 
 template <typename T>
 vf rounded(vf x) {
@@ -27,7 +27,7 @@ vf rounded<bf16>(vf x) {
   return (vf)(to_bits(x, static_cast<bf16*>(nullptr)) << 16);
 }
 
-// f(j, count) for every W numbers of n, fewer at the end.
+// Call f(j, count) for every W of n numbers; the last time with fewer.
 template <typename F>
 void each_vector(int64_t n, F&& f) {
   int64_t j = 0;
@@ -49,13 +49,13 @@ float sum_of(vf x) {
   return sum;
 }
 
-// A number of the norm: H is h's type, P the one that the product with the weight is rounded to.
+// Numbers of the norm. H is the type of h; P is the type to which the product with the weight is rounded.
 template <typename H, typename P>
 vf scaled(vf x, float inverse, vf weight, bool unit_offset) {
   return unit_offset ? rounded<H>(x * inverse * (1.0f + weight)) : rounded<P>(rounded<H>(x * inverse) * weight);
 }
 
-// H, the type of `total`, and P, the weight's, are T or float.
+// H, the type of `total`, and P, the type of the weight, are T or float.
 template <typename T, typename H, typename P>
 void norm_row(const T* x, const H* residual, const P* weight, int64_t n, float eps, bool unit_offset, T* out,
               H* total) {
@@ -68,12 +68,12 @@ void norm_row(const T* x, const H* residual, const P* weight, int64_t n, float e
   });
   const float inverse = 1 / std::sqrt(sum_of(squares) / n + eps);
   each_vector(n, [&](int64_t j, int count) {
-    const vf h = load_some(total + j, count);  // the result is rounded to T once more where it is stored
+    const vf h = load_some(total + j, count);  // the result is rounded to T once more when it is stored
     store_some(out + j, scaled<H, float>(h, inverse, load_some(weight + j, count), unit_offset), count);
   });
 }
 
-// T is the heads' type, N that of a head behind its norm, R the one that the rotation is rounded to.
+// T is the type of the heads, N that of a head after its norm, and R the one to which the rotation is rounded.
 template <typename T, typename N, typename R>
 struct Rope {
   const float *cos, *sin;  // of one token
@@ -81,7 +81,7 @@ struct Rope {
   float eps;
   bool unit_offset;
 
-  // One head from x to out, which hold `features` numbers and W more.
+  // Process one head from x to out; both hold `features` numbers and room for W more.
   void operator()(const T* x, const float* weight, float* out) const {
     alignas(64) float head[MAX_FEATURES + W];
     vf squares{};
@@ -115,7 +115,8 @@ void rope_row(const T* q, const T* k, const T* v, const Rope<T, N, R>& rope, con
               T* v_cache) {
   alignas(64) float head[MAX_FEATURES + W];
   const int64_t n = rope.features, block = slot / 64, offset = slot % 64;
-  if (slot >= 0)  // a key is a column: a line of the cache for each of its features, which arrive behind the queries
+  // A key is a column, with a cache line for each feature; prefetched, the lines arrive while the queries are computed
+  if (slot >= 0)
     for (int64_t j = 0; j < kv_heads * n; ++j) __builtin_prefetch(k_cache + (block * kv_heads * n + j) * 64 + offset, 1);
   for (int64_t h = 0; h < q_heads; ++h) {
     rope(q + h * n, q_weight, head);
@@ -153,7 +154,7 @@ const T* row_of(const Tensor& x, int64_t i) {
   return x.data<const T>() + i * x.stride(0);
 }
 
-// What two tensors of x's type T, or of float32, are: run(first's, second's).
+// Call run with numbers of the types of two tensors, each of which is x's type T or float.
 template <typename T, typename F>
 void for_wider(bool first_wide, bool second_wide, F&& run) {
   if (first_wide)
@@ -164,7 +165,7 @@ void for_wider(bool first_wide, bool second_wide, F&& run) {
 
 bool is_wide(const Tensor& x) { return x.defined() && x.dtype() == DType::f32; }
 
-// n numbers from `at` on as floats: where they lie, or in `copy`.
+// n numbers from `at` as floats: those in memory if they are floats, otherwise a copy in `copy`.
 const float* as_floats(const Tensor& x, int64_t at, int64_t n, float* copy) {
   if (!x.defined()) return nullptr;
   if (x.dtype() == DType::f32) return x.data<const float>() + at;
@@ -231,7 +232,7 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     using T = decltype(element);
     for_wider<T>(wide_heads, wide_heads || is_wide(cos), [&](auto of_head, auto of_turned) {
       using R = Rope<T, decltype(of_head), decltype(of_turned)>;
-      // a key's numbers go into a line each: that costs more
+      // writing a key costs more, since each of its numbers goes into a different cache line
       const int64_t numbers = rows * (q_heads + 2 * kv_heads) * n;
       parallel_for(rows, numbers < SMALL / 4 ? 1 : threads, [&](int64_t begin, int64_t end) {
         alignas(64) float cos_floats[MAX_FEATURES], sin_floats[MAX_FEATURES];

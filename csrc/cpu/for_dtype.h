@@ -4,7 +4,7 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-// run(T{}), T the type of x's elements.
+// Call run(T{}), where T is the type of x's elements.
 template <typename F>
 static inline void for_dtype(const char* name, const Tensor& x, F&& run) {
   switch (x.dtype()) {

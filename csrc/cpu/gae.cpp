@@ -1,7 +1,7 @@
-// gae on the CPU: a sequence is scanned from its end, W tokens at once, in one pass over memory.
+// gae on the CPU: a sequence is scanned from its end, W tokens at a time, in one pass over memory.
 //
-// A vector starts at a multiple of W tokens of its sequence, and masked tokens leave value and advantage exactly as they
-// are: how far a sequence is padded, or whether it is flat, changes no bit of its result.
+// A vector starts at a multiple of W tokens of its sequence, and masked tokens leave value and advantage exactly as
+// they are. So the padding of a sequence, or a flat layout, changes no bit of its result.
 #include <algorithm>
 #include <cstring>
 
@@ -23,11 +23,11 @@ static inline vi load_mask(const uint8_t* p, int count) {
   return __builtin_convertvector(x, vi) != 0;
 }
 
-// Lanes i of (x, after), joined end to end, from lane `by` on.
+// The lanes of (x, after), joined end to end, starting at lane `by`.
 static inline vf shift(vf x, vf after, int by) { return __builtin_shuffle(x, after, iota() + splat_int(by)); }
 static inline vi shift(vi x, vi after, int by) { return __builtin_shuffle(x, after, iota() + splat_int(by)); }
 
-struct Moments {  // of the live advantages, around the first one met: equal ones leave exactly 0
+struct Moments {  // of the live advantages, relative to the first one found, so that equal ones give exactly 0
   bool begun = false;
   float centre = 0;
   vd sum{}, squares{};
@@ -71,7 +71,7 @@ void scan(const Sequence& s, int64_t tokens, float gamma, float decay, double* o
     const vf r = live ? (whole ? load(s.rewards + t) : load_part(s.rewards + t, count, 0)) : vf{};
     const vf v = live ? (whole ? load(s.values + t) : load_part(s.values + t, count, 0)) : vf{};
 
-    vf first = v;  // the first live value from each lane on
+    vf first = v;  // the first live value at or after each lane
     vi found = live;
     if (any(~live))
       for (int by = 1; by < W; by *= 2) {
@@ -126,7 +126,7 @@ void gae_fwd(const Tensor& rewards, const Tensor& values, const Tensor& mask, co
     else
       scan<false>(s, tokens, static_cast<float>(gamma), decay, nullptr);
   };
-  // Shares of equally many tokens: a thread takes the sequences that begin in its own, empty ones too.
+  // Each thread gets the same number of tokens, and takes the sequences that begin among them, including empty ones.
   const auto first_from = [&](int64_t token) {
     return flat ? std::lower_bound(starts, starts + sequences, token) - starts : (token + length - 1) / length;
   };

@@ -1,14 +1,14 @@
 // group_advantages: the checks, and a team of one thread. A batch has thousands of rows, not millions, and a hash table
-// nothing for vector instructions: plain scalar code, compiled once.
+// gains nothing from vector instructions. So this is plain scalar code, compiled once.
 #include "../group_advantages.h"
 
-#include "../ops.h"
+#include "../cuda_library.h"
 
 namespace flashpo {
 namespace {
 
 struct Alone {
-  static constexpr bool IN_ORDER = true;  // one thread takes the rows from first to last
+  static constexpr bool IN_ORDER = true;  // the only thread takes the rows from first to last
   int64_t rank() const { return 0; }
   int64_t size() const { return 1; }
   void wait() const {}
@@ -83,11 +83,7 @@ void group_advantages(const Tensor& rewards, const Tensor& group, const Tensor& 
   p.id = p.found + 1;
   p.number = p.id + p.rows;
   p.table = p.number + p.rows;
-#ifdef FLASHPO_CUDA
-  if (device == kDLCUDA) return group_advantages_cuda(p, normalize_first, stream);
-#else
-  (void)stream;
-#endif
+  if (device == kDLCUDA) return cuda_kernels().group_advantages(p, normalize_first, stream);
   expect(device == kDLCPU, "rewards: no native kernel for this device");
   if (normalize_first) advantages::Run<Alone, true>{p, {}}();
   else advantages::Run<Alone, false>{p, {}}();

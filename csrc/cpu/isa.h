@@ -1,6 +1,7 @@
-// One SIMD vector of floats, for the instruction set that this file is compiled for, and what the kernels do with it.
-// Compiler vector extensions instead of intrinsics: the same source gives SSE2, AVX2 and AVX-512 (and NEON) code.
-// Everything lives in the ISA's own namespace: a shared inline function could be kept in its AVX-512 form for all.
+// A SIMD vector of floats for the instruction set for which this file is compiled, and its operations.
+// It uses compiler vector extensions instead of intrinsics: the same source gives SSE2, AVX2, AVX-512 and NEON code.
+// Everything is in a namespace of the instruction set: otherwise the linker could keep the AVX-512 form of a shared
+// inline function for all of them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,7 +14,7 @@
 #define FLASHPO_ISA baseline
 #endif
 #if defined(__AMX_BF16__) || defined(FLASHPO_EMULATE_AMX)
-#define FLASHPO_TILES  // products of bfloat16 in tiles
+#define FLASHPO_TILES  // bfloat16 products are computed in tiles
 #endif
 
 namespace flashpo::FLASHPO_ISA {
@@ -37,7 +38,7 @@ using vd = double __attribute__((vector_size(8 * W)));
 
 struct bf16 { uint16_t bits; };
 #if defined(__aarch64__)
-using f16 = __fp16;  // GCC 12 has no _Float16 in C++ there
+using f16 = __fp16;  // GCC 12 has no _Float16 in C++ for this target
 #else
 using f16 = _Float16;
 #endif
@@ -45,7 +46,7 @@ using vf16 = f16 __attribute__((vector_size(2 * W)));
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.69314718055994531f;
-constexpr float LOWEST = -3.0e38f;  // stands for -inf where a difference is taken
+constexpr float LOWEST = -3.0e38f;  // replaces -inf where a difference is taken
 constexpr float SMALLEST = -126.0f;  // 2^SMALLEST is fp32's smallest normal number
 constexpr float NOTHING = -150.0f;   // 2^NOTHING is 0 in fp32
 
@@ -60,7 +61,7 @@ static inline vi iota() {
 }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline vf min(vf a, vf b) { return a < b ? a : b; }
-// A NaN in x passes through, so that a poisoned logit shows in the result.
+// A NaN in x passes through, so that it is seen in the result.
 static inline vf at_least(vf x, float low) { return splat(low) > x ? splat(low) : x; }
 
 static inline bool any(vi mask) {
@@ -70,7 +71,7 @@ static inline bool any(vi mask) {
   return bits != 0;
 }
 
-// W elements from memory as floats.
+// Load W elements as floats.
 static inline vf load(const float* p) {
   vf x;
   std::memcpy(&x, p, sizeof x);
@@ -89,7 +90,8 @@ static inline vf load(const f16* p) {
 static inline vi load_int(const int8_t* p) {
   vi8 x;
   std::memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(__builtin_convertvector(x, vi16), vi);  // at once, GCC takes the lanes one by one
+  // GCC converts lane by lane if it is done in one step
+  return __builtin_convertvector(__builtin_convertvector(x, vi16), vi);
 }
 static inline vi load_int(const int32_t* p) {
   vi x;
@@ -102,8 +104,8 @@ static inline vi load_int(const int64_t* p) {
   return __builtin_convertvector(x, vi);
 }
 
-// The bits of a T, rounded to nearest even, in the low half of each lane (a float: in all of it). A NaN that an
-// operation made has no low bits to carry, so it stays a NaN.
+// The bits of a T, rounded to nearest even, in the low half of each lane (for a float, in the whole lane). A NaN that
+// an operation produced stays a NaN, as its low bits are 0 and do not carry.
 static inline vu to_bits(vf x, float*) { return (vu)x; }
 static inline vu to_bits(vf x, bf16*) {
   const vu bits = (vu)x;
@@ -123,7 +125,7 @@ static inline void store(T* p, vf x) {
   store_bits(p, to_bits(x, p));
 }
 
-// x[i][j] <-> x[j][i], by exchanging ever larger off-diagonal squares.
+// Transpose: x[i][j] <-> x[j][i], by exchanging ever larger off-diagonal squares.
 static inline void transpose(vu (&x)[W]) {
 #pragma GCC unroll 4
   for (int size = 1; size < W; size *= 2) {
@@ -142,7 +144,7 @@ static inline void transpose(vu (&x)[W]) {
   }
 }
 
-// The first `count` < W elements; the other lanes are `fill`.
+// Load the first `count` < W elements; the other lanes are `fill`.
 template <typename T>
 static inline vf load_part(const T* p, int count, float fill) {
   alignas(64) T lanes[W] = {};
@@ -157,14 +159,14 @@ static inline void store_part(T* p, vf x, int count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// One number of all lanes, by halves.
+// Reduce all lanes to one number, by halves.
 template <typename F>
 static inline float reduce(vf x, F&& f) {
   for (int half = W / 2; half > 0; half /= 2) x = f(x, __builtin_shuffle(x, iota() ^ half));
   return x[0];
 }
 
-// `count` numbers of a row of whole vectors.
+// Write `count` numbers of a row that consists of whole vectors.
 template <typename T>
 static inline void write_row(const float* row, float factor, int64_t count, T* out) {
   int64_t j = 0;
@@ -172,9 +174,9 @@ static inline void write_row(const float* row, float factor, int64_t count, T* o
   if (j < count) store_part(out + j, load(row + j) * factor, static_cast<int>(count - j));
 }
 
-// Puts the lanes in which `mask` holds beside each other at p, where W floats may be written over, and counts them.
+// Store the lanes for which `mask` holds next to each other at p, where W floats may be overwritten, and count them.
 static inline int compress(float* p, vf x, vi mask) {
-#if defined(__AVX512F__)  // the extensions have no such thing, and lane by lane it takes ten times as long
+#if defined(__AVX512F__)  // the vector extensions cannot do this, and lane by lane it takes ten times as long
   const __mmask16 lanes = _mm512_movepi32_mask((__m512i)mask);
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(lanes, (__m512)x));
   return __builtin_popcount(lanes);
@@ -190,7 +192,7 @@ static inline int compress(float* p, vf x, vi mask) {
 
 // 2^y for -126 <= y <= 127. Relative error 1e-7 (minimax polynomial of degree 5 on [-1/2, 1/2], 2^0 exact).
 static inline vf exp2_normal(vf y) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   const vf shifted = y + magic;
   const vf r = y - (shifted - magic);
   vf p = splat(0.00132647273f) * r + 0.00967151299f;
@@ -198,33 +200,33 @@ static inline vf exp2_normal(vf y) {
   p = p * r + 0.240222424f;
   p = p * r + 0.693147004f;
   p = p * r + 1.0f;
-  return (vf)((vu)p + ((vu)shifted << 23));  // unsigned: `exp2` comes here with any y, and drops the result
+  return (vf)((vu)p + ((vu)shifted << 23));  // unsigned, because `exp2` passes any y and drops the result
 }
 
-// The same for all y <= 127; 0 below -126.
+// 2^y for all y <= 127; 0 below -126.
 static inline vf exp2(vf y) { return y < splat(SMALLEST) ? vf{} : exp2_normal(y); }
 
-// e^x for |x| <= 88. ln 2 comes in two parts, so that the error stays 1e-7 of the result however large x is (Cephes'
+// e^x for |x| <= 88. ln 2 is subtracted in two parts, so that the relative error stays 1e-7 however large x is (Cephes'
 // expf).
 static inline vf exp_normal(vf x) {
   const vf magic = splat(12582912.0f);
   const vf shifted = x * LOG2E + magic;
   const vf k = shifted - magic;
   const vf r = (x - k * 0.693359375f) + k * 2.12194440e-4f, r2 = r * r;
-  const vf low = r * 1.6666665459e-1f + 5.0000001201e-1f;  // in parts that do not wait for each other
+  const vf low = r * 1.6666665459e-1f + 5.0000001201e-1f;  // parts that do not depend on each other
   const vf middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
   const vf high = r * 1.9875691500e-4f + 1.3981999507e-3f;
   const vf p = ((high * r2 + middle) * r2 + low) * r2 + (r + 1.0f);
   return (vf)((vi)p + ((vi)shifted << 23));
 }
 
-// The same for all x: 0 below fp32's normal numbers, inf above.
+// e^x for all x: 0 below fp32's normal numbers, inf above them.
 static inline vf exp(vf x) {
   const vf e = exp_normal(at_least(x > splat(88.7228f) ? splat(88.7228f) : x, -87.3365f));
   return x < splat(-87.3365f) ? vf{} : x > splat(88.7228f) ? splat(INFINITY) : e;
 }
 
-// log x; -inf for 0 and what is smaller than fp32's normal numbers, NaN below 0 (Cephes' logf).
+// log x; -inf for 0 and for numbers below fp32's normal ones, NaN for negative numbers (Cephes' logf).
 static inline vf log(vf x) {
   const vi bits = (vi)x, half = splat_int(0x3f000000);
   const vi small = ((bits & 0x7fffff) | half) < splat_int(0x3f3504f3);  // mantissa below sqrt(1/2)
@@ -245,7 +247,7 @@ static inline vf log(vf x) {
   return x < splat(1.17549435e-38f) ? least : x < splat(INFINITY) ? normal : x;
 }
 
-// Polynomial near 0 (Cephes' tanhf), where 1 - 2 / (e^2x + 1) would lose what x has.
+// Near 0 it is a polynomial (Cephes' tanhf), because 1 - 2 / (e^2x + 1) would lose the digits of x there.
 static inline vf tanh(vf x) {
   const vf e = exp2(at_least(x < splat(20.0f) ? x : splat(20.0f), -20.0f) * (2 * LOG2E));
   const vf z = x * x;
@@ -256,11 +258,11 @@ static inline vf tanh(vf x) {
   return z < splat(0.39f) ? p * z * x + x : 1.0f - 2.0f / (e + 1.0f);
 }
 
-// z = softcap tanh((x + b) logit_scale / softcap) / T, in bits y = z log2(e), comes in two steps: value(x), and that
-// times unit(1 / T). Differences of values are exact where differences of y would not be.
+// z = softcap tanh((x + b) logit_scale / softcap) / T, in bits y = z log2(e), is computed in two steps: value(x), then
+// the product with unit(1 / T). Differences of values are exact, while differences of y would not be.
 struct Transform {
   float logit_scale;
-  float softcap;  // 0: none
+  float softcap;  // 0 means none
 
   template <bool CAPPED>
   vf value(vf x, float bias) const {
@@ -274,7 +276,7 @@ struct Transform {
   vf unit(vf inv_temperature) const {
     return inv_temperature * (CAPPED ? LOG2E : logit_scale * LOG2E);
   }
-  // dz/dx is logit_scale / T times this
+  // dz/dx is logit_scale / T times this number.
   template <bool CAPPED>
   vf cap_slope(vf x, float bias) const {
     if constexpr (CAPPED) {

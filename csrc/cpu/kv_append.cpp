@@ -1,4 +1,4 @@
-// kv_append on the CPU: copies of bit patterns; consecutive slots of one block are written together.
+// kv_append on the CPU. It copies bit patterns, and writes consecutive slots of one block together.
 #include <algorithm>
 #include <cstring>
 

@@ -1,6 +1,6 @@
-// The elementwise half of linear_divergence on the CPU: a tile of the student's logits and one of the teacher's, of the
-// same vocabulary entries and tokens, are folded together or become the student's gradient. The GEMMs are torch's.
-// Formulas and the names of rows are those of python/flashpo/ops/divergence_stats.py.
+// The elementwise half of linear_divergence on the CPU. A tile of the student's logits and one of the teacher's, for
+// the same vocabulary entries and tokens, are folded together, or the student's becomes its gradient. The GEMMs are
+// torch's. Formulas and the names of rows are those of python/flashpo/ops/divergence_stats.py.
 #include "../ops.h"
 #include "for_dtype.h"
 #include "logit_tiles.h"
@@ -11,14 +11,14 @@ namespace {
 enum Mode { FORWARD, REVERSE, MIXTURE };
 Mode mode_of(double beta) { return beta == 0 ? FORWARD : beta == 1 ? REVERSE : MIXTURE; }
 
-// Between tiles: the state of each head, and what both make.
+// The rows of the state between tiles: the state of each head, and what is computed from both.
 enum State { STUDENT = 0, TEACHER = state_rows(false), GAP = 2 * TEACHER, GAP_LOW, FORBIDDEN, TOPS, STATE_ROWS = TOPS + 4 };
-// Of a partial; the last four rows, as those of the state, only with the most probable tokens.
+// The rows of a partial. Here and in the state, the last four rows exist only if the most probable tokens are wanted.
 enum DivergenceRow { OF_STUDENT = 0, OF_TEACHER = 4, OF_GAP = 8, OF_FORBIDDEN, OF_TOPS, PARTIAL_ROWS = OF_TOPS + 4 };
 
-constexpr float FAR = 0x1p100f;  // the most bits that one logit counts below another: sums of it stay finite
+constexpr float FAR = 0x1p100f;  // a logit counts at most so many bits below another, so that sums of it stay finite
 
-// One head's tile. What depends on its dtype is in two functions, so that the arithmetic is compiled once.
+// The tile of one head. Only two functions depend on its dtype, so that the arithmetic is compiled once.
 struct Head {
   void* tile;
   int64_t width, tokens, stride;
@@ -26,8 +26,8 @@ struct Head {
   Transform transform;
   float inv_temperature;
   bool capped;
-  // The block's logits before temperature; from gradients by these, those by what the GEMM gave, in place of it and,
-  // where `rows_out` (N, J) is given, transposed there too.
+  // read_block loads the block's logits before temperature. write_block takes gradients by these logits, and writes the
+  // gradients by what the GEMM gave, in place of it, and, if `rows_out` (N, J) is given, transposed there too.
   void (*read_block)(const Head&, int64_t row, int rows, int64_t column, int lanes, vf* x);
   void (*write_block)(const Head&, int64_t row, int rows, int64_t column, int lanes, const vf* d, void* rows_out,
                       int64_t out_stride);
@@ -99,7 +99,7 @@ void expect_beside(const Head& s, const Head& t) {
   expect(s.width == t.width && s.tokens == t.tokens, "the tiles of student and teacher must have the same shape");
 }
 
-// The largest logit so far and its place in the vocabulary, the first one of several.
+// Update the largest logit so far and its index in the vocabulary (the first of several that tie).
 template <typename Lanes>
 void keep_top(const vf* x, int rows, int64_t place, float* top_row, float* at_row, Lanes lanes, bool first) {
   vf top = first ? splat(-INFINITY) : load_lanes(top_row, lanes), at = first ? vf{} : load_lanes(at_row, lanes);
@@ -112,12 +112,12 @@ void keep_top(const vf* x, int rows, int64_t place, float* top_row, float* at_ro
   store_lanes(at_row, at, lanes);
 }
 
-// How many bits values move by when their reference does.
+// By how many bits values change when their reference changes.
 vf moved(vf before, vf after, float unit) {
   return at_least((at_least(before, LOWEST) - at_least(after, LOWEST)) * unit, -FAR);
 }
 
-// `first`: the state holds nothing yet.
+// `first`: the state is still empty.
 template <Mode MODE, bool TOP1, typename Lanes>
 void fold_columns(const Head& s, const Head& t, const int64_t* targets, int64_t start, int64_t row, int rows,
                   int64_t column, Lanes lanes, float* state, bool first) {
@@ -174,8 +174,8 @@ void fold_columns(const Head& s, const Head& t, const int64_t* targets, int64_t 
   }
 }
 
-// log2 p = (x - value) unit - rest of a logit x: as exact as LOG_Z + LOG_Z_REST are, with fused multiply-adds or not,
-// since the difference is taken before the product is rounded.
+// For log2 p = (x - value) unit - rest of a logit x. It is as exact as LOG_Z + LOG_Z_REST, with or without fused
+// multiply-adds, because the difference is taken before the product is rounded.
 struct Reference {
   vf value, rest;
   Reference(vf log_z, vf log_z_rest, float unit) : value(log_z / unit) {
@@ -184,7 +184,7 @@ struct Reference {
   }
 };
 
-// Both log-probabilities of a block, in bits, from the merged rows of their whole vocabulary.
+// Both log-probabilities of a block, in bits, from the merged rows of the whole vocabulary.
 struct LogProbs {
   const Head &s, &t;
   const float *s_rows, *t_rows;
@@ -205,17 +205,17 @@ struct LogProbs {
   }
 };
 
-// The logarithm of the mixture less that of the student and of the teacher, in nats, from bits.
+// log M minus the student's log-prob, and log M minus the teacher's, in nats; the arguments are in bits.
 struct Mixture {
   float beta, rest;  // rest: 1 - beta
   vf over_student{}, over_teacher{};
   explicit Mixture(double of) : beta(static_cast<float>(of)), rest(static_cast<float>(1 - of)) {}
   void operator()(vf student, vf teacher) {
-    vf bits = teacher - student;  // beyond what exp2 takes, one of the two adds nothing
+    vf bits = teacher - student;  // beyond the range of exp2, the smaller probability adds nothing
     bits = at_least(bits > splat(-SMALLEST) ? splat(-SMALLEST) : bits, SMALLEST);
-    // Relative to the larger of the two, of which the smaller one is a share; near 1, where the sums are differences,
-    // without the rounding of 1 - beta.
-    const vi less = bits < vf{};  // the teacher's
+    // Relative to the larger probability; e is the ratio of the smaller one to it. Near e = 1, where both results are
+    // small differences, 1 - beta and its rounding are avoided.
+    const vi less = bits < vf{};  // whether the teacher's is the smaller one
     const vf e = exp2_normal(less ? bits : -bits);
     const vf small = less ? splat(beta) : splat(rest), large = less ? splat(rest) : splat(beta);
     const vf over_larger = log(e < splat(0.5f) ? large + small * e : 1.0f + small * (e - 1.0f));
@@ -249,7 +249,7 @@ void mixture_columns(const LogProbs& log_probs, double beta, int64_t row, int ro
   store_lanes(at(3), kl.low, lanes);
 }
 
-// Per-token constants of the backward pass.
+// Constants per token for the backward pass.
 struct Upstream {
   const float *kl, *d_divergence, *d_entropy, *d_logprob;
   const int64_t* target;
@@ -257,8 +257,8 @@ struct Upstream {
   double beta;
 };
 
-// d loss / d x of one logit of the student is p (a + b log2 p + c X), X = log2 p of the teacher - log2 p in the reverse
-// KL and log M - log p with the mixture, less d p of the teacher in the forward KL.
+// d loss / d x of a student's logit is p (a + b log2 p + c X). X is the teacher's log2 p - log2 p in the reverse KL,
+// and log M - log p with the mixture. In the forward KL, d times the teacher's p is subtracted.
 template <Mode MODE, typename Lanes>
 void grad_columns(const LogProbs& log_probs, const Upstream& up, int64_t row, int rows, int64_t column, Lanes lanes,
                   void* rows_out, int64_t out_stride) {
@@ -268,7 +268,8 @@ void grad_columns(const LogProbs& log_probs, const Upstream& up, int64_t row, in
   const vf d = upstream(up.d_divergence) * slope, dh = upstream(up.d_entropy) * slope,
            dl = upstream(up.d_logprob) * slope;
   const vf entropy = load_lanes(log_probs.s_rows + ENTROPY * s.tokens + column, lanes);
-  const vf weighted = d == 0.0f ? vf{} : d * load_lanes(up.kl + column, lanes);  // an infinite one that nothing uses
+  // An infinite KL would give NaN even where its gradient is 0
+  const vf weighted = d == 0.0f ? vf{} : d * load_lanes(up.kl + column, lanes);
   Mixture m(up.beta);
   vf a = -dl - dh * entropy, c{};
   const vf b = dh * -LN2;

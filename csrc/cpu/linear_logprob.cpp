@@ -1,5 +1,5 @@
-// The elementwise half of linear_logprob on the CPU: tiles (J, N) of logits, a row per vocabulary entry and a column
-// per token, so that W tokens fill a vector and their sums never cross lanes. The GEMMs are torch's.
+// The elementwise half of linear_logprob on the CPU, on tiles (J, N) of logits. A row is a vocabulary entry and a
+// column a token, so that W tokens fill a vector and their sums never cross lanes. The GEMMs are torch's.
 #include "../ops.h"
 #include "for_dtype.h"
 #include "logit_tiles.h"
@@ -7,9 +7,9 @@
 namespace flashpo::FLASHPO_ISA {
 namespace {
 
-struct Tile {  // what a tile is made of, besides its values
-  int64_t width, tokens, stride, start;  // start: the vocabulary entry of its first row
-  const int64_t* target;                 // (N,), in the whole vocabulary
+struct Tile {  // all of a tile except its values
+  int64_t width, tokens, stride, start;  // start: the vocabulary entry of the first row
+  const int64_t* target;                 // (N,), as entries of the whole vocabulary
   const float* bias;                     // (J,) or null
   const float* inv_temperature;          // (N,) or null
   float inv_temperature_of_all;
@@ -23,7 +23,7 @@ struct Tile {  // what a tile is made of, besides its values
   vi local_target(int64_t column, int lanes) const { return target_rows(target + column, start, lanes); }
 };
 
-// Columns [column, column + lanes) of `rows` rows into `state` (state_rows, N); `first`: which holds nothing yet.
+// Fold columns [column, column + lanes) of `rows` rows into `state` (state_rows, N); `first`: the state is still empty.
 template <typename T, bool CAPPED, bool SIDE, typename Lanes>
 void fold_columns(const T* tile, const Tile& t, int64_t row, int rows, int64_t column, Lanes lanes, float* state,
                   bool first) {
@@ -39,12 +39,12 @@ void fold_columns(const T* tile, const Tile& t, int64_t row, int rows, int64_t c
   columns.store_target(x, row, rows, target);
 }
 
-// Per-token constants of the backward pass.
+// Constants per token for the backward pass.
 struct Upstream {
   const float *results, *d_logprob, *d_entropy;
 };
 
-// A block of logits becomes its gradient in place, and, where `rows_out` (N, J) is given, transposed there too.
+// Turn a block of logits into its gradient, in place and, if `rows_out` (N, J) is given, transposed there too.
 template <typename T, bool CAPPED, typename Lanes>
 void grad_columns(T* tile, const Tile& t, const Upstream& up, int64_t row, int rows, int64_t column, Lanes lanes,
                   T* rows_out, int64_t out_stride) {
@@ -57,7 +57,7 @@ void grad_columns(T* tile, const Tile& t, const Upstream& up, int64_t row, int r
   const vi target = t.local_target(column, lanes);
   const vi hit = in_block(target, row, rows);
 
-  if (rows_out != nullptr)  // a line on a page of its own per token: no hardware prefetch finds them
+  if (rows_out != nullptr)  // each token has a line on another page, which no hardware prefetcher finds
     for (int lane = 0; lane < lanes; ++lane) __builtin_prefetch(rows_out + (column + lane) * out_stride + row, 1);
 
   vu bits[BLOCK] = {};
@@ -82,7 +82,7 @@ void grad_columns(T* tile, const Tile& t, const Upstream& up, int64_t row, int r
     if (rows_out != nullptr) store_transposed(bits, rows, lanes, rows_out + column * out_stride + row, out_stride);
 }
 
-// Whether values are more than what the GEMM gave: CAPPED in the kernels above.
+// Whether the logits differ from what the GEMM gave; this is CAPPED in the kernels above.
 bool is_capped(const Tensor& bias, double softcap) { return bias.defined() || softcap != 0; }
 
 Tile describe(const Tensor& tile, const Tensor& target, int64_t start, const Tensor& bias,

@@ -1,5 +1,5 @@
-// Tiles of logits (J, N) on the CPU, a row per vocabulary entry and a column per token: how kernels walk over them in
-// blocks of BLOCK rows and W columns, and what they keep between tiles.
+// Tiles of logits (J, N) on the CPU, with a row per vocabulary entry and a column per token: how kernels go over them
+// in blocks of BLOCK rows and W columns, and what they keep between tiles.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -19,11 +19,11 @@ static inline void store_lanes(T* p, vf x, Lanes lanes) {
   lanes == W ? store(p, x) : store_part(p, x, lanes);
 }
 
-// `lanes` is either the constant W or, in the last columns, how many there are.
+// `lanes` is either the constant W or, in the last columns, their number.
 using AllLanes = std::integral_constant<int, W>;
 
-// Each token's target as a row of the tile that begins with entry `start` of the vocabulary; of another tile: negative,
-// or beyond the width.
+// Each token's target as a row of the tile that begins with vocabulary entry `start`. A target in another tile is
+// negative or at least the width.
 static inline vi target_rows(const int64_t* target, int64_t start, int lanes) {
   if (lanes == W) return load_int(target) - static_cast<int32_t>(start);
   vi rows = splat_int(-1);
@@ -31,14 +31,14 @@ static inline vi target_rows(const int64_t* target, int64_t start, int lanes) {
   return rows;
 }
 
-// The columns whose target is one of the block's rows.
+// Which columns have their target in one of the block's rows.
 static inline vi in_block(vi target, int64_t row, int rows) {
   const vi of_block = target - static_cast<int32_t>(row);
   return (of_block >= 0) & (of_block < rows);
 }
 
-// The running sums between tiles: a partial's rows, as values rather than bits, and the compensations of its sums; one
-// column of them, or W. `tokens` is the length of a row.
+// The running sums that are kept between tiles: the rows of a partial, as values instead of bits, and the compensations
+// of its sums, for one column or W columns. `tokens` is the length of a row.
 constexpr int state_rows(bool side) { return side ? ROWS + 4 : 4 + 2; }
 
 template <bool SIDE, typename Lanes>
@@ -54,7 +54,7 @@ struct StateColumns {
     store_lanes(at(row), sum.value, lanes);
     store_lanes(at(low), sum.low, lanes);
   }
-  // `first`: there is nothing yet.
+  // `first`: the state is still empty.
   Online<SIDE> load(bool first) const {
     Online<SIDE> online;
     if (first) {
@@ -83,7 +83,7 @@ struct StateColumns {
       store_lanes(at(MAX), online.top, lanes);
     }
   }
-  // x: a block of rows from `row` on, target: as rows.
+  // x is a block of rows from `row`; target is given as rows.
   void store_target(const vf* x, int64_t row, int rows, vi target) const {
     const vi hit = in_block(target, row, rows);
     if (!any(hit)) return;
@@ -92,8 +92,8 @@ struct StateColumns {
   }
 };
 
-// Token i's partial, in bits, from its state. What the reference loses there, when it is rounded, goes to the other
-// rows; the loss is returned.
+// Compute token i's partial, in bits, from its state. What the reference loses when it is rounded to bits is moved to
+// the other rows; this loss is returned.
 static inline float finish_partial(const float* state, int64_t i, int64_t tokens, float unit, bool side, float* partial) {
   const auto in = [&](Row r) { return state[r * tokens + i]; };
   const auto out = [&](Row r) -> float& { return partial[r * tokens + i]; };
@@ -111,7 +111,7 @@ static inline float finish_partial(const float* state, int64_t i, int64_t tokens
   return lost;
 }
 
-// Calls f(row, rows, column, lanes) for every block of a thread's share of the columns.
+// Call f(row, rows, column, lanes) for every block in each thread's share of the columns.
 template <typename F>
 static inline void for_blocks(int64_t width, int64_t tokens, int threads, F&& f) {
   const int64_t groups = (tokens + W - 1) / W;
@@ -134,8 +134,9 @@ static inline void expect_transposed(const Tensor& rows_out, const Tensor& tile)
          "rows_out must be the transposed shape of tile, in its dtype");
 }
 
-// Column c of `bits` (rows of 16-bit values, a lane per column) into row c of `out`: two rows make a 32-bit vector,
-// so that a square of W of them, transposed, has 2 W consecutive values of one column in each vector.
+// Write column c of `bits` (rows of 16-bit values, a lane per column) into row c of `out`. Two rows are joined to a
+// vector of 32-bit numbers. A square of W such vectors, transposed, has 2 W consecutive values of one column in each
+// vector.
 template <typename T, typename Lanes>
 static inline void store_transposed(const vu (&bits)[BLOCK], int rows, Lanes lanes, T* out, int64_t stride) {
   for (int first = 0; first < rows; first += 2 * W) {

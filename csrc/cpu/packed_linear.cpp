@@ -1,7 +1,8 @@
-// x W^T + b for the rows of a decode step, W being laid out in panels: PANEL columns of the result, one after the other.
+// x W^T + b for the rows of a decode step. W is stored in panels of WIDTH columns of the result, one panel after the
+// other.
 //
-// A step reads every weight once and computes little with it. While the rows go over a block of a panel, the next block
-// comes into the cache: software fetches of every line, as the hardware's own stop at every page.
+// A step reads every weight once and computes little with it. While the rows go over a block of a panel, software
+// prefetches every line of the next block into the cache, because hardware prefetching stops at every page.
 #include <algorithm>
 
 #include "../ops.h"
@@ -15,16 +16,16 @@
 namespace flashpo::FLASHPO_ISA {
 namespace {
 
-constexpr int64_t ROW_BLOCK = 192;  // rows of x that stay in the second cache while all panels pass by
+constexpr int64_t ROW_BLOCK = 192;  // rows of x that stay in the second-level cache while all panels are read
 
 template <typename T>
 struct Problem {
-  const T *x, *packed, *bias;  // (rows, depth), (panels, depth * PANEL), (columns) or null
+  const T *x, *packed, *bias;  // (rows, depth), (panels, depth * WIDTH), (columns) or null
   T* out;                      // (rows, columns)
   int64_t rows, depth, columns, x_stride;
 };
 
-// The columns of a panel that exist, from sums of fp32.
+// Write those columns of a panel that exist, from sums in fp32.
 template <typename T>
 void write(const Problem<T>& p, const float* sums, int64_t sums_stride, int64_t row, int64_t rows, int64_t column,
            int64_t width) {
@@ -74,10 +75,10 @@ class Panels {
   }
 
  private:
-  static constexpr int VECTORS = 3, ROWS = W == 16 ? 8 : 4;  // registers: 24 of 32 hold sums, 12 of 16
-  static constexpr int64_t DEPTH = 128;                      // 24 KB of a panel: half of the first cache
+  static constexpr int VECTORS = 3, ROWS = W == 16 ? 8 : 4;  // sums take 24 of 32 registers, or 12 of 16
+  static constexpr int64_t DEPTH = 128;                      // 24 KB of a panel, half of the first-level cache
 
-  // N of a block's 3 lines for each step of its depth: what one pass of rows fetches.
+  // N of the 3 lines of a block per step of its depth: those that one pass of rows prefetches.
   template <int N>
   struct Lines {
     const char* p;
@@ -103,7 +104,8 @@ class Panels {
 
 #else
 
-// bfloat16: a panel is (depth / 32, 2, 16, 16, 2): tiles of 16 pairs of rows and 16 columns, two tiles beside each other.
+// bfloat16: a panel is (depth / 32, 2, 16, 16, 2): tiles of 16 pairs of rows and 16 columns, two tiles next to each
+// other.
 class Panels {
  public:
   using Element = bf16;
@@ -170,8 +172,8 @@ class Panels {
 
 #ifndef FLASHPO_TILES
 
-// Both layouts are of words of 4 bytes, a float or a pair of bfloat16: a panel's word (k, column) of `columns` columns
-// that lie beside each other stands at (k, column) of a tile of `depth` words k.
+// Both layouts consist of words of 4 bytes, which are a float or a pair of bfloat16. Word (k, column) of a panel goes
+// to (k, column) of a tile with `tile_columns` adjacent columns and `tile_depth` words k.
 void pack_linear(const Tensor& weight, const Tensor& packed, int threads) {
   const bool pairs = weight.dtype() == DType::bf16;
   const int64_t columns = weight.size(0), words = weight.size(1) / (pairs ? 2 : 1);
@@ -203,7 +205,7 @@ void pack_linear(const Tensor& weight, const Tensor& packed, int threads) {
 
 #endif
 
-// packed: (panels, depth, 48) of float32; of bfloat16 (panels, depth / 32, 2, 16, 16, 2).
+// packed is (panels, depth, 48) for float32 and (panels, depth / 32, 2, 16, 16, 2) for bfloat16.
 void packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, const Tensor& out, int threads) {
 #ifdef FLASHPO_TILES
   if (x.dtype() != DType::bf16) return without_tiles::packed_linear(x, packed, bias, out, threads);

@@ -1,6 +1,6 @@
-// Borrows the OpenMP pool that torch has loaded (looked up at run time, never linked): torch's idle workers spin for
-// milliseconds after a GEMM, and a second pool would fight them for the cores. Without one, or in a forked child,
-// where libgomp's pool is gone, threads are started for the call.
+// Threads for the kernels come from the OpenMP pool that torch has loaded (looked up at run time, never linked).
+// torch's idle workers spin for milliseconds after a GEMM, and a second pool would compete with them for the cores.
+// Without such a pool, and in a forked child, where libgomp's pool no longer exists, threads are started for each call.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -39,7 +39,7 @@ struct Work {
   void run(int part) const { body(context, n * part / parts, n * (part + 1) / parts); }
 };
 
-// f(context) on this thread and, where they can be had, on `threads` - 1 others at the same time.
+// Run f(context) on this thread and, if they are available, on `threads` - 1 others at the same time.
 void on_threads(int threads, void (*f)(void*), void* context) {
   static const GompParallel gomp = find_gomp();
   if (gomp != nullptr && !in_forked_child) return gomp(f, context, threads, 0);
@@ -49,7 +49,7 @@ void on_threads(int threads, void (*f)(void*), void* context) {
   for (auto& thread : others) thread.join();
 }
 
-// Looks at a condition that another thread is about to make true; gives its core away where that takes long.
+// Wait for a condition that another thread will soon make true. If it takes long, yield the core.
 template <typename F>
 void wait_until(F&& done) {
   for (int looks = 0; !done(); ++looks) {
@@ -60,9 +60,10 @@ void wait_until(F&& done) {
   }
 }
 
-// The threads of a `together`. One leads: it hands out work, takes part in it and waits for its end. The others look
-// for parts to do. A part is taken by moving `turn_` on, in which the number of the work, of its parts and of those
-// taken stand together: who succeeds has a part of that very work, which does not end before this part has.
+// The threads of a `together`. One of them leads: it hands out work, takes part in it and waits for its end. The others
+// look for parts to do. A thread takes a part by advancing `turn_`, which holds the number of the current work, the
+// number of its parts and the number of those taken in one atomic value. A thread that succeeds therefore has a part of
+// exactly that work, and the work cannot end before this part has.
 class Team {
  public:
   Team(int threads, void (*f)(void*), void* context) : threads_(threads), f_(f), context_(context) {}
@@ -78,14 +79,14 @@ class Team {
     work_.store(&work, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     turn_.store(Turn{++works_, static_cast<uint16_t>(work.parts), 0}, std::memory_order_release);
-    leads = nullptr;  // a parallel_for within the work is not for this team
+    leads = nullptr;  // a parallel_for inside of the work must not use this team
     while (take_part()) {
     }
     wait_until([&] { return done_.load(std::memory_order_acquire) == work.parts; });
     leads = this;
   }
 
-  static thread_local Team* leads;  // the team that this thread leads
+  static thread_local Team* leads;  // the team that this thread leads, if any
 
  private:
   void join() {
@@ -102,7 +103,7 @@ class Team {
     over_.store(true, std::memory_order_release);
   }
 
-  // False where none is left. Nothing may be thrown: the others count on every part.
+  // Do a part; false if none is left. It must not throw, because the others count on every part.
   bool take_part() noexcept {
     Turn turn = turn_.load(std::memory_order_acquire), next;
     do {
@@ -137,7 +138,7 @@ thread_local Team* Team::leads = nullptr;
 
 void parallel_for(int64_t n, int threads, Body body, void* context) {
   if (n <= 0) return;
-  constexpr int64_t MOST = 1 << 15;  // parts, which Team counts in 16 bits
+  constexpr int64_t MOST = 1 << 15;  // parts; Team counts them in 16 bits
   const Work work{n, static_cast<int>(std::min({n, std::max<int64_t>(threads, 1), MOST})), body, context};
   if (work.parts == 1) return work.run(0);
   if (Team::leads != nullptr) return Team::leads->share(work);

@@ -1,5 +1,5 @@
-// parallel_for(n, threads, body): body(begin, end) over [0, n), cut into `threads` contiguous parts.
-// together(threads, f): f() on this thread, with the others at hand: each parallel_for in it finds them awake.
+// parallel_for(n, threads, body) calls body(begin, end) for `threads` contiguous parts of [0, n).
+// together(threads, f) calls f() on this thread and keeps the others awake for each parallel_for inside of f.
 #pragma once
 #include <cstdint>
 

@@ -1,22 +1,22 @@
-// How many log-ratios are in each bin of policy_stats.py. A token's becomes a byte, its rank among half octaves, so
-// that a block of tokens is a few vectors, which are compared with one edge after the other.
+// Counts of the log-ratios in each bin of policy_stats.py. Each token becomes a byte, the rank of its log-ratio among
+// half octaves. A block of tokens is then a few vectors, which are compared with one edge after the other.
 #pragma once
 #include "../policy_table.h"
 #include "isa.h"
 
 namespace flashpo::FLASHPO_ISA {
 
-constexpr int64_t BLOCK = 60;  // vectors of tokens: 15 of bytes, whose counts fit into 4 bits
+constexpr int64_t BLOCK = 60;  // vectors of tokens; these are 15 vectors of bytes, whose counts fit into 4 bits
 
 using vb = int8_t __attribute__((vector_size(4 * W)));
 using vub = uint8_t __attribute__((vector_size(4 * W)));
 
-// A float's exponent and first bit of mantissa, less those of the first edge: 1 there, and 0 or less below.
+// The rank is the float's exponent with the first bit of its mantissa, counted so that the first edge has rank 1.
 constexpr int HALF_OCTAVE = 22, BELOW_EDGES = (__builtin_bit_cast(int32_t, EDGES[0]) >> HALF_OCTAVE) - 1;
 constexpr int8_t rank_of(float edge) {
   return static_cast<int8_t>((__builtin_bit_cast(int32_t, edge) >> HALF_OCTAVE) - BELOW_EDGES);
 }
-// With the sign of x; |x| is at most SATURATION.
+// The rank with the sign of x, where |x| is at most SATURATION; 0 below the first edge.
 static inline void store_ranks(int8_t* p, vf x) {
   const vi bits = (vi)x, sign = bits >> 31, rank = ((bits & 0x7fffffff) >> HALF_OCTAVE) - BELOW_EDGES;
   const vi signed_rank = ((rank > 0 ? rank : vi{}) ^ sign) - sign;
@@ -32,9 +32,10 @@ static inline int bin_of(float log_w) {
 
 class Bins {
  public:
-  void add(const int8_t* ranks, int64_t vectors) {  // of a block; 0 behind the last, up to a vector of bytes
+  // Add a block; the ranks are followed by zeros up to a whole vector of bytes
+  void add(const int8_t* ranks, int64_t vectors) {
     vb magnitude[BLOCK / 4];
-    vub one[BLOCK / 4];  // of the upper half byte where the rank is negative
+    vub one[BLOCK / 4];  // in the upper half of the byte if the rank is negative
     const int64_t n = (vectors + 3) / 4;
     for (int64_t i = 0; i < n; ++i) {
       vb rank;
@@ -52,7 +53,7 @@ class Bins {
     if (++blocks_ == 255 / 15) flush();
   }
 
-  // The bins of `ratios` log-ratios, of which those that were not added are in the middle.
+  // The bins of `ratios` log-ratios. Those that were not added are in the middle bin.
   void finish(double ratios, double* bins) {
     flush();
     bins[EDGES_A_SIDE] = ratios - beyond_[0][0] - beyond_[1][0];
@@ -80,7 +81,7 @@ class Bins {
 
   vub below_[EDGES_A_SIDE] = {}, above_[EDGES_A_SIDE] = {};  // of the blocks since the last flush
   int blocks_ = 0;
-  double beyond_[2][EDGES_A_SIDE + 1] = {};  // log w <= -edge, log w >= edge
+  double beyond_[2][EDGES_A_SIDE + 1] = {};  // for each edge, the number with log w <= -edge, and with log w >= edge
 };
 
 }  // namespace flashpo::FLASHPO_ISA

@@ -1,5 +1,5 @@
-// policy_loss on the CPU: each sequence in as many passes as its spec needs, its sums joined in the sequences' order,
-// so that no result depends on the number of threads.
+// policy_loss on the CPU. Each sequence takes as many passes as its spec needs. The sums of sequences are joined in
+// their order, so that no result depends on the number of threads.
 #include <memory>
 
 #include "../ops.h"
@@ -11,7 +11,7 @@ namespace {
 
 using namespace stat;
 
-// Everything of one sequence: its gradients are written, its statistics returned.
+// Compute one sequence: write its gradients and return its statistics.
 struct Partial {
   double stats[STATS];
 };
@@ -87,11 +87,11 @@ Partial run_sequence(const Batch& b, int64_t sequence, Sequence q) {
   return p;
 }
 
-// body(sequence) for all of them, in contiguous parts of about as many tokens each.
+// Call body(sequence) for all sequences, in contiguous parts that have about the same number of tokens.
 template <typename Body>
 void over_sequences(const Batch& b, int threads, Body body) {
   const int64_t tokens = b.starts[b.sequences];
-  const auto place = [&](int64_t sequence) { return b.starts[sequence] + sequence; };  // rises strictly
+  const auto place = [&](int64_t sequence) { return b.starts[sequence] + sequence; };  // strictly increasing
   parallel_for(tokens + b.sequences, tokens < 8192 ? 1 : threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < b.sequences; ++i)
       if (place(i) >= begin && place(i) < end) body(i);
@@ -108,7 +108,7 @@ void policy_loss_fwd(const Tensor& logprob, const Tensor& old_logprob, const Ten
   const int64_t n = logprob.dim() == 1 ? logprob.size(0) : -1;
   const int64_t sequences = cu_seqlens.dim() == 1 ? cu_seqlens.size(0) - 1 : -1;
   expect(n >= 0 && sequences >= 0, "logprob must be (N,) and cu_seqlens (S + 1,)");
-  static float nothing;  // where the tensors of a batch without tokens are: a null pointer stands for None
+  static float nothing;  // address of the tensors of a batch without tokens, because a null pointer means None
   const auto flat = [&](const char* name, const Tensor& x, bool optional) -> const float* {
     expect_dense(name, x, DType::f32, {n}, optional);
     return x.defined() && n == 0 ? &nothing : x.data<const float>();

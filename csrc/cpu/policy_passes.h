@@ -1,6 +1,6 @@
-// The passes of `policy_loss` over one sequence, which is in the cache from the first on: count the mask; sums that a
-// ratio or a weight of the whole sequence needs; terms, statistics and gradient; the gradient of the sequence's ratio,
-// which goes to all of its tokens.
+// The passes of `policy_loss` over one sequence, which stays in the cache after the first: (1) count the mask; (2) sums
+// for ratios and weights of the whole sequence; (3) terms, statistics and gradient; (4) the gradient of the sequence's
+// ratio, which goes to all of its tokens.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -31,10 +31,11 @@ static inline float smallest(vf x) {
   return least;
 }
 
-// Counts and extremes of one sequence's tokens or ratios, and its sums: fp32 within a block, double across blocks.
+// Counts and extremes of a sequence's tokens or ratios, and sums, which are fp32 within a block and double across
+// blocks.
 struct Counts {
   vi clip_low{}, clip_high{}, below{}, above{}, capped{}, saturated{}, off_policy{};
-  vf ratio_min = splat(INFINITY), ratio_max{};  // ratios are above 0
+  vf ratio_min = splat(INFINITY), ratio_max{};  // ratios are positive
   vf weight_min = splat(INFINITY), weight_max = splat(-INFINITY);
 };
 struct Sums {
@@ -43,7 +44,7 @@ struct Sums {
 };
 static inline void add(vd& sum, vf x) { sum += __builtin_convertvector(x, vd); }
 
-// One call: what it is given, and what holds for all of its tokens.
+// The arguments of one call, and what is the same for all of its tokens.
 struct Batch {
   Spec spec;
   Tokens tokens{};  // of all sequences
@@ -51,32 +52,32 @@ struct Batch {
   const float* importance_ratio_of_sequence = nullptr;
   const int64_t* starts = nullptr;
   int64_t sequences = 0;
-  float entropy_threshold = -INFINITY;  // all tokens are kept
-  double num_items = NAN;               // counted here
+  float entropy_threshold = -INFINITY;  // the default keeps all tokens
+  double num_items = NAN;               // NAN: counted here
   double scale = 1;
-  double items = 1, bonus_tokens = 1;   // what the loss and the mean entropy are divided by
+  double items = 1, bonus_tokens = 1;   // the denominators of the loss and of the mean entropy
 
   explicit Batch(const double* spec_numbers) : spec(spec_numbers) {}
   int64_t length(int64_t sequence) const { return starts[sequence + 1] - starts[sequence]; }
-  // Statistics of ratios are of sequences: one sample each, that of the first token
+  // Whether the statistics of ratios are per sequence, with the sequence's first token as the only sample.
   bool samples_of_sequences() const {
     return (spec.ratio == Ratio::sequence || spec.ratio == Ratio::sequence_sum) && advantage_of_sequence &&
            spec.surrogate != Surrogate::gmpo;
   }
-  // Importance weights of tokens, of which each counts in the statistics; not of whole sequences
+  // Whether importance weights are per token and each counts in the statistics, instead of one weight per sequence.
   bool weights_of_tokens() const {
     return tokens.in[IMPORTANCE_RATIO] || (spec.importance != Importance::none && !spec.weight_of_sequences());
   }
   bool is_token_mean() const {
     return spec.aggregation == Aggregation::token_mean || spec.aggregation == Aggregation::local_token_mean;
   }
-  // Whether the first gradient waits for counts over the whole batch
+  // Whether gradients need counts over the whole batch first.
   bool needs_totals() const {
     const bool counts_live = spec.aggregation != Aggregation::token_sum && spec.empty_sequences == Empty::excluded;
     return (std::isnan(num_items) && (is_token_mean() || counts_live)) ||
            (spec.entropy_coef != 0 && spec.entropy_mean == EntropyMean::tokens);
   }
-  // Of those counts, which are 0 where they are not needed
+  // Set the denominators from these counts, which are 0 if they are not needed.
   void set_items(int64_t tokens, int64_t kept, int64_t live_sequences) {
     const int64_t counted = is_token_mean()                                ? tokens
                             : spec.aggregation == Aggregation::token_sum   ? 1
@@ -104,8 +105,9 @@ struct Batch {
   }
 };
 
-// pass(tokens, first, vectors) over blocks of whole vectors; what is left over comes in a padded copy. A sequence
-// without tokens has a copy of nothing but padding, whose first token stands for it in the statistics of sequences.
+// Call pass(tokens, first, vectors) for blocks of whole vectors. The remaining tokens are passed in a padded copy. A
+// sequence without tokens gets a copy of only padding; its first token stands for the sequence in statistics per
+// sequence.
 template <typename Pass>
 static inline void over(const Tokens& t, int64_t length, Pass pass) {
   alignas(64) float in[INPUTS][W] = {}, out[OUTPUTS][W];
@@ -151,7 +153,7 @@ static inline bool needs_sums(const Batch& b) {
          s.importance == Importance::geometric_mask;
 }
 
-// What is the same for all tokens of a sequence but takes all of them to know.
+// Compute what is the same for all tokens of a sequence but depends on all of them.
 static inline void sum_tokens(const Batch& b, const Tokens& t, int64_t length, Sequence& q) {
   const Spec& s = b.spec;
   const bool has_log_rho = s.importance != Importance::none;
@@ -210,7 +212,7 @@ static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens
                float entropy_factor, Sums& sums, Counts& counts, Bins& bins) {
   bool start = true;  // of the sequence
   over(t, length, [&](const Tokens& tokens, int64_t first, int64_t vectors) {
-    const Batch b = batch;  // copies, which no store can change: else all of it would be read again for each vector
+    const Batch b = batch;  // copies, because otherwise all members would be read again after each store
     const Sequence q = sequence;
     const Tokens t = tokens;
     const Spec& s = b.spec;
@@ -253,7 +255,7 @@ static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens
       }
 
       vf log_w = d, w;
-      vi free = splat_int(-1);  // of clamps of log w
+      vi free = splat_int(-1);  // where no clamp holds log w
       if (s.of_tokens()) {
         if (clamps) {
           log_w = clamp(d, s.log_ratio_min, s.log_ratio_max);
@@ -295,7 +297,7 @@ static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens
         store(t.out[D_ENTROPY] + i, (s.entropy_mean == EntropyMean::tokens ? kept : m) ? splat(entropy_factor) : vf{});
 
       const vi sample = of_sequences ? first_token : m;
-      const vf w_sampled = sample ? w : vf{};  // w is above 0
+      const vf w_sampled = sample ? w : vf{};  // w is positive
       ratio += w_sampled;
       ratio_squared += w_sampled * w_sampled;
       local.ratio_min = min(local.ratio_min, sample ? w : splat(INFINITY));
@@ -329,7 +331,7 @@ static void add_terms(const Batch& batch, const Sequence& sequence, const Tokens
   });
 }
 
-// The gradient of a sequence's ratio: `each` for every token that moves it.
+// Add the gradient of a sequence's ratio: `each` goes to every token that changes the ratio.
 static inline void add_chain(const Batch& b, const Sequence& q, const Tokens& t, int64_t length, float each) {
   const bool gmpo = b.spec.surrogate == Surrogate::gmpo;
   over(t, length, [&](const Tokens& t, int64_t first, int64_t vectors) {

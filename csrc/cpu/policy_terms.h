@@ -1,4 +1,4 @@
-// The terms of `policy_loss` for W tokens of one sequence: names and formulas as in
+// The terms of `policy_loss` for W tokens of one sequence. Names and formulas are those of
 // python/flashpo/ops/_policy_loss_reference.py.
 #pragma once
 #include <algorithm>
@@ -13,13 +13,13 @@ namespace flashpo::FLASHPO_ISA {
 constexpr float SATURATION = 64.0f;
 const double VESPO_LOG_MIN = std::log(1e-8), VESPO_LOG_MAX = 20.0;
 
-// A LossSpec.
+// A LossSpec, read from numbers.
 struct Spec {
   Ratio ratio;
   Surrogate surrogate;
   float lowest, highest, clip_low, clip_high, ratio_cap, dual_clip, log_ratio_min, log_ratio_max;
   float sapo_positive, sapo_other;
-  double vespo_gamma[2][2];  // k and lambda: A >= 0, A < 0
+  double vespo_gamma[2][2];  // k and lambda, for A >= 0 and for A < 0
   float kl_coef;
   Kl kl;
   bool kl_ratio_correction;
@@ -68,7 +68,7 @@ struct Spec {
     number(Number::importance_max, importance_max, inf);
     off_policy = !std::isnan(at(Number::off_policy_threshold));
     number(Number::off_policy_threshold, off_policy_threshold);
-    choice(Number::aggregation, aggregation);  // top_entropy's threshold is an argument
+    choice(Number::aggregation, aggregation);  // the threshold for top_entropy is an argument
     number(Number::max_length, max_length);
     choice(Number::empty_sequences, empty_sequences);
     number(Number::entropy_coef, entropy_coef);
@@ -76,7 +76,7 @@ struct Spec {
   }
 
   bool of_tokens() const { return ratio == Ratio::token; }
-  // d loss / d log w goes to the token itself, not to all of its sequence
+  // Whether d loss / d log w goes only to the token itself, not to all tokens of its sequence.
   bool chain_of_tokens() const { return of_tokens() || ratio == Ratio::sequence_token; }
   bool weight_of_sequences() const {
     return importance == Importance::sequence_truncate || importance == Importance::sequence_mask;
@@ -86,11 +86,11 @@ struct Spec {
 enum Input { LOGPROB, OLD, ADVANTAGE, REF, ROLLOUT, IMPORTANCE_RATIO, ENTROPY, INPUTS };
 enum Output { D_LOGPROB, D_ENTROPY, OUTPUTS };
 
-// Tokens of one sequence; what is not given is nullptr.
+// The tokens of one sequence. What is not given is nullptr.
 struct Tokens {
   const float* in[INPUTS];
   const char* mask;
-  int mask_bytes;  // of an element
+  int mask_bytes;  // bytes of an element
   float* out[OUTPUTS];
 
   vi live(int64_t i) const {
@@ -100,22 +100,22 @@ struct Tokens {
       default: return load_int(reinterpret_cast<const int64_t*>(mask) + i) != 0;
     }
   }
-  // What a masked token holds may be anything.
+  // A masked token may hold anything, so it is replaced by 0.
   vf load_live(Input input, int64_t i, vi m) const { return m ? load(in[input] + i) : vf{}; }
 };
 
-// What is known of a sequence before its tokens' terms.
+// What is known about a sequence before its tokens' terms are computed.
 struct Sequence {
-  int64_t tokens = 0, kept = 0;  // live ones, and those of high entropy
-  int64_t end = 0;               // padding from there on
-  float advantage = 0;           // where it is the sequence's
-  float log_w = 0, w = 1;        // where the ratio is; clamped
-  bool free = true, saturated = false;  // no clamp of log w holds it; beyond SATURATION
+  int64_t tokens = 0, kept = 0;  // numbers of live tokens, and of those with high entropy
+  int64_t end = 0;               // from here on there is only padding
+  float advantage = 0;           // if it is one for the sequence
+  float log_w = 0, w = 1;        // if the ratio is one for the sequence; clamped
+  bool free = true, saturated = false;  // whether no clamp holds log w; whether it is beyond SATURATION
   bool weighted = false;         // by importance
-  float rho = 1;                 // where it is the sequence's
-  bool within = true;            // its geometric mean is within the bounds
-  bool off_policy = false;       // dropped where A < 0
-  float phi[2] = {};             // of vespo: A >= 0, A < 0
+  float rho = 1;                 // if it is one for the sequence
+  bool within = true;            // whether the geometric mean is within the bounds
+  bool off_policy = false;       // whether the sequence is dropped if A < 0
+  float phi[2] = {};             // for vespo: for A >= 0 and for A < 0
 };
 
 static inline vf clamp(vf x, float low, float high) {
@@ -128,7 +128,8 @@ static inline vf finite_or_0(vf x) {  // torch.nan_to_num(x, nan=0)
   return x == x ? clamp(x, -largest, largest) : vf{};
 }
 
-// e^x - x - 1, of which the plain form loses everything for small x; x <= SATURATION under the exponential.
+// e^x - x - 1. For small x a polynomial is used, because the plain form would cancel. The exponential takes x <=
+// SATURATION.
 static inline vf exp_beyond_linear(vf x) {
   vf p = splat(2.7557319e-6f) * x + 2.4801587e-5f;
   p = p * x + 1.9841270e-4f;
@@ -140,7 +141,7 @@ static inline vf exp_beyond_linear(vf x) {
   return abs(x) < splat(0.5f) ? p * x * x : exp_normal(clamp(x, -87.0f, SATURATION)) - x - 1.0f;
 }
 
-// Importance weight of each token, and its logarithm before bounds.
+// The logarithm of each token's importance weight before bounds, and the weight.
 static inline vf log_rho(const Tokens& t, int64_t i, vi m, vf old) {
   return finite_or_0(old - t.load_live(ROLLOUT, i, m));
 }
@@ -153,17 +154,17 @@ static inline vf rho(const Spec& s, const Sequence& q, const Tokens& t, int64_t 
   return (r >= s.importance_min) & (r <= s.importance_max) ? r : vf{};
 }
 
-// gmpo: d, held at its bound on the side where A gains.
+// gmpo: d, clamped on the side on which A gains.
 static inline vf gain(const Spec& s, vf d, vf adv) {
   return adv > 0.0f ? min(d, splat(s.clip_high)) : at_least(d, -s.clip_low);
 }
 
 struct Loss {
-  vf x{}, by_log_w{}, by_logp{};  // of a token; its derivative by log w, and by log pi beside that
+  vf x{}, by_log_w{}, by_logp{};  // of a token; its derivative by log w, and apart from that by log pi
   vi below{}, above{}, capped{};
 };
 
-// adv decides between cases; `a` is adv times the token's weight, 0 for a token without a loss.
+// adv decides between cases. `a` is adv times the token's weight, and 0 for a token without a loss.
 template <Surrogate S>
 static inline Loss loss_of(const Spec& s, const Sequence& q, vf logp, vf old, vf d, vf w, vf adv, vf a) {
   Loss loss;
@@ -231,7 +232,7 @@ static inline Loss loss_of(const Spec& s, const Sequence& q, vf logp, vf old, vf
 }
 
 struct KlTerm {
-  vf value, slope;  // its derivative by log pi
+  vf value, slope;  // slope: the derivative by log pi
 };
 static inline KlTerm kl_of(const Spec& s, vf delta) {  // delta: log ref - log pi
   KlTerm kl;

@@ -1,6 +1,6 @@
-// Small matrix products on rows of vectors, in registers: c (rows x columns) = or += a (rows x depth) b.
+// Small matrix products in registers, on rows of vectors: c (rows x columns) = a (rows x depth) b, or c += a b.
 //
-// An element is one chain of multiply-adds over the depth, whatever the size of the tile that it is in.
+// Each element is one chain of multiply-adds over the depth, whatever the size of its tile is.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -9,10 +9,10 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-// c's tile of registers; fills 24 of 32 of them with AVX-512, 12 of 16 without.
+// The tile of c in registers. It takes 24 of 32 registers with AVX-512, and 12 of 16 without.
 constexpr int TILE_ROWS = 6, TILE_VECTORS = W == 16 ? 4 : 2;
 
-// Memory to be brought near while a product is computed: `pairs` of cache lines, `step` bytes apart.
+// Memory to prefetch while a product is computed: `pairs` pairs of cache lines, `step` bytes apart.
 struct Ahead {
   const char* p = nullptr;
   int64_t pairs = 0, step = 128;
@@ -22,7 +22,7 @@ struct Ahead {
     __builtin_prefetch(p + 64, 0, 2);
     p += step;
   }
-  // Fetches what `steps` calls of fetch() would not come to, and makes further calls harmless.
+  // Prefetch what `steps` calls of fetch() would not reach, so that `pairs` is at most `steps`.
   void fetch_all_but(int64_t steps) {
     for (; pairs > steps; --pairs) fetch();
   }
@@ -35,7 +35,7 @@ struct Ahead {
   }
 };
 
-// Where nothing is to be brought near: operands are in the caches.
+// In place of Ahead where nothing has to be prefetched, because the operands are in the caches.
 struct Near {
   void fetch() {}
   Near next(int64_t, const void*) { return {}; }
@@ -43,7 +43,7 @@ struct Near {
 
 using One = std::integral_constant<int64_t, 1>;
 
-// Steps of a: from row to row, and along the depth. One of them is One.
+// a_stride leads to the next row of a, a_step to the next number along the depth. One of the two is One.
 template <int R, int V, typename T, typename Fetches, typename Stride, typename Step = One>
 static inline void product_tile(const float* a, Stride a_stride, const T* b, int64_t b_stride, int64_t depth,
                                 float* c, int64_t c_stride, bool add, Fetches ahead, Step a_step = {}) {
@@ -86,14 +86,15 @@ static inline void product_vectors(int64_t rows, const float* a, Stride a_stride
   }
 }
 
-// b is a tile of T in memory, of which the rows [first, last) count; a holds a column for each row from 0 on.
+// b is a tile of T in memory whose rows [first, last) are used. a has a column for each row of b, from row 0.
 template <typename T>
 class VectorProduct {
  public:
   using Operand = float;
   explicit VectorProduct(float* scratch) : wide_(scratch) {}
 
-  // c's rows end with whole vectors. b is widened first where that is cheaper, or where its rows do not.
+  // The rows of c have room for whole vectors. b is first converted to float if that is cheaper, or if
+  // its rows have no such room.
   void operator()(int64_t rows, int64_t columns, int64_t first, int64_t last, const float* a, int64_t a_stride,
                   const T* b, int64_t b_stride, float* c, int64_t c_stride, bool add, Ahead ahead) {
     const int64_t depth = last - first, padded = (columns + W - 1) / W * W;

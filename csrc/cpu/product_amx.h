@@ -1,5 +1,5 @@
-// The same products of bfloat16 with AMX: 16 x 16 sums of 32 products each in one instruction, which takes b's rows in
-// pairs.
+// The products of product.h for bfloat16 with AMX. One instruction computes 16 x 16 sums of 32 products each; it takes
+// the rows of b in pairs.
 #pragma once
 #ifdef FLASHPO_EMULATE_AMX
 #include "amx_emulated.h"
@@ -12,15 +12,15 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-// The kernels for all that is not bfloat16.
+// The kernels for all other dtypes.
 #ifdef FLASHPO_EMULATE_AMX
 namespace without_tiles = flashpo::baseline;
 #else
 namespace without_tiles = flashpo::avx512;
 #endif
 
-// The tile registers, while it lives: 0 to 3 for sums, 4 and 5 for rows of a, 6 and 7 for 16 pairs of rows of b. 0, 1
-// and 4 have `upper` rows, 2, 3 and 5 `lower` ones.
+// Configures the tile registers while it exists: 0 to 3 are for sums, 4 and 5 for rows of a, 6 and 7 for 16 pairs of
+// rows of b. Tiles 0, 1 and 4 have `upper` rows, tiles 2, 3 and 5 have `lower` rows.
 class TileRegisters {
  public:
   TileRegisters() { use(16, 16); }
@@ -47,13 +47,13 @@ class TileRegisters {
   int64_t upper_ = 0, lower_ = 0;
 };
 
-// b, with its rows in pairs. The strides, in numbers, lead to the next pair, the next 16 columns, the next 32 rows.
+// b with its rows in pairs. The strides, in numbers, lead to the next pair, the next 16 columns and the next 32 rows.
 struct Pairs {
   const bf16* p;
   int64_t pair, group, step;
 };
 
-// c = or += a b: 16 rows of a with `GROUPS` tiles of 16 columns, 32 of a's columns at a time.
+// c = a b or c += a b for 16 rows of a and `GROUPS` tiles of 16 columns, with 32 columns of a at a time.
 template <int GROUPS>
 static inline void multiply_tiles(const bf16* a, int64_t a_stride, Pairs b, int64_t steps, float* c, int64_t c_stride,
                                   bool add) {
@@ -94,7 +94,7 @@ static inline void multiply_tiles(const bf16* a, int64_t a_stride, Pairs b, int6
   }
 }
 
-// The same for any rows and columns: of c to a multiple of 16 and of 32, where there is room for them.
+// The same for any number of rows and columns, rounded up to a multiple of 16 and of 32; c has room for them.
 static inline void multiply_pairs(int64_t rows, int64_t columns, int64_t steps, const bf16* a, int64_t a_stride,
                                   Pairs b, float* c, int64_t c_stride, bool add) {
   const bf16* const first = b.p;
@@ -107,7 +107,7 @@ static inline void multiply_pairs(int64_t rows, int64_t columns, int64_t steps, 
   }
 }
 
-// Words of 16 columns of two rows, of which the registers hold 32 columns.
+// Interleave 32 columns of two rows into words, and store the words of 16 columns at each of the two places.
 static inline void store_interleaved(__m512i even, __m512i odd, void* first, void* second) {
   alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -116,13 +116,14 @@ static inline void store_interleaved(__m512i even, __m512i odd, void* first, voi
   _mm512_storeu_si512(second, _mm512_permutex2var_epi16(even, high, odd));
 }
 
-// Each tile of the cache is interleaved into scratch first.
+// Interleaves each tile of the cache into scratch before it is multiplied.
 class AmxProduct {
  public:
   using Operand = bf16;
   explicit AmxProduct(float* scratch) : pairs_(reinterpret_cast<bf16*>(scratch)) {}
 
-  // c has rows to a multiple of 16 and columns to one of 32; a's columns from `last` to a multiple of 32 are 0.
+  // c has room for rows up to a multiple of 16 and columns up to one of 32. a is 0 from column `last` to a multiple of
+  // 32.
   void operator()(int64_t rows, int64_t columns, int64_t first, int64_t last, const bf16* a, int64_t a_stride,
                   const bf16* b, int64_t b_stride, float* c, int64_t c_stride, bool add, Ahead ahead) {
     interleave(b, b_stride, first, last, columns, ahead);
@@ -136,7 +137,8 @@ class AmxProduct {
   }
 
  private:
-  // b's rows [first, last), 0 for the others up to a multiple of 32, as tiles of 16 pairs of rows and 16 columns.
+  // Store b's rows [first, last), and 0 for the others up to a multiple of 32, as tiles of 16 pairs of rows and 16
+  // columns.
   void interleave(const bf16* b, int64_t b_stride, int64_t first, int64_t last, int64_t columns, Ahead ahead) {
     const int64_t depth = (last + 31) / 32 * 32, groups = (columns + 31) / 32;
     ahead.fetch_all_but(depth / 2 * groups);

@@ -1,9 +1,9 @@
-// tree_recurrence on the CPU: what of a chunk and a head forward and backward both need. Formulas as in
-// python/flashpo/ops/tree_recurrence.py.
+// tree_recurrence on the CPU: the terms of a chunk and a head that both forward and backward need. The formulas are
+// those of python/flashpo/ops/tree_recurrence.py.
 //
-// The heads of one key's head go together, as far as a group of them: without decays for each feature they share the
-// products of queries and keys. exp(G_i - G_j) is a product of what single tokens keep, so that nothing is lost in
-// differences of sums, and one exponential a token is enough.
+// The heads that belong to one key head are computed together, in groups of limited size. Without decays per feature
+// they share the products of queries and keys. exp(G_i - G_j) is computed as a product of the tokens' exp(decay), so no
+// digits are lost in differences of sums, and one exponential per token is enough.
 #pragma once
 #include <algorithm>
 
@@ -15,10 +15,10 @@ namespace flashpo::FLASHPO_ISA::recurrence {
 using tree::Chunk;
 using tree::ChunkTree;
 
-constexpr int64_t MOST_HEADS = 4;  // of one unit of work
+constexpr int64_t MOST_HEADS = 4;  // heads in one unit of work
 
 struct Shape {
-  int64_t tokens, key_heads, rep, features, values, size;  // size: tokens of a chunk
+  int64_t tokens, key_heads, rep, features, values, size;  // size: tokens per chunk
   bool per_feature, delta;
 
   int64_t heads() const { return key_heads * rep; }
@@ -35,7 +35,7 @@ struct Inputs {
   float scale;
 };
 
-// States of all chunks, or of the chunks of two depths, which is enough for what goes from depth to depth.
+// The states of all chunks, or of the chunks of two depths, which is enough for passing states from depth to depth.
 struct States {
   const Shape& shape;
   const ChunkTree& chunks;
@@ -54,13 +54,13 @@ struct States {
 
 static inline vf sum_of(vf a, vf b) { return a + b; }
 
-// A decayed factor, 0 where it is below fp32's normal numbers: with smaller ones processors are slow.
+// The product of two factors, or 0 if it is below fp32's normal numbers, with which processors are slow.
 static inline vf decayed(vf x, vf by) {
   const vf y = x * by;
   return y < splat(1.17549435e-38f) ? vf{} : y;
 }
 
-// c (rows x columns) = or += a b; a(i, k) = a[i stride + k step], of which one is One.
+// c (rows x columns) = a b or c += a b, where a(i, k) = a[i stride + k step]; stride or step is One.
 template <typename Stride, typename Step>
 static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, Stride stride, Step step,
                             const float* b, float* c, bool add) {
@@ -77,7 +77,7 @@ static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const 
   }
 }
 
-// c (rows x columns) = or += l b for the lower triangle l (rows x rows), with zeros above it; and for l transposed.
+// c (rows x columns) = l b or c += l b for a lower triangle l (rows x rows) with zeros above it; then the same for l^T.
 static inline void multiply_lower(int64_t rows, int64_t columns, const float* l, int64_t size, const float* b,
                                   float* c, bool add) {
   for (int64_t i = 0; i < rows; i += 2 * TILE_ROWS) {
@@ -93,7 +93,7 @@ static inline void multiply_turned(int64_t rows, int64_t columns, const float* l
   }
 }
 
-// x (rows x columns) = (I - l)^-1 x for a strictly lower l; and for l transposed.
+// x (rows x columns) = (I - l)^-1 x for a strictly lower l; then the same for l^T.
 static inline void solve(int64_t rows, int64_t columns, const float* l, int64_t size, float* x) {
   for (int64_t begin = 0; begin < rows; begin += TILE_ROWS) {
     const int64_t stop = std::min<int64_t>(begin + TILE_ROWS, rows);
@@ -123,7 +123,7 @@ static inline void solve_turned(int64_t rows, int64_t columns, const float* l, i
   }
 }
 
-// FEATURES: a decay for each feature. Rows of features and values end with zeros.
+// FEATURES: whether there is a decay per feature. The rows of features and of values are padded with zeros.
 template <typename T, bool FEATURES>
 class Terms {
  protected:
@@ -155,7 +155,7 @@ class Terms {
         read_(arena.take(2 * size_ * wide_values_)),
         update_(arena.take(size_ * wide_values_)) {}
 
-  // What the heads of a unit have in common.
+  // Load what the heads of a unit share.
   void begin(const Chunk& chunk, int64_t unit) {
     begin_ = chunk.begin;
     n_ = chunk.count;
@@ -176,7 +176,7 @@ class Terms {
     }
   }
 
-  // P, -A, scale q exp(G) above beta k exp(G), and k exp(G_last - G).
+  // Compute P, -A, scale q exp(G) with beta k exp(G) below it, and k exp(G_last - G).
   void compute(int64_t head) {
     FEATURES ? compute_by_feature(head) : compute_together(head);
     for (int64_t i = 0; i < n_; ++i) {
@@ -191,7 +191,7 @@ class Terms {
     }
   }
 
-  // From the state before the chunk what queries and keys read there, the keys' rows last; and u.
+  // Compute what the queries and (in the last rows) the keys read from the state before the chunk; and u.
   void read_state(int64_t head, const float* state, bool queries_too) {
     for (int64_t d = 0; d < shape_.features; ++d)
       Math::load_row(state + d * shape_.values, shape_.values, wide_values_, state_ + d * wide_values_);
@@ -209,16 +209,16 @@ class Terms {
     if (shape_.delta) solve(n_, wide_values_, against_, size_, update_);
   }
 
-  // Of token i of the chunk, for features from d on.
+  // The factor of the chunk's token i, for the features from d.
   static vf factor_of(const float* factors, int64_t i, int64_t d, int64_t wide) {
     if constexpr (FEATURES) return load(factors + i * wide + d);
     return splat(factors[i]);
   }
   vf factor(const float* factors, int64_t i, int64_t d) const { return factor_of(factors, i, d, wide_); }
   float beta(int64_t i, int64_t head) const { return shape_.delta ? beta_[(begin_ + i) * shape_.heads() + head] : 0; }
-  int64_t rows() const { return shape_.delta ? 2 * n_ : n_; }  // of queries, and keys that read
+  int64_t rows() const { return shape_.delta ? 2 * n_ : n_; }  // the rows of queries, and of keys that read the state
 
-  // A step from token i - 1 to token i: what all earlier tokens have kept until then, and token i itself, whole.
+  // Advance from token i - 1 to token i: what earlier tokens keep until i decays, and token i itself is kept whole.
   void step(int64_t i) {
     for (int64_t j = 0; j < i; ++j)
       for (int64_t d = 0; d < wide_; d += W)
@@ -236,9 +236,10 @@ class Terms {
   const float *decay_, *beta_;
   const float scale_;
   const int64_t wide_, wide_values_, size_;
-  float *queries_, *keys_, *turned_, *by_query_, *by_key_;     // of the unit; the products of all pairs
-  float *factors_, *reach_, *rest_, *keep_;                    // exp of G_i - G_j, G, G_last - G, and the decays
-  float *within_, *against_, *reached_, *write_;               // as `compute` says
+  float *queries_, *keys_, *turned_, *by_query_, *by_key_;     // of the unit; by_query_, by_key_: products of all pairs
+  // Exp of G_i - G_j, of G, of G_last - G, and of the decays
+  float *factors_, *reach_, *rest_, *keep_;
+  float *within_, *against_, *reached_, *write_;               // as described at `compute`
   float *state_, *read_, *update_;
   int64_t begin_ = 0, n_ = 0, key_head_ = 0, group_ = 0, first_head_ = 0, heads_ = 0;
 

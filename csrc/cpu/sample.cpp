@@ -1,5 +1,5 @@
-// sample on the CPU: a thread draws row after row. A row stays in its cache from the first pass, which finds the largest
-// logit, to the last.
+// sample on the CPU: each thread samples one row after the other. A row stays in the thread's cache from the first
+// pass, which finds the largest logit, to the last one.
 #include "../sample.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ double total(vf x) {
   return sum;
 }
 
-// f(vector, position of its first element) over [begin, end); what is missing in the last vector is -inf.
+// Call f(vector, index of its first element) over [begin, end); missing elements of the last vector are -inf.
 template <typename T, typename F>
 void each(const T* x, int64_t begin, int64_t end, F&& f) {
   int64_t i = begin;
@@ -39,7 +39,7 @@ template <typename T>
 class Row {
  public:
   static constexpr int SHIFT = std::is_same_v<T, float> ? 0 : std::is_same_v<T, bf16> ? 16 : 13;
-  static constexpr int PIVOTS = 1;  // one and a few more passes, or more at once: the same time
+  static constexpr int PIVOTS = 1;  // one pivot and a few more passes take the same time as more pivots at once
   const int64_t size;
   float top = -INFINITY, unit = 1;
 
@@ -48,7 +48,7 @@ class Row {
     chunks = static_cast<int>((size + length - 1) / length);
   }
 
-  // Finds `top`. All weights, as sums(All); NaN where there is nothing to draw from.
+  // Find `top`. Return the sum of all weights, as sums(All) does; NaN if there is nothing to sample from.
   double begin() {
     vi fine = splat_int(-1);
     top = -INFINITY;
@@ -56,7 +56,7 @@ class Row {
       vf highest = splat(-INFINITY);
       each(logits, c * length, end_of(c), [&](vf x, int64_t) {
         highest = max(highest, x);
-        fine &= x < splat(INFINITY);  // not so for NaN
+        fine &= x < splat(INFINITY);  // false for NaN
       });
       maximum[c] = -INFINITY;
       for (int i = 0; i < W; ++i) maximum[c] = std::max(maximum[c], highest[i]);
@@ -68,7 +68,7 @@ class Row {
   float at(int64_t i) const { return load_part(logits + i, 1, 0)[0]; }
   float weight(float x) const { return weights(splat(x))[0]; }
 
-  // The sum of what `measure` gives each logit; keeps those of the chunks, for `locate`.
+  // Sum what `measure` gives for each logit. The sums of the chunks are kept for `locate`.
   template <typename Measure>
   double sums(Measure measure) {
     double sum = 0;
@@ -82,7 +82,7 @@ class Row {
     return sum;
   }
 
-  // The first logit with which the sum exceeds `target`; never one that measures 0.
+  // The first logit at which the cumulative sum exceeds `target`; never one for which `measure` gives 0.
   template <typename Measure>
   int64_t locate(Measure measure, double target) const {
     int chunk = -1;
@@ -105,14 +105,15 @@ class Row {
         if (before > target) return last;
       }
     }
-    return last;  // rounding: the chunk's sum was larger
+    return last;  // because of rounding, the chunk's sum was larger
   }
 
-  // From now on pivots lie between low and high. Once few logits do, these are copied and passed over alone.
+  // From now on pivots lie between low and high. If few logits do, these are copied, and later passes read only the
+  // copy.
   void unfocus() { candidates = -1; }
   void focus(float low, float high, Weight at_high, int64_t inside) {
     if (inside > CANDIDATES || inside > (candidates < 0 ? size : candidates) / 2) return;
-    low = std::max(low, -FLT_MAX);  // what the last vector is filled with is no candidate
+    low = std::max(low, -FLT_MAX);  // excludes the -inf that fills the last vector
     int64_t n = 0;
     const auto copy = [&](vf x, int64_t) { n += compress(candidate + n, x, (x >= splat(low)) & (x < splat(high))); };
     if (candidates < 0) {
@@ -125,7 +126,7 @@ class Row {
     above = at_high;
   }
 
-  // What the logits >= *pivot weigh.
+  // The weight of all logits >= *pivot.
   template <bool COUNTED>
   void weigh(const float* pivot, Weight* out) const {
     const vf least = splat(*pivot);
@@ -155,13 +156,13 @@ class Row {
 
  private:
   const T* logits;
-  int64_t length;  // of a chunk: whole vectors
+  int64_t length;  // of a chunk; a multiple of W
   int chunks;
   float maximum[CHUNKS];
   double part[CHUNKS];
   float candidate[CANDIDATES + W];
-  int64_t candidates = -1;  // none were taken
-  Weight above{0, 0};       // of what is larger than they are
+  int64_t candidates = -1;  // -1: none were copied
+  Weight above{0, 0};       // the weight of the logits above the candidates
 
   int64_t end_of(int chunk) const { return std::min(size, (chunk + 1) * length); }
   vf weights(vf x) const { return exp2((x - top) * unit); }
@@ -173,7 +174,7 @@ class Row {
     const vi inside = (x > splat(kept.threshold)) | ((x == splat(kept.threshold)) & before);
     return inside ? weights(x) : vf{};
   }
-  // Does `measure` give 0 to everything up to x?
+  // Whether `measure` gives 0 for all logits up to x.
   static bool beyond(All, float) { return false; }
   static bool beyond(Ties ties, float x) { return x < ties.value; }
   static bool beyond(Kept kept, float x) { return x < kept.threshold; }

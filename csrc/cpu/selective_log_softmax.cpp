@@ -1,4 +1,4 @@
-// selective_log_softmax on the CPU: one pass over each row of logits, W interleaved parts of the row to a vector.
+// selective_log_softmax on the CPU: one pass over each row of logits, with W interleaved parts of the row in a vector.
 #include <algorithm>
 
 #include "../ops.h"
@@ -18,7 +18,7 @@ struct Rows {  // (B, T, V) logits with unit stride along V
   }
 };
 
-// Joins the W lanes of one row; x_target and the lanes are values, unit turns them into bits.
+// Join the W lanes of one row. x_target and the lanes are values; unit turns them into bits.
 template <bool SIDE>
 void finish(const Online<SIDE>& o, float x_target, float unit, int64_t vocab, float* out, int64_t stride) {
   float ref = LOWEST;
@@ -46,7 +46,7 @@ void finish(const Online<SIDE>& o, float x_target, float unit, int64_t vocab, fl
   }
 }
 
-// Bytes fetched ahead of the loads, which stand still while a block is computed.
+// How many bytes ahead of the loads to prefetch, because the loads pause while a block is computed.
 constexpr int AHEAD = 4096;
 
 template <typename T, bool SIDE>
@@ -67,7 +67,7 @@ void forward_row(const T* row, int64_t vocab, int64_t index, float unit_of_all, 
     if (whole > 0) online.fold(x, whole, unit, target, position);
     if (rest > 0) {
       x[whole] = load_part(row + start + whole * W, rest, -INFINITY);
-      Sum ysum = online.ysum;  // which the absent lanes must not enter
+      Sum ysum = online.ysum;  // the absent lanes must not enter this sum
       ysum.add(iota() < splat_int(rest) ? x[whole] : vf{});
       online.fold(x + whole, 1, unit, target, [&](int) { return position(whole); });
       online.ysum = ysum;
@@ -101,7 +101,7 @@ void backward_row(const T* x, T* out, int64_t vocab, int64_t index, const Gradie
   int64_t j = 0;
   for (; j + W <= vocab; j += W) store(out + j, g(load(x + j)));
   if (j < vocab) store_part(out + j, g(load_part(x + j, vocab - j, -INFINITY)), vocab - j);
-  store_part(out + index, g(splat(x_target)) + at_target, 1);  // after the row: never rounded before the sum
+  store_part(out + index, g(splat(x_target)) + at_target, 1);  // after the row is written; the sum is rounded only once
 }
 
 template <typename T>

@@ -1,5 +1,5 @@
-// merge_partials on the CPU: (S, R, N) parts of the vocabulary into logprob, entropy and lse. A few operations a
-// token, so plain scalar code, compiled once.
+// merge_partials on the CPU: parts of the vocabulary (S, R, N) into logprob, entropy and lse. It takes a few operations
+// per token, so it is plain scalar code, compiled once.
 #include <algorithm>
 #include <cmath>
 

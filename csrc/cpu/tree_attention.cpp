@@ -1,11 +1,12 @@
-// Attention over a token tree on the CPU: products of bfloat16 where there is AMX, everything else in fp32. Formulas as
-// in python/flashpo/ops/tree_attention.py.
+// Attention over a token tree on the CPU. Products of bfloat16 use AMX if available; everything else is fp32. The
+// formulas are those of python/flashpo/ops/tree_attention.py.
 //
-// The tokens are cut into tiles. A tile of queries, the query heads of one key beside each other, meets the tiles of
-// keys that any of it sees: small products of tiles that are laid out for them once. No product is of more rows than
-// see the keys, or with AMX of a block more. Forward keeps a running softmax; backward goes through the queries and
-// adds up the keys' gradients, transposed, in sums of its own for each of a few ranges of queries, which are added in
-// a fixed order at the end.
+// The tokens are cut into tiles. A tile of queries, with the query heads of one key head next to each other, is
+// combined with those tiles of keys that any of its queries sees. These are small products of tiles, whose layout is
+// prepared once. A product covers only the rows up to the last one that sees the keys (with AMX, rounded up to a
+// block). Forward keeps a running softmax. Backward goes through the queries and adds up the keys' gradients,
+// transposed. The queries are divided into a few ranges, each with separate sums, which are added in a fixed order at
+// the end.
 #include <algorithm>
 #include <vector>
 
@@ -16,7 +17,7 @@
 namespace flashpo::FLASHPO_ISA {
 namespace {
 
-constexpr int64_t MOST_RANGES = 4;  // of queries, each with sums of its own
+constexpr int64_t MOST_RANGES = 4;  // ranges of queries, each with separate sums
 constexpr int VECTORS = TILE / W;
 
 template <typename T, bool CAPPED>
@@ -58,7 +59,7 @@ class Forward : TreeWorker {
   }
 
  private:
-  // Products with a tile's keys -> their weights, the row's results being brought to the largest score so far.
+  // Turn the products with a tile of keys into weights, and rescale the row's results to the largest score so far.
   template <bool ALL>
   void fold(int64_t row, int64_t t) {
     float* const p = products_ + row * TILE;
@@ -115,7 +116,7 @@ class Backward : TreeWorker {
         tops_(arena.take(shape.rows())),
         factors_(arena.take(shape.rows())) {}
 
-  // Adds to dk (tiles, wide, TILE) and dv (tiles, wide values, TILE).
+  // Add to dk (tiles, wide, TILE) and dv (tiles, wide values, TILE).
   void operator()(int64_t head, int64_t group, int64_t t, float* dk, float* dv) {
     [[maybe_unused]] const Math::Registers registers;
     begin(head, group, t);
@@ -123,7 +124,8 @@ class Backward : TreeWorker {
     load_both_ways(q_, shape_.features, shape_.words(), queries_, turned_queries_);
     load_both_ways(d_out_, shape_.values, shape_.value_words(), upstream_, turned_upstream_);
     std::fill(results_, results_ + rows() * width, 0.0f);
-    for (int64_t row = 0; row < rows(); ++row) {  // exp(score - lse) would lose what a difference of two x has
+    // Exp(score - lse) would lose digits that the difference of two x keeps
+    for (int64_t row = 0; row < rows(); ++row) {
       const double lse = lse_[place(row)], scale = scores_.score_of(1.0f);
       tops_[row] = static_cast<float>(lse / scale);
       factors_[row] = static_cast<float>(std::exp(tops_[row] * scale - lse));
@@ -153,7 +155,7 @@ class Backward : TreeWorker {
     turn(packed_, shape_.rows() / PACK, words * PACK, turned);
   }
 
-  // Products q k and d_out v -> p and ds, both packed, and the rows of ds.
+  // Turn the products q k and d_out v into p and ds, both packed, and store the rows of ds.
   template <bool ALL>
   void slopes(int64_t count, int64_t t) {
     for (int64_t first = 0; first < in_blocks(count); first += PACK) {
@@ -184,13 +186,14 @@ class Backward : TreeWorker {
   float *turned_queries_, *upstream_, *turned_upstream_, *packed_, *slopes_, *slope_rows_, *results_, *tops_, *factors_;
 };
 
-// What each range of queries gives the keys, of every unit: a group of query heads of one key.
+// The gradients of keys and values from each range of queries, for every unit: a group of the query heads of one key
+// head.
 struct Sums {
   const Shape& shape;
   const Tiles& tiles;
   const int64_t units;
   const std::vector<int64_t> bounds;  // of the ranges, in tiles
-  float *keys, *values, *rows;        // (units, ranges, tiles, wide, TILE); two tiles of each thread
+  float *keys, *values, *rows;        // (units, ranges, tiles, wide, TILE); rows: two tiles per thread
 
   Sums(Arena& arena, const Shape& shape, const Tiles& tiles, int threads)
       : shape(shape),
@@ -204,7 +207,7 @@ struct Sums {
   int64_t ranges() const { return static_cast<int64_t>(bounds.size()) - 1; }
   int64_t size(int64_t wide) const { return tiles.count() * wide * TILE; }
 
-  // Of all units and ranges of a head, in their order -> out (tokens, heads, features).
+  // Add up all units and ranges of a head in their order, into out (tokens, heads, features).
   void add_up(const float* sums, int64_t features, float* out, int threads) const {
     const int64_t wide = padded(features), count = tiles.count(), parts = shape.groups() * ranges();
     take_turns(shape.heads * count, threads, [&](int64_t i, int64_t thread) {
@@ -232,7 +235,7 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
            "q, k, v must be of one dtype and length, dense along features");
   expect(s.rep > 0 && q.size(1) == s.heads * s.rep && v.size(1) == s.heads && k.size(2) == s.features,
          "q, k, v must have heads that fit");
-  expect_dense("end", end, DType::i32, {s.tokens});  // position: by Tiles
+  expect_dense("end", end, DType::i32, {s.tokens});  // Tiles checks position
   return s;
 }
 
@@ -271,7 +274,7 @@ void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
       expect_dense("scratch", scratch, DType::f32, {arena.used()});
       keys.load(Array<T>(k), Array<T>(v), threads);
       const int64_t units = shape.heads * shape.groups(), count = tiles.count();
-      take_turns(units * count, threads, [&](int64_t i, int64_t thread) {  // the last see most
+      take_turns(units * count, threads, [&](int64_t i, int64_t thread) {  // the last tiles see the most
         workers[thread](i % units / shape.groups(), i % shape.groups(), count - 1 - i / units);
       });
     };
@@ -279,7 +282,7 @@ void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
   });
 }
 
-// dq, dk, dv: fp32. delta: (tokens, query heads), d_out . out.
+// dq, dk and dv are fp32. delta (tokens, query heads) is d_out . out.
 void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end, const Tensor& position,
                         double scale, int64_t window, double softcap, const Tensor& lse, const Tensor& delta,
                         const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv,

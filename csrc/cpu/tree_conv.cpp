@@ -1,7 +1,7 @@
-// tree_conv on the CPU, in fp32. Formula as in python/flashpo/ops/tree_conv.py.
+// tree_conv on the CPU, in fp32. The formula is that of python/flashpo/ops/tree_conv.py.
 //
-// A thread has a block of features to itself: nobody else adds to the gradients of their ancestors or their weights,
-// which are summed token by token, whatever the number of threads.
+// In backward, each block of features belongs to one thread. No other thread adds to the gradients of its inputs and
+// weights, so these are summed token by token, whatever the number of threads.
 #include <algorithm>
 
 #include "../ops.h"
@@ -11,11 +11,12 @@
 namespace flashpo::FLASHPO_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 64;    // features of one piece of work
-constexpr int64_t TOKENS = 64;   // whose gradients of weights are summed by themselves: beside a large sum they vanish
-constexpr int64_t MOST = 8;      // columns of weights
+constexpr int64_t BLOCK = 64;    // features in one piece of work
+// Weight gradients are first summed over so many tokens, because small terms would vanish in a large sum
+constexpr int64_t TOKENS = 64;
+constexpr int64_t MOST = 8;      // the largest width of a convolution
 
-// W numbers, or as many as are left.
+// Load W numbers, or as many as are left.
 template <typename T>
 vf some(const T* p, int64_t left) {
   return left >= W ? load(p) : load_part(p, static_cast<int>(left), 0.0f);
@@ -27,7 +28,7 @@ void put(T* p, vf x, int64_t left) {
 
 struct Convolution {
   int64_t tokens, features, width;
-  const float* weight;       // (width, features), the newest token's first
+  const float* weight;       // (width, features); the newest token's row is first
   const int64_t* ancestors;  // (width - 1, tokens)
 
   Convolution(const Tensor& x, const Tensor& weight, const Tensor& ancestors)
@@ -44,7 +45,7 @@ struct Convolution {
       expect(this->ancestors[i] == tokens || (this->ancestors[i] >= 0 && this->ancestors[i] < i % tokens),
              "ancestors must be earlier tokens");
   }
-  // The token itself and its ancestors -> their number.
+  // Find the token itself and its ancestors; return their number.
   int64_t window(int64_t t, int64_t (&found)[MOST]) const {
     found[0] = t;
     int64_t count = 1;
@@ -56,13 +57,13 @@ struct Convolution {
   }
 };
 
-// Of the features [begin, stop), at most BLOCK.
+// The gradients of the features [begin, stop), which are at most BLOCK.
 template <typename T>
 void backward(const Convolution& conv, const Tensor& x, const T* d_out, int64_t begin, int64_t stop, float* dx,
               float* d_weight, float* d_bias) {
   const int64_t features = conv.features, count = stop - begin;
   const T* from = x.data<const T>() + begin;
-  float sums[MOST + 1][BLOCK] = {}, totals[MOST + 1][BLOCK] = {};  // the last: of the bias
+  float sums[MOST + 1][BLOCK] = {}, totals[MOST + 1][BLOCK] = {};  // the last row is for the bias
   const auto add_up = [&] {
     for (int64_t j = 0; j <= MOST; ++j) {
       for (int64_t c = 0; c < BLOCK; c += W) {
@@ -120,7 +121,7 @@ void tree_conv_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias, co
   });
 }
 
-// dx, d_weight (width, features) and d_bias: fp32.
+// dx, d_weight (width, features) and d_bias are fp32.
 void tree_conv_bwd(const Tensor& x, const Tensor& weight, const Tensor& ancestors, const Tensor& d_out,
                    const Tensor& dx, const Tensor& d_weight, const Tensor& d_bias, int threads) {
   const Convolution conv(x, weight, ancestors);

@@ -1,8 +1,8 @@
-// How tree attention holds and multiplies tiles: in words of 32 bits, each a float, or two bfloat16s for AMX.
+// How tree attention stores and multiplies tiles: in words of 32 bits. A word is a float, or two bfloat16 for AMX.
 //
-// product: c = or += a b, sums of fp32. A row of a follows the other; a word of b holds PACK rows of a column. `turn`
-// transposes words and `pack` makes such words out of rows, so of the rows x: x is a, pack(x) is b, and for the
-// transposed x they are turn(pack(x)) and turn(x).
+// product: c = a b or c += a b, with sums in fp32. The rows of a are stored one after the other. A word of b holds PACK
+// rows of a column. `turn` transposes words, and `pack` turns rows into words of b. So, from rows x: x can be used as a
+// and pack(x) as b; and for the transpose of x, turn(pack(x)) can be used as a and turn(x) as b.
 #pragma once
 #include <algorithm>
 
@@ -13,10 +13,10 @@
 
 namespace flashpo::FLASHPO_ISA {
 
-constexpr int64_t LANES = 16;  // words to whose multiples rows in memory are padded
-constexpr int64_t CHAIN = 64;  // products that are summed one behind the other: the error grows with them
+constexpr int64_t LANES = 16;  // rows in memory are padded to a multiple of so many words
+constexpr int64_t CHAIN = 64;  // products that are summed in one chain; the rounding error grows with this number
 
-// to (columns, rows) = from (rows, columns) transposed; both multiples of LANES.
+// to (columns, rows) = from (rows, columns) transposed. Both sizes are multiples of LANES.
 static inline void turn(const float* from, int64_t rows, int64_t columns, float* to) {
   for (int64_t i = 0; i < rows; i += W) {
     for (int64_t j = 0; j < columns; j += W) {
@@ -31,10 +31,10 @@ static inline void turn(const float* from, int64_t rows, int64_t columns, float*
 #ifndef FLASHPO_TILES
 struct Math {
   static constexpr int64_t PACK = 1;
-  static constexpr int64_t BLOCK = 1;  // to whose multiples `product` takes rows and depth
-  struct Registers {};                 // to be held while products are computed
+  static constexpr int64_t BLOCK = 1;  // `product` rounds rows and depth up to multiples of this
+  struct Registers {};                 // must exist while products are computed
 
-  // A row of `padded` words, with zeros behind its `count` numbers.
+  // Load a row of `padded` words, with zeros after its `count` numbers.
   template <typename T>
   static void load_row(const T* from, int64_t count, int64_t padded, float* to) {
     int64_t j = 0;
@@ -48,7 +48,7 @@ struct Math {
   static void pack(const float* from, int64_t rows, int64_t words, float* to) {
     std::copy(from, from + rows * words, to);
   }
-  // W numbers from column j on: of a row, or of PACK rows, packed.
+  // Store W numbers from column j: of a row, or of PACK rows, packed.
   static void put(float* row, int64_t j, vf x) { store(row + j, x); }
   static void put_packed(float* row, int64_t j, const vf (&x)[PACK]) { store(row + j, x[0]); }
 

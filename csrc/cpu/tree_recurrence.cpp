@@ -1,8 +1,8 @@
-// tree_recurrence on the CPU, in fp32. Formulas as in python/flashpo/ops/tree_recurrence.py.
+// tree_recurrence on the CPU, in fp32. The formulas are those of python/flashpo/ops/tree_recurrence.py.
 //
-// The chunks of one depth are independent of each other, and so are the heads: a unit of work is a chunk with some
-// heads of one key's head. Forward goes down the tree and leaves in place of each chunk the state that it starts from;
-// backward goes up, and a chunk adds up the gradients of the states that start from its own, in their order.
+// The chunks of one depth are independent of each other, and so are the heads. A unit of work is a chunk with some of
+// the heads that belong to one key head. Forward goes down the tree and stores for each chunk the state from which it
+// starts. Backward goes up; each chunk adds up the gradients of the states that continue its own, in their order.
 #include "../ops.h"
 #include "for_dtype.h"
 #include "recurrence_terms.h"
@@ -65,7 +65,7 @@ class Forward : Terms<T, FEATURES> {
   float* ends_;
 };
 
-// Of what gradients are written to. dq and dk: (groups, tokens, key heads, features), to be added up.
+// Where the gradients are written. dq and dk are (groups, tokens, key heads, features), to be added up over groups.
 struct Gradients {
   float *dq, *dk, *dv, *d_decay, *d_beta;
 };
@@ -133,7 +133,7 @@ class Backward : Terms<T, FEATURES> {
     std::fill(this->update_ + n * values, this->update_ + size * values, 0.0f);
     turn(this->update_, size, values, turned_update_);
 
-    // of out; and below it, -r, where r is the gradient of (I + A) u
+    // upstream_ holds the gradient of out, and below it -r, where r is the gradient of (I + A) u.
     float* const r = upstream_ + n * values;
     float* const du = shape.delta ? r : this->read_;
     for (int64_t i = 0; i < n; ++i)
@@ -159,7 +159,7 @@ class Backward : Terms<T, FEATURES> {
     FEATURES ? pairs_by_feature(head) : pairs_together(head);
   }
 
-  // The gradient of the state behind the chunk.
+  // Compute the gradient of the state after the chunk.
   void add_up_behind(int64_t chunk, int64_t head) {
     const Shape& shape = this->shape_;
     const int64_t values = this->wide_values_;
@@ -180,7 +180,7 @@ class Backward : Terms<T, FEATURES> {
       add(d_ends_ + (ends.items[i] * shape.heads() + head) * shape.state());
   }
 
-  // What comes from the products with states: of q and k, of the exponentials and, but for A, of beta.
+  // The gradients from products with states: of q and k, of the exponentials, and of beta except for its part in A.
   void of_token(int64_t i, int64_t head) {
     const Shape& shape = this->shape_;
     const int64_t wide = this->wide_;
@@ -218,7 +218,7 @@ class Backward : Terms<T, FEATURES> {
     d_keep_[i] = reduce(beta_sum, sum_of);
   }
 
-  // exp(G_last) S_before is a part of the state behind.
+  // The gradient through exp(G_last) S_before, which is a part of the state after the chunk.
   void of_last_state() {
     const int64_t values = this->wide_values_, last = this->n_ - 1;
     vf sum{};
@@ -233,7 +233,7 @@ class Backward : Terms<T, FEATURES> {
     if constexpr (!FEATURES) d_reach_[last] += this->reach_[last] * reduce(sum, sum_of);
   }
 
-  // The gradient of the state before the chunk.
+  // Compute the gradient of the state before the chunk.
   void hand_back(int64_t chunk, int64_t head) {
     if (chunks_.chunks[chunk].depth == 0) return;
     const int64_t values = this->wide_values_, last = this->n_ - 1;
@@ -248,10 +248,10 @@ class Backward : Terms<T, FEATURES> {
       write_row(d_behind_ + d * values, 1.0f, this->shape_.values, to);
   }
 
-  // From the gradients of P and A: those of the products of all pairs, of the decays between them and of beta.
+  // From the gradients of P and A, compute those of the products of all pairs, of the decays between them, and of beta.
   void pairs_together(int64_t head) {
     const int64_t n = this->n_, size = this->size_, heads = this->shape_.heads();
-    float* const between = this->read_;  // sums over the tokens from here on, of each earlier token
+    float* const between = this->read_;  // for each earlier token, the sum over the tokens from i
     std::fill(between, between + size, 0.0f);
     float from_start = 0;
     for (int64_t i = n - 1; i >= 0; --i) {
@@ -294,7 +294,7 @@ class Backward : Terms<T, FEATURES> {
       vf beta_sum{};
       for (int64_t d = 0; d < wide; d += W) {
         const vf query = load(this->queries_ + i * wide + d), key = load(this->keys_ + i * wide + d);
-        vf dq{}, dk{}, between = load(d_reach_ + i * wide + d);  // of the decays behind token j
+        vf dq{}, dk{}, between = load(d_reach_ + i * wide + d);  // of the decays after token j
         store(d_decay_ + d, load(d_decay_ + d) + between);
         for (int64_t j = 0; j < i; ++j) {
           const int64_t at = j * wide + d;
@@ -349,7 +349,7 @@ Shape shape_of(const Inputs& x, int64_t size) {
   return s;
 }
 
-// run(T{}, whether there is a decay for each feature).
+// Call run(T{}, whether there is a decay per feature).
 template <typename F>
 void for_kind(const Inputs& inputs, F&& run) {
   for_dtype("v", inputs.v, [&](auto element) {
@@ -357,7 +357,7 @@ void for_kind(const Inputs& inputs, F&& run) {
   });
 }
 
-// f(chunk, unit, thread) of all chunks of one depth after another, from the roots on or towards them.
+// Call f(chunk, unit, thread) for all chunks, one depth after the other, away from the roots or towards them.
 template <typename F>
 void from_depth_to_depth(const ChunkTree& chunks, const Shape& shape, bool down, int threads, F&& f) {
   together(threads, [&] {
@@ -369,7 +369,7 @@ void from_depth_to_depth(const ChunkTree& chunks, const Shape& shape, bool down,
   });
 }
 
-// Gradients of the states of two depths, and where a key's heads are several units those of each.
+// Memory for the gradients of the states of two depths and, if a key head has several units, for dq and dk of each.
 struct Room {
   float *d_states, *dq, *dk;
   Room(Arena& arena, const Shape& shape, const ChunkTree& chunks)
@@ -394,7 +394,7 @@ void add_parts(const float* parts, int64_t count, int64_t size, float* out, int 
 
 using namespace recurrence;
 
-// states: before the chunks (chunks, heads, features, values), or of none; ends: (segments, ...), or of none.
+// states: before the chunks (chunks, heads, features, values), or undefined. ends: (segments, ...), or undefined.
 void tree_recurrence_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& beta,
                          const Tensor& token, const Tensor& before, const Tensor& last,
                          const std::vector<int64_t>& sizes, double scale, const Tensor& out, const Tensor& states,
@@ -419,7 +419,7 @@ void tree_recurrence_fwd(const Tensor& q, const Tensor& k, const Tensor& v, cons
   });
 }
 
-// dq, dk, dv: fp32.
+// dq, dk and dv are fp32.
 void tree_recurrence_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, const Tensor& beta,
                          const Tensor& token, const Tensor& before, const Tensor& last,
                          const std::vector<int64_t>& sizes, double scale, const Tensor& states, const Tensor& d_out,

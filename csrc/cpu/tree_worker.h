@@ -1,4 +1,4 @@
-// Tree attention on the CPU: how queries, keys and values lie in tiles, and which of them meet.
+// Tree attention on the CPU: how queries, keys and values are stored in tiles, and which tiles are combined.
 #pragma once
 #include <algorithm>
 
@@ -13,15 +13,15 @@ using tree::TILE;
 using tree::Tile;
 using tree::Tiles;
 
-constexpr int64_t MOST_HEADS = 4;  // of queries, in one product
+constexpr int64_t MOST_HEADS = 4;  // query heads in one product
 
-// Columns of a product with so many features.
+// The number of columns in a product with so many features.
 constexpr int64_t padded(int64_t features) { return round_up(features, LANES * Math::PACK); }
 
 struct Shape {
   int64_t tokens, heads, rep, features, values;
 
-  int64_t group() const { return std::min(rep, MOST_HEADS); }  // query heads of one product
+  int64_t group() const { return std::min(rep, MOST_HEADS); }  // query heads in one product
   int64_t groups() const { return (rep + group() - 1) / group(); }
   int64_t rows() const { return TILE * group(); }
   int64_t wide() const { return padded(features); }
@@ -31,13 +31,13 @@ struct Shape {
   int64_t most_words() const { return std::max(words(), value_words()); }
 };
 
-// The keys and values of all heads, tile by tile: packed (heads, tiles, TILE / PACK, wide), or turned (heads, tiles,
-// words, TILE). Backward needs values turned, and keys both ways.
+// The keys and values of all heads, tile by tile. They are packed (heads, tiles, TILE / PACK, wide) or turned (heads,
+// tiles, words, TILE). Backward needs values turned, and keys in both forms.
 struct Keys {
   const Shape& shape;
   const Tiles& tiles;
   const bool backward;
-  float *packed, *turned, *values, *rows;  // rows: a tile of one head, of each thread
+  float *packed, *turned, *values, *rows;  // rows: a tile of one head per thread
 
   Keys(Arena& arena, const Shape& shape, const Tiles& tiles, bool backward, int threads)
       : shape(shape),
@@ -65,7 +65,7 @@ struct Keys {
 
   int64_t place(int64_t head, int64_t t, int64_t words) const { return (head * tiles.count() + t) * TILE * words; }
 
-  // Whether query i sees the keys of W lanes, from `lane` on.
+  // Whether query i sees each of the W keys from `lane`.
   vi seen(int64_t i, int32_t its_position, int64_t t, int lane) const {
     const int32_t here = static_cast<int32_t>(i);
     const int64_t at = t * TILE + lane;
@@ -85,7 +85,7 @@ struct Keys {
   }
 };
 
-// What forward and backward do alike: go over the tiles of keys that some queries of a tile see. A row is one head of
+// What forward and backward share: going over the tiles of keys that some query of a tile sees. A row is one head of
 // one token.
 class TreeWorker {
  protected:
@@ -96,7 +96,7 @@ class TreeWorker {
         queries_(arena.take(shape.rows() * shape.words())),
         products_(arena.take(shape.rows() * TILE)) {}
 
-  // The query heads of a group, of one key's head.
+  // Begin with a group of the query heads that belong to one key head.
   void begin(int64_t head, int64_t group, int64_t t) {
     head_ = head;
     first_head_ = head * shape_.rep + group * shape_.group();
@@ -110,7 +110,7 @@ class TreeWorker {
       for (int64_t h = 0; h < count_; ++h, to += words) Math::load_row(from.at(i, first_head_ + h), count, words, to);
     std::fill(to, to + (shape_.rows() - rows()) * words, 0.0f);
   }
-  // f(tile of keys, number of rows until the last that sees some of it, whether they see all of it)
+  // Call f(tile of keys, number of rows up to the last that sees some of it, whether they see all of it).
   template <typename F>
   void for_keys(F&& f) const {
     for (int64_t t = 0; t <= index_; ++t) {

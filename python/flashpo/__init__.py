@@ -1,6 +1,6 @@
-"""FlashPO: kernels and a thin layer over them that compute every token of LLM post-training once.
+"""FlashPO: kernels, and a thin layer over them, that compute every token of LLM post-training only once.
 
-`import flashpo` needs torch alone: no compiler, GPU, Triton or network.
+`import flashpo` needs only torch: no compiler, GPU, Triton or network.
 """
 
 from flashpo._op import backend, stats

@@ -1,4 +1,4 @@
-"""`python -m flashpo` is `flashpo`."""
+"""`python -m flashpo` does the same as `flashpo`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A causal language model of transformers taken apart: logits = cap(scale * head(backbone(...)))."""
+"""A transformers causal language model split into its parts: logits = cap(scale * head(backbone(...)))."""
 
 import inspect
 import sys
@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-CACHED = ("full_attention", "sliding_attention")  # layer types whose keys and values are all that a next token needs
-WITH_ATTENTION = ("hybrid", "hybrid_sliding")  # which keep a state beside keys and values
+# For these layer types, keys and values are all that the next token needs
+CACHED = ("full_attention", "sliding_attention")
+WITH_ATTENTION = ("hybrid", "hybrid_sliding")  # these keep a state besides keys and values
 STATEFUL = ("linear_attention", "conv", *WITH_ATTENTION)
-CHUNKED = "chunked_attention"  # to the tokens of a row's own chunk
-INDEXED = "indexed_attention"  # to the keys that a smaller attention has picked
+CHUNKED = "chunked_attention"  # attention to the tokens of a sequence's own chunk
+INDEXED = "indexed_attention"  # attention to the keys that a smaller attention has picked
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-ALONE = ("mlp", "moe")  # which see each token by itself
+ALONE = ("mlp", "moe")  # these see each token by itself
 
 
 class Unsupported(RuntimeError):
-    """The model does something that FlashPO does not reproduce; the text says what."""
+    """The model does something that FlashPO does not reproduce; the message says what."""
 
 
 class CausalLM(NamedTuple):
@@ -29,7 +30,8 @@ class CausalLM(NamedTuple):
     softcap: float | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V). The head is called as a module: adapters and swapped forwards on it count."""
+        """(N, H) -> (N, V). The head is called as a module, so that adapters and replaced forwards on it take
+        effect."""
         logits = self.head(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -42,7 +44,7 @@ class CausalLM(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model embeds."""
+        """The number of token ids that the model embeds."""
         layer = self.base.get_input_embeddings()
         while not hasattr(layer, "num_embeddings"):  # wrapped by PEFT
             layer = layer.base_layer if hasattr(layer, "base_layer") else layer.original_module
@@ -50,10 +52,10 @@ class CausalLM(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> "CausalLM":
-        """Looks through torch.compile, DistributedDataParallel, DeepSpeed and PEFT.
+        """Take a model apart, looking through torch.compile, DistributedDataParallel, DeepSpeed and PEFT.
 
         Raises:
-            Unsupported: there is no backbone with a head on it.
+            Unsupported: there is no backbone with a head.
         """
         from transformers import PreTrainedModel
 
@@ -61,7 +63,7 @@ class CausalLM(NamedTuple):
         if not isinstance(base, PreTrainedModel):
             raise Unsupported(f"{type(base).__name__} is no model of transformers")
         backbone, head = base.base_model, base.get_output_embeddings()
-        if backbone is base:  # a text model that is also a part of another has that one's name for it
+        if backbone is base:  # base_model_prefix may be the name in a larger model of which this is a part
             backbone = getattr(base, "model", base)
         if backbone is base or head is None:
             raise Unsupported(f"{type(base).__name__} has no language model head")
@@ -73,19 +75,19 @@ class CausalLM(NamedTuple):
 
 
 def text_model(backbone: Any) -> Any:
-    """Of a multimodal backbone the model that reads text, whose layers alone run where there are no images; any other
-    backbone is that model itself."""
+    """The part of a multimodal backbone that reads text; without images only its layers run. Any other backbone is
+    returned as it is."""
     return backbone if backbone.config.get_text_config() is backbone.config else backbone.get_decoder()
 
 
 def masks_windows(module: nn.Module) -> bool:
-    """Whether the family that `module` is of ever asks transformers for the mask of a sliding window. A config may have
-    a window that its family does not read."""
+    """Whether the module's family ever asks transformers for the mask of a sliding window. A config may have a window
+    that the family does not use."""
     return hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask")
 
 
 def layers_of_wrapping(model: Any) -> Iterator[Any]:
-    """The model, what it wraps, and so on to the innermost one."""
+    """Yield the model, the model that it wraps, and so on to the innermost one."""
     while model is not None:
         yield model
         model = _wrapped(model)
@@ -98,13 +100,13 @@ def _wrapped(model: Any) -> nn.Module | None:
 
 
 def _reads(kind: Any, names: tuple[str, ...]) -> bool:
-    """Whether its forward does: a multimodal class may leave out what the class of its text model does with logits, as
-    Aya Vision does with Cohere's scale."""
+    """Whether the class's forward reads one of these names. A multimodal class may omit what its text model's class
+    does with the logits; for instance, Aya Vision omits Cohere's scale."""
     return not {*names}.isdisjoint(inspect.unwrap(kind.forward).__code__.co_names)
 
 
 def _logit_scale(config: Any) -> float:
-    """The factor by which a family multiplies its logits, under whichever name it keeps it."""
+    """The factor by which the family multiplies its logits, whatever the config calls it."""
     *factors, divisor = LOGIT_SCALES
     for name in factors:
         if getattr(config, name, None) is not None:

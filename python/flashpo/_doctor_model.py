@@ -1,7 +1,7 @@
-"""`flashpo doctor --model PATH`: what of FlashPO would run for a model, and why the rest would not.
+"""`flashpo doctor --model PATH`: which parts of FlashPO would run for a model, and why the others would not.
 
-Weights are not loaded. What the configuration says is asked of the model without memory for its weights; what only a
-run shows is asked of a small model of the same class with random weights.
+The weights are not loaded. What follows from the configuration is found with a model without memory for its weights.
+What only a run can show is found with a small model of the same class that has random weights.
 """
 
 from typing import Any
@@ -19,23 +19,24 @@ from flashpo.rollout.hybrid import is_hybrid
 from flashpo.rollout.support import longest
 from flashpo.rollout.twin import small_config, small_model
 
-LENGTHS = (1024, 8192)  # of the sequences whose memory is told
+LENGTHS = (1024, 8192)  # the lengths of the sequences whose memory is reported
 
 
 def lines(path: str) -> list[str]:
-    """Raises ValueError, with one line, where `path` has no configuration of a causal language model."""
+    """The lines of the report. Raises ValueError (one line) if `path` has no configuration of a causal language
+    model."""
     nothing = FakeTensorMode()  # tensors without memory
     try:
         config = AutoConfig.from_pretrained(path)
         with nothing:
             whole: Any = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # of any kind: transformers, the hub, the model's own code
+    except Exception as error:  # of any kind: from transformers, the hub or the model's own code
         raise ValueError(f"no causal language model at {path}: {str(error).strip().splitlines()[0]}") from None
     parameters = sum(p.numel() for p in whole.parameters())
     found = [f"{path}: {type(whole).__name__}, {parameters / 1e6:,.0f} million parameters"]
     try:
         small = small_model(small_config(config))
-    except Exception as error:  # of the model's own code, given sizes that it may not expect
+    except Exception as error:  # from the model's own code, which may not expect such sizes
         return [*found, f"  cannot be tried in small: {error}", *_static(whole)]
     with nothing:
         memory = _memory(whole, config)
@@ -59,7 +60,7 @@ def _tried(small: nn.Module) -> list[str]:
 
 
 def _why_not_fused(engine: RolloutEngine) -> str:
-    """By a rollout of two tokens."""
+    """Find the reason by a rollout of two tokens."""
     engine.generate([[2, 3]], SamplingParams(max_new_tokens=2))
     if engine.pool.runner is not None and engine.pool.runner.fused is not None:
         return ""
@@ -72,10 +73,10 @@ def _why_not_fused(engine: RolloutEngine) -> str:
 
 
 def _memory(whole: nn.Module, config: Any) -> list[str]:
-    """By the calls of attention in a forward that computes nothing."""
+    """The memory of the KV cache, found from the attention calls of a forward that computes nothing."""
     try:
         calls = seam.probe(whole)
-    except Exception:  # of any kind, of the model's own code: what is to be said of it, the small model has said
+    except Exception:  # of any kind, from the model's own code; the small model has already reported it
         return []
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     token = sum(call.kv_heads * (call.head_dim + call.value_dim) for call in calls) * dtype.itemsize

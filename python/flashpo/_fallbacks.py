@@ -1,6 +1,6 @@
-"""What FlashPO has left to other code in this process, and why: each sentence once, for reports at the end of a run."""
+"""What FlashPO left to other code in this process, and why: each sentence once, for the report at the end of a run."""
 
-said: dict[str, None] = {}  # in the order in which they came
+said: dict[str, None] = {}  # in the order of their first occurrence
 
 
 def note(sentence: str) -> None:

@@ -1,7 +1,7 @@
-"""Memory in pages of 2 MB, for what a decode step reads from end to end: the packed weights and the cache.
+"""Memory in pages of 2 MB, for what a decode step reads from end to end: the packed weights and the KV cache.
 
-A CPU fetches ahead up to the end of a page, and a virtual machine's looks each page up twice: from pages of 4 KB memory
-comes at two thirds of the speed. Linux gives large ones on request; torch's allocator asks for none.
+A CPU prefetches only up to the end of a page, and a virtual machine translates each page's address twice. With pages of
+4 KB, memory is read at two thirds of the speed. Linux gives large pages on request; torch's allocator does not ask.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 PAGE = 2 << 20
-CHUNK = 32 * PAGE  # of addresses: what nobody writes to takes no memory
+CHUNK = 32 * PAGE  # of address space; pages that nobody writes to take no memory
 LINE = 64
 SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class HugePages:
-    """`empty` as torch's, one tensor behind the other out of chunks, which live as long as a tensor in them."""
+    """Allocates tensors one after the other from large chunks. A chunk lives as long as any of its tensors."""
 
     def __init__(self) -> None:
         self._chunk: mmap.mmap | None = None
-        self._begin = self._end = 0  # of what is left of it
+        self._begin = self._end = 0  # the part of the chunk that is left
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         count = math.prod(shape)
@@ -41,14 +41,14 @@ class HugePages:
             self._chunk = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"no {size} bytes of memory: {error}") from error
-        with contextlib.suppress(OSError):  # a kernel without large pages
+        with contextlib.suppress(OSError):  # the kernel has no large pages
             self._chunk.madvise(mmap.MADV_HUGEPAGE)
         self._begin = -torch.frombuffer(self._chunk, dtype=torch.uint8).data_ptr() % PAGE
         self._end = self._begin + size
 
 
 def why_none() -> str | None:
-    """Why the system gives no large pages on request, None where it does."""
+    """Why the system gives no large pages on request; None if it does."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return "not on this system"
     if not SETTING.exists():

@@ -1,6 +1,7 @@
-"""How much of the host's memory this process can still have: what is free, within the limits of its control groups.
+"""How much more host memory this process can get: the free memory, within the limits of its control groups.
 
-A container's limit is a control group's: beyond it the kernel kills the process, however much of the host is free.
+The memory limit of a container is that of a control group. Beyond it the kernel kills the process, even if the host has
+free memory.
 """
 
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ ROOT = Path("/")
 
 
 class Files(NamedTuple):
-    """What a version of control groups calls things."""
+    """The file names and keys in one version of control groups."""
 
     limit: str
     used: str
-    reclaimable: str  # in memory.stat: pages of files, which the kernel drops before it lets anything fail
+    reclaimable: str  # in memory.stat: pages of files, which the kernel drops before an allocation fails
 
 
 V1 = Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -23,7 +24,7 @@ V2 = Files("memory.max", "memory.current", "inactive_file")
 
 
 def available_bytes(root: Path = ROOT) -> int:
-    """The least of what the host and each of the process's control groups have left."""
+    """The smallest of what the host and each of the process's control groups have left."""
     with open(root / "proc/meminfo") as file:
         free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
     return max(min([free, *_left_in_groups(root)]), 0)
@@ -38,9 +39,9 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _hierarchies(root: Path) -> Iterator[tuple[Path, Path, Files]]:
-    """Where groups that count memory are mounted, and the process's own below it.
+    """Yield where the hierarchies that count memory are mounted, and the path of the process's own group below.
 
-    Within a container the path may be the host's, of which nothing is mounted but the own group, at the top.
+    Inside a container this path may be the host's, although only the container's own group is mounted, at the top.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -62,7 +63,7 @@ def _left(group: Path, files: Files) -> int | None:
             return None
         used = int((group / files.used).read_text())
         reclaimable = _stat(group, files.reclaimable)
-    except (OSError, ValueError):  # no such group, or the top one, which has no limit
+    except (OSError, ValueError):  # there is no such group, or it is the root group, which has no limit
         return None
     return int(limit) - used + reclaimable
 

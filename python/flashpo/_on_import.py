@@ -1,4 +1,4 @@
-"""Something to be done to a module once it has been imported, now or later."""
+"""Calling a function on a module once it has been imported, now or later."""
 
 import importlib.abc
 import importlib.util
@@ -8,17 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 _waiting: dict[str, list[Callable[[str], None]]] = {}
-_executed: set[str] = set()  # those whose end we have seen, which Python does not tell yet
+# Modules whose execution we saw end; Python still marks them as initializing at that moment
+_executed: set[str] = set()
 
 
 def is_imported(name: str) -> bool:
-    """To its end."""
+    """Whether the module has been imported completely."""
     module = sys.modules.get(name)
     return module is not None and (name in _executed or not getattr(module.__spec__, "_initializing", False))
 
 
 def when_imported(name: str, act: Callable[[str], None]) -> None:
-    """Call `act(name)` as soon as the module is there: at once, or right after its import, before anybody has it."""
+    """Call `act(name)` once the module is imported: at once, or right after its import and before any code gets it."""
     if is_imported(name):
         act(name)
         return
@@ -29,7 +30,7 @@ def when_imported(name: str, act: Callable[[str], None]) -> None:
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self):
-        self._asking = threading.local()  # the other finders, in this thread
+        self._asking = threading.local()  # the name that this thread is asking the other finders for
 
     def find_spec(self, name, path, target=None):
         before = getattr(self._asking, "name", None)
@@ -47,7 +48,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         def exec_module(module):
             execute(module)
             _executed.add(name)
-            for act in _waiting.pop(name, []):  # not before: who asks for a spec need not import
+            for act in _waiting.pop(name, []):  # not earlier: code that asks for a spec need not import
                 act(name)
 
         spec.loader.exec_module = exec_module

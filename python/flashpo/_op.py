@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from flashpo import _cuda_library
+
 try:
-    from flashpo import _C as native  # type: ignore[attr-defined]  # CPU kernels, CUDA ones where built with them
+    from flashpo import _C as native  # type: ignore[attr-defined]
 
     why_no_native = ""
 except ImportError as error:  # said by `why_unavailable`, so by doctor and by a forced backend's error
@@ -43,9 +45,9 @@ def why_unavailable(backend: str, device: str) -> str | None:
     if backend == "native":
         if native is None:
             return why_no_native
-        if device == "cuda" and not native.built_with_cuda:
-            return "built without a CUDA compiler"
-        return None if device in ("cpu", "cuda") else f"no native kernels for {device}"
+        if device == "cuda":
+            return _cuda_library.why_not(native) or None
+        return None if device == "cpu" else f"no native kernels for {device}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"

@@ -1,6 +1,6 @@
-"""Who may change a model for a while: a rollout, or a look at what the model's adapters do.
+"""Exclusive use of a model that is changed for a while: by a rollout, or by a test of its adapters.
 
-One at a time. Whoever comes in between gets ModelInUse, also further up in the same thread.
+One user at a time. Any other one gets ModelInUse, even further down in the same thread.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class ModelInUse(RuntimeError):
-    """A rollout of the model, or of one that shares a module or a config with it, has not ended yet."""
+    """A rollout of this model, or of one that shares a module or a config with it, has not ended yet."""
 
 
 _taken: dict[int, threading.Thread] = {}  # id of a module or a config -> the thread that may change it
@@ -20,10 +20,11 @@ _taking = threading.Lock()
 
 @contextlib.contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
-    """The model is the caller's until the end: flags, forwards, adapters and configs have one state for all threads.
+    """Reserve the model until the end of the context: its flags, forwards, adapters and configs are shared by all
+    threads.
 
     Raises:
-        ModelInUse: somebody has it, in another thread or further up in this one.
+        ModelInUse: another thread, or an outer call in this thread, has reserved it.
     """
     configs = (getattr(module, "config", None) for module in model.modules())
     mine = {id(x) for x in (*model.modules(), *configs) if x is not None}

@@ -1,6 +1,6 @@
-"""Products of fp32 numbers in fp32 for the time of a self-check: TF32 and bf16 would hide a small mistake.
+"""fp32 matrix products in real fp32 during a self-check. TF32 and bf16 products would hide a small mistake.
 
-The flags belong to the process: self-checks take turns.
+The flags belong to the process, so self-checks take turns.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ one_at_a_time = threading.RLock()  # for self-checks: the flags, the random stat
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Afterwards every flag is what it was, also where nothing was set and a flag follows a more general one."""
+    """Set the flags, and restore each afterwards, including flags that were unset and follow a more general flag."""
     if not (flags := _flags()):
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -26,7 +26,7 @@ def exact_products() -> Iterator[None]:
         return
     before = []
     try:
-        for flag, during in flags:  # with none above it, a flag shows what it was set to itself
+        for flag, during in flags:  # with no more general flag set, a flag shows its own setting
             before.append(flag.fp32_precision)
             _set(flag, during)
         yield
@@ -36,9 +36,9 @@ def exact_products() -> Iterator[None]:
 
 
 def _flags() -> list[tuple[Any, str]]:
-    """The precisions that products go by, general ones first, and what each has to be; empty before torch 2.9.
+    """The flags of products' precision, the general ones first, each with the value it needs; empty before torch 2.9.
 
-    The older `torch.get_float32_matmul_precision` raises once one of them was set.
+    The older `torch.get_float32_matmul_precision` raises once one of these flags has been set.
     """
     backends: Any = torch.backends
     parents = [backends, backends.cudnn, backends.mkldnn]  # the flag of cudnn is that of all of CUDA

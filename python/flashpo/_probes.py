@@ -1,7 +1,7 @@
-"""A small case of every operator, beside torch's plain formula for it: for `flashpo doctor` and tests.
+"""A small test case for every operator, with torch's plain formula for it. `flashpo doctor` and tests use them.
 
-A check passes where, for every result and gradient, max |ours - exact| <= 2 max |torch - exact| + 1e-6 max |exact|,
-with torch's plain formula in the same dtype.
+A check passes if, for every result and gradient, max |ours - exact| <= 2 max |torch - exact| + 1e-6 max |exact|, where
+`torch` is the plain formula in the same dtype.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ IGNORED = -100
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """`ours(*inputs)` and `plain(*inputs)` are the same function and return tensors."""
+    """`ours(*inputs)` and `plain(*inputs)` compute the same function and return tensors."""
 
-    make: Callable[[], list[Tensor]]  # float64 inputs are differentiable and get cast, others are kept
+    # Float64 inputs are differentiable and cast to the dtype; others are left as they are
+    make: Callable[[], list[Tensor]]
     ours: Callable[..., tuple[Tensor, ...]]
     plain: Callable[..., tuple[Tensor, ...]]
     dtypes: tuple[torch.dtype, ...] = DTYPES
@@ -44,7 +45,8 @@ def _eager(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divergences(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Forward KL, Jensen-Shannon with beta 0.3, reverse KL, of a teacher that has the student's numbers shifted."""
+    """Forward KL, Jensen-Shannon with beta 0.3, and reverse KL; the teacher has the student's tensors, shifted by
+    one."""
     teacher = wide(F.linear(hidden.roll(1, 0), weight.roll(1, 0))).log_softmax(-1).detach()
     student = wide(F.linear(hidden, weight)).log_softmax(-1)
     mixture = (0.7 * student.exp() + 0.3 * teacher.exp()).log()
@@ -71,7 +73,7 @@ def _grpo(rewards: Tensor, group: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """verl's loop; whitened."""
+    """verl's loop over the tokens, with whitening."""
     rewards, values = (wide(x).detach() for x in (rewards, values))
     value, advantage, columns = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0]), []
     for r, v, live in zip(*(x.flip(1).unbind(1) for x in (rewards, values, mask))):
@@ -101,7 +103,7 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
 
 
 def _lineage(device: torch.device) -> flashpo.Lineage:
-    """Of the same tree."""
+    """The lineage of the same tree."""
     return flashpo.Lineage(torch.tensor([[0, 70], [70, 130], [130, 150]]), torch.tensor([-1, 0, 0]), device)
 
 
@@ -138,7 +140,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Six rows share all tokens but the last six, of which each has one."""
+    """Six rows share all tokens except the last six; each row has one of these."""
     q, k, v = q.detach(), k.detach(), v.detach()
     tokens, rows = k.shape[0], q.shape[0]
     k_cache, v_cache = k.new_zeros(11, *k.shape[1:], 64), v.new_zeros(11, v.shape[1], 64, v.shape[2])
@@ -163,7 +165,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """Norm, rotation and activation, each on what the one before gave."""
+    """Norm, rotation and activation, each applied to the previous result."""
     normed, total = decode_layer.add_rms_norm(x.detach(), residual.detach(), weight.detach(), eps=1e-6)
     k_cache, v_cache = x.new_zeros(1, 1, 64, 64), x.new_zeros(1, 1, 64, 64)
     angle = total.detach()[:, :64].tanh()
@@ -183,7 +185,7 @@ def _plain_layer(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, .
 
 
 def _layers_at_once(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    """One head without rotation; each row has one token, so that its attention is that token's value."""
+    """One head without rotation. Each row has one token, so that its attention is that token's value."""
     n, h = x.shape
     x, caches = x.detach(), ([x.new_zeros(1 + n, 1, h, 64)], [x.new_zeros(1 + n, 1, 64, h)])
     linears = [pack_linear(weight) for weight in w.detach().split(h)]
@@ -319,7 +321,7 @@ PROBES = {
 
 
 def run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wide: torch.dtype) -> list[Tensor]:
-    """Results and gradients, under random upstream gradients, of inputs rounded to `dtype` and kept as `wide`."""
+    """Results and gradients for random upstream gradients. Inputs are rounded to `dtype` and held in `wide`."""
     cast = [x.to(dtype).to(device, wide).requires_grad_() if x.dtype == torch.float64 else x.to(device) for x in inputs]
     results = fn(*cast)
     generator = torch.Generator().manual_seed(1)
@@ -331,13 +333,13 @@ def run(fn: Callable, inputs: list[Tensor], device: str, dtype: torch.dtype, wid
 
 
 class Checked(NamedTuple):
-    error: float  # the largest of all results and gradients, in units of the largest exact value
+    error: float  # the largest of all results and gradients, relative to the largest exact value
     of_torch: float
     passed: bool
 
 
 def check(probe: Probe, backend: str, device: str, dtype: torch.dtype) -> Checked:
-    """Raises NotImplementedError where the backend cannot run on these tensors."""
+    """Compare one backend with the exact results. Raises NotImplementedError if it cannot run on these tensors."""
     torch.manual_seed(0)
     inputs = probe.make()
     with flashpo.backend(backend):

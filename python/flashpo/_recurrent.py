@@ -1,8 +1,8 @@
-"""Layers that read their tokens in order, on token trees: short convolutions, gated delta nets, state spaces.
+"""Token trees for layers that read their tokens in order: short convolutions, gated delta nets, state space models.
 
-The modules of transformers call functions of a few names for it, whose code is the same in every family that has them.
-Each is replaced, for good, by one that asks for the tree: without a tree it is the original. So gates, norms and
-projections around the recurrence stay the family's own.
+The modules of transformers compute these by calling functions of a few names, whose code is the same in all families.
+`install` permanently replaces each function by one that looks for a tree; without a tree it calls the original. So the
+gates, norms and projections around the recurrence remain the family's own code.
 
     causal_conv1d_fn                LFM2's layers, and the short convolution before each of the following
     torch_chunk_gated_delta_rule    Gated DeltaNet: Qwen3-Next, Qwen3.5, OLMo hybrid
@@ -10,10 +10,10 @@ projections around the recurrence stay the family's own.
     mamba2_chunk_scan               Mamba-2: Granite 4, Nemotron-H, Falcon-H1, Bamba, Zamba 2
     mamba_selective_scan            Mamba: Jamba, Falcon-Mamba
 
-The tree comes as a keyword, which a model hands to its layers and these to such functions. Layers that hand on no
-keywords have the tree in the place of their mask, which they apply to their input before all else. The scan of Mamba
-gets neither, and takes the tree of the convolution that its layer has called just before. A family that loses the tree
-on the way runs its rows as one: the comparison with padded rows finds that.
+The tree is passed as a keyword argument, which a model passes on to its layers and these to such functions. Layers that
+do not pass on keywords get the tree in place of their mask, which they apply to their input before anything else.
+Mamba's scan gets neither; it uses the tree of the convolution that its layer has called just before. In a family that
+loses the tree on the way, all rows run as one; the comparison with padded rows detects that.
 """
 
 import functools
@@ -40,9 +40,9 @@ L2_EPS = 1e-6  # what all these families add to a squared length
 
 
 def install(backbone: nn.Module) -> None:
-    """Let the families that `backbone` is made of take token trees in such layers. A second call does nothing."""
+    """Make such layers of the backbone's families accept token trees. A second call does nothing."""
     for scope in _scopes(backbone):
-        last = threading.local()  # `masked`, `convolved`: the tree of the last call of these functions in a thread
+        last = threading.local()  # `masked` and `convolved`: the tree in this thread's last call of these functions
         for name, wrap in WRAPPERS.items():
             original = getattr(scope, name, None)
             if original is not None and not hasattr(original, "takes_trees"):
@@ -52,14 +52,14 @@ def install(backbone: nn.Module) -> None:
 
 
 def keywords(backbone: nn.Module, segments: Tensor, parents: Tensor, device: torch.device) -> dict[str, Lineage]:
-    """What such layers need to know of a tree; empty where the backbone's families have none."""
+    """The keyword arguments by which such layers get a tree; empty if the backbone's families have none."""
     if not any(hasattr(scope, CONVOLUTION) for scope in _scopes(backbone)):
         return {}
     return {KEYWORD: Lineage(segments, parents, device)}
 
 
 def why_not(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
-    """Layers of `backbone` for which there is nothing here; `kinds` are those that its configuration names."""
+    """Yield a reason for each kind of layer that is not supported here. `kinds` are those in the configuration."""
     names = {name for scope in _scopes(backbone) for name in WRAPPERS if hasattr(scope, name)}
     for kind in dict.fromkeys(kinds):
         if not (CONVOLUTION in names if kind == "conv" else names & RECURRENCES):
@@ -75,19 +75,19 @@ def _scopes(backbone: nn.Module) -> list[ModuleType]:
 
 
 def reached_by_keyword(backbone: nn.Module) -> bool:
-    """Whether a tree reaches all its layers without a mask that is one: those of Mamba hand on no keywords."""
+    """Whether keywords bring a tree to all layers. Those of Mamba pass on no keywords and need it as a mask."""
     return not any(hasattr(scope, SCAN) for scope in _scopes(backbone))
 
 
 def reads_in_order(backbone: nn.Module) -> bool:
-    """Whether all its layers do so, and no token needs to be told its position."""
+    """Whether all layers read their tokens in order, so that no token needs a position."""
     scopes = _scopes(backbone)
     attends = any(hasattr(scope, "eager_attention_forward") for scope in scopes)
     return not attends and any(hasattr(scope, CONVOLUTION) for scope in scopes)
 
 
 def _asking(ours: Callable) -> Callable:
-    """For a function that the tree reaches as a keyword."""
+    """Wrap a function that gets the tree as a keyword."""
     ours = torch.compiler.disable(ours)
 
     def wrap(original: Callable, last: Any) -> Any:
@@ -101,7 +101,7 @@ def _asking(ours: Callable) -> Callable:
 
 
 def _following(ours: Callable, leader: str) -> Callable:
-    """For a function that gets no keywords, and is called behind a leader in the same layer."""
+    """Wrap a function that gets no keywords; it uses the tree of `leader`, which the same layer has called before."""
 
     def wrap(original: Callable, last: Any) -> Any:
         function = _asking(ours)(original, last)
@@ -111,7 +111,7 @@ def _following(ours: Callable, leader: str) -> Callable:
 
 
 def _leading(original: Callable, last: Any) -> Any:
-    """The convolution, which others follow."""
+    """Wrap the convolution, whose tree the functions called after it use."""
     convolution = _asking(_convolution)(original, last)
 
     def function(*args: Any, **options: Any) -> Any:
@@ -122,7 +122,7 @@ def _leading(original: Callable, last: Any) -> Any:
 
 
 def _making_masks(original: Callable, last: Any) -> Any:
-    """transformers makes no mask for such layers of one that has four dimensions."""
+    """Wrap transformers' mask creation, which would not return a mask of four dimensions for such layers."""
 
     def function(*args: Any, **options: Any) -> Any:
         mask = options.get("attention_mask")
@@ -199,7 +199,7 @@ def _mamba2(
     dt = dt.clamp(*dt_limit).squeeze(0).float()
     x, k, q = (x.squeeze(0).float() for x in (hidden_states, B, C))
     out, ends = tree_recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.keeps)
-    lineage.keep("recurrent", None if ends is None else ends.mT)  # (Dv, Dk) is what Mamba-2 keeps
+    lineage.keep("recurrent", None if ends is None else ends.mT)  # Mamba-2 keeps states as (Dv, Dk)
     return (out if D is None else out + D[:, None] * x)[None]
 
 
@@ -232,7 +232,7 @@ def _mamba(
 
 
 def _no_fusion(*args: Any, **options: Any) -> None:
-    """Of convolution, recurrence and projections in one: the layer then takes them one by one."""
+    """Refuse to fuse convolution, recurrence and projections; the layer then calls them one by one."""
 
 
 WRAPPERS: dict[str, Callable[[Callable, Any], Any]] = {

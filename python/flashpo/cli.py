@@ -1,4 +1,4 @@
-"""`flashpo run | verify | doctor | bench`: every command takes the rest of the command line as it is."""
+"""`flashpo run | verify | doctor | bench`: every command parses the rest of the command line itself."""
 
 import sys
 
@@ -17,7 +17,7 @@ USAGE = """usage: flashpo <command> ...
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0 fine, 1 a check failed, 2 the command line was wrong."""
+    """Run a command and return the exit status: 0 fine, 1 a check failed, 2 the command line was wrong."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)

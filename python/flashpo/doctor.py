@@ -2,8 +2,6 @@
 
 import argparse
 import ctypes
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -13,7 +11,7 @@ import torch
 import flashpo
 from flashpo import _huge_pages, _op
 from flashpo._hosts import report
-from flashpo._hosts.versions import standing
+from flashpo._hosts.versions import installed, standing
 from flashpo._probes import PROBES, check, run
 
 
@@ -54,26 +52,21 @@ def check_all(devices: list[str]) -> bool:
 
 
 def machine() -> list[tuple[str, str]]:
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
+    def tested(package: str) -> str:
+        found = installed(package)
+        return f"{found}, {standing(package, found)}" if found else "not installed"
 
     native = _op.native
-
-    def tested(package: str) -> str:
-        found = version(package)
-        return found if found == "not installed" else f"{found}, {standing(package, found)}"
 
     facts = [
         ("flashpo", flashpo.__version__),
         ("python", platform.python_version()),
         ("torch", tested("torch")),
-        ("triton", version("triton") if importlib.util.find_spec("triton") else "not installed"),
+        ("triton", installed("triton") or "not installed"),
         ("trl", tested("trl")),
         ("transformers", tested("transformers")),
-        ("native", _op.why_no_native or f"built {'with' if native.built_with_cuda else 'without'} CUDA"),
+        ("native", _op.why_no_native or "C++ kernels for CPUs"),
+        ("native, CUDA", _op.why_unavailable("native", "cuda") or "CUDA C++ kernels for GPUs"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
         ("large pages", _huge_pages.why_none() or "on request"),
     ]

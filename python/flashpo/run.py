@@ -1,7 +1,7 @@
-"""Runs an unmodified TRL script, accelerated: `flashpo run [switches] script.py [args]`, or `... trl grpo [args]`.
+"""Run an unmodified TRL script, accelerated: `flashpo run [switches] script.py [args]`, or `... trl grpo [args]`.
 
-For several processes: `accelerate launch -m flashpo.run script.py [args]`. At the end, also of a script that failed or
-was told to stop, says what ran and where the time went.
+For several processes use `accelerate launch -m flashpo.run script.py [args]`. At the end of the script, even if it
+failed or was told to stop, a report says what ran and where the time went.
 """
 
 import dataclasses
@@ -37,8 +37,11 @@ def main(argv: list[str], verify_alone: bool = False) -> int:
     """Run a script with the arguments after it as if it were `python script.py ...`, with TRL patched.
 
     Args:
-        argv: switches, the script or `-m` and a module or `trl` and a command, its arguments.
-        verify_alone: end when its first trainer has been verified; the status is 1 where that failed.
+        argv: switches; then the script, or `-m` and a module, or `trl` and a command; then its arguments.
+        verify_alone: end once the first trainer has been verified. The exit status is 1 if the verification failed.
+
+    Returns:
+        The exit status.
     """
     words, argv = switches.split(argv)
     if "--help" in words or argv[:1] in (["-h"], ["--help"]):
@@ -84,7 +87,7 @@ def main(argv: list[str], verify_alone: bool = False) -> int:
         _report(False, [])
         sys.stdout.flush()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)  # so that whoever started this process sees what stopped it
+        os.kill(os.getpid(), signal.SIGTERM)  # so that the process which started this one sees what stopped it
     except SystemExit as end:
         _report(not end.code, arguments)
         raise
@@ -99,15 +102,15 @@ def main(argv: list[str], verify_alone: bool = False) -> int:
 
 
 class _Terminated(SystemExit):
-    """SIGTERM has come: of a scheduler, or a launcher whose other processes have failed."""
+    """SIGTERM has come: from a scheduler, or from a launcher after another of its processes has failed."""
 
 
 def _stop_on_sigterm() -> None:
-    """Let the signal end the script as an exception does, unless somebody else handles it."""
+    """Let SIGTERM end the script like an exception, unless another handler is installed."""
     here = os.getpid()
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() != here:  # a child by fork, a loader of data say, which has no report to make
+        if os.getpid() != here:  # a forked child, such as a worker of a data loader, which has no report to make
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         raise _Terminated(128 + signal.SIGTERM)
@@ -117,7 +120,7 @@ def _stop_on_sigterm() -> None:
 
 
 def _report(finished: bool, arguments: list[str]) -> None:
-    """The end of a run; `arguments`: those of a script of TRL's that has failed, which may not have known them."""
+    """Report at the end of a run. `arguments` are those of a failed TRL script, which may not have known them."""
     if not is_first_process():
         return
     print(summary(finished), file=sys.stderr)
@@ -144,17 +147,17 @@ def _script_of_trl(command: str) -> str:
 
 
 def _exists(module: str) -> bool:
-    """Imports the packages that the module is in, as running it does."""
+    """Whether the module exists. This imports the packages that contain it, as running it does."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError as error:
         if f"{module}.".startswith(f"{error.name}."):
             return False
-        raise  # of a package that exists and imports something that does not
+        raise  # the package exists, but imports something that does not
 
 
 def _notes_on(arguments: list[str]) -> list[str]:
-    """A line for each option that only FlashPO's configurations have: TRL's scripts do not read those."""
+    """A line for each option that only FlashPO's configurations have and TRL's scripts do not read."""
     given = {argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")}
     if not given:
         return []
@@ -172,12 +175,12 @@ def _notes_on(arguments: list[str]) -> list[str]:
 
 
 def summary(finished: bool = True) -> str:
-    """A table for each trainer of this process, what was left to other code, and with --verbose every operator's calls.
+    """A table per trainer of this process, what was left to other code, and with --verbose the calls of every operator.
 
     Args:
-        finished: whether the script came to its end. If it did not, nothing is said about why something did not run.
+        finished: whether the script came to its end. If not, no reasons are given for what did not run.
     """
-    report = sys.modules.get("flashpo.trl.report")  # there once the script has imported a trainer
+    report = sys.modules.get("flashpo.trl.report")  # loaded once the script has imported a trainer
     lines: list[str] = report.lines(finished) if report else []
     counts = stats()
     if switches.current().verbose:

@@ -2,29 +2,27 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLayer  # noqa: F401
 
 # Of a config: the name of its attention. The public property walks sub-configs and checks names.
 ATTENTION = "_attn_implementation_internal"
 # Of a model: that the hooks are there which capture hidden states and routers' outputs. They stay for good.
 HOOKED = "_output_capturing_hooks_installed"
+_CHECKPOINTING = "forward_with_checkpointing"  # the forward that a decoder layer's class gets
 
 _OF_KINDS = {  # which layers an option is for
     "sliding_window": ("sliding_attention", "chunked_attention", "hybrid_sliding"),
     "number_of_states": ("conv", "linear_attention", "hybrid", "hybrid_sliding"),
 }
-
-
-def version() -> str:
-    return importlib.metadata.version("transformers")
 
 
 def attends_in_blocks(model: Any) -> bool:
@@ -84,6 +82,20 @@ def default_generation_params() -> dict[str, Any]:
 def takes_attentions(model: PreTrainedModel) -> bool:
     """Whether its layers look their attention up by the name in the config."""
     return model._can_set_attn_implementation()
+
+
+def without_checkpointing(forward: Any) -> Any:
+    """A layer class's own forward, of that which checkpoints it; FSDP2 makes a class that wraps it once more."""
+    while forward.__code__.co_name == _CHECKPOINTING:
+        forward = forward.__wrapped__
+    return forward
+
+
+def checkpoints(layer: Any) -> bool:
+    """Whether its class's forward is about to checkpoint it. In other versions of transformers calling the layer does,
+    around its forward."""
+    wraps = type(layer).forward.__code__.co_name == _CHECKPOINTING
+    return wraps and layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
 
 
 def load_balancing_loss(router_logits: Any, experts: int, of_token: int, mask: Any) -> Any:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ class PatchError(RuntimeError):
 
 
 def version() -> str:
-    return importlib.metadata.version("trl")
+    return versions.installed("trl") or "none"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 What FlashPO does with a version is decided by the seams that it finds, not by these numbers.
 """
 
+import importlib
+import importlib.metadata
+import importlib.util
 from typing import NamedTuple
 
 
@@ -20,6 +23,17 @@ MATRIX = (  # oldest first; the last one is that of `make test`
     Row("1.16.0", "5.24.0"),
 )
 FLOORS = {"torch": "2.10", "trl": "1.11", "transformers": "5.14"}
+
+
+def installed(package: str) -> str | None:
+    """Its version; None where it is not installed. A package that was copied or bundled may have no metadata: then its
+    module says it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec(package) is None:
+            return None
+        return importlib.import_module(package).__version__
 
 
 def standing(package: str, version: str) -> str:

@@ -1,4 +1,4 @@
-"""The ops: each file holds a public function, its reference, fake, backends and gradient."""
+"""The operators. Each file holds one public function with its reference, its fake, its backends and its gradient."""
 
 from flashpo.ops._lineage import Lineage
 from flashpo.ops._preference_terms import PREFERENCE_LOSSES

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: each error names the argument, what was wanted and what came."""
+"""Argument checks shared by the operators: each error names the argument, what was wanted and what came."""
 
 import reprlib
 import sys
@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what kernels take
-FLOATS = (*KERNEL_DTYPES, torch.float64)  # the references, too
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that kernels take
+FLOATS = (*KERNEL_DTYPES, torch.float64)  # the dtypes that the references take
 LARGEST = sys.float_info.max
 
 
 def check_tensor(name: str, x: Tensor) -> None:
-    """Every tensor argument passes here: a kernel can read it by its strides, so it is neither sparse nor nested."""
+    """Check that `x` is a dense tensor, which a kernel can read by its strides. Every tensor argument passes here."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
@@ -28,7 +28,7 @@ def check_float(name: str, x: Tensor) -> None:
 
 
 def check_lengths(name: str, x: Tensor) -> None:
-    """Numbers of tokens, of an integer or a float dtype."""
+    """Check a tensor of numbers of tokens, whose dtype may be an integer or a float one."""
     check_tensor(name, x)
     if x.dtype == torch.bool or x.is_complex():
         raise TypeError(f"{name} must be of an integer or a float dtype, got {x.dtype}")
@@ -42,7 +42,7 @@ def check_dtype(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def check_index(name: str, x: Tensor, index_name: str, index: Tensor) -> None:
-    """`x` (..., K) with K >= 1, and `index` (...) int64 beside it."""
+    """Check `x` (..., K) with K >= 1 together with its `index` (...) int64."""
     check_float(name, x)
     check_dtype(index_name, index, torch.int64)
     if x.dim() < 1 or index.shape != x.shape[:-1]:
@@ -61,20 +61,21 @@ def check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def check_beside(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """`x` has the shape of `other` and is on its device."""
+    """Check that `x` has the shape and the device of `other`."""
     if x.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(x.shape)}")
     check_device(name, x, other_name, other)
 
 
 def check_range(name: str, index: Tensor, vocab: int, ignore_index: int) -> None:
-    """Every index in [0, vocab) or ignore_index."""
+    """Check that every index is in [0, vocab) or equals ignore_index."""
     fine = (((index >= 0) & (index < vocab)) | (index == ignore_index)).all()
     check_that(fine, f"{name} holds values outside [0, {vocab}) that are not ignore_index ({ignore_index})")
 
 
 def check_that(fine: Tensor, message: str) -> None:
-    """A condition on values. On a GPU and in a compiled graph an assertion that nothing waits for."""
+    """Raise `message` unless `fine` holds. On a GPU and in a compiled graph, assert it without waiting for the
+    result."""
     if fine.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(fine, message)
     elif not fine:
@@ -82,10 +83,10 @@ def check_that(fine: Tensor, message: str) -> None:
 
 
 def check_disjoint(name: str, x: Tensor) -> None:
-    """No two elements of `x`, which is written over, lie in the same memory, as those of an expanded tensor do."""
+    """Check that no two elements of `x` share memory, as in an expanded tensor: the operator writes over `x`."""
     if x.is_contiguous() or x.numel() == 0:
         return
-    reach = 0  # the last element that the dimensions of smaller strides lead to
+    reach = 0  # the largest offset that the dimensions with smaller strides reach
     for stride, size in sorted(zip(x.stride(), x.shape)):
         if size > 1:
             if stride <= reach:
@@ -97,10 +98,10 @@ def check_disjoint(name: str, x: Tensor) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """Every number passes here: a finite one of Python, and no bool."""
+    """Check that `value` is a finite Python number and not a bool. Every number passes here."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -LARGEST <= value <= LARGEST:  # also for integers that no float can hold
+    if not -LARGEST <= value <= LARGEST:  # this also catches integers that no float can hold
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -117,7 +118,7 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_int(name: str, value: int, low: int = -(2**63)) -> None:
-    """An int of at least `low` that operators can take, so of 64 bits, and no bool."""
+    """Check that `value` is an int of at least `low` that fits into an operator's 64 bits, and not a bool."""
     wanted = "an integer" if low == -(2**63) else f"an integer of at least {low}"
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
@@ -149,7 +150,7 @@ def check_group(name: str, group: dist.ProcessGroup | None) -> None:
 
 
 def check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> Tensor:
-    """The mask as bool; it is bool or holds 0 and 1, and has the shape of `other`."""
+    """Return the mask as bool. It must be bool or hold only 0 and 1, and have the shape of `other`."""
     check_tensor(name, mask)
     check_beside(name, mask, other_name, other)
     if mask.dtype == torch.bool:
@@ -162,7 +163,7 @@ def check_mask(name: str, mask: Tensor, other_name: str, other: Tensor) -> Tenso
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, flat: Tensor) -> None:
-    """(S + 1,) int64 that begins with 0, never falls and ends with the length of the flat tensors."""
+    """Check that cu_seqlens is (S + 1,) int64, begins with 0, never falls and ends with the flat tensors' length."""
     check_dtype("cu_seqlens", cu_seqlens, torch.int64)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")

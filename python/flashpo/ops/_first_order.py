@@ -1,4 +1,4 @@
-"""Gradients that are written out have no derivative of their own: whoever asks for one gets an error, not zeros."""
+"""Hand-written gradients cannot be differentiated again: a second derivative raises an error instead of being zero."""
 
 import functools
 from collections.abc import Callable
@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 def first_order(backward: Callable) -> Callable:
-    """`backward` of an autograd.Function, whose results raise when a second backward pass reaches them.
+    """Wrap the `backward` of an autograd.Function so that a second backward pass through its results raises.
 
-    They do so under `create_graph=True`, on whichever way to an input: the saved ones, and those in `ctx.inputs` of a
-    function that does not save its inputs. `once_differentiable` sees the incoming gradients alone, and these are
-    constants where the loss is what is differentiated. torch.compile has an error of its own.
+    Under `create_graph=True` the results are connected to every input on which they depend: the saved tensors, the
+    incoming gradients, and `ctx.inputs` of a function that does not save its inputs. torch's `once_differentiable`
+    connects them to the incoming gradients only. These are constants when the loss itself is differentiated, and then
+    it would not raise. torch.compile raises an error of its own.
     """
 
     @functools.wraps(backward)
@@ -32,7 +33,7 @@ def first_order(backward: Callable) -> Callable:
 
 
 class _Last(torch.autograd.Function):
-    """Gradients as they are, after the inputs that they depend on; there is no way back through them."""
+    """Passes the gradients through and makes them depend on the inputs; its own backward raises."""
 
     @staticmethod
     def forward(ctx: Any, of: str, inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:

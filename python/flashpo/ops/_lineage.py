@@ -1,7 +1,7 @@
-"""Which token comes from which in a token tree, for layers that read the tokens before them in order.
+"""Which token follows which in a token tree, for layers that read the preceding tokens in order.
 
-Attention needs to know who sees whom. A convolution needs each token's last few ancestors, and a recurrence needs the
-tokens in chunks, each behind the chunk that its state comes from.
+Attention needs to know which tokens see each other. A convolution needs the last few ancestors of each token. A
+recurrence needs the tokens in chunks, ordered so that a chunk comes after the chunk whose final state it starts from.
 """
 
 import functools
@@ -17,49 +17,52 @@ from torch import Tensor
 
 from flashpo.ops._check import check_dtype
 
-_thread = threading.local()  # its `last`: a tree's mask and lineage
+_thread = threading.local()  # `_thread.last`: the mask that was asked for last (a weak reference) and its lineage
 
 
 def is_tree(mask: Any) -> bool:
-    """Whether that is a `TokenTree.mask`."""
+    """Whether `mask` is the mask of a `TokenTree`."""
     return isinstance(mask, Tensor) and mask.dtype == torch.int32
 
 
 class Chunks(NamedTuple):
-    """M stretches of up to C tokens, none of which branches inside. Those of depth d have d chunks before them."""
+    """M chunks of up to C tokens. A chunk has no branch inside. A chunk of depth d has d chunks before it."""
 
-    token: Tensor  # (M, C) int64: flat index; N where a chunk is shorter
-    place: Tensor  # (N,) int64: of each token in `token`, flattened
-    before: Tensor  # (M,) int64: the chunk whose state this one starts from, counted within its depth; 0 at a root
-    last: Tensor  # (S,) int64: of each segment
-    sizes: Sequence[int]  # chunks of each depth, which lie one behind the other
+    token: Tensor  # (M, C) int64: flat index of each token; N fills up a shorter chunk
+    place: Tensor  # (N,) int64: where each token is in `token`, flattened
+    # (M,) int64: the chunk whose final state this one starts from, counted within its depth; 0 at a root
+    before: Tensor
+    last: Tensor  # (S,) int64: the last chunk of each segment
+    sizes: Sequence[int]  # the number of chunks of each depth; the M chunks are sorted by depth
 
 
 class Waves(NamedTuple):
-    """The N tokens by how many come before them in their sequences."""
+    """The N tokens sorted by depth, the number of tokens before them in their sequences."""
 
-    order: Tensor  # (N,) int64: those of depth 0, then those of depth 1, and so on
+    order: Tensor  # (N,) int64: flat indices of the tokens of depth 0, then of depth 1, and so on
     place: Tensor  # (N,) int64: where each token is in `order`
-    before: Tensor  # (N,) int64: the flat index of the token before; N where there is none
-    parents: Sequence[Tensor]  # of each depth, where the tokens before are among those of the depth before
-    sizes: list[int]  # tokens of each depth
+    before: Tensor  # (N,) int64: the flat index of the preceding token; N where there is none
+    parents: Sequence[Tensor]  # for each depth: where the preceding tokens are among those of the previous depth
+    sizes: list[int]  # the number of tokens of each depth
 
 
 class Lineage:
-    """Of N tokens in S segments, each of which goes on from the end of its parent: what `tree_recurrence` and
-    `tree_conv` need to know of a token tree. It keeps what they ask for: one lineage serves all layers.
+    """The order of N tokens in S segments, where each segment continues the end of its parent segment.
+
+    This is what `tree_recurrence` and `tree_conv` need to know of a token tree. A lineage caches what it computes, so
+    one object serves all layers.
 
     Args:
-        segments: (S, 2 or more) int64 on the host: begin and end, one behind the other from 0 to N, none empty; those
-            of a `TokenTree`, for example.
-        parents: (S,) int64 on the host: an earlier segment, -1 for one that starts from nothing.
-        device: of the layers' tensors.
+        segments: (S, 2 or more) int64 on the host: begin and end of each segment in its first two columns. The segments
+            cover 0 to N in order without gaps, and none is empty. `TokenTree` gives such a tensor.
+        parents: (S,) int64 on the host: the parent of each segment, which is an earlier segment, or -1 for none.
+        device: the device of the layers' tensors.
 
     Raises:
         TypeError, ValueError: the message names the argument.
 
     Attributes:
-        kept: None, or what layers leave here of each segment's end, by the kind of their state, in the layers' order.
+        kept: None, or a dict to which each layer appends its states at the segments' ends, keyed by the kind of state.
     """
 
     kept: dict[str, list[Tensor]] | None = None
@@ -70,17 +73,18 @@ class Lineage:
         self.parent = parents.tolist()
         self.tokens = self.stop[-1]
         self.device = torch.device(device)
-        self.ancestors = functools.cache(self._ancestors)  # every layer asks for the same
+        self.ancestors = functools.cache(self._ancestors)  # cached, because every layer asks for the same
         self.chunks = functools.cache(self._chunks)
         self.waves = functools.cache(self._waves)
 
     @classmethod
     def of_mask(cls, mask: Tensor) -> "Lineage":
-        """Of a `TokenTree.mask`; asked again for the same one, as each layer does, it is the same lineage."""
+        """The lineage of the token tree whose mask this is. Asked again for the same mask, it returns the same
+        object."""
         known, lineage = getattr(_thread, "last", (lambda: None, None))
         if lineage is None or known() is not mask:
             end, position = mask[0, 0].cpu().long().unbind(0)
-            begin = F.pad(end.diff().nonzero()[:, 0] + 1, (1, 0))  # every segment has an end of its own
+            begin = F.pad(end.diff().nonzero()[:, 0] + 1, (1, 0))  # every segment has its own value of `end`
             segments = torch.stack([begin, F.pad(begin[1:], (0, 1), value=len(end))], 1)
             before = [(position[:b] == position[b] - 1).nonzero()[-1:] for b in begin.tolist()]
             parents = [int(torch.searchsorted(begin, at[0, 0], right=True)) - 1 if len(at) else -1 for at in before]
@@ -97,28 +101,30 @@ class Lineage:
         return self.kept is not None
 
     def keep(self, kind: str, states: Tensor | None) -> None:
-        """(S, ...): of a layer; None where nothing is kept."""
+        """Append a layer's states (S, ...) at the segments' ends, if states are kept and the layer has some."""
         if self.kept is not None and states is not None:
             self.kept.setdefault(kind, []).append(states)
 
     def _before(self) -> Tensor:
-        """(N,) int64 on the host: the token before each one; N where there is none."""
+        """(N,) int64 on the host: the flat index of the token before each token; N where there is none."""
         before = torch.arange(-1, self.tokens - 1, device="cpu")
         for begin, parent in zip(self.begin, self.parent):
             before[begin] = self.tokens if parent < 0 else self.stop[parent] - 1
         return before
 
     def _ancestors(self, count: int) -> Tensor:
-        """(count, N) int64: each token's parent, grandparent and so on; N where there is none."""
-        before = F.pad(self._before(), (0, 1), value=self.tokens)  # the last of these N + 1 is the ancestor of no token
+        """(count, N) int64: the parent, the grandparent and so on of each token; N where there is none."""
+        # Entry N stands for "none", and its ancestor is N again
+        before = F.pad(self._before(), (0, 1), value=self.tokens)
         found = [before[:-1]]
         while len(found) < count:
             found.append(before[found[-1]])
         return torch.stack(found)[:count].to(self.device)
 
     def _chunks(self, size: int) -> Chunks:
-        depths: list[list[tuple[int, int, int]]] = []  # of each depth its chunks: begin, end, place of the one before
-        last: list[tuple[int, int]] = []  # of each segment, where its last chunk is: depth and place within it
+        # For each depth its chunks: begin, end, index of the preceding chunk
+        depths: list[list[tuple[int, int, int]]] = []
+        last: list[tuple[int, int]] = []  # for each segment its last chunk: depth and index within that depth
         for begin, stop, parent in zip(self.begin, self.stop, self.parent):
             depth, before = last[parent] if parent >= 0 else (-1, 0)
             for at in range(begin, stop, size):
@@ -137,7 +143,8 @@ class Lineage:
         first = [0, *itertools.accumulate(map(len, depths))]
         lasts = torch.tensor([first[depth] + at for depth, at in last], device="cpu")
         there = (x.to(self.device) for x in (token, place, bounds[:, 2].contiguous(), lasts))
-        return Chunks(*there, tuple(map(len, depths)))  # type: ignore[call-arg, arg-type]  # tensors' number
+        # Mypy does not know the number of tensors
+        return Chunks(*there, tuple(map(len, depths)))  # type: ignore[call-arg, arg-type]
 
     def _waves(self) -> Waves:
         depth = torch.arange(self.tokens, device="cpu")
@@ -147,7 +154,7 @@ class Lineage:
                 depth[begin:stop] += depth[self.stop[parent] - 1] + 1
         order = depth.argsort(stable=True)
         place, sizes, before = order.argsort(), depth.bincount(), self._before()
-        first = F.pad(sizes.cumsum(0), (2, 0))[depth]  # where the depth before begins
+        first = F.pad(sizes.cumsum(0), (2, 0))[depth]  # where the previous depth begins in `order`
         parents = (F.pad(place, (0, 1))[before] - first)[order]
         there = (x.to(self.device) for x in (order, place, before, parents))
         order, place, before, parents = there
@@ -173,7 +180,7 @@ def _check(segments: Tensor, parents: Tensor) -> None:
 
 
 def check_lineage(lineage: Lineage, name: str, x: Tensor) -> None:
-    """`lineage` is of the tokens of `x`, on its device."""
+    """Check that `lineage` has as many tokens as `x` and is on its device."""
     if not isinstance(lineage, Lineage):
         raise TypeError(f"lineage must be a flashpo.Lineage, got {type(lineage).__name__}")
     if lineage.tokens != x.shape[0]:

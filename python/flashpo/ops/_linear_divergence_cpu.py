@@ -1,5 +1,6 @@
-"""linear_divergence on the CPU: a tile of each head, of the same vocabulary entries and tokens, at a time; see
-`_linear_logprob_cpu` for tiles. C++ folds both while they are hot, or turns the student's into gradients in place."""
+"""linear_divergence on the CPU. For each tile, the logits of both heads are computed for the same vocabulary entries
+and tokens (see `_linear_logprob_cpu` for tiles). While the two tiles are in cache, C++ folds them into a partial, or
+turns the student's into gradients in place."""
 
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from flashpo.ops import divergence_stats as stats
 from flashpo.ops._check import check_range
 from flashpo.ops._linear_logprob_cpu import DTYPES, Gradients, Tiles
 
-STATE_ROWS = 15  # of what C++ keeps between tiles, and four more with the most probable tokens
+STATE_ROWS = 15  # rows that C++ keeps between tiles; four more when the most probable tokens are wanted
 
 
 def takes(heads) -> bool:
@@ -32,7 +33,7 @@ class Pairs:
         self.student.width = self.teacher.width = min(self.student.width, self.teacher.width)
         self.of_heads = [(tiles, *tiles.scalars[1:]) for tiles in (self.student, self.teacher)]
         self.shared = self.student.scalars[0], heads.beta
-        # what turns logits into bits, in C++ after the head's transforms or before
+        # Factors that turn logits into bits. C++ applies them either after the head's transforms or before.
         self.units = [
             self.shared[0] * (scale if tiles.bias is None and softcap == 0 else 1.0)
             for tiles, scale, softcap in self.of_heads
@@ -43,7 +44,7 @@ class Pairs:
             yield part, (rows, teacher_rows)
 
     def logits(self, part: slice, rows: tuple[Tensor, Tensor], block: slice) -> tuple[Tensor, tuple]:
-        """(the student's tile, all that C++ has to know of the two)"""
+        """Compute both tiles. Returns the student's tile and the arguments by which C++ reads the two."""
         made = [
             (tiles.logits(of, block), tiles.bias_of(part), scale, softcap)
             for (tiles, scale, softcap), of in zip(self.of_heads, rows)

@@ -1,10 +1,12 @@
-"""linear_logprob on the CPU: torch's GEMM makes tiles that stay in cache, C++ folds or differentiates them while hot.
+"""linear_logprob on the CPU: torch's GEMM computes a tile of logits, and C++ folds or differentiates it in cache.
 
-Tiles are (J, N), a row per vocabulary entry: C++ then has a token per SIMD lane, and in bfloat16 the GEMMs that make
-such a tile and that take dW = tile @ hidden from it need half the time of their transposes. dH wants the other layout
-there, so C++ writes 16-bit gradients in both. torch's 16-bit GEMMs round their output: the logits to the compute dtype,
-dH once per tile of the vocabulary before it is added in fp32, dW once per block of tokens. A CPU without instructions
-for the compute dtype multiplies the same numbers several times faster in fp32, so tiles are fp32 there.
+Tiles are (J, N), with a row per vocabulary entry, so that C++ has one token per SIMD lane. In bfloat16 the GEMM that
+makes such a tile, and the GEMM dW = tile @ hidden, take half the time of their transposed forms. The GEMM for dH
+prefers the other layout in 16 bits, so C++ writes 16-bit gradients in both layouts.
+
+torch's 16-bit GEMMs round their output: the logits to the compute dtype, dH once per tile of the vocabulary before it
+is added in fp32, and dW once per block of tokens. A CPU without instructions for the compute dtype multiplies the same
+numbers several times faster in fp32, so on such a CPU the tiles are fp32.
 """
 
 import functools
@@ -21,8 +23,8 @@ from flashpo.ops._product import add_product
 from flashpo.ops.token_stats import neutral_partial
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE_BYTES = 16 << 20  # two tiles and what else a pass needs stay below 64 MB
-PRODUCT_BYTES = 8 << 20  # of a product in fp32, before it is added to others
+TILE_BYTES = 16 << 20  # so that two tiles and everything else that a pass needs stay below 64 MB
+PRODUCT_BYTES = 8 << 20  # the size of a product in fp32 before it is added to a sum
 MAX_TOKENS = 2048  # in a tile
 
 
@@ -30,7 +32,7 @@ _kept = threading.local()
 
 
 def workspace(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that this thread keeps from call to call: fresh pages would cost a tenth of the pass to fault in."""
+    """Memory that this thread keeps between calls. Page faults of fresh memory would take a tenth of the pass."""
     size = math.prod(shape) * dtype.itemsize
     kept = getattr(_kept, name, None)
     if kept is None or kept.numel() < size:
@@ -45,7 +47,7 @@ def takes(hidden: Tensor, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def multiplied_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU multiplies matrices of `dtype`."""
+    """The dtype in which this CPU should multiply matrices of `dtype`."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if dtype.itemsize == 4 or capabilities.get("architecture") != "x86_64":
         return dtype
@@ -54,8 +56,11 @@ def multiplied_in(dtype: torch.dtype) -> torch.dtype:
 
 
 class Tiles:
-    """The head cut into parts of the vocabulary, the tokens that are not ignored into blocks, and one tile for each
-    pair of them in a buffer that all share. `heads`: how many of them have a tile at a time, this one in `buffer`."""
+    """The tiles of a head: the vocabulary is cut into parts, the tokens that are not ignored into blocks.
+
+    There is one tile for each pair of a part and a block; all tiles use the same buffer. `heads` is the number of heads
+    that have a tile at the same time, and `buffer` names the workspace of this one.
+    """
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class Tiles:
         self.bias = None if bias is None else bias.float().contiguous()
         self.scalars = 1 / temperature, logit_scale, softcap or 0.0
         self.tokens = max(min(len(self.hidden), MAX_TOKENS), 1)
-        # A part's rows of the head, converted or summed up in fp32, are held to two tiles' size as well.
+        # The weight rows of a part, converted or summed up in fp32, may take the memory of at most two tiles, too.
         tile_bytes = TILE_BYTES // heads
         widest = min(tile_bytes // (self.dtype.itemsize * self.tokens), 2 * tile_bytes // (4 * weight.shape[1]))
         self.width = min(len(weight), max(widest, 256))
@@ -97,7 +102,7 @@ class Tiles:
         return x if self.live is None else x[self.live]
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary entries, their rows of the head as they are multiplied)"""
+        """Yield each part of the vocabulary and its rows of the weight in the dtype of the GEMM."""
         for begin in range(0, len(self.weight), self.width):
             part = slice(begin, min(begin + self.width, len(self.weight)))
             rows = self.weight[part]
@@ -122,28 +127,29 @@ class Tiles:
         return None if self.bias is None else self.bias[part]
 
     def describe(self, part: slice, block: slice) -> tuple:
-        """What C++ has to know of a tile besides its values."""
+        """The arguments that C++ needs for a tile besides its values."""
         inv_temperature = None if self.inv_temperature is None else self.inv_temperature[block]
         return self.target[block], self.start + part.start, self.bias_of(part), inv_temperature, *self.scalars
 
     def rows_of_blocks(self, *of_tokens: Tensor | None) -> list[tuple[slice, list[Tensor | None]]]:
-        """Every block, with its part of tensors (N,) or (R, N), dense."""
+        """Each block with its dense part of the tensors (N,) or (R, N)."""
         picked = [None if x is None else self.pick(x.t()) for x in of_tokens]
         return [(block, [None if x is None else x[block].t().contiguous() for x in picked]) for block in self.blocks()]
 
     def spread(self, column: Tensor, block: slice, whole: Tensor) -> None:
-        """A block's results into (R, N) of all tokens."""
+        """Write the results of a block into the (R, N) results of all tokens."""
         whole[:, block if self.live is None else self.live[block]] = column
 
 
 class Gradients:
-    """The gradients of one head, from tiles of gradients of its logits."""
+    """The gradients of one head, summed up over tiles that hold gradients of its logits."""
 
     def __init__(self, tiles: Tiles, want_hidden: bool, want_weight: bool, want_bias: bool):
         self.tiles, self.wanted = tiles, (want_hidden, want_weight, want_bias)
         weight, blocks = tiles.weight, tiles.blocks()
-        # Rows 64 bytes off a power of two, so that the lines C++ writes at once fall into different cache sets; zeros
-        # there, since oneDNN multiplies what it finds behind a row by 0.
+        # The row length is 64 bytes more than the tile's width, so that the cache lines which C++ writes at the same
+        # time fall into different cache sets. The padding is set to 0, because oneDNN multiplies what it reads behind
+        # a row by 0, and NaN would survive that.
         two_layouts = want_hidden and tiles.dtype.itemsize == 2
         self.transposed = (
             workspace("transposed", (tiles.tokens, tiles.width + 32), tiles.dtype) if two_layouts else None
@@ -154,13 +160,13 @@ class Gradients:
         self.d_hidden = weight.new_zeros(tiles.hidden.shape, dtype=torch.float32) if want_hidden else none
         self.d_weight = (torch.empty_like if blocks else torch.zeros_like)(weight) if want_weight else none.clone()
         self.d_bias = weight.new_zeros(len(weight), dtype=torch.float32) if want_bias else none.clone()
-        # Products of fp32, and sums over several blocks of tokens, are kept in fp32 and rounded once.
+        # Products in fp32, and sums over several blocks of tokens, are kept in fp32 and rounded once at the end.
         in_fp32 = want_weight and weight.dtype != torch.float32 and (tiles.dtype == torch.float32 or len(blocks) > 1)
         self.d_rows = weight.new_empty(tiles.width, weight.shape[1], dtype=torch.float32) if in_fp32 else None
         self.buffer = tiles.buffer_of_products() if tiles.dtype == torch.float32 else None
 
     def transposed_of(self, tile: Tensor) -> Tensor | None:
-        """Where C++ writes the tile in the other layout, too."""
+        """Where C++ writes the tile a second time, in the other layout; None if it is not wanted."""
         return None if self.transposed is None else self.transposed[: tile.shape[1], : len(tile)]
 
     def add(self, tile: Tensor, part: slice, rows: Tensor, block: slice) -> None:
@@ -177,7 +183,7 @@ class Gradients:
             self.d_bias[part] += tile.sum(1, dtype=torch.float32)
 
     def results(self, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all tokens and in the dtypes of the arguments."""
+        """The gradients of all tokens, in the dtypes of the arguments."""
         want_hidden, _, want_bias = self.wanted
         d_hidden = self.d_hidden.to(hidden.dtype)
         if want_hidden and self.tiles.live is not None:
@@ -222,10 +228,10 @@ def backward(hidden, weight, target, bias, *rest) -> tuple[Tensor, Tensor, Tenso
 
 
 def add(total: Tensor, a: Tensor, b: Tensor, first: bool, buffer: Tensor | None) -> None:
-    """total += a @ b, or = where it is the first. A product in 16 bits is rounded as a whole before it is added."""
+    """total += a @ b, or total = a @ b if `first`. A product in 16 bits is rounded before it is added."""
     if a.dtype == torch.float32:
         add_product(total, a, b, first=first, buffer=buffer)
-    elif total.dtype == a.dtype:  # the only one
+    elif total.dtype == a.dtype:  # this is the only product
         torch.mm(a, b, out=total)
     else:
         product = torch.mm(a, b)

@@ -1,4 +1,4 @@
-"""Attention of some queries to some keys under a mask, in fp32 or wider: the formulas of tree_attention, dense.
+"""Dense attention of some queries to some keys under a mask, in fp32 or wider, by the formulas of tree_attention.
 
 Shapes: q (I, Hq, D), k (J, Hkv, D), v (J, Hkv, Dv), seen (I, J), sinks (Hq,), lse and delta (I, Hq).
 """
@@ -10,13 +10,13 @@ from flashpo.ops._wide import wide_dtype
 
 
 def visible(i: Tensor, j: Tensor, end: Tensor, position: Tensor, window: int) -> Tensor:
-    """Which of the keys at the flat indices j each query at i sees; end and position are the tree's."""
+    """(I, J) bool: whether the query at flat index i sees the key at flat index j. end and position are the tree's."""
     seen = (j <= i[:, None]) & (i[:, None] < end[j])
     return seen & (position[i][:, None] - position[j] < window) if window else seen
 
 
 def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """(Hkv, Hq / Hkv, I, J), -inf where unseen; and their derivative by scale q k where it is not 1."""
+    """The scores (Hkv, Hq / Hkv, I, J), -inf where unseen, and their derivative by scale q k (None where it is 1)."""
     x = torch.einsum("ihrd,jhd->hrij", q.unflatten(1, (k.shape[1], -1)) * scale, k)
     slope = None
     if softcap:
@@ -28,7 +28,7 @@ def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float, softcap: float) ->
 def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, seen: Tensor, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """(out (I, Hq, Dv), lse), wide."""
+    """(out (I, Hq, Dv), lse (I, Hq)), in fp32 or wider."""
     q, k, v = _wide(q, k, v)
     s, _ = _scores(q, k, seen, scale, softcap)
     lse = s.logsumexp(-1)
@@ -49,7 +49,7 @@ def backward(
     delta: Tensor,
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), wide. A sink's only trace here is its share of lse."""
+    """(dq, dk, dv), in fp32 or wider. Sinks enter through their share of lse only."""
     q, k, v, d_out = _wide(q, k, v, d_out)
     s, slope = _scores(q, k, seen, scale, softcap)
     heads = (k.shape[1], -1)
@@ -65,7 +65,7 @@ def backward(
 
 
 def sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor:
-    """(Hq,), or empty without sinks; over all queries."""
+    """The gradient (Hq,) of the sinks, summed over all queries; an empty tensor without sinks."""
     if sinks is None:
         return lse.new_empty(0)
     return -((sinks.to(lse.dtype) - lse).exp() * delta).sum(0).to(sinks.dtype)

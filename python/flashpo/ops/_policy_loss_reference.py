@@ -9,12 +9,12 @@ from torch import Tensor
 from flashpo.ops.loss_spec import LossSpec
 from flashpo.ops.policy_stats import LOG_RATIO_BINS, LOG_RATIO_EDGES, NAMES
 
-SATURATION = 64.0  # |log w| at which exp stops growing: e^64 a token stays finite summed over any batch
-VESPO_LOG_MIN, VESPO_LOG_MAX = math.log(1e-8), 20.0  # of log W and of each of its terms
+SATURATION = 64.0  # the bound of |log w| in exp: e^64 per token stays finite in any batch's sum
+VESPO_LOG_MIN, VESPO_LOG_MAX = math.log(1e-8), 20.0  # bounds of log W and of each of its terms
 
 
 def policy_loss_fwd(
-    logprob: Tensor,  # (N,) fp32 or fp64, as every float here
+    logprob: Tensor,  # (N,) fp32 or fp64, like all float tensors here
     old_logprob: Tensor | None,  # (N,)
     advantage: Tensor,  # (N,) or (S, 1)
     mask: Tensor,  # (N,) bool or int
@@ -28,16 +28,19 @@ def policy_loss_fwd(
     scale: float,
     spec: str,  # LossSpec.key
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss (); statistics (len(NAMES),); d loss / d logprob and, with entropy_coef, d loss / d entropy, as rows
-    (1 or 2, N); a factor for each row (1 or 2,): what a kernel knows only after its pass, 1 here."""
+    """Return the loss (), statistics (len(NAMES),), gradients (1 or 2, N) and factors of the gradients (1 or 2,).
+
+    The rows of the gradients are d loss / d logprob and, if entropy_coef is not 0, d loss / d entropy. A row's factor
+    is what a kernel knows only after its pass; here it is 1.
+    """
     s, dtype = LossSpec.from_key(spec), logprob.dtype
     clip_low, clip_high = _or(s.clip_low, math.inf), _or(s.clip_high, math.inf)
     sequences = cu_seqlens.shape[0] - 1
-    # Each sequence has a masked token more at its end: one without tokens is like one of masked tokens alone
+    # Append a masked token to each sequence, so that a sequence without tokens is one whose tokens are all masked.
     segment = torch.repeat_interleave(cu_seqlens.diff(), output_size=logprob.shape[0])
     given = segment + torch.arange(logprob.shape[0], device=logprob.device)
 
-    def ended(x: Any) -> Any:  # (N,) -> (N + S,); None and (S, 1) stay
+    def ended(x: Any) -> Any:  # (N,) -> (N + S,); None and (S, 1) are returned as they are
         if x is None or x.dim() == 2:
             return x
         return x.new_zeros(x.shape[0] + sequences).index_copy_(0, given, x)
@@ -49,7 +52,7 @@ def policy_loss_fwd(
     segment = torch.repeat_interleave(cu_seqlens.diff(), output_size=logprob.shape[0])
     m = mask != 0
 
-    def live(x: Tensor | None) -> Tensor:  # what None stands for is needed by no spec that comes here without it
+    def live(x: Tensor | None) -> Tensor:  # None is allowed only if the spec does not read the tensor
         return m.to(dtype) * 0 if x is None else torch.where(m, x, 0.0)
 
     def sequence_sum(x: Tensor) -> Tensor:  # (N,) -> (S,)
@@ -64,9 +67,9 @@ def policy_loss_fwd(
     logp = live(logprob)
     old = logp if old_logprob is None else live(old_logprob)
 
-    # tokens with a loss of their own: of high entropy
+    # tokens that have a loss: those of high entropy
     kept = m if entropy_threshold is None else m & (live(entropy) >= entropy_threshold)
-    weight = kept.to(dtype) if s.surrogate != "gmpo" else m.to(dtype)  # gmpo takes them out of its mean
+    weight = kept.to(dtype) if s.surrogate != "gmpo" else m.to(dtype)  # gmpo takes the others out of its mean instead
 
     # importance weights, and sequences too far off-policy
     rho = None
@@ -93,7 +96,7 @@ def policy_loss_fwd(
     if rho is not None and s.surrogate != "vespo":
         weight = weight * live(rho)
 
-    # log w, whether no clamp holds it, and w
+    # log w, where it is not clamped, and w
     d = logp - old
     clipped = torch.zeros_like(m)
     if s.ratio == "token":
@@ -125,7 +128,7 @@ def policy_loss_fwd(
     by_log_w = by_log_w.where(free, 0.0)
     x, by_log_w, by_logp = x * weight, by_log_w * weight, by_logp * weight
 
-    # KL to the reference, outside of these weights
+    # KL to the reference, to which these weights do not apply
     kl = torch.zeros_like(d)
     if s.kl_coef != 0:
         kl, d_kl = _kl(s, live(ref_logprob) - logp)
@@ -134,7 +137,7 @@ def policy_loss_fwd(
             by_log_w = by_log_w + (s.kl_coef * kl).where(free, 0.0)
         x, by_logp = x + s.kl_coef * kl, by_logp + s.kl_coef * d_kl
 
-    # aggregation: a token's share of the loss
+    # aggregation: the share of each token in the loss
     tokens, live_sequences = n.sum(), (n > 0).sum().to(dtype)
     counted = live_sequences if s.empty_sequences == "excluded" else torch.full_like(tokens, sequences)
     items = {"token_mean": tokens, "local_token_mean": tokens, "token_sum": torch.ones_like(tokens)}.get(
@@ -150,7 +153,7 @@ def policy_loss_fwd(
     if s.empty_sequences == "surrogate":
         policy = policy - (advantage.flatten() * (n == 0)).sum() / items if advantage.dim() == 2 else policy
 
-    # gradient; that of a sequence's ratio goes to all of its tokens
+    # gradient; the gradient of a sequence's ratio goes to all tokens of the sequence
     chain = live(share * by_log_w)
     if s.ratio == "sequence_sum":
         chain = live(sequence_sum(chain)[segment])
@@ -167,7 +170,7 @@ def policy_loss_fwd(
         total = total - s.entropy_coef * (of_mean * live(entropy)).sum()
         d_entropy = -s.entropy_coef * of_mean
 
-    # statistics: over tokens, or over sequences where ratios and advantages are theirs
+    # statistics over tokens, or over sequences if both ratios and advantages are per sequence
     per_sequence = s.ratio in ("sequence", "sequence_sum") and advantage.dim() == 2 and s.surrogate != "gmpo"
     first = torch.zeros_like(m)
     first[cu_seqlens[:-1]] = True
@@ -232,18 +235,19 @@ def policy_loss_fwd(
 
 
 class Term(NamedTuple):
-    """Of each token; flags are counted."""
+    """One entry per token. The flags are counted in the statistics."""
 
-    x: Tensor  # its loss
-    by_log_w: Tensor  # derivative by the logarithm of the ratio
-    by_logp: Tensor  # and by the token's own log-prob beside that
-    below: Tensor  # the ratio is outside of the bounds
+    x: Tensor  # the loss of the token
+    by_log_w: Tensor  # its derivative by the logarithm of the ratio
+    by_logp: Tensor  # its derivative by the token's log-prob, apart from the one through the ratio
+    below: Tensor  # the ratio is below its lower bound, or above its upper one
     above: Tensor
-    capped: Tensor  # by dual_clip or ratio_cap
+    capped: Tensor  # the ratio is held by dual_clip or ratio_cap
 
 
 def _surrogate(s: LossSpec, logp: Tensor, old: Tensor, w: Tensor, adv: Tensor, phi: Tensor | None) -> Term:
-    """The losses of loss_spec.py; for gmpo and other ratios of sequences w is that of the token's sequence."""
+    """The surrogates of loss_spec.py. For gmpo, and if ratios are per sequence, w is the ratio of the token's
+    sequence."""
     clip_low, clip_high, cap = (_or(x, math.inf) for x in (s.clip_low, s.clip_high, s.ratio_cap))
     lowest, highest = 1 - clip_low, 1 + clip_high
     nothing, never = torch.zeros_like(w), torch.zeros_like(w, dtype=torch.bool)
@@ -256,7 +260,7 @@ def _surrogate(s: LossSpec, logp: Tensor, old: Tensor, w: Tensor, adv: Tensor, p
             dual = (adv < 0) & (x > -s.dual_clip * adv)
             x = torch.where(dual, -s.dual_clip * adv, x)
             by_log_w, capped = by_log_w.masked_fill(dual, 0.0), capped | dual
-        return Term(x, by_log_w, nothing, w_capped < lowest, w_capped > highest, capped)  # bounds as TRL counts
+        return Term(x, by_log_w, nothing, w_capped < lowest, w_capped > highest, capped)  # bounds are counted as in TRL
     if s.surrogate == "sapo":
         positive, other = s.sapo_temperatures
         t = torch.where(adv > 0, positive, other).to(w.dtype)
@@ -284,7 +288,7 @@ def _surrogate(s: LossSpec, logp: Tensor, old: Tensor, w: Tensor, adv: Tensor, p
 
 
 def _kl(s: LossSpec, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """The estimate from delta = log pi_ref - log pi, and its derivative by log pi."""
+    """The KL estimate from delta = log pi_ref - log pi, and its derivative by log pi."""
     estimator = s.kl.removesuffix("+")
     if estimator == "k3":
         clamp = _or(s.kl_log_clamp, math.inf)
@@ -308,7 +312,7 @@ def _or(value: float | None, otherwise: float) -> float:
 
 
 def _extreme(x: Tensor, among: Tensor, largest: bool) -> Tensor:
-    """Of nothing: -inf or inf."""
+    """The largest or smallest x where `among`; -inf or inf if there is none."""
     x = x.masked_fill(~among, -math.inf if largest else math.inf)
     if x.shape[0] == 0:
         return x.new_tensor(-math.inf if largest else math.inf)

@@ -1,13 +1,13 @@
-"""The preference losses as data: a name and a function from a batch of pairs to one value for each.
+"""The preference losses as data: for each name a function from a batch of pairs to one value per pair.
 
-Per pair, l_c and l_w are the log-probabilities of the chosen and of the rejected completion, sums over n_c and n_w
-tokens; x = l - l_ref is the log-ratio to the reference (without a reference: l itself) and f the f-divergence's score,
-the identity unless another is asked for. b is beta, e label_smoothing, s the logistic function.
+Notation. l_c and l_w are the log-probabilities of a pair's chosen and rejected completion, as sums over n_c and n_w
+tokens. x = l - l_ref is the log-ratio to the reference; without a reference x is l itself. f is the score of the
+f-divergence, by default the identity. b is beta, e is label_smoothing, and s is the logistic function.
 
     d = f(x_c) - f(x_w)    dn = f(x_c) / n_c - f(x_w) / n_w    dm = f(l_c / n_c) - f(l_w / n_w)
     S(z) = -(1 - e) log s(z) - e log s(-z)
 
-A value that is computed otherwise than it is written says why.
+Where a value is computed by another expression than its formula, the docstring says why.
 """
 
 import math
@@ -24,9 +24,10 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 
 
 def f_score(x: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f'(e^x) of the f-divergence up to a constant (f-DPO, arXiv 2309.16240); alpha 1 is reverse KL, 0 forward KL.
+    """f'(e^x) of the f-divergence up to a constant (f-DPO, arXiv 2309.16240). alpha 1 is reverse KL, 0 is forward KL.
 
-    (e^((alpha - 1) x) - 1) / (alpha - 1), the exponent held where e^ would soon overflow (80 in fp32, as TRL does).
+    The alpha divergence gives (e^((alpha - 1) x) - 1) / (alpha - 1). Its exponent is limited before e^ overflows (to 80
+    in fp32, as in TRL).
     """
     if divergence == "js_divergence":
         return math.log(2.0) + logsigmoid(x)
@@ -39,7 +40,7 @@ def f_score(x: Tensor, divergence: str, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs:
-    """B pairs, tensors (B,), and what the losses read besides. Whoever makes it sees to the lengths that they need."""
+    """B pairs as tensors (B,), and the options of the losses. The caller gives the lengths that its losses need."""
 
     chosen: Tensor
     rejected: Tensor
@@ -89,7 +90,7 @@ class Pairs:
 
 
 def per_token(total: Tensor, length: Tensor) -> Tensor:
-    return total / length.clamp(min=1).to(total.dtype)  # an empty completion's sum is 0, and so is its mean
+    return total / length.clamp(min=1).to(total.dtype)  # the sum of an empty completion is 0, and so is its mean
 
 
 def sigmoid(p: Pairs) -> Tensor:
@@ -98,7 +99,8 @@ def sigmoid(p: Pairs) -> Tensor:
 
 
 def cdpo(p: Pairs) -> Tensor:
-    """S(b d). Conservative DPO, as OpenRLHF smooths `sigmoid` (TRL does not); https://ericmitchell.ai/cdpo.pdf."""
+    """S(b d). Conservative DPO: `sigmoid` with OpenRLHF's smoothing (TRL has none);
+    https://ericmitchell.ai/cdpo.pdf."""
     return p.smoothed(p.beta * p.margin)
 
 
@@ -108,7 +110,7 @@ def hinge(p: Pairs) -> Tensor:
 
 
 def ipo(p: Pairs) -> Tensor:
-    """(dn - 1 / (2 b))^2. IPO, arXiv 2310.12036, per token as its authors and TRL have it."""
+    """(dn - 1 / (2 b))^2. IPO, arXiv 2310.12036, per token as in its authors' code and in TRL."""
     return (p.margin_per_token - 1 / (2 * p.beta)) ** 2
 
 
@@ -138,13 +140,13 @@ def bco_pair(p: Pairs) -> Tensor:
 
 
 def sppo_hard(p: Pairs) -> Tensor:
-    """(x_c - 1 / (2 b))^2 + (x_w + 1 / (2 b))^2. SPPO, arXiv 2405.00675, with certain preferences."""
+    """(x_c - 1 / (2 b))^2 + (x_w + 1 / (2 b))^2. SPPO, arXiv 2405.00675, for preferences that are certain."""
     x_c, x_w = p.ratios
     return (x_c - 0.5 / p.beta) ** 2 + (x_w + 0.5 / p.beta) ** 2
 
 
 def aot(p: Pairs) -> Tensor:
-    """S(b (sorted(l_c - l_w) - sorted(l_ref_c - l_ref_w))), a value a rank. AOT, arXiv 2406.05882, in the batch."""
+    """S(b (sorted(l_c - l_w) - sorted(l_ref_c - l_ref_w))), a value per rank in the batch. AOT, arXiv 2406.05882."""
     margin = (p.chosen - p.rejected).sort().values
     if p.ref_chosen is None or p.ref_rejected is None:
         return p.smoothed(p.beta * margin)
@@ -152,7 +154,7 @@ def aot(p: Pairs) -> Tensor:
 
 
 def aot_unpaired(p: Pairs) -> Tensor:
-    """S(b (sorted(x_c) - sorted(x_w))), a value a rank. AOT without pairs."""
+    """S(b (sorted(x_c) - sorted(x_w))), a value per rank in the batch. AOT without pairs."""
     x_c, x_w = p.ratios
     return p.smoothed(p.beta * (x_c.sort().values - x_w.sort().values))
 
@@ -172,7 +174,7 @@ def apo_down(p: Pairs) -> Tensor:
 def discopop(p: Pairs) -> Tensor:
     """-(1 - m) log s(z) + m e^-z, z = b d, m = s(z / tau). DiscoPOP, arXiv 2406.08414, equation 5.
 
-    Far below 0 the factors of m e^-z leave fp32 on both sides: there it is one exponential.
+    For very negative z, m underflows and e^-z overflows in fp32. There the product is computed as one exponential.
     """
     z = p.beta * p.margin
     mix = torch.sigmoid(z / p.discopop_tau)
@@ -182,7 +184,7 @@ def discopop(p: Pairs) -> Tensor:
 
 
 def sft(p: Pairs) -> Tensor:
-    """-l B / sum n, whose mean over the batch is the negative log-likelihood of a token."""
+    """-l B / sum n. Its mean over the batch is the negative log-likelihood per token."""
     return -p.sft * (p.sft.shape[0] / p.sft_length.sum().clamp(min=1).to(p.sft.dtype))
 
 
@@ -203,7 +205,7 @@ def odds_ratio(p: Pairs) -> Tensor:
 
 
 def cpo(p: Pairs) -> Tensor:
-    """S(b d) + sft. CPO, arXiv 2401.08417; TPO, arXiv 2405.16681, with `sft` of the gold completion."""
+    """S(b d) + sft. CPO, arXiv 2401.08417. TPO, arXiv 2405.16681, if `sft` is that of the gold completion."""
     return cdpo(p) + sft(p)
 
 
@@ -213,11 +215,11 @@ def orpo(p: Pairs) -> Tensor:
 
 
 class OddsRatio(torch.autograd.Function):
-    """-log s(log odds_c - log odds_w) of mean log-probabilities c and w < 0, right up to probability 1.
+    """-log s(log odds_c - log odds_w) of mean log-probabilities c, w < 0, accurate up to probability 1.
 
-    With Q = 1 - e^l this is log(1 + r), r = e^(w - c) Q_c / Q_w, and its derivatives are
-    -e^w / (e^c Q_w + e^w Q_c) and e^w Q_c / (Q_w (e^c Q_w + e^w Q_c)): by autograd they would be 0 inf at Q_c = 0.
-    Rounding makes 0 of a log-probability above -epsilon; it counts as -epsilon.
+    With Q = 1 - e^l this is log(1 + r), r = e^(w - c) Q_c / Q_w. Its derivatives by c and w are
+    -e^w / (e^c Q_w + e^w Q_c) and e^w Q_c / (Q_w (e^c Q_w + e^w Q_c)). At Q_c = 0, autograd would compute them as
+    0 * inf. A log-probability above -epsilon may be rounded to 0; it counts as -epsilon.
     """
 
     @staticmethod
@@ -237,7 +239,7 @@ class OddsRatio(torch.autograd.Function):
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x), x < 0, each branch where it keeps its digits."""
+    """log(1 - e^x) for x < 0, by the branch that keeps more digits."""
     return torch.where(x < -math.log(2.0), torch.log1p(-x.exp()), torch.log(-torch.expm1(x)))
 
 
@@ -249,7 +251,7 @@ PREFERENCE_LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
     )
 }
 
-# Which losses an option is for: the others do not read it, or have no such form.
+# Which losses read an option. The others have no such option.
 SMOOTHED = {"cdpo", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo"}
 OF_SCORES = {"sigmoid", "cdpo", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm", "simpo", "cpo"}
 OF_MEANS = {"ipo", "sigmoid_norm", "simpo", "odds_ratio", "orpo"}

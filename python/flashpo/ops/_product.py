@@ -1,7 +1,8 @@
 """Matrix products that sum over the vocabulary or over many tokens, in fp32 or wider.
 
-A library adds up a product term by term, some of them on top of what they find in the output: beside a large sum, tens
-of thousands of small terms vanish. Parts of at most TERMS terms, each summed by itself and then added, keep them.
+A library adds up a product term by term, sometimes on top of the values in the output. Beside a large sum, tens of
+thousands of small terms then vanish in rounding. Summing at most TERMS terms at a time and adding these sums keeps
+them.
 """
 
 import torch
@@ -11,12 +12,12 @@ TERMS = 4096
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, for (M, K) and (K, N)."""
+    """a @ b, for a (M, K) and b (K, N)."""
     return add_product(a.new_empty(a.shape[0], b.shape[1]), a, b, first=True)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False, buffer: Tensor | None = None) -> Tensor:
-    """total += a @ b in place, or = where it is the first. `buffer`, flat, holds a few rows' part of the product."""
+    """total += a @ b in place, or total = a @ b if `first`. `buffer` is flat and holds the product of a few rows."""
     if first:
         torch.mm(a[:, :TERMS], b[:TERMS], out=total)
     columns = b.shape[1]

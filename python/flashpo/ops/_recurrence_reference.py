@@ -1,7 +1,7 @@
-"""tree_recurrence in torch, forward and backward: formulas in the file tree_recurrence.py, C, U, W, P, G as there.
+"""tree_recurrence in torch, forward and backward. The formulas and the names C, U, W, P, G are in tree_recurrence.py.
 
-All but the states is one batch over the M chunks of the tree; the states go chunk after chunk, those of one depth at a
-time, and their gradients the other way.
+Everything except the states is computed in one batch over the M chunks of the tree. The states are computed one depth
+of chunks at a time, from the roots to the leaves, and their gradients in the reverse order.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,9 @@ from flashpo.ops._wide import wide_dtype
 
 
 class Inputs(NamedTuple):
-    """(M, H, C, ...), zeros where a chunk is shorter: such a token changes no state."""
+    """The arguments in chunks, (M, H, C, ...). A shorter chunk is filled up with zeros, which change no state."""
 
-    q: Tensor  # times scale
+    q: Tensor  # multiplied by scale
     k: Tensor
     v: Tensor
     decay: Tensor  # (M, H, C, Dk or 1)
@@ -37,13 +37,13 @@ class Inputs(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What of a chunk does not depend on the state before it, over (M, H, ...)."""
+    """The terms of a chunk that do not depend on the state before it; each has M and H as its first dimensions."""
 
     factor: Tensor  # exp(G_i - G_j), 0 above the diagonal (C, C, Dk or 1)
     reach: Tensor  # exp(G) (C, Dk or 1)
     rest: Tensor  # exp(G_last - G) (C, Dk or 1)
     within: Tensor  # P (C, C)
-    keys: Tensor | None  # A / beta, with its diagonal
+    keys: Tensor | None  # A / beta, including its diagonal
     update: Tensor  # U (C, Dv)
     read: Tensor | None  # W (C, Dk)
     query: Tensor  # scale q exp(G) (C, Dk)
@@ -52,7 +52,7 @@ class Terms(NamedTuple):
 
 
 def forward(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
-    """out (N, H, Dv), the states before all chunks (M, H, Dk, Dv), and those behind the segments (S, H, Dk, Dv)."""
+    """out (N, H, Dv), the states before all chunks (M, H, Dk, Dv), and those after the segments (S, H, Dk, Dv)."""
     terms = _terms(inputs)
     before, u = _states(terms, chunks)
     out = _flat(terms.query @ before + terms.within @ u, chunks)
@@ -63,7 +63,7 @@ def forward(inputs: Inputs, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     inputs: Inputs, chunks: Chunks, before: Tensor, d_out: Tensor, d_ends: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q times scale, k, v, decay and beta, (N, H, ...) each."""
+    """The gradients of scale q, k, v, decay and beta, each (N, H, ...)."""
     q, k, v, _, beta = inputs
     terms = _terms(inputs)
     d_out = _chunked(d_out.to(v.dtype), chunks)
@@ -72,7 +72,7 @@ def backward(
     d_query, d_write = d_out @ before.mT, u @ d_behind.mT
     dq, dk = d_query * terms.reach, d_write * terms.rest
     d_within = (d_out @ u.mT).tril()
-    d_reach = terms.query * d_query  # times reach, as all gradients of exponentials here
+    d_reach = terms.query * d_query  # already multiplied by reach, as are all gradients of exponentials here
     dv, d_beta, d_keys = du, None, None
     if beta is not None and terms.keys is not None:
         r = torch.linalg.solve_triangular((terms.keys * beta).mT, du, upper=True, unitriangular=True)
@@ -121,7 +121,7 @@ def _terms(inputs: Inputs) -> Terms:
     keys, update, read = None, v, None
     if beta is not None:
         keys = with_keys(k)
-        solved = torch.linalg.solve_triangular(  # it does not read the diagonal
+        solved = torch.linalg.solve_triangular(  # which does not read the diagonal
             keys * beta, torch.cat([v, k * reach], -1) * beta, upper=False, unitriangular=True
         )
         update, read = solved.split([v.shape[-1], k.shape[-1]], -1)
@@ -129,8 +129,10 @@ def _terms(inputs: Inputs) -> Terms:
 
 
 def _between(x: Tensor) -> Tensor:
-    """(C, C, C) of i, j and t: 1 where t lies behind j and not behind i. A product with it gives G_i - G_j, 0 above the
-    diagonal: differences of running sums, and so the gradients of the decays, would be those of large numbers.
+    """(C, C, C) over i, j and t: 1 where j < t <= i. The product with the decays gives G_i - G_j, and 0 above the
+    diagonal.
+
+    A difference of two running sums would cancel large numbers, and so would the gradients of the decays.
     """
     i = torch.arange(x.shape[2], device=x.device)
     return ((i[None, :, None] < i) & (i <= i[:, None, None])).to(x.dtype)
@@ -139,7 +141,7 @@ def _between(x: Tensor) -> Tensor:
 def _key_gradients(
     q: Tensor, k: Tensor, factor: Tensor, d_within: Tensor, d_keys: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and the gaps (M, H, C, C, Dk or 1), from those of P and of A / beta."""
+    """The gradients of q, k and the gaps (M, H, C, C, Dk or 1) from the gradients of P and of A / beta."""
     if factor.shape[-1] == 1:
         f = factor[..., 0]
         by_query = d_within * f
@@ -148,7 +150,7 @@ def _key_gradients(
             by_key = d_keys * f
             dk, d_gap = dk + (by_key + by_key.mT) @ k, d_gap + by_key * (k @ k.mT)
         return dq, dk, d_gap[..., None]
-    of_k = k[:, :, None] * factor  # (i, j, Dk), as the following
+    of_k = k[:, :, None] * factor  # (i, j, Dk), as all tensors from here on
     dq, dk = torch.einsum("mhij,mhijd->mhid", d_within, of_k), torch.zeros_like(k)
     rows = d_within[..., None] * q[:, :, :, None]
     if d_keys is not None:
@@ -178,7 +180,7 @@ def _states(terms: Terms, chunks: Chunks) -> tuple[Tensor, Tensor]:
 def _state_gradients(
     terms: Terms, chunks: Chunks, before: Tensor, d_out: Tensor, d_ends: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Of u (M, H, C, Dv) and of the states behind all chunks (M, H, Dk, Dv)."""
+    """The gradients of u (M, H, C, Dv) and of the states after all chunks (M, H, Dk, Dv)."""
     sizes = list(chunks.sizes)
     d_behind = torch.zeros_like(before)
     if d_ends is not None:
@@ -203,10 +205,10 @@ def _behind(state: Tensor, kept: Tensor, write: Tensor, u: Tensor) -> Tensor:
 
 
 def _handed_on(behind: Tensor, before: Tensor) -> Tensor:
-    """The states of one depth, for the chunks of the next."""
+    """Pass the final states of one depth's chunks on to the chunks of the next depth."""
     return behind[before]
 
 
 def _summed(d_behind: Tensor, d_state: Tensor, before: Tensor) -> None:
-    """The gradient of a state is the sum over the chunks that start from it."""
+    """Add up the gradient of each state over the chunks that start from it."""
     d_behind.index_add_(0, before, d_state)

@@ -1,4 +1,4 @@
-"""The precision in which everything is computed: float32, or the argument's own where that is wider."""
+"""The precision in which everything is computed: float32, or the argument's dtype if that is wider."""
 
 import torch
 from torch import Tensor

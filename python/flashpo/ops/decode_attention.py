@@ -1,12 +1,12 @@
-"""Attention of one new token a row over a paged cache, in which rows share the segments that they have in common.
+"""Attention of one new token per row over a paged KV cache in which rows share common segments.
 
 y_j = scale q . k_j, then softcap tanh(y_j / softcap)      p = softmax over the row's keys and its head's sink
 out = sum_j p_j v_j      lse = log(sum_j exp(y_j) + exp(sink))
 
-A segment is a run of consecutive tokens in blocks of the cache, read by a range of rows. A row's keys are the tokens of
-all segments whose ranges hold it: shared prompt, inner nodes of a tree, its own tokens. What many rows read is loaded
-once and multiplied by all their queries together (Juravsky et al. 2024, "Hydragen", arXiv 2402.05099); the parts are
-joined by their log-sum-exps.
+A segment is a stretch of consecutive tokens, stored in blocks of the cache and read by a range of rows. The keys of a
+row are the tokens of all segments whose ranges contain the row: the shared prompt, inner nodes of the prefix tree, and
+the row's own tokens. A segment that several rows read is loaded once and multiplied by the queries of all these rows
+(Juravsky et al. 2024, "Hydragen", arXiv 2402.05099). The partial results are joined by their log-sum-exps.
 """
 
 import torch
@@ -43,32 +43,35 @@ def decode_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of B rows, one query token each, over S segments of a paged cache.
+    """Attention of B rows, with one query token each, over S segments of a paged cache.
+
+    A row reads all segments whose range of rows contains it. The formulas are at the top of
+    flashpo/ops/decode_attention.py.
 
     Args:
-        q: (B, Hq, D) in the caches' dtype, Hq a multiple of Hkv; head h reads key head h // (Hq / Hkv).
-        k_cache: (blocks, Hkv, D, 64) float32, bfloat16 or float16 (float64: reference only), dense, as `kv_append`
-            writes it; each query's own token is in it already.
-        v_cache: (blocks, Hkv, 64, Dv).
-        rows: (S, 2) int32, the rows [begin, end) that read each segment; begin == end: an unused entry.
-        start: (S,) int32, the position of its first token.
-        length: (S,) int32, the tokens in it, at most 64 M.
-        blocks: (S, M) int32, the blocks that hold them; entries past the last are not looked at.
-        position: (B,) int32, the position of each query's token.
-        scale: of the logits.
-        window: a row reads keys with position > its own - window only; 0: all.
-        softcap: 0: none.
-        sinks: (Hq,) of any float dtype: one more logit of each head, without a value.
+        q: (B, Hq, D) in the caches' dtype. Hq is a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
+        k_cache: (blocks, Hkv, D, 64) float32, bfloat16 or float16 (float64: reference only), contiguous, as `kv_append`
+            writes it. The keys and values of the query tokens themselves are already in the caches.
+        v_cache: (blocks, Hkv, 64, Dv) in the same dtype.
+        rows: (S, 2) int32: each segment is read by the rows [begin, end). begin == end marks an unused entry.
+        start: (S,) int32: the position of the segment's first token.
+        length: (S,) int32: the number of tokens in the segment, at most 64 M.
+        blocks: (S, M) int32: the blocks that hold the segment. Entries after its last block are not read.
+        position: (B,) int32: the position of each query's token.
+        scale: the factor of q . k, a positive number.
+        window: a row reads only keys whose position is above its own position - window. 0 means all keys.
+        softcap: a positive number, or 0 for none.
+        sinks: (Hq,) of any float dtype: one more logit for each head, which has no value. None means no sinks.
 
     Returns:
-        (out (B, Hq, Dv) in q's dtype, lse (B, Hq) fp32 (fp64 from fp64), in nats). A row without keys gives out 0 and
-        lse -inf (its head's sink, where there are sinks). Sums are fp32. A kernel's result for a row depends on
-        the segments that this row reads alone, bitwise.
+        (out, lse): out is (B, Hq, Dv) in q's dtype, lse is (B, Hq) in fp32 (fp64 for fp64), in nats. For a row without
+        keys, out is 0 and lse is -inf, or its head's sink if there are sinks. Sums are taken in fp32. The result of a
+        kernel for a row depends, bitwise, only on the segments that this row reads.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices disagree, an argument is out of its range, q requires grad
-        outside of torch.no_grad(), a table points outside the cache or the batch (on CUDA, where nothing waits for
-        the tables, the rows that read such an entry are NaN instead).
+        TypeError, ValueError: dtypes, shapes or devices disagree; an argument is out of its range; q requires grad
+            outside of torch.no_grad(); a table points outside the cache or the batch. On CUDA nothing waits for the
+            tables: the rows that read such an entry become NaN instead.
     """
     check_caches(k_cache, v_cache)
     for name, x in (("q", q), ("rows", rows), ("blocks", blocks)):
@@ -122,7 +125,8 @@ def decode_attention_fwd(
     softcap: float,
     sinks: Tensor | None,  # (Hq,) fp32 (fp64)
 ) -> tuple[Tensor, Tensor]:
-    """Every row against every segment, masked. What no row reads may hold anything, NaN too."""
+    """Compute every row against every segment under a mask. Cache entries that no row reads may hold anything, even
+    NaN."""
     B, Hq, D = q.shape
     S, M = blocks.shape
     Hkv, Dv = k_cache.shape[1], v_cache.shape[3]

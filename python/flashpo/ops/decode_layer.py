@@ -1,7 +1,8 @@
-"""What a decoder layer does between its matrix products, each in one pass: for the rows of a decode step, no gradient.
+"""The operations of a decoder layer between its matrix products, each in one pass, for a decode step without gradient.
 
-The results carry the roundings of transformers' modules, so that a step gives what the trainer's forward pass gives.
-Under autocast the products are 16 bit, and all else is fp32: norms' weights, rotations, and the sum of the blocks.
+The results are rounded where transformers' modules round, so that a decode step computes what the trainer's forward
+pass computes. Under autocast the products are in 16 bits, while the norms' weights, the rotations and the residual
+stream are fp32.
 """
 
 import torch
@@ -19,15 +20,23 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 def add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, unit_offset: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """h = x + residual and RMSNorm(h) = h / sqrt(mean h^2 + eps) * weight (arXiv 1910.07467), or (1 + weight).
+    """Add the residual and normalise the sum: h = x + residual, RMSNorm(h) = h / sqrt(mean(h^2) + eps) * weight.
+
+    See arXiv 1910.07467. With `unit_offset` the factor is (1 + weight) instead of weight, as in Gemma.
 
     Args:
-        x: (N, H), what the last block computed. residual: (N, H) likewise, or None for the first layer.
-        weight: (H,). unit_offset: Gemma's norm, (1 + weight).
-        residual and weight have x's dtype, or are fp32, as under autocast.
+        x: (N, H): the output of the previous block.
+        residual: (N, H): the residual stream, or None for the first layer.
+        weight: (H,). residual and weight have x's dtype, or are fp32 as under autocast.
+        eps: added to the mean of squares.
+        unit_offset: see above.
 
     Returns:
-        The norm in x's dtype, which the next product takes, and h in the wider of x's and residual's, (N, H) each.
+        (norm, h), both (N, H): the norm in x's dtype, as the next product takes it, and h in the residual's dtype (x's
+        dtype without a residual).
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     check_float("x", x)
     if x.dim() != 2:
@@ -102,20 +111,26 @@ def rope_append(
     eps: float = 1e-6,
     unit_offset: bool = False,
 ) -> Tensor:
-    """The queries of a step, ready for `decode_attention`; its keys and values go into the caches.
+    """Normalise and rotate the queries and keys of a decode step, and write keys and values into the caches.
 
-    Of each head of queries and keys: RMSNorm with q_weight or k_weight where given (Qwen3), then the rotation by halves
-    x cos + (-x2, x1) sin of its first R features (arXiv 2104.09864).
+    Each head of queries and keys first passes an RMSNorm with q_weight or k_weight, if these are given (Qwen3). Then
+    its first R features x = (x1, x2), split in halves, are rotated: x cos + (-x2, x1) sin (arXiv 2104.09864). cos,
+    sin and the weights have q's dtype, or are fp32 as under autocast.
 
     Args:
-        q: (N, Hq D), k, v: (N, Hkv D); rows may be strided, as parts of one product are.
-        cos, sin: (N, R), R <= D, even: both halves alike, as transformers' rotary embeddings give them.
-        k_cache: (blocks, Hkv, D, 64), v_cache: (blocks, Hkv, 64, D), written at slot (N,) int64 as by `kv_append`.
-        q_weight, k_weight: (D,); both or none. eps, unit_offset: of their norm.
-        cos, sin and the weights have q's dtype, or are fp32, as under autocast.
+        q: (N, Hq D). Rows may be strided, as slices of one product are.
+        k, v: (N, Hkv D), likewise.
+        cos, sin: (N, R), R <= D and even. Both halves are equal, as transformers' rotary embeddings return them.
+        k_cache, v_cache: (blocks, Hkv, D, 64) and (blocks, Hkv, 64, D); written to.
+        slot: (N,) int64: where the tokens go, as in `kv_append`.
+        q_weight, k_weight: (D,): the weights of the norms; both or neither.
+        eps, unit_offset: the norms' options, see `add_rms_norm`.
 
     Returns:
-        (N, Hq, D) in q's dtype.
+        The queries for `decode_attention`, (N, Hq, D) in q's dtype.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     check_caches(k_cache, v_cache)
     check_float("q", q)
@@ -208,7 +223,7 @@ def _(q, *rest):
 
 
 def _laid_out(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, v_cache, slot):
-    """The arguments as both kernels read them, and where their result goes."""
+    """The arguments in the layout that both kernels read, and the tensor for their result."""
     rows = (x if x.stride(1) == 1 else x.contiguous() for x in (q, k, v))
     dense = (x if x is None else x.contiguous() for x in (cos, sin, q_weight, k_weight))
     out = q.new_empty(q.shape[0], q.shape[1] // k_cache.shape[2], k_cache.shape[2])
@@ -216,13 +231,17 @@ def _laid_out(q, k, v, cos, sin, q_weight, k_weight, eps, unit_offset, k_cache, 
 
 
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
-    """activation(gate) * up: SwiGLU, GeGLU (arXiv 2002.05202).
+    """activation(gate) * up, as in SwiGLU and GeGLU (arXiv 2002.05202).
 
     Args:
-        gate, up: (N, I); rows may be strided, as the halves of one product are. activation: "silu" or "gelu_tanh".
+        gate, up: (N, I). Rows may be strided, as the halves of one product are.
+        activation: "silu" or "gelu_tanh".
 
     Returns:
-        (N, I).
+        (N, I) in the dtype of gate.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     check_float("gate", gate)
     check_choice("activation", activation, ACTIVATIONS)

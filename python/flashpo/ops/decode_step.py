@@ -1,7 +1,8 @@
-"""The decoder layers of a decode step in one operator, for layers of Llama's form with packed weights.
+"""All decoder layers of a decode step in one operator, for Llama-like layers with packed weights.
 
-Between two kernels, an operator's Python costs little by itself and tens of microseconds behind a product that has sent
-all weights through the caches. One call for all layers leaves that out, and its threads stay awake from first to last.
+Between two kernels, the Python of an operator takes little time by itself, but tens of microseconds after a product
+that has read all weights and so has evicted everything else from the caches. One call for all layers avoids that, and
+its threads stay awake from the first layer to the last.
 """
 
 from collections.abc import Sequence
@@ -17,29 +18,32 @@ from flashpo.ops.packed_linear import depth_of, packed_linear_fwd, packs_dtype
 
 @op(mutates=("k_caches", "v_caches"))
 def decode_layers_(
-    x: Tensor,  # (N, H), what the last layer's mlp gave
+    x: Tensor,  # (N, H): the output of the previous layer's MLP
     residual: Tensor | None,  # (N, H); None before the first layer of a model
-    norms: Sequence[Tensor | None],  # a layer's: before attention, before mlp, of queries, of keys (both may be None)
-    eps: Sequence[float],  # a layer's: of the first two, and of the last two
-    linears: Sequence[Tensor],  # a layer's, packed: q, k, v, o, gate, up, down
+    # Four per layer: before attention, before the MLP, of queries, of keys (the last two may be None)
+    norms: Sequence[Tensor | None],
+    eps: Sequence[float],  # per layer: of the norm before attention, of the one before the MLP, of queries and keys
+    linears: Sequence[Tensor],  # seven per layer, packed: q, k, v, o, gate, up, down
     biases: Sequence[Tensor | None],
     activation: str,
-    cos: Tensor,  # and sin, slot, caches: as rope_append takes them
+    cos: Tensor,  # cos, sin, slot and the caches are as rope_append takes them
     sin: Tensor,
-    k_caches: Sequence[Tensor],  # a layer's
+    k_caches: Sequence[Tensor],  # one per layer
     v_caches: Sequence[Tensor],
     slot: Tensor,
-    rows: Tensor,  # and the other tables: as decode_attention takes them
+    rows: Tensor,  # the tables are as decode_attention takes them
     start: Tensor,
     length: Tensor,
     blocks: Tensor,
     position: Tensor,
     scale: float,
-    windows: Sequence[int],  # a layer's
+    windows: Sequence[int],  # one per layer
 ) -> tuple[Tensor, Tensor]:
-    """(what the last mlp gives, the residual stream without it), both (N, H). Of each layer:
+    """Return (the output of the last MLP, the residual stream before it is added), both (N, H). Each layer computes
 
-    h = x + residual      t = h + o(attention(q, k, v of norm(h)))      down(activation(gate(norm(t))) up(norm(t))), t
+    h = x + residual      t = h + o(attention(q, k, v of norm(h)))      x = down(activation(gate(norm(t))) up(norm(t)))
+
+    and hands x and t on to the next layer as x and residual.
     """
     hidden, tables, total = x.shape[1], (rows, start, length, blocks, position), residual
 

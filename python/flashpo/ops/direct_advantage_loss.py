@@ -1,4 +1,4 @@
-"""Direct Advantage Policy Optimization (arXiv 2412.18279): offline, by steps. Not the DAPO of `policy_loss`."""
+"""Direct Advantage Policy Optimization (arXiv 2412.18279), an offline loss per step; not the DAPO of `policy_loss`."""
 
 from torch import Tensor
 
@@ -10,20 +10,21 @@ def direct_advantage_loss(logprob: Tensor, ref_logprob: Tensor, advantage: Tenso
     """mean over steps of (advantage / beta - (logprob - ref_logprob))^2 / 2.
 
     A step is a piece of a completion, such as a line of reasoning. The policy that maximises advantage - beta KL has
-    log(pi / pi_ref) = advantage / beta up to a constant of the state: the loss is 0 there. The reference is the policy
-    that the steps were sampled from, the advantage is V(after the step) - V(before it) by a critic of that policy.
+    log(pi / pi_ref) = advantage / beta up to a constant of the state, and there the loss is 0. The reference is the
+    policy that sampled the steps. The advantage is V(after the step) - V(before it), by a critic of that policy.
 
     Args:
-        logprob, ref_logprob: (N,) float, sums of the log-probabilities of each step's tokens, for instance from
-            `sequence_logprobs` with the boundaries of the steps as `cu_seqlens`.
-        advantage: (N,) float.
-        beta: a positive number.
+        logprob, ref_logprob: (N,) float: for each step the sum of its tokens' log-probabilities under the policy and
+            under the reference, for instance from `sequence_logprobs` with the steps' boundaries as `cu_seqlens`.
+        advantage: (N,) float: the advantage of each step.
+        beta: the coefficient of the KL, a positive number.
 
     Returns:
-        The loss (), 0 without any step.
+        The loss (), fp32 or wider; 0 if there is no step.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, beta is not positive.
+        TypeError: a dtype is wrong.
+        ValueError: shapes or devices disagree, or beta is not positive.
     """
     check_positive("beta", beta)
     check_float("logprob", logprob)

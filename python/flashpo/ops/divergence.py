@@ -1,12 +1,13 @@
-"""Divergences of a student from a teacher where logits are at hand: all of both, or a few of the teacher's.
+"""Divergences of a student from a teacher by their logits: all logits of both, or a few log-probs of the teacher.
 
-`divergence` is `linear_divergence` without its heads. `topk_divergence` is for a teacher behind a server, which sends
-the log-probabilities of some tokens only. What is left out is one more outcome, of the rest of the mass on both sides,
+`divergence` is `linear_divergence` for given logits instead of LM heads. `topk_divergence` is for a teacher on a
+server, which sends the log-probabilities of some tokens only. All other tokens form one more outcome, with the
+remaining mass:
 
     p_rest(teacher) = 1 - sum_k p_k(teacher)        p_rest(student) = 1 - sum_k p_k(student)
 
-and the divergence is that of the two distributions over these K + 1 outcomes: at most the divergence over the whole
-vocabulary, and equal to it where student and teacher share out the rest among its tokens in the same proportions.
+The result is the divergence of the two distributions over these K + 1 outcomes. It is at most the divergence over the
+whole vocabulary, and equal to it if student and teacher divide the remaining mass in the same proportions.
 """
 
 from typing import Any
@@ -41,16 +42,20 @@ def divergence(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("entropy",),
 ) -> DivergenceStats:
-    """Per-token divergence between the softmaxes of logits.
+    """Per-token divergence of the student's softmax from the teacher's, both given by logits.
 
     Args:
         student_logits, teacher_logits: (..., V), of any floating dtypes.
-        target: (...) int64, the token whose log-probabilities are wanted; rows equal to `ignore_index` give exactly 0.
-        beta, temperature, outputs: as for `linear_divergence`.
+        target: (...) int64: the token whose log-probabilities are wanted. Rows equal to `ignore_index` give exactly 0.
+        beta, temperature, outputs: as in `linear_divergence`.
+        ignore_index: see target.
 
     Returns:
-        DivergenceStats of the target's shape, in nats; gradients flow to the student's logits alone, which backward
-        reads again: nothing else of their size is kept.
+        DivergenceStats of the target's shape, in nats. Gradients flow to the student's logits only. Backward reads the
+        logits again, so that nothing else of their size is kept.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     top1 = stats.check_outputs(outputs)
     check_index("student_logits", student_logits, "target", target)
@@ -124,19 +129,24 @@ def topk_divergence(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Per-token divergence from a teacher of which the log-probabilities of some tokens are known.
+    """Per-token divergence from a teacher of whom only the log-probabilities of some tokens are known.
 
     Args:
         student_logits: (..., V).
-        indices: (..., K) int64, different tokens of each row; `ignore_index` fills up a row that has fewer, and a row
-            of nothing else gives exactly 0.
-        teacher_logprobs: (..., K), at the temperature, over the whole vocabulary: the rest of their mass is the rest
-            bucket's (see this file's formula). What stands beside `ignore_index` is not read.
-        beta: as for `linear_divergence`.
+        indices: (..., K) int64: the tokens that are known, different ones in each row. A row with fewer than K is
+            filled up with `ignore_index`. A row of nothing but `ignore_index` gives exactly 0.
+        teacher_logprobs: (..., K): the teacher's log-probabilities of these tokens at the temperature, normalised over
+            the whole vocabulary. All other tokens share the remaining mass as one outcome (see the top of
+            flashpo/ops/divergence.py). Entries at `ignore_index` are not read.
+        beta: as in `linear_divergence`.
         temperature: of the student's logits.
+        ignore_index: see indices.
 
     Returns:
-        (...) in nats, fp32 or wider; gradients flow to the student's logits.
+        (...) in nats, fp32 or wider. Gradients flow to the student's logits only.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     check_float("student_logits", student_logits)
     check_dtype("indices", indices, torch.int64)
@@ -158,7 +168,7 @@ def topk_divergence(
     student = _with_rest(chosen, known)
     teacher = _with_rest(teacher_logprobs.detach().to(student.dtype), known)
     columns = student.shape[-1]
-    target = known.any(-1).to(torch.int64) - 1  # any outcome; the rows without one are ignored
+    target = known.any(-1).to(torch.int64) - 1  # any valid outcome; -1 marks the rows without one, which are ignored
     stats_of = divergence(
         student.reshape(-1, columns), teacher.reshape(-1, columns), target.reshape(-1), beta=beta, ignore_index=-1
     )
@@ -166,9 +176,10 @@ def topk_divergence(
 
 
 def _with_rest(logprobs: Tensor, known: Tensor) -> Tensor:
-    """(..., K + 1): the log-probability of everything else comes last. -inf for what is not known.
+    """(..., K + 1): the log-probabilities, -inf where unknown, and that of all other tokens in the last column.
 
-    Where the K tokens have all of the mass but rounding, the rest keeps what fp32 can tell from nothing.
+    Where the K tokens have all of the mass up to rounding, the other tokens get the smallest mass that fp32 can
+    resolve.
     """
     logprobs = logprobs.masked_fill(~known, -torch.inf)
     mass = torch.where(known, logprobs, 0.0).exp().where(known, 0.0).sum(-1, keepdim=True)

@@ -1,26 +1,26 @@
-"""How far a student's softmax is from a teacher's, one token a row, and the partial sums that this is made of.
+"""How far a student's softmax is from a teacher's, for one token per row, and the partial sums behind it.
 
-With z and L, the logits of a model at the temperature and their log-sum-exp, log p_j = z_j - L, and d_j = log p_j of
-the teacher - log p_j of the student:
+For each model let z be the logits at the temperature, L their log-sum-exp, and log p_j = z_j - L. Let d_j be log p_j of
+the teacher minus log p_j of the student.
 
     beta = 0        forward KL(teacher || student) = sum_j p_j(teacher) d_j
     beta = 1        reverse KL(student || teacher) = -sum_j p_j(student) d_j
     0 < beta < 1    the generalised Jensen-Shannon divergence of TRL and GKD, with the mixture
                     M = (1 - beta) student + beta teacher:  beta KL(teacher || M) + (1 - beta) KL(student || M)
 
-A token of probability 0 adds nothing (0 log 0 = 0). Where the distribution that is averaged over permits a token whose
-logit the other has at -inf, the KL is +inf, however improbable the token is; the mixture permits all, so that the third
-is at most log 2.
+A token of probability 0 adds nothing (0 log 0 = 0). A KL is +inf if the distribution over which it averages gives a
+positive probability, however small, to a token whose logit is -inf in the other one. The mixture gives a positive
+probability to all of these tokens, so the Jensen-Shannon divergence is finite, at most log 2.
 
-A part J of the vocabulary is summed up in one column of a partial, (10 or 14, N): the student's own partial and the
-teacher's (`token_stats`), and what both KLs need, here of `own`, the distribution that is averaged over, and `other`,
-with y and r in bits as there:
+A partial (10 or 14, N) holds sums over a part J of the vocabulary, one column per token. Its rows are the student's
+partial and the teacher's (see `token_stats`), and then the terms of both KLs. Here `own` is the distribution over which
+a KL averages, and `other` the other one; y (in bits) and r are as in `token_stats`:
 
     GAP        sum_J 2^(y_j - r) ((y_j - r) of own - (y_j - r) of other)     0 for the Jensen-Shannon divergence
-    FORBIDDEN  how many j there are in J that own permits and other does not
-    S_TOP, S_AT, T_TOP, T_AT   of student and teacher: max_J y_j - r, and the first j there; where they were asked for
+    FORBIDDEN  the number of j in J that are possible under own and impossible under other
+    S_TOP, S_AT, T_TOP, T_AT   for student and teacher: max_J y_j - r, and the first j that has it; only if asked for
 
-The Jensen-Shannon divergence needs both log-sum-exps first, so it takes a second pass:
+The Jensen-Shannon divergence needs both log-sum-exps before it can be summed, so it takes a second pass:
 
     JSD        sum_J beta p_j(teacher) log(p_j(teacher) / M_j) + (1 - beta) p_j(student) log(p_j(student) / M_j)
     KL_STUDENT sum_J p_j(student) log(p_j(student) / M_j), which the gradient needs
@@ -36,7 +36,7 @@ from flashpo.ops._check import check_names
 from flashpo.ops.token_stats import ENTROPY, LN2, LOG_Z, LOG_Z_REST, LOGPROB, REF, SUM, TARGET, WSUM, merge_partials
 
 STUDENT, TEACHER, GAP, FORBIDDEN, S_TOP, S_AT, T_TOP, T_AT = 0, 4, 8, 9, 10, 11, 12, 13
-MOST = 80.0  # of |d|: e^80 is finite in fp32, and a probability that is e^-80 of another adds nothing to it
+MOST = 80.0  # bound of |d|: e^80 is finite in fp32, and a probability e^-80 times another adds nothing to it
 
 
 def partial_rows(top1: bool) -> int:
@@ -44,14 +44,15 @@ def partial_rows(top1: bool) -> int:
 
 
 class DivergenceStats(NamedTuple):
-    """Per-token results, each of the target's shape, fp32 and in nats; None = not asked for.
+    """Per-token results, each of the target's shape, fp32 and in nats. None: not asked for.
 
-    `divergence`, `entropy` (of the student) and `student_logprob` are differentiable in what the student is made of.
-    `is_top1_agreed`, a bool: student and teacher have the same most probable token (the first one of several).
+    `divergence`, `entropy` (of the student) and `student_logprob` are differentiable by the student's hidden states and
+    head, or by its logits. `is_top1_agreed` is a bool: student and teacher have the same most probable token (of
+    several that tie, the first).
     """
 
     divergence: Tensor
-    entropy: Tensor = None  # type: ignore[assignment]  # whoever asked for it has it
+    entropy: Tensor = None  # type: ignore[assignment]  # never None for a caller that asked for it
     student_logprob: Tensor = None  # type: ignore[assignment]
     teacher_logprob: Tensor = None  # type: ignore[assignment]
     is_top1_agreed: Tensor = None  # type: ignore[assignment]
@@ -64,7 +65,7 @@ def check_outputs(outputs: tuple[str, ...]) -> bool:
 
 
 def select(outputs: tuple[str, ...], shape: torch.Size, results: tuple[Tensor, ...]) -> DivergenceStats:
-    """The asked ones of all outputs, which are flat, in the target's shape."""
+    """Pick the wanted outputs from all (flat) outputs and give them the target's shape."""
     named = zip(DivergenceStats._fields, results)
     return DivergenceStats(**{name: x.view(shape) for name, x in named if name in ("divergence", *outputs)})
 
@@ -72,7 +73,7 @@ def select(outputs: tuple[str, ...], shape: torch.Size, results: tuple[Tensor, .
 def partial_from_logits(
     student: Tensor, teacher: Tensor, target: Tensor, beta: float, start: int, top1: bool
 ) -> Tensor:
-    """The partial of logits (N, J), in nats, whose first column is entry `start` of the vocabulary; so is `target`."""
+    """The partial of logits (N, J), in nats. Their first column is vocabulary entry `start`; `target` counts from 0."""
     partials = [token_stats.partial_from_logits(z, target - start, False) for z in (student, teacher)]
     lowest = torch.finfo(student.dtype).min
     relative = [z / LN2 - p[REF].clamp(min=lowest)[:, None] for z, p in zip((student, teacher), partials)]
@@ -90,7 +91,7 @@ def partial_from_logits(
 
 
 def neutral_partial(top1: bool, tokens: int, like: Tensor) -> Tensor:
-    """What stands for ignored tokens; `merge` of it alone gives exact zeros."""
+    """The partial of ignored tokens; `merge` of it alone gives exact zeros."""
     neutral = token_stats.neutral_partial(False, tokens, like)
     return torch.cat([neutral, neutral, neutral.new_zeros(partial_rows(top1) - 2 * len(neutral), tokens)])
 
@@ -103,13 +104,13 @@ class Merged(NamedTuple):
 
 
 def join(partials: Tensor, beta: float) -> Tensor:
-    """The partial (R, N) of parts of the vocabulary (S, R, N), in their order."""
+    """Join partials of S parts of the vocabulary, (S, R, N) in order, to the partial (R, N) of all of them."""
     own, other = (STUDENT, TEACHER) if beta == 1 else (TEACHER, STUDENT)
     shifts, rows = {}, {}
     for head in (STUDENT, TEACHER):
         ref, total, weighted, target = (partials[:, head + row] for row in (REF, SUM, WSUM, TARGET))
         highest = ref.amax(0)
-        shift = (ref - highest).nan_to_num(nan=0.0, neginf=-1e30)  # a part of nothing but -inf weighs 0
+        shift = (ref - highest).nan_to_num(nan=0.0, neginf=-1e30)  # a part that is all -inf gets weight 0
         scale = shift.exp2()
         sums = (total * scale).sum(0), ((weighted + shift * total) * scale).sum(0)
         shifts[head], rows[head] = shift, [highest, *sums, (target + shift).amax(0)]
@@ -123,7 +124,7 @@ def join(partials: Tensor, beta: float) -> Tensor:
 
 
 def merge(partials: Tensor, vocab: int, beta: float) -> Merged:
-    """The results of the whole vocabulary from its parts (S, R, N)."""
+    """The results for the whole vocabulary from the partials (S, R, N) of its parts."""
     whole = join(partials, beta) if len(partials) > 1 else partials[0]
     student, teacher = (merge_partials(whole[None, first : first + 4], vocab) for first in (STUDENT, TEACHER))
     agreed = whole[S_AT] == whole[T_AT] if len(whole) == partial_rows(top1=True) else None
@@ -135,26 +136,27 @@ def merge(partials: Tensor, vocab: int, beta: float) -> Merged:
 
 
 def log_probs(z: Tensor, rows: Tensor) -> Tensor:
-    """log softmax of logits z (N, J), from the merged rows of their whole vocabulary; never -inf."""
+    """log softmax of logits z (N, J), by the merged rows of the whole vocabulary; clamped, so never -inf."""
     bits = (z / LN2 - rows[LOG_Z, :, None]) - rows[LOG_Z_REST, :, None]
     return (bits * LN2).clamp(min=torch.finfo(z.dtype).min)
 
 
 def mixture_over(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log M less the log-probabilities of the student, and less those of the teacher.
+    """log M minus the student's log-probabilities, and log M minus the teacher's.
 
-    Relative to the larger of the two, of which the other is a share e: log(1 - share + share e).
+    It is computed relative to the larger of the two probabilities. With e, the ratio of the smaller to the larger one,
+    and `share`, the weight of the smaller one in M, the result is log(1 - share + share e).
     """
     d = (teacher - student).clamp(-MOST, MOST)
     share, e = torch.where(d < 0, beta, 1 - beta).to(d.dtype), (-d.abs()).exp()
-    # near e = 1, where the sums are differences, without the rounding of 1 - share
+    # Near e = 1, where both results are small differences, log1p avoids the rounding of 1 - share.
     rest = torch.where(d < 0, 1 - beta, beta).to(d.dtype)
     over_larger = torch.where(e < 0.5, (rest + share * e).log(), torch.log1p(share * torch.expm1(-d.abs())))
     return over_larger + d.clamp(min=0.0), over_larger - d.clamp(max=0.0)
 
 
 def mixture_sums(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """(JSD, KL_STUDENT) (2, N) of log-probabilities (N, J)."""
+    """(JSD, KL_STUDENT) (2, N) from log-probabilities (N, J)."""
     over_student, over_teacher = mixture_over(student, teacher, beta)
     kl_student = -(student.exp() * over_student).sum(-1)
     kl_teacher = -(teacher.exp() * over_teacher).sum(-1)
@@ -162,7 +164,8 @@ def mixture_sums(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def outputs_of(merged: Merged, divergence: Tensor, ignored: Tensor) -> tuple[Tensor, ...]:
-    """All fields of DivergenceStats, the caller's own to write over; the last one empty where it was not asked for."""
+    """All fields of DivergenceStats, as copies that the caller may write over. The last one is empty if not asked
+    for."""
     student, teacher, _, agreed = merged
     rows = torch.stack([divergence, student[ENTROPY], student[LOGPROB], teacher[LOGPROB]]).masked_fill(ignored, 0.0)
     agreed = ignored.new_empty(0) if agreed is None else agreed & ~ignored
@@ -172,18 +175,18 @@ def outputs_of(merged: Merged, divergence: Tensor, ignored: Tensor) -> tuple[Ten
 def d_logits(
     log_p: Tensor,  # of the student, (N, J)
     log_p_teacher: Tensor,
-    target: Tensor,  # as a column
+    target: Tensor,  # (N,): the target's column in these logits
     student_rows: Tensor,
-    kl: Tensor,  # (N,): the divergence where beta is 1, and KL_STUDENT where it lies between 0 and 1
+    kl: Tensor,  # (N,): the divergence if beta is 1, KL_STUDENT if beta is between 0 and 1
     beta: float,
     d_divergence: Tensor | None,
     d_entropy: Tensor | None,
     d_logprob: Tensor | None,
 ) -> Tensor:
-    """The gradient of the student's logits z, (N, J)."""
+    """The gradient by the student's logits z, (N, J)."""
     p, dz = log_p.exp(), torch.zeros_like(log_p)
     if d_divergence is not None:
-        kl = kl.where(d_divergence != 0, 0.0)[:, None]  # an infinite one that nothing uses has no part in it
+        kl = kl.where(d_divergence != 0, 0.0)[:, None]  # 0 times an infinite KL would be NaN
         if beta == 0:
             of_z = p - log_p_teacher.exp()
         elif beta == 1:

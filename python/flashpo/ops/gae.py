@@ -2,8 +2,8 @@
 
 delta_t = r_t + gamma V_t' - V_t      A_t = delta_t + gamma lam A_t'      R_t = A_t + V_t
 
-t' is the next live token of the sequence; after the last one V and A are 0. As A is a linear recurrence, its scan is
-associative: (a, b) after (a', b') is (a a', b + a b').
+t' is the next live token of the sequence; after the last one, V and A are 0. A is a linear recurrence, so it can be
+computed by an associative scan: (a, b) after (a', b') is (a a', b + a b').
 """
 
 import torch
@@ -23,7 +23,7 @@ from flashpo.ops._check import (
 from flashpo.ops._layout import dense_rows
 from flashpo.ops._wide import wide_dtype
 
-EPS = 1e-8  # added to the variance of whitening
+EPS = 1e-8  # added to the variance when advantages are whitened
 
 
 def gae(
@@ -37,26 +37,26 @@ def gae(
     cu_seqlens: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of every token; tool, observation and padding tokens are stepped over.
+    """Advantages and returns of every live token. Masked tokens (tools, observations, padding) are skipped.
 
-    Masked tokens neither end an episode nor count as a step: value and advantage of the next live token reach the one
-    before them unchanged (verl's rule). Rewards and values at masked tokens are never looked at.
+    A masked token neither ends an episode nor counts as a step: value and advantage of the next live token are passed
+    on to the live token before it unchanged, as in verl. Rewards and values at masked tokens are never read.
 
     Args:
-        rewards: (B, T), or flat (N,) with `cu_seqlens`: the reward for each token, KL penalties included.
-        values: the same shape: V before the token. Both float32, bfloat16, float16 or float64.
-        mask: the same shape, bool or 0/1 integers: live tokens.
+        rewards: (B, T), or flat (N,) with `cu_seqlens`: the reward of each token, including KL penalties.
+        values: the same shape: V before the token. Both are float32, bfloat16, float16 or float64.
+        mask: the same shape, bool or integers 0 and 1: which tokens are live.
         gamma, lam: in [0, 1].
-        whiten: advantages become (A - mean) / sqrt(var + 1e-8) over all live tokens, var with ddof 1 (0 for a single
-            token, where verl raises). Returns stay as they are.
-        cu_seqlens: (S + 1,) int64, where each sequence of flat tensors begins, and N.
-        group: whitening takes mean and variance over all ranks of this group.
+        whiten: replace the advantages by (A - mean) / sqrt(var + 1e-8), with the mean and the variance over all live
+            tokens. The variance has ddof 1; for a single token it is 0, where verl raises. Returns are not changed.
+        cu_seqlens: (S + 1,) int64: where each sequence of the flat tensors begins, and N at the end.
+        group: with `whiten`, mean and variance are taken over all ranks of this process group.
 
     Returns:
-        (advantages, returns), fp32 (fp64 from fp64), 0 at masked tokens. They are constants: nothing requires grad.
+        (advantages, returns), both fp32 (fp64 for fp64) and 0 at masked tokens. Neither requires grad.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices disagree, an argument is out of its range.
+        TypeError, ValueError: dtypes, shapes or devices disagree, or an argument is out of its range.
     """
     check_float("rewards", rewards)
     check_float("values", values)
@@ -96,9 +96,9 @@ def gae_fwd(
     lam: float,
     with_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages, returns, and (sequences, 3) float64: live tokens, mean and sum of squared deviations of each.
+    """Advantages, returns, and per sequence (S, 3) float64: live tokens, mean and sum of squared deviations.
 
-    The sums are float64, so the result is the recurrence's, rounded once.
+    The sums are float64, so the result is the exact recurrence rounded once.
     """
     r, v = (x.double().masked_fill(~mask, 0.0) for x in (rewards, values))
     at = torch.arange(r.shape[-1], device=r.device)
@@ -107,7 +107,8 @@ def gae_fwd(
     else:
         sequence = torch.searchsorted(cu_seqlens[1:], at, right=True)
         last = at + 1 == cu_seqlens[1:][sequence]
-    live_at = torch.where(mask, at, at.shape[0]).flip(-1).cummin(-1).values.flip(-1)  # the first live token from here
+    # The first live token at or after each token
+    live_at = torch.where(mask, at, at.shape[0]).flip(-1).cummin(-1).values.flip(-1)
     following = torch.nn.functional.pad(live_at, (0, 1), value=at.shape[0])[..., 1:]
     inside = following < at.shape[0]
     following = following.where(inside, 0)
@@ -115,7 +116,7 @@ def gae_fwd(
     b = (r + gamma * v.gather(-1, following).where(inside, 0.0) - v).masked_fill(~mask, 0.0)
     a = torch.ones_like(b).masked_fill(mask, gamma * lam).masked_fill(last, 0.0)
     step = 1
-    while step < at.shape[0]:  # every (a, b) holds `step` tokens; 0 * inf must not leave its sequence
+    while step < at.shape[0]:  # each (a, b) covers `step` tokens; 0 * inf must not leave its sequence
         reached = b[..., :-step] + (a[..., :-step] * b[..., step:]).where(a[..., :-step] != 0, 0.0)
         b = torch.cat((reached, b[..., -step:]), -1)
         a = torch.cat((a[..., :-step] * a[..., step:], a[..., -step:]), -1)
@@ -160,7 +161,8 @@ def _(rewards, values, mask, cu_seqlens, gamma, lam, with_moments):
 
 
 def merge_moments(moments: Tensor) -> Tensor:
-    """(3,): live tokens, mean and sum of squared deviations of all (K, 3) together; equal means give that very mean."""
+    """Merge moments (K, 3) into (3,): live tokens, mean, sum of squared deviations. Equal means give exactly that
+    mean."""
     n, mean, squares = moments.unbind(-1)
     centre = mean[n.argmax()]
     total = n.sum()
@@ -170,7 +172,7 @@ def merge_moments(moments: Tensor) -> Tensor:
 
 @op(mutates=("advantages",))
 def gae_whiten_(advantages: Tensor, mask: Tensor, moments: Tensor) -> None:
-    """Standardise the live advantages by the moments (K, 3) of all of them."""
+    """Standardise the live advantages in place by the moments (K, 3) of all of them."""
     if moments.shape[0] == 0:
         return
     n, mean, squares = merge_moments(moments).unbind()
@@ -184,7 +186,7 @@ def _(*args):
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T) with unit stride along T, or (1, N): what the kernels take."""
+    """The layout that the kernels take: (B, T) with unit stride along T, or (1, N)."""
     x = x.to(dtype)
     return dense_rows(x if x.dim() == 2 else x[None])
 

@@ -1,6 +1,7 @@
-"""Advantages within groups of completions: A = (R - baseline) / (std + eps), over ragged groups given by keys.
+"""Advantages within groups of completions: A = (R - baseline) / (std + eps). Groups are given by keys, and may be
+ragged.
 
-Every statistic is taken relative to a reward of the group itself, so equal rewards give exactly 0 and are reported.
+Every statistic is computed relative to a reward of the group itself, so equal rewards give exactly 0 and are detected.
 """
 
 from collections.abc import Sequence
@@ -26,29 +27,29 @@ from flashpo.ops._wide import wide
 BASELINES = ("mean", "leave_one_out", "second_best", "none")
 SCALES = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-WHITENING_EPS = 1e-8  # verl's masked_whiten adds it to the variance
-MAX_FUNCTIONS = 64  # of csrc/group_advantages.h
+WHITENING_EPS = 1e-8  # verl's masked_whiten adds this to the variance
+MAX_FUNCTIONS = 64  # as in csrc/group_advantages.h
 
 
 class Convention(NamedTuple):
-    eps: float  # beside the standard deviation; all three take it with ddof 1
-    raw_singletons: bool  # a group with one scorable reward keeps it as its advantage; else it gets 0
+    eps: float  # added to the standard deviation, which has ddof 1 in all three
+    raw_singletons: bool  # whether a group with one scorable reward has that reward as its advantage, instead of 0
 
 
 CONVENTIONS = {
     "trl": Convention(1e-4, False),
     "verl": Convention(1e-6, True),
-    "openrlhf": Convention(1e-9, False),  # which gives NaN for a group of one
+    "openrlhf": Convention(1e-9, False),  # OpenRLHF itself gives NaN for a group of one
 }
 
 
 class Advantages(NamedTuple):
-    """(B,) each, fp32 (fp64 for fp64 rewards)."""
+    """The results of `group_advantages`: (B,) each, fp32 (fp64 for fp64 rewards)."""
 
     advantage: Tensor
     mean: Tensor  # the baseline that was subtracted from the row's reward
-    std: Tensor  # of the row's group; with scale="batch" and with "normalize_then_sum" of the batch
-    degenerate: Tensor  # bool: the row's group has no two different rewards, so that nothing is learned from it
+    std: Tensor  # of the row's group; of the batch with scale="batch" and with "normalize_then_sum"
+    degenerate: Tensor  # bool: all rewards of the row's group are equal, so that nothing is learned from it
 
 
 def group_advantages(
@@ -63,7 +64,7 @@ def group_advantages(
     lengths: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Advantages:
-    """Advantage of each completion over its group, as constants: no gradient flows.
+    """Advantage of each completion relative to its group. The results are constants: no gradient flows.
 
         A = (R - baseline) / (std + eps),   R = sum_k reward_weights_k rewards_k
 
@@ -74,31 +75,39 @@ def group_advantages(
     | RLOO (2402.14740) | `baseline="leave_one_out", scale="none"` |
     | GDPO (2601.05242) | `aggregation="normalize_then_sum"` |
     | OPO (2505.23585): baseline sum(len R) / sum(len) | `lengths=..., scale="none"` |
-    | Pass@k (verl's): the best of a group gets its lead on the second best, the others 0 | `baseline="second_best"` |
-    | REINFORCE++ (2501.03262) | one key for all rows: `group=torch.zeros_like(group)`, `lengths` to whiten by tokens |
+    | Pass@k (verl's): the best of a group gets its lead over the second best, the others 0 | `baseline="second_best"` |
+    | REINFORCE++ (2501.03262) | one key for all rows, `group=torch.zeros_like(group)`; `lengths` to whiten by tokens |
 
     Args:
-        rewards: (B,), or (B, K) of K reward functions, float; NaN: not scored. A row counts the functions that did
-            not score it as 0. A row that none scored enters no statistic and has the advantage 0.
-        group: (B,) int64, any keys in any order, such as a number for each (prompt, agent, turn).
-        baseline: "mean" of the group | "leave_one_out": of its other rows | "second_best" | "none".
-        scale: "group" | "batch": the standard deviation that divides | "none". Where that is 0 the advantage is 0.
-        reward_weights: K numbers, on the host; default: all 1.
-        aggregation: "sum_then_normalize" the functions, or "normalize_then_sum": each function in its group by itself,
-            their weighted sum over the batch then; for baseline="mean" and scale="group".
-        convention: whose eps and singletons: "trl" 1e-4, "verl" 1e-6, "openrlhf" 1e-9, each with ddof 1. A group with
-            one scorable row has the advantage 0, in "verl" its reward. "normalize_then_sum" weighs rows equally in the
-            second step of "trl", and by `lengths` in that of "verl", which therefore is not 0 for equal rewards.
-        lengths: (B,) int64, positive: the tokens of each row, which weigh it in mean, standard deviation and ddof.
-        process_group: statistics are those of the rows of all ranks together, over which groups may be spread; each
-            rank gets its own rows. One all-gather of the rows, and one of their number, for which the host waits.
+        rewards: (B,), or (B, K) for K reward functions, float. NaN means not scored: a function that did not score a
+            row counts as 0 there. A row that no function scored enters no statistic, and its advantage is 0.
+        group: (B,) int64: the key of each row's group. Any numbers in any order, for instance one for each (prompt,
+            agent, turn).
+        baseline: "mean": of the group. "leave_one_out": the mean of the group's other rows. "second_best": the second
+            best reward of the group. "none": 0.
+        scale: what the difference is divided by. "group": the standard deviation of the group. "batch": that of the
+            batch. "none": nothing. Where the standard deviation is 0 the advantage is 0.
+        reward_weights: K numbers on the host; all 1 by default.
+        aggregation: "sum_then_normalize": the weighted sum of the functions is normalised. "normalize_then_sum": each
+            function is normalised in its group by itself, and then their weighted sum over the batch; it needs
+            baseline="mean" and scale="group".
+        convention: whose eps and whose treatment of singletons: "trl" (eps 1e-4), "verl" (1e-6), "openrlhf" (1e-9);
+            ddof is 1 in each. The advantage in a group with one scorable row is 0; in "verl" it is the row's reward. In
+            the second step of "normalize_then_sum", "trl" weighs all rows equally and "verl" weighs them by `lengths`.
+            Therefore the latter does not give 0 for equal rewards.
+        lengths: (B,) int64, positive: the number of tokens of each row, by which it is weighted in mean, standard
+            deviation and ddof.
+        process_group: statistics are taken over the rows of all ranks of this group, so a group of completions may be
+            spread over ranks. Each rank gets the results of its own rows. This needs one all-gather of the rows and one
+            of their number, for which the host waits.
 
     Returns:
-        Advantages. `mean` and `std` are NaN in a group without a scorable row.
+        Advantages. `mean` and `std` are NaN for a group without a scorable row.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options are wrong; a reward, or a weighted sum of rewards in
-        the result's dtype, is infinite, a length is not positive (on CUDA: a device assertion).
+        TypeError, ValueError: dtypes, shapes, devices or options are wrong; a reward is infinite, or a weighted sum of
+            rewards becomes infinite in the result's dtype; a length is not positive. On CUDA the errors about values
+            are asynchronous device assertions.
     """
     rewards, reward_weights = _check(rewards, group, lengths, reward_weights)
     check_choice("baseline", baseline, BASELINES)
@@ -115,7 +124,7 @@ def group_advantages(
 
 
 def _check(rewards, group, lengths, reward_weights) -> tuple[Tensor, list[float]]:
-    """`rewards` as (B, K) fp32 or fp64, and the K weights."""
+    """Check the tensors and weights; return `rewards` as (B, K) in fp32 or fp64, and the K weights."""
     check_float("rewards", rewards)
     if rewards.dim() not in (1, 2) or (rewards.dim() == 2 and rewards.shape[1] == 0):
         raise ValueError(f"rewards must be (B,) or (B, K) with K >= 1, got {tuple(rewards.shape)}")
@@ -161,7 +170,7 @@ def _check_combination(baseline, scale, aggregation, convention, lengths) -> Non
 
 
 def _gather(rewards, group, lengths, process_group) -> tuple[Tensor, Tensor, Tensor | None, slice]:
-    """The rows of all ranks, and where this rank's are among them."""
+    """The rows of all ranks, and the slice of them that belongs to this rank."""
     ranks, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
     columns = [rewards.double().view(torch.int64), group[:, None]] + ([] if lengths is None else [lengths[:, None]])
     mine = torch.cat(columns, 1)
@@ -196,7 +205,7 @@ def group_advantages_fwd(
     aggregation: str,
     convention: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four results, (B,) each. In float64; a row's weighted sum is rounded to the rewards' dtype."""
+    """The four results, (B,) each. Computed in float64, except that weighted sums are rounded to the rewards' dtype."""
     eps, raw_singletons = CONVENTIONS[convention]
     parts = rewards.double()
     total = sum((w * parts[:, k].nan_to_num(0.0) for k, w in enumerate(reward_weights)), parts.new_zeros(()))
@@ -218,7 +227,7 @@ def group_advantages_fwd(
         x = x.masked_fill(unscorable, torch.nan)[:, None]
         over_rows = _statistics(x, torch.zeros_like(ids), lengths)
         std = over_rows.std
-        if lengths is None:  # the mean is 0: that of every column of every group is
+        if lengths is None:  # the mean of each column is 0 in every group, so the mean of the sums is 0
             mean = torch.zeros_like(x)
             advantage = _scaled(x, std, eps)
         else:
@@ -243,16 +252,16 @@ def _check_values(rewards: Tensor, total: Tensor, lengths: Tensor | None) -> Non
 
 
 def _dense(group: Tensor) -> Tensor:
-    """Each row's group as a number below B. `torch.unique` would wait for a GPU."""
+    """Number the groups of the rows from 0. `torch.unique` would make the host wait for a GPU."""
     keys, order = group.sort()
     return torch.empty_like(group).scatter_(0, order, (keys.diff(prepend=keys[:1]) != 0).cumsum(0))
 
 
 class _Statistics(NamedTuple):
-    """Of the group of each row, for each column: (B, C)."""
+    """Statistics of the group of each row for each column, (B, C) each."""
 
-    scorable: Tensor  # how many rows
-    centre: Tensor  # a reward of the group, and from it to the baseline (to the mean for "leave_one_out")
+    scorable: Tensor  # number of scorable rows
+    centre: Tensor  # a reward of the group; baseline = centre + offset (for "leave_one_out": the group's mean)
     offset: Tensor
     std: Tensor
     equal: Tensor

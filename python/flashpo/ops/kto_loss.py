@@ -1,4 +1,4 @@
-"""KTO and unpaired APO: losses of single completions that are labelled desirable or undesirable."""
+"""KTO and unpaired APO: losses of single completions that are labelled as desirable or undesirable."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 
 class UnpairedLoss(NamedTuple):
-    loss: Tensor  # (): mean of per_sequence; 0 for an empty batch
+    loss: Tensor  # (): the mean of per_sequence; 0 for an empty batch
     per_sequence: Tensor  # (B,)
-    rewards: Tensor  # (B,), no gradient: beta times the log-ratio to the reference
+    rewards: Tensor  # (B,), without gradient: beta times the log-ratio to the reference
 
 
 def kto_loss(
@@ -28,23 +28,28 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> UnpairedLoss:
-    """mean of w_d (1 - s(b (x - z))) over desirable and of w_u (1 - s(b (z - x))) over undesirable sequences.
+    """KTO: the mean of w_d (1 - s(b (x - z))) for desirable and w_u (1 - s(b (z - x))) for undesirable completions.
 
-    x is the log-ratio to the reference, s the logistic function, z = max(0, kl), without gradient (arXiv 2402.01306,
-    equation 7). `apo_zero_unpaired` has z = 0 (APO, arXiv 2408.06266, without pairs). As TRL's KTOTrainer.
+    x is the log-ratio of a completion to the reference, b is beta, s the logistic function, and z = max(0, mean of kl)
+    is a constant (arXiv 2402.01306, equation 7). "apo_zero_unpaired" has z = 0 (APO, arXiv 2408.06266, without pairs).
+    As in TRL's KTOTrainer.
 
     Args:
-        logprob, ref_logprob: (B,) float, sums over each completion's tokens, for instance from `sequence_logprobs`.
-        desirable: (B,) bool.
+        logprob, ref_logprob: (B,) float: the sum over each completion's tokens, for instance from `sequence_logprobs`.
+        desirable: (B,) bool: the label of each completion.
         loss: "kto" or "apo_zero_unpaired".
         beta: a positive number.
-        kl: needed by "kto" alone: the log-ratios (any shape) of prompts with completions of other prompts, or their
-            mean; several ranks share one estimate, so take the mean over them first.
+        kl: for "kto" only: log-ratios (any shape) of prompts combined with completions of other prompts, or their mean.
+            If there are several ranks, take the mean over them first, since all ranks share one estimate.
         desirable_weight, undesirable_weight: w_d and w_u, positive numbers.
 
+    Returns:
+        UnpairedLoss, fp32 or wider.
+
     Raises:
-        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, a name is unknown, kl is missing, empty,
-        or given where it is not read.
+        TypeError: a dtype is wrong.
+        ValueError: shapes or devices disagree, a name is unknown, or kl is missing, empty, or given to a loss that does
+            not read it.
     """
     check_choice("loss", loss, KTO_LOSSES, "; see also preference_loss")
     for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):

@@ -1,7 +1,7 @@
-"""Keys and values of new tokens written into the paged cache of one layer.
+"""Writing keys and values of new tokens into the paged KV cache of one layer.
 
-A block holds 64 consecutive tokens. Of one head it is a tile: keys transposed, (D, 64), so that a vector of keys is
-contiguous for each feature; values (64, Dv).
+A block holds 64 consecutive tokens. For one head it is a tile: keys are transposed, (D, 64), so that the 64 keys are
+contiguous for each feature; values are (64, Dv).
 """
 
 import torch
@@ -15,7 +15,7 @@ BLOCK = 64  # tokens
 
 
 def check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
-    """(blocks, Hkv, D, 64) and (blocks, Hkv, 64, Dv), of one dtype, dense."""
+    """Check caches (blocks, Hkv, D, 64) and (blocks, Hkv, 64, Dv): of one dtype, contiguous."""
     check_float("k_cache", k_cache)
     check_float("v_cache", v_cache)
     if k_cache.dim() != 4 or k_cache.shape[3] != BLOCK:
@@ -37,16 +37,16 @@ def kv_append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tens
     k_cache[slot // 64, :, :, slot % 64] = k      v_cache[slot // 64, :, slot % 64, :] = v
 
     Args:
-        k: (N, Hkv, D) in the caches' dtype: the rows of a decode step, or the tokens of a prefill.
-        v: (N, Hkv, Dv).
-        k_cache: (blocks, Hkv, D, 64) float32, bfloat16 or float16 (float64: reference only), dense; written to.
+        k: (N, Hkv, D) in the caches' dtype: the tokens of a decode step or of a prefill.
+        v: (N, Hkv, Dv), likewise.
+        k_cache: (blocks, Hkv, D, 64) float32, bfloat16 or float16 (float64: reference only), contiguous; written to.
         v_cache: (blocks, Hkv, 64, Dv), likewise.
-        slot: (N,) int64, block * 64 + offset. A token with a negative slot is skipped. Slots of a call are distinct,
-            except where it does not matter which token stays (block 0, by convention, holds what nobody reads).
+        slot: (N,) int64, block * 64 + offset. A token with a negative slot is skipped. The slots of a call are
+            distinct, except where it does not matter which token remains: by convention nobody reads block 0.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices disagree, k or v requires grad outside of torch.no_grad(), a
-        slot is beyond the cache (on CUDA: an asynchronous device assertion).
+        TypeError, ValueError: dtypes, shapes or devices disagree; k or v requires grad outside of torch.no_grad(); a
+            slot is beyond the cache (on CUDA: an asynchronous device assertion).
     """
     check_caches(k_cache, v_cache)
     check_dtype("slot", slot, torch.int64)

@@ -1,4 +1,4 @@
-"""Divergence between the softmaxes of two LM heads, a student's and a teacher's, neither's logits ever whole.
+"""Divergence between the softmaxes of a student's and a teacher's LM head, without storing the logits of either.
 
     z = softcap tanh(((h W^T + b) logit_scale) / softcap) / T, of each model; log p = z - lse(z)
     beta = 0     sum_j p_t (log p_t - log p_s)       dz_s = p_s - p_t
@@ -6,10 +6,10 @@
     between      beta KL(p_t || M) + (1 - beta) KL(p_s || M), M = (1 - beta) p_s + beta p_t
                                                      dz_s = (1 - beta) p_s (log p_s - log M - KL(p_s || M))
 
-See `divergence_stats` for the sums and for logits of -inf. Tiles of both heads' logits are folded into a partial;
-backward makes them again and turns the student's into gradients. Floor, in GEMMs: two forward (the Jensen-Shannon
-divergence, which needs both log-sum-exps first, four), and four more with backward, three if the student's head is
-frozen.
+See `divergence_stats` for the sums and for logits of -inf. Tiles of both heads' logits are folded into a partial.
+Backward computes the tiles again and turns the student's into gradients. Lower bound on the work, in GEMMs: two for
+forward (four for the Jensen-Shannon divergence, which needs both log-sum-exps first), and four more for backward, or
+three if the student's head is frozen.
 """
 
 import contextlib
@@ -70,32 +70,35 @@ def linear_divergence(
     """Per-token divergence of the student's next-token distribution from the teacher's, with side statistics.
 
     Args:
-        student_hidden, teacher_hidden: (..., H), each of its own width and dtype (float32, bfloat16 or float16): the
-            last hidden states of the same tokens (not logits).
-        student_weight, teacher_weight: (V, H), the LM heads over the same vocabulary; converted to the compute dtype
-            tile by tile. The compute dtype is autocast's where autocast is on, else that of the hidden states.
-        target: (...) int64, the token whose log-probabilities are wanted; rows equal to `ignore_index` cost nothing
-            and give exactly 0. The divergence itself does not depend on the others.
+        student_hidden, teacher_hidden: (..., H) float32, bfloat16 or float16: the last hidden states of the same tokens
+            (not logits). Width and dtype may differ between the two.
+        student_weight, teacher_weight: (V, H): the LM heads, over the same vocabulary. They are converted to the
+            compute dtype tile by tile. The compute dtype is autocast's if autocast is on, otherwise that of the hidden
+            states.
+        target: (...) int64: the token whose log-probabilities are wanted. Rows equal to `ignore_index` cost nothing and
+            give exactly 0. In all other rows the divergence itself does not depend on the target.
         student_bias, teacher_bias: (V,) or None.
-        beta: 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher), a number between the
-            generalised Jensen-Shannon divergence, as in TRL's DistillationTrainer.
-        temperature: of both models.
-        student_logit_scale, ..., teacher_softcap: each head's own transforms, see the formula of this file.
+        beta: 0 is the forward KL(teacher || student), 1 is the reverse KL(student || teacher), a number between them is
+            the generalised Jensen-Shannon divergence, as in TRL's DistillationTrainer.
+        temperature: of both models, a positive number.
+        student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: the transforms of each head's
+            logits, see the formulas at the top of flashpo/ops/linear_divergence.py.
+        ignore_index: see target.
         outputs: names of the `DivergenceStats` fields wanted besides `divergence`.
-        group: a process group over which both heads are sharded along V, in rank order and in equal shards; hidden
-            states and target are the same on every rank, and so must be the gradients that come in.
-        gather: makes a context in which heads that are sharded, as by ZeRO-3, are whole. The caller is in such a
-            context, and backward enters another one, so that nothing keeps them whole in between.
+        group: a process group over which both heads are sharded along V, in rank order and in equal shards. Hidden
+            states, target and incoming gradients must be the same on every rank.
+        gather: returns a context manager inside which sharded heads (as of ZeRO-3) are whole. The caller is already
+            inside such a context. Backward enters another one, so that the heads need not stay whole in between.
 
     Returns:
         DivergenceStats of the target's shape, fp32, in nats. Gradients flow to the student's hidden states, weight and
-        bias alone, accumulate in fp32 and are returned in their argument's dtype; the teacher is a constant, whether
-        its tensors require grad or not. A KL is +inf where the distribution that it averages over permits a token
-        whose logit the other one has at -inf; the gradient of the forward KL is finite even so, the reverse KL's is
-        not.
+        bias only; they are accumulated in fp32 and returned in their argument's dtype. The teacher is a constant, even
+        if its tensors require grad. A KL is +inf where the distribution over which it averages gives a positive
+        probability to a token whose logit is -inf in the other one. The gradient of the forward KL is finite even
+        there, the gradient of the reverse KL is not.
 
     Raises:
-        TypeError, ValueError: the message names the argument (a target outside [0, V) on CUDA: a device assertion).
+        TypeError, ValueError: the message names the argument. (A target outside [0, V) is a device assertion on CUDA.)
     """
     top1 = stats.check_outputs(outputs)
     student = student_hidden, student_weight, target, student_bias, student_logit_scale, student_softcap
@@ -138,11 +141,11 @@ def linear_divergence(
 
 class Head(NamedTuple):
     hidden: Tensor  # (N, H)
-    weight: Tensor  # (J, H): the whole head, or the part of it that starts at Heads.start
+    weight: Tensor  # (J, H): the whole head, or the part of it that begins at Heads.start
     bias: Tensor | None  # (J,)
     logit_scale: float
     softcap: float | None
-    dtype: torch.dtype  # the GEMM's
+    dtype: torch.dtype  # the dtype of the GEMM
 
     def logits(self, temperature: float) -> tuple[Tensor, Tensor]:
         return head_logits(
@@ -151,18 +154,18 @@ class Head(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What every operator of this file begins with."""
+    """The first arguments of every operator in this file."""
 
     student: Head
     teacher: Head
     target: Tensor  # (N,)
     temperature: float
     ignore_index: int
-    start: int  # the first entry of the vocabulary that the heads hold
+    start: int  # the first vocabulary entry that these weights hold
     beta: float
 
     def log_probs(self, student_rows: Tensor, teacher_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(log p of the student, of the teacher, dz/dx of the student's logits), all (N, J)"""
+        """(log p of the student, log p of the teacher, dz/dx of the student's logits), all (N, J)."""
         (z_s, slope), (z_t, _) = self.student.logits(self.temperature), self.teacher.logits(self.temperature)
         dtype = student_rows.dtype
         return stats.log_probs(z_s.to(dtype), student_rows), stats.log_probs(z_t.to(dtype), teacher_rows), slope
@@ -202,7 +205,8 @@ SHARED = tuple(inspect.signature(heads_of).parameters.values())
 
 
 def on_heads(fn: Callable) -> Callable:
-    """`fn(heads, ...)` as a function of plain arguments, those of `heads_of` first: operators take no other ones."""
+    """Make `fn(heads, ...)` a function of plain arguments, because operators take no others; those of `heads_of`
+    first."""
 
     @functools.wraps(fn)
     def run(*args):
@@ -217,7 +221,7 @@ def on_heads(fn: Callable) -> Callable:
 @op
 @on_heads
 def linear_divergence_partial(heads: Heads, vocab: int, top1: bool) -> Tensor:
-    """The partial (10 or 14, N) of this part of the vocabulary; a neutral one for an ignored token."""
+    """The partial (10 or 14, N) of this part of the vocabulary; ignored tokens get a neutral partial."""
     check_range("target", heads.target, vocab, heads.ignore_index)
     (z_s, _), (z_t, _) = heads.student.logits(heads.temperature), heads.teacher.logits(heads.temperature)
     wide = torch.promote_types(z_s.dtype, z_t.dtype)
@@ -235,7 +239,7 @@ def _(heads, vocab, top1):
 @op
 @on_heads
 def linear_divergence_mixture(heads: Heads, student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
-    """(JSD, KL_STUDENT) (2, N) of this part of the vocabulary; 0 for an ignored token."""
+    """(JSD, KL_STUDENT) (2, N) of this part of the vocabulary; 0 for ignored tokens."""
     log_p_s, log_p_t, _ = heads.log_probs(student_rows, teacher_rows)
     return stats.mixture_sums(log_p_s, log_p_t, heads.beta).where(heads.target != heads.ignore_index, 0.0)
 
@@ -255,7 +259,7 @@ def _new_rows(heads: Heads, rows: int) -> Tensor:
 @on_heads
 def linear_divergence_bwd(
     heads: Heads,
-    student_rows: Tensor,  # of merge_partials, (4, N)
+    student_rows: Tensor,  # (4, N), from merge_partials
     teacher_rows: Tensor,
     kl: Tensor,  # (N,): see `d_logits`
     d_divergence: Tensor | None,
@@ -265,7 +269,7 @@ def linear_divergence_bwd(
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's (d_hidden, d_weight, d_bias) in their dtype; one that is not wanted is an empty tensor."""
+    """The student's (d_hidden, d_weight, d_bias) in its dtypes; a gradient that is not wanted is an empty tensor."""
     log_p, log_p_t, slope = heads.log_probs(student_rows, teacher_rows)
     student, target = heads.student, heads.target
     column = target - heads.start
@@ -347,14 +351,14 @@ class LinearDivergence(torch.autograd.Function):
         teacher_weight: Tensor,
         teacher_bias: Tensor | None,
         target: Tensor,
-        options: tuple,  # of heads_of: temperature ... teacher_softcap
+        options: tuple,  # the options of heads_of, from temperature to teacher_softcap
         ignore_index: int,
         beta: float,
         top1: bool,
         group: dist.ProcessGroup | None,
         gather: Callable[[], contextlib.AbstractContextManager] | None,
     ):
-        ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
+        ctx.set_materialize_grads(False)  # the entropy is often only logged, and then its gradient is None
         shards = 1 if group is None else dist.get_world_size(group)
         start = 0 if group is None else dist.get_rank(group) * student_weight.shape[0]
         vocab = shards * student_weight.shape[0]

@@ -1,12 +1,12 @@
-"""log softmax(hidden W^T)[target] and its entropy without the logits ever being whole.
+"""log softmax(hidden W^T)[target] and its entropy, without storing the logits.
 
     z = softcap tanh(((h W^T + b) logit_scale) / softcap) / T       logprob = z_t - lse(z)
     dz_j = d_logprob (1[j = t] - p_j) - d_entropy p_j (log p_j + entropy)
     dx_j = dz_j (1 - tanh^2) logit_scale / T      d hidden = dx W      d weight = dx^T h      d bias = sum dx
 
-Forward folds tiles of logits into a partial (see `token_stats`); backward computes the tiles again from the saved
-log-sum-exp and turns them into gradients in place. Floor: one GEMM forward; four with backward, three if the head is
-frozen.
+Forward folds tiles of logits into a partial (see `token_stats`). Backward computes the tiles again, uses the saved
+log-sum-exp, and turns them into gradients in place. Lower bound on the work: one GEMM for forward; four with backward,
+or three if the head is frozen.
 """
 
 import contextlib
@@ -65,24 +65,27 @@ def linear_logprob(
 
     Args:
         hidden: (..., H) float32, bfloat16 or float16: the last hidden states (not logits).
-        weight: (V, H), the LM head; converted to the compute dtype tile by tile. The compute dtype is autocast's where
-            autocast is on, else that of `hidden`.
-        target: (...) int64; rows equal to `ignore_index` cost nothing and give exactly 0.
+        weight: (V, H): the LM head, which is converted to the compute dtype tile by tile. The compute dtype is
+            autocast's if autocast is on, otherwise that of `hidden`.
+        target: (...) int64. Rows equal to `ignore_index` cost nothing and give exactly 0.
         bias: (V,) or None.
-        temperature: a positive number, or a tensor of the target's shape with one per token.
-        logit_scale, softcap: the head's own transforms (Cohere, Granite; Gemma 2), see the formula of this file.
+        temperature: a positive number, or a tensor of the target's shape with one number per token.
+        logit_scale, softcap: the transforms of the head's logits (Cohere, Granite; Gemma 2), see the formula at the top
+            of flashpo/ops/linear_logprob.py.
+        ignore_index: see target.
         outputs: names of the `TokenStats` fields wanted besides `logprob`.
-        group: a process group over which `weight` and `bias` are sharded along V, in rank order and in equal shards;
-            hidden and target are the same on every rank, and so must be the gradients that come in.
-        gather: makes a context in which a `weight` and `bias` that are sharded, as by ZeRO-3, are whole. The caller is
-            in such a context, and backward enters another one, so that nothing keeps them whole in between.
+        group: a process group over which `weight` and `bias` are sharded along V, in rank order and in equal shards.
+            hidden, target and the incoming gradients must be the same on every rank.
+        gather: returns a context manager inside which a sharded `weight` and `bias` (as of ZeRO-3) are whole. The
+            caller is already inside such a context. Backward enters another one, so that they need not stay whole in
+            between.
 
     Returns:
-        TokenStats of the target's shape, fp32, in nats; `logprob` and `entropy` are differentiable in hidden, weight
-        and bias. Gradients accumulate in fp32 and are returned in their argument's dtype.
+        TokenStats of the target's shape, fp32, in nats. `logprob` and `entropy` are differentiable in hidden, weight
+        and bias. Gradients are accumulated in fp32 and returned in their argument's dtype.
 
     Raises:
-        TypeError, ValueError: the message names the argument (a target outside [0, V) on CUDA: a device assertion).
+        TypeError, ValueError: the message names the argument. (A target outside [0, V) is a device assertion on CUDA.)
     """
     side = check_outputs(outputs)
     check_head("", hidden, weight, target, bias, logit_scale, softcap, "linear_logprob")
@@ -107,7 +110,7 @@ def linear_logprob(
 
 
 def check_head(of: str, hidden, weight, target, bias, logit_scale, softcap, op: str) -> None:
-    """One head's arguments; `of` comes before their names, where `op` takes several heads."""
+    """Check the arguments of one head. Where `op` takes several heads, `of` is the prefix of their names."""
     check_index(f"{of}hidden", hidden, "target", target)
     check_float(f"{of}weight", weight)
     if weight.dim() != 2 or weight.shape[0] == 0:
@@ -163,7 +166,7 @@ def head_logits(hidden, weight, bias, token_temperature, temperature, logit_scal
 @op
 def linear_logprob_partial(
     hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (J, H): the whole head, or the part of it that starts at vocab_start
+    weight: Tensor,  # (J, H): the whole head, or the part of it that begins at vocab_start
     target: Tensor,  # (N,)
     bias: Tensor | None,  # (J,)
     token_temperature: Tensor | None,  # (N,)
@@ -174,9 +177,9 @@ def linear_logprob_partial(
     vocab_start: int,
     vocab: int,
     side: bool,
-    dtype: torch.dtype,  # the GEMM's
+    dtype: torch.dtype,  # the dtype of the GEMM
 ) -> Tensor:
-    """The partial (R, N) of this part of the vocabulary; (0, 1, 0, ...) for an ignored token."""
+    """The partial (R, N) of this part of the vocabulary; (0, 1, 0, ...) for ignored tokens."""
     check_range("target", target, vocab, ignore_index)
     z, _ = head_logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
     partial = partial_from_logits(z, target - vocab_start, side)
@@ -202,14 +205,14 @@ def linear_logprob_bwd(
     ignore_index: int,
     vocab_start: int,
     dtype: torch.dtype,
-    rows: Tensor,  # of merge_partials
+    rows: Tensor,  # from merge_partials
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden, d_weight, d_bias) in their argument's dtype; one that is not wanted is an empty tensor."""
+    """(d_hidden, d_weight, d_bias) in their arguments' dtypes; a gradient that is not wanted is an empty tensor."""
     z, slope = head_logits(hidden, weight, bias, token_temperature, temperature, logit_scale, softcap, dtype)
     bits = (z / LN2 - rows[LOG_Z, :, None]) - rows[LOG_Z_REST, :, None]
     logp = (bits * LN2).clamp(min=torch.finfo(z.dtype).min)
@@ -225,7 +228,7 @@ def linear_logprob_bwd(
 
 
 def head_gradients(dx, hidden, weight, bias, dtype, want_hidden, want_weight, want_bias):
-    """(d_hidden, d_weight, d_bias) of x = hidden weight^T + bias; one that is not wanted is an empty tensor."""
+    """(d_hidden, d_weight, d_bias) of x = hidden weight^T + bias; a gradient that is not wanted is an empty tensor."""
     none = hidden.new_empty(0)
     return (
         product(dx, weight.to(dtype).to(dx.dtype)).to(hidden.dtype) if want_hidden else none,
@@ -288,7 +291,7 @@ class LinearLogprob(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         gather: Callable[[], contextlib.AbstractContextManager] | None,
     ):
-        ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
+        ctx.set_materialize_grads(False)  # the entropy is often only logged, and then its gradient is None
         dtype = compute_dtype(hidden)
         shards = 1 if group is None else dist.get_world_size(group)
         start = 0 if group is None else dist.get_rank(group) * weight.shape[0]
@@ -301,7 +304,8 @@ class LinearLogprob(torch.autograd.Function):
             rows = rows.masked_fill(target == ignore_index, 0.0)
         ctx.save_for_backward(hidden, weight, target, bias, token_temperature, rows)
         ctx.options = (temperature, logit_scale, softcap, ignore_index, start, dtype), group, gather
-        logprob, entropy, *side_rows = (x.clone() for x in split(rows))  # whose caller may write over them
+        # Copies, because the caller may write over them
+        logprob, entropy, *side_rows = (x.clone() for x in split(rows))
         ctx.mark_non_differentiable(*side_rows)
         return logprob, entropy, *side_rows
 
@@ -322,13 +326,14 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the head's GEMM: autocast's where it is on."""
+    """The dtype of the head's GEMM: autocast's if it is on, otherwise that of `hidden`."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def gather_partials(partial: Tensor, vocab: int, group: dist.ProcessGroup) -> Tensor:
-    """(ranks, rows, N) of every rank, with one collective; a row more carries the shards' size to compare."""
+    """The partials of all ranks, (ranks, rows, N), by one collective. One more row carries the vocabulary's size, which
+    shows whether the shards have the same size."""
     mine = torch.cat([partial, partial.new_full((1, partial.shape[1]), vocab)])
     every = mine.new_empty((dist.get_world_size(group), *mine.shape))
     dist.all_gather_into_tensor(every.view(-1, mine.shape[1]), mine, group=group)

@@ -1,6 +1,7 @@
-"""What a policy loss is: `LossSpec`, one value for each independent choice, and `LOSSES`, the published losses as data.
+"""The definition of a policy loss: `LossSpec` has one field for each independent choice; `LOSSES` holds published
+losses.
 
-With d = log pi - log pi_old, a ratio w = exp(d) at some level, an advantage A, and sg() a constant of the gradient:
+With d = log pi - log pi_old, a ratio w = exp(d) of some level, an advantage A, and sg() for "no gradient flows":
 
     surrogate   loss of a token
     clip        -min(min(w, ratio_cap) A, clip(w, 1 - clip_low, 1 + clip_high) A), at most -dual_clip A where A < 0
@@ -12,8 +13,8 @@ With d = log pi - log pi_old, a ratio w = exp(d) at some level, an advantage A, 
     dppo_kl     the same with KL((pi_old, 1 - pi_old), (pi, 1 - pi)) in place of |pi - pi_old|
     reinforce   -A log pi
 
-The rest of a spec weighs that loss (importance correction, sequences too far off-policy), adds beta KL to a reference,
-averages over tokens, and subtracts an entropy bonus. Sources are named beside each preset.
+The other fields weigh that loss (importance correction, dropping of sequences that are too far off-policy), add beta
+times the KL to a reference, average over tokens, and subtract an entropy bonus. Each preset names its source.
 """
 
 import ast
@@ -51,45 +52,49 @@ CHOICES = {  # field -> its values, in the order in which the kernels number the
 class LossSpec:
     """A policy loss. `LOSSES["dapo"]` is one; `dataclasses.replace(spec, clip_high=0.3)` makes another.
 
+    The formulas of the surrogates are in the table at the top of flashpo/ops/loss_spec.py.
+
     Args:
         ratio: the level of the ratio w. "token": each token has its own. "sequence": exp(mean d) of the sequence
-            (GSPO). "sequence_token": that value with the gradient of each token alone (GSPO-token). "sequence_sum":
-            exp(sum d), the sequence's without the mean (RLOO).
-        surrogate: the loss of a token, see the table above.
-        clip_low, clip_high: how far the ratio may go below and above 1; None: it is not clipped on that side.
-        ratio_cap: the largest ratio: TRL's delta (INTELLECT-2) for `clip`, the cap of the weight for `dppo_*`.
-        dual_clip: c > 1; the loss is at most -c A where A < 0 (arXiv 1912.09729).
-        log_ratio_min, log_ratio_max: log w is clamped to them before exp, without gradient beyond (verl).
-        sapo_temperatures: for A > 0, for the others.
-        vespo_gamma: (k, lambda) for A >= 0, for A < 0.
+            (GSPO). "sequence_token": the same value, but each token's gradient flows to that token only (GSPO-token).
+            "sequence_sum": exp(sum d) of the sequence, without the mean (RLOO).
+        surrogate: the loss of a token, see the table.
+        clip_low, clip_high: how far below and above 1 the ratio may go. None: it is not clipped on that side.
+        ratio_cap: the largest ratio. For "clip" this is TRL's delta (INTELLECT-2), for `dppo_*` the cap of the weight.
+        dual_clip: c > 1: where A < 0, the loss is at most -c A (arXiv 1912.09729).
+        log_ratio_min, log_ratio_max: log w is clamped to these bounds before exp; no gradient flows beyond them (verl).
+        sapo_temperatures: the temperature t for A > 0, and for all other tokens.
+        vespo_gamma: (k, lambda) for A >= 0, and for A < 0.
         kl_coef: beta, the coefficient of the KL to a reference.
-        kl: the estimator of that KL from a sample. "k1": log pi - log ref. "abs": |k1|. "k2": k1^2 / 2. "k3":
-            exp(-k1) + k1 - 1 (Schulman). With "+": the value of that estimator and the gradient of k2.
-        kl_ratio_correction: multiply the KL by w, with its gradient: unbiased off-policy (DeepSeek-V3.2).
-        kl_log_clamp: for k3, |log ref - log pi| is clamped to it before the estimate (verl).
-        kl_clamp: |KL| is clamped to it after the estimate (verl).
-        importance: weights against the mismatch of sampler and trainer, from r = pi_old / pi_rollout. "token_truncate",
-            "sequence_truncate": r of a token, or the product over its sequence, clamped to the bounds. "token_mask",
-            "sequence_mask": 0 in place of an r outside of them. "geometric_mask": the tokens' r, and 0 where the
-            sequence's geometric mean lies outside. For `vespo`, log r goes into W instead. "none": no weights.
-        importance_min, importance_max: the bounds; None: there is none on that side.
-        off_policy_threshold: drop sequences with A < 0 whose mean(log pi_rollout - log pi) is above it.
-        top_entropy: only this share of the tokens, those of highest entropy, has a loss. The KL is over all.
-        aggregation: "token_mean": the sum over tokens / their number, that of the global batch where `num_items` says
-            it. "local_token_mean": always by the number in this call. "token_sum": the sum. "sequence_mean": the mean
-            over sequences of their tokens' mean. "sequence_sum": of their tokens' sum. "fixed_length": of their
-            tokens' sum / max_length.
+        kl: the estimator of that KL. "k1": log pi - log ref. "abs": |k1|. "k2": k1^2 / 2. "k3": exp(-k1) + k1 - 1
+            (Schulman). With "+": the value of the estimator, with the gradient of k2.
+        kl_ratio_correction: multiply the KL by w, and differentiate w too, so that the KL is unbiased off-policy
+            (DeepSeek-V3.2).
+        kl_log_clamp: for k3: |log ref - log pi| is clamped to this number before the estimate (verl).
+        kl_clamp: |KL| is clamped to this number after the estimate (verl).
+        importance: weights that correct the mismatch of sampler and trainer, from r = pi_old / pi_rollout.
+            "token_truncate", "sequence_truncate": r of the token, or the product of r over its sequence, clamped to the
+            bounds. "token_mask", "sequence_mask": the same r, but 0 instead where it is outside of the bounds.
+            "geometric_mask": r of the token, but 0 where the geometric mean of its sequence is outside. "none": no
+            weights. For "vespo", log r is added to log W instead.
+        importance_min, importance_max: the bounds. None: there is no bound on that side.
+        off_policy_threshold: drop the sequences with A < 0 whose mean of log pi_rollout - log pi is above this number.
+        top_entropy: the share of the tokens, those of highest entropy, that have a loss. The KL is over all tokens.
+        aggregation: "token_mean": the sum over tokens / their number; the number is that of the global batch if
+            `num_items` is given. "local_token_mean": the same, always with the number in this call. "token_sum": the
+            sum. "sequence_mean": the mean over sequences of the mean over their tokens. "sequence_sum": the mean over
+            sequences of the sum over their tokens. "fixed_length": the mean over sequences of that sum / max_length.
         max_length: for "fixed_length".
-        empty_sequences: what a sequence without live tokens counts. "zero": 0 (TRL). "excluded": it does not count
-            (verl). "surrogate": the loss at w = 1, which is -A.
+        empty_sequences: what a sequence without live tokens contributes. "zero": 0 (TRL). "excluded": it is not counted
+            as a sequence (verl). "surrogate": the loss at w = 1, which is -A.
         entropy_coef: the coefficient of the entropy bonus.
-        entropy_mean: "tokens": the bonus is a mean over the tokens of this call (TRL). "loss": it is aggregated as the
-            loss is.
+        entropy_mean: "tokens": the bonus is a mean over the tokens of this call (TRL). "loss": it is aggregated like
+            the loss.
 
     Raises:
-        TypeError, ValueError: an option is no finite number, options contradict each other, or one would do nothing.
-            But numbers of a surrogate that is not selected may stand, and so may what belongs to a KL or an entropy
-            bonus whose coefficient is 0.
+        TypeError, ValueError: a number is not finite, options contradict each other, or an option would do nothing.
+            Allowed, though without effect: the numbers of a surrogate that is not selected, and the options of a KL or
+            an entropy bonus whose coefficient is 0.
     """
 
     ratio: Ratio = "token"
@@ -190,7 +195,7 @@ class LossSpec:
 
     @functools.cached_property
     def key(self) -> str:
-        """The whole spec as a string, which operators take; `from_key` makes the spec of it again."""
+        """The whole spec as a string, because operators take strings; `from_key` turns it into a spec again."""
         return repr(asdict(self))
 
     @staticmethod
@@ -200,18 +205,19 @@ class LossSpec:
 
     @property
     def of_sequences(self) -> bool:
-        """Whether there is one ratio for a sequence."""
+        """Whether a whole sequence has one ratio."""
         return self.ratio != "token"
 
     @property
     def zero_advantage_is_zero_gradient(self) -> bool:
-        """Whether a sequence whose advantage is 0 at every token trains nothing: each surrogate is proportional to A,
+        """Whether a sequence whose advantage is 0 at every token has no gradient. Each surrogate is proportional to A;
         a KL and an entropy bonus are not."""
         return self.kl_coef == 0 and self.entropy_coef == 0
 
 
 def _check_numbers(name: str, value: object, like: object) -> None:
-    """A finite number of Python, which `key` can write, or a bool if `like` is one; for a tuple, one of as many."""
+    """Check a finite Python number, which `key` can write. If `like` is a bool or a tuple, check the same kind of
+    value."""
     if isinstance(like, tuple):
         if not isinstance(value, tuple) or len(value) != len(like):
             raise ValueError(f"{name} must be a tuple like {like}, got {value!r}")
@@ -237,8 +243,8 @@ _verl = LossSpec(
 
 LOSSES: dict[str, LossSpec] = {
     "ppo": LossSpec(),  # arXiv 1707.06347
-    "grpo": _grpo,  # arXiv 2402.03300, which has kl_coef=0.04
-    "bnpo": LossSpec(aggregation="local_token_mean"),  # TRL's name for it
+    "grpo": _grpo,  # arXiv 2402.03300, where kl_coef is 0.04
+    "bnpo": LossSpec(aggregation="local_token_mean"),  # TRL's name
     "dr_grpo": LossSpec(aggregation="fixed_length"),  # arXiv 2503.20783; needs max_length
     "dapo": LossSpec(clip_high=0.28),  # arXiv 2503.14476
     "gspo": _gspo,  # arXiv 2507.18071
@@ -252,8 +258,8 @@ LOSSES: dict[str, LossSpec] = {
     "dppo_kl": replace(_dppo, surrogate="dppo_kl"),
     "rloo": replace(_grpo, ratio="sequence_sum", empty_sequences="surrogate"),  # arXiv 2402.14740, as in TRL
     "reinforce": LossSpec(surrogate="reinforce"),
-    # verl 0.9.1: dual clip always on, clamped logarithms, empty sequences left out. It clamps the KL for k3 alone: with
-    # another estimator set kl_log_clamp and kl_clamp to None
+    # verl 0.9.1: dual clip is always on, logarithms are clamped, and empty sequences are not counted. verl clamps the
+    # KL for k3 only: with another estimator, set kl_log_clamp and kl_clamp to None.
     "verl_ppo": replace(_verl, dual_clip=3.0),
     "verl_gspo": replace(
         _verl, ratio="sequence_token", log_ratio_min=None, log_ratio_max=10.0, aggregation="sequence_mean"
@@ -267,9 +273,9 @@ LOSSES: dict[str, LossSpec] = {
 }
 
 
-@torch.compiler.assume_constant_result  # and a function of its own: Dynamo looks through a cache
+@torch.compiler.assume_constant_result  # a function separate from _resolve, because Dynamo looks through a cache
 def resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]) -> LossSpec:
-    """The spec of a name in LOSSES, or a spec, with some of its fields replaced."""
+    """The spec that `loss` names or is, with some of its fields replaced."""
     for name, value in (("loss", loss), *overrides):
         if not isinstance(value, Hashable):
             raise TypeError(f"{name} must not be a {type(value).__name__}")
@@ -284,7 +290,7 @@ def resolved_key(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...]
 
 @functools.lru_cache(maxsize=256)
 def _resolve(loss: str | LossSpec, overrides: tuple[tuple[str, object], ...], types: tuple[type, ...]) -> LossSpec:
-    """`types` are for the cache, to which True and 1.0 are the same."""
+    """`resolve`, cached. `types` is part of the cache's key, because True and 1.0 are equal keys otherwise."""
     if isinstance(loss, str) and loss.startswith("{"):
         try:
             loss = LossSpec.from_key(loss)

@@ -1,4 +1,4 @@
-"""Quantiles of the live tokens' values, over all ranks, by counting: exact, without sorting or gathering tokens."""
+"""Exact quantiles of the live tokens' values over all ranks, by counting instead of sorting or gathering tokens."""
 
 import torch
 import torch.distributed as dist
@@ -12,15 +12,20 @@ HALF = 1 << 16
 def masked_quantile(
     x: Tensor, mask: Tensor, quantiles: float | tuple[float, ...], *, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The quantiles of x where `mask`, as `torch.quantile` interpolates them, (Q,) float32; NaN without a live token.
+    """The quantiles of x where `mask` is not 0, interpolated as in `torch.quantile`.
 
-    Counts the upper and then the lower 16 bits of the float32 numbers, which order as they do. Works for any number of
-    tokens (torch.quantile fails above 2^24), communicates 1 + 2 Q histograms of 65,536 counts where `group` is given,
-    and never waits for the device.
+    The upper and then the lower 16 bits of the float32 numbers are counted, since these bits sort as the numbers do.
+    This works for any number of tokens (torch.quantile fails above 2^24) and never waits for the device. With `group`
+    it communicates 1 + 2 Q histograms of 65,536 counts.
 
     Args:
-        x: any shape, float, without NaN where live. mask: the same shape, not 0 at what is live. quantiles: in [0, 1],
-            at least one.
+        x: any shape, float, without NaN at live tokens.
+        mask: the same shape; not 0 at live tokens.
+        quantiles: Q >= 1 numbers in [0, 1].
+        group: a process group over whose ranks the quantiles are taken.
+
+    Returns:
+        (Q,) float32; NaN if there is no live token.
 
     Raises:
         TypeError, ValueError: the message names the argument.
@@ -43,8 +48,8 @@ def _check(x: Tensor, name: str, mask: Tensor, group: dist.ProcessGroup | None) 
 
 def _quantiles(x: Tensor, mask: Tensor, wanted: tuple[float, ...], group: dist.ProcessGroup | None) -> Tensor:
     live = (mask != 0).flatten().to(torch.int64)
-    bits = (x.detach().flatten().float() + 0.0).view(torch.int32).to(torch.int64)  # + 0: no -0
-    keys = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) + (1 << 31)  # 0 ... 2^32 - 1, in the floats' order
+    bits = (x.detach().flatten().float() + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0 into 0
+    keys = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) + (1 << 31)  # 0 ... 2^32 - 1, sorted like the floats
     high, low = keys // HALF, keys % HALF
 
     def histogram(bins: Tensor, counted: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def _quantiles(x: Tensor, mask: Tensor, wanted: tuple[float, ...], group: dist.P
         return counts
 
     def position(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-        """The bin with the rank-th number, and that number's rank in it."""
+        """The bin that holds the rank-th number, and the number's rank within that bin."""
         ends = counts.cumsum(0)
         found = torch.searchsorted(ends, rank, right=True).clamp(max=HALF - 1)
         return found, rank - (ends[found] - counts[found])
@@ -78,7 +83,10 @@ def _quantiles(x: Tensor, mask: Tensor, wanted: tuple[float, ...], group: dist.P
 def entropy_threshold(
     entropy: Tensor, mask: Tensor, quantile: float, *, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The entropy above which the share 1 - `quantile` of the live tokens is, (1,); without one: inf, none is above."""
+    """The quantile (1,) of the live tokens' entropy, above which the share 1 - `quantile` of them is.
+
+    Without live tokens it is inf. The arguments and errors are as in `masked_quantile`.
+    """
     check_float("entropy", entropy)
     _check(entropy, "entropy", mask, group)
     check_share("quantile", quantile)
@@ -95,8 +103,9 @@ def ratio_quantiles(
 ) -> Tensor:
     """Quantiles (Q,) of the tokens' ratios exp(logprob - old_logprob), of a policy to the old one or to the sampler.
 
-    Exact, interpolated between log-ratios; `policy_loss` counts for `PolicyStats.ratio_quantile` in passing. All three
-    tensors have one shape, the rest is as in `masked_quantile`.
+    They are exact, interpolated between log-ratios. `PolicyStats.ratio_quantile` approximates them from counts that
+    `policy_loss` makes anyway. logprob, old_logprob and mask have one shape; the other arguments and errors are as in
+    `masked_quantile`.
     """
     for name, x in (("logprob", logprob), ("old_logprob", old_logprob)):
         check_float(name, x)

@@ -9,18 +9,22 @@ from flashpo.ops._check import check_lengths, check_number, check_positive
 def overlong_penalty(
     lengths: Tensor, max_length: int, buffer: int, *, factor: float = 1.0, floor: float | None = -1.0
 ) -> Tensor:
-    """Reward to add to a completion of `lengths` tokens: 0 up to max_length - buffer, then falling by factor / buffer a
-    token (arXiv 2503.14476, equation 13).
+    """The reward to add to a completion of `lengths` tokens: 0 up to max_length - buffer, then it falls linearly.
 
         penalty = factor max(min((max_length - buffer - length) / buffer, 0), floor)
 
+    Source: arXiv 2503.14476, equation 13.
+
     Args:
-        lengths: any shape, completions' tokens.
+        lengths: any shape: the numbers of tokens of the completions.
+        max_length: tokens that a completion may have.
+        buffer: the number of tokens before max_length over which the penalty falls, in (0, max_length].
         factor: a positive number.
-        floor: -1 as in the paper and TRL: what lies beyond max_length is not punished further. None: it is (verl).
+        floor: the smallest penalty before `factor`. -1, as in the paper and TRL, stops the fall at max_length. None:
+            the penalty falls on (verl).
 
     Returns:
-        float32, the shape of lengths.
+        float32, with the shape of lengths.
 
     Raises:
         TypeError, ValueError: the message names the argument.

@@ -1,6 +1,6 @@
-"""x W^T + b for the few rows of a decode step, with W laid out once: each weight is read once and fetched ahead.
+"""x W^T + b for the few rows of a decode step, with W packed once so that each weight is read once and prefetched.
 
-Libraries lay W out at every call, or have their kernels wait for memory. Without a gradient.
+Libraries either pack W at every call or have kernels that wait for memory. There is no gradient.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 from flashpo._op import native, op, why_unavailable
 from flashpo.ops._check import check_device, check_float
 
-ROWS = 192  # up to which the kernel is quicker than a library's product of many rows
+ROWS = 192  # up to so many rows this kernel is faster than a library's product
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether a kernel of this machine computes with `pack_linear(weight)`: without one, packing is a loss."""
+    """Whether this machine has a kernel that computes with `pack_linear(weight)`. Without one, packing does not pay."""
     if weight.device.type != "cpu" or weight.numel() == 0 or why_unavailable("native", "cpu") is not None:
         return False
     return packs_dtype(weight.dtype) and (weight.dtype == torch.float32 or weight.shape[1] % 32 == 0)
@@ -25,10 +25,21 @@ def packs_dtype(dtype: torch.dtype) -> bool:
 
 
 def pack_linear(weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """What `packed_linear` takes for the weight (N, K) of a linear layer: a copy, with zeros up to whole panels.
+    """Copy the weight (N, K) of a linear layer into the layout that `packed_linear` takes.
 
-    Panels of 48 of the N columns of the result: (N / 48, K, 48). bfloat16 in the form of AMX, K a multiple of 32:
-    (N / 32, K / 32, 2, 16, 16, 2), tiles of 16 pairs of k and 16 columns. out: where to put it, of `packed_shape`.
+    N is filled up with zeros to whole panels. float32 (and other dtypes in the reference): panels of 48 columns of the
+    result, (N / 48, K, 48). bfloat16: the tile format of AMX, (N / 32, K / 32, 2, 16, 16, 2), where a tile has 16 pairs
+    of k and 16 columns; K must be a multiple of 32.
+
+    Args:
+        weight: (N, K), N and K at least 1.
+        out: where to write the result: contiguous, in the weight's dtype, of shape `packed_shape(weight)`.
+
+    Returns:
+        The packed weight.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     shape = packed_shape(weight)
     if out is None:
@@ -77,13 +88,19 @@ def _(weight, out):
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, columns: int) -> Tensor:
-    """x W^T + b, summed in float32. A row's result depends on this row alone, bitwise.
+    """x W^T + b, with sums in float32. The result of a row depends, bitwise, on this row only.
 
     Args:
-        x: (M, K); rows may be strided. packed: `pack_linear(W)`. bias: (N,) or None. columns: N.
+        x: (M, K). Rows may be strided.
+        packed: `pack_linear(W)`, in x's dtype.
+        bias: (N,) in x's dtype, or None.
+        columns: N.
 
     Returns:
         (M, N) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     check_float("x", x)
     depth = depth_of(packed)

@@ -1,7 +1,7 @@
 """The policy losses of `loss_spec.py`: per-token loss, explicit gradient, aggregation and statistics in one pass.
 
-Gradients are written out, not recorded: a clipped token's is 0 whatever its ratio, so no 0 * inf can become NaN, and
-log-ratios beyond SATURATION, 64, give the loss and gradient at that bound.
+Gradients are written by hand instead of recorded by autograd. The gradient of a clipped token is then 0 whatever its
+ratio is, so no 0 * inf becomes NaN. Log-ratios beyond SATURATION (64) give the loss and the gradient of that bound.
 """
 
 import functools
@@ -30,7 +30,7 @@ from flashpo.ops.policy_stats import EXTREMES, INDEX, LOG_RATIO_BINS, LOG_RATIO_
 
 
 class PolicyLoss(NamedTuple):
-    loss: Tensor  # scalar, differentiable
+    loss: Tensor  # a scalar, differentiable
     stats: PolicyStats
 
 
@@ -55,36 +55,41 @@ def policy_loss(
 
         loss = scale (sum_t a_t m_t (k_t x_t + kl_coef KL_t) - entropy_coef H)
 
-    x: the spec's surrogate; m: mask; k: weights against a sampler's mismatch, off-policy and low-entropy tokens; a: the
-    spec's aggregation; H: mean entropy.
+    x is the spec's surrogate and m the mask. k are weights: for the mismatch of sampler and trainer, and 0 for
+    off-policy and low-entropy tokens. a is the spec's aggregation and H the mean entropy.
 
     Args:
-        logprob: (B, T), or flat (N,) with `cu_seqlens`; fp32 (fp64: reference only), of the policy. Besides entropy the
-            only argument that is differentiated.
-        old_logprob: the same shape, of the policy that acted; None: the policy itself, every ratio is 1.
-        advantage: one for each sequence, (B,) or (B, 1), or for each token, (B, T). Flat: (S,) or (S, 1), and (N,) or
-            (1, N). A flat tensor (N,) of as many tokens as sequences is refused, unless each sequence is one token.
-        mask: bool or integers, not 0 at the live tokens; what other tensors hold elsewhere is never looked at. That it
-            holds 0 and 1 only is not checked, as other operators do: on a CPU it would take as long as the loss.
-        loss: a name in `LOSSES` or a LossSpec; `overrides` replace fields of it: `clip_high=0.3`.
-        cu_seqlens: (S + 1,) int64, where each sequence of flat tensors begins, and N.
-        ref_logprob: of the reference policy; needed where kl_coef is not 0.
-        rollout_logprob: of the sampler, NaN where unknown; needed for `importance`, used by `off_policy_threshold`, and
-            read for nothing else.
-        importance_ratio: in the shapes of advantage: finished weights, in place of `importance` and `rollout_logprob`.
-        entropy: of the policy; needed for entropy_coef (differentiable) and top_entropy, else a statistic.
-        entropy_group: process group over whose ranks the share `top_entropy` is taken.
-        num_items: denominator of the aggregation instead of this call's own count: live tokens of the global batch for
-            token_mean, sequences for the others. A number of at least 0 or a scalar tensor.
-        scale: factor of the whole, such as 1 / gradient accumulation steps.
+        logprob: (B, T), or flat (N,) with `cu_seqlens`, fp32 (fp64: reference only): log-probs under the policy. Only
+            this argument and `entropy` are differentiated.
+        old_logprob: the same shape: log-probs under the policy that acted. None: the policy itself, so that every ratio
+            is 1.
+        advantage: one per sequence, (B,) or (B, 1), or one per token, (B, T). Flat: (S,) or (S, 1), and (N,) or (1, N).
+            A flat tensor (N,) with as many tokens as sequences is ambiguous and is refused, unless every sequence has
+            exactly one token.
+        mask: the same shape as logprob, bool or integers, not 0 at live tokens. At other tokens no tensor is ever read.
+            Unlike other operators, this one does not check that the mask holds only 0 and 1: on a CPU the check would
+            take as long as the loss.
+        loss: a name in `LOSSES` or a LossSpec. `overrides` such as `clip_high=0.3` replace fields of it.
+        cu_seqlens: (S + 1,) int64: where each sequence of the flat tensors begins, and N at the end.
+        ref_logprob: log-probs under the reference policy; needed if kl_coef is not 0.
+        rollout_logprob: log-probs under the sampler, NaN where unknown. Needed for `importance`, used by
+            `off_policy_threshold`, and not read otherwise.
+        importance_ratio: finished importance weights instead of `importance` and `rollout_logprob`, in one of the
+            shapes of advantage.
+        entropy: the policy's entropy at each token. Needed for entropy_coef (differentiable) and for top_entropy;
+            otherwise only a statistic.
+        entropy_group: the process group over whose ranks the share `top_entropy` is taken.
+        num_items: the denominator of the aggregation, instead of the count of this call: the live tokens of the global
+            batch for token_mean, its sequences otherwise. A number of at least 0 or a scalar tensor.
+        scale: a factor of the whole loss, such as 1 / gradient accumulation steps.
 
     Returns:
-        PolicyLoss(loss, stats): a scalar, and PolicyStats that nothing has to wait for. A batch without live tokens
-        gives 0, which stays in the graph.
+        PolicyLoss(loss, stats): a scalar, and PolicyStats, which stay on the device. A batch without live tokens gives
+        0, which stays in the graph.
 
     Raises:
-        ValueError, TypeError: a tensor the spec needs is missing, one that it cannot use is given, shapes, dtypes or
-        devices disagree, an option is unknown or contradicts another.
+        TypeError, ValueError: a tensor that the spec needs is missing, or one that it cannot use is given; shapes,
+            dtypes or devices disagree; an option is unknown or contradicts another.
     """
     spec = resolve(loss, tuple(overrides.items()))
     given = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob}
@@ -110,7 +115,7 @@ def policy_loss(
     if num_items is not None:
         if isinstance(num_items, Tensor):
             num_items = num_items.detach().to(logprob).reshape(1)
-        else:  # filled there: a copy of a host's number would be waited for
+        else:  # filled on the device, because copying a number from the host would wait
             num_items = logprob.new_full((1,), num_items)
     args = (
         logprob, old, advantage, mask, cu_seqlens, ref, rollout, importance_ratio, entropy, threshold, num_items,
@@ -124,7 +129,7 @@ def policy_loss(
 
 
 def _padded_starts(sequences: int, length: int, like: Tensor) -> Tensor:
-    """Where the rows of a padded batch begin: kept from call to call, except in a trace, whose tensors are not real."""
+    """Where the rows of a padded batch begin. Kept between calls, except in a trace, whose tensors are not real."""
     real = type(like) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     if real and not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
         return _kept_starts(sequences, length, like.device)
@@ -137,13 +142,13 @@ def _kept_starts(sequences: int, length: int, device: torch.device) -> Tensor:
 
 
 def _per_token_or_sequence(x: Tensor, sequences: int) -> Tensor:
-    """(S, 1) where x has a value for each sequence, or may be read so, else (N,)."""
+    """Reshape x to (S, 1) if it has, or can be read as having, one value for each sequence, otherwise to (N,)."""
     per_sequence = x.shape == (sequences,) or x.shape == (sequences, 1)
     return x.detach().reshape(-1, 1) if per_sequence else x.detach().reshape(-1)
 
 
 def _check_per_token_or_sequence(name, x, logprob, sequences, cu_seqlens) -> None:
-    """One value for each sequence or for each token, without a doubt which; where in doubt, both readings agree."""
+    """Check that x clearly has one value per sequence or per token. Ambiguity is allowed where both readings agree."""
     flat = logprob.dim() == 1
     if x.shape not in (logprob.shape, (sequences,), (sequences, 1)) and not (flat and x.shape == (1, *logprob.shape)):
         raise ValueError(
@@ -226,7 +231,8 @@ def _(logprob, *rest):
 
 
 def _numbers_of(spec: LossSpec) -> dict[str, float]:
-    """A spec's fields as csrc/policy_table.h names them: choices by number, None as NaN, tuples one by one."""
+    """A spec's fields under the names of csrc/policy_table.h: choices as their numbers, None as NaN, tuples
+    flattened."""
     numbers: dict[str, float] = {}
 
     def add(name: str, value: Any) -> None:
@@ -247,7 +253,7 @@ def _numbers(key: str) -> Tensor:
 
 
 def _compare_with_native() -> None:
-    """Raises ImportError where the extension numbers choices, fields or statistics in another way than Python does."""
+    """Raise ImportError if the extension numbers choices, fields or statistics differently from Python."""
     choices = {name: ", ".join(x.replace("+", "_plus") for x in values) for name, values in CHOICES.items()}
     sums = ", ".join(name for name in SUMS if name not in LOG_RATIO_BINS).upper()
     ours = choices, ", ".join(_numbers_of(LossSpec())), (sums, ", ".join(dict(EXTREMES)).upper()), LOG_RATIO_EDGES
@@ -286,7 +292,7 @@ def _(logprob, *rest):
 
 @op
 def policy_loss_bwd(grads: Tensor, factors: Tensor, d_loss: Tensor) -> Tensor:
-    """Rows of finished gradients: grads (R, N) times factors (R,) times d_loss ()."""
+    """Scale rows of finished gradients: grads (R, N) times factors (R,) times d_loss ()."""
     return grads * (factors * d_loss)[:, None]
 
 
@@ -321,7 +327,7 @@ class PolicyLossFunction(torch.autograd.Function):
         ctx.save_for_backward(grads, factors)
         ctx.inputs = logprob, entropy
         ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)  # no zeros for the statistics
+        ctx.set_materialize_grads(False)  # do not make zeros for the statistics
         return loss, stats
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What one pass of `policy_loss` counts, in one small tensor, so that logging costs one copy and no synchronisation."""
+"""What one pass of `policy_loss` counts, in one small tensor: logging costs one copy and no other synchronisation."""
 
 import functools
 import math
@@ -7,55 +7,56 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Log-ratios are counted in the bins between these numbers and their negatives, of which each belongs to its outer bin.
-# Half octaves where the usual bounds of clipping are (0.8 ... 1.28), wider bins inwards, down to what separates a
-# sampler from a trainer or the ratios of two sequences, and outwards, where the extremes are known besides. A float's
-# exponent and first bit of mantissa tell its bin.
+# The edges of the bins in which log-ratios are counted; the negatives of these numbers are edges, too. An edge belongs
+# to the bin away from 0. Bins are half octaves around the usual clipping bounds (0.8 ... 1.28). They are wider towards
+# 0, where they show the difference between sampler and trainer or between two sequences' ratios, and wider outwards,
+# where the extremes are known separately. The exponent and the first bit of the mantissa of a float determine its bin.
 LOG_RATIO_EDGES = (2**-10, 2**-8, 2**-6, 2**-5, 1.5 * 2**-5, 2**-4, 1.5 * 2**-4, 2**-3, 1.5 * 2**-3, 2**-2, 2**-1, 2.0)
 LOG_RATIO_BINS = tuple(f"log_ratio_bin_{i}" for i in range(2 * len(LOG_RATIO_EDGES) + 1))
 
-# Sums over this call's live tokens, unless said otherwise; a "ratio" is one token's, or one sequence's where the spec
-# has ratios of sequences and the advantages are of sequences too.
+# Sums over the live tokens of this call, unless a comment says otherwise. A "ratio" belongs to a token, or to a
+# sequence if both the spec's ratios and the advantages are per sequence.
 SUMS = (
-    "loss",  # what is returned, divided by nothing more
-    "policy_loss",  # without scale and entropy bonus
+    "loss",  # the loss that is returned; not a sum
+    "policy_loss",  # the loss without scale and entropy bonus
     "tokens",
     "sequences",
-    "live_sequences",  # with at least one live token
+    "live_sequences",  # sequences with at least one live token
     "entropy",
-    "kl",  # to the reference, as it enters the loss
+    "kl",  # the KL to the reference, as it enters the loss
     "approx_kl",  # log pi_old - log pi
-    "ratios",  # how many
+    "ratios",  # the number of ratios
     "ratio",
     "ratio_squared",
-    "clip_low",  # below its bound, where that stops the gradient: A < 0
-    "clip_high",  # above its bound, A > 0
-    "below",  # the same, whatever the sign of A
+    "clip_low",  # ratios below their bound where that stops the gradient: A < 0
+    "clip_high",  # ratios above their bound where that stops the gradient: A > 0
+    "below",  # the same for any sign of A
     "above",
-    "capped",  # by dual_clip or ratio_cap
+    "capped",  # ratios held by dual_clip or ratio_cap
     "saturated",  # |log w| beyond SATURATION
-    "weights",  # how many importance weights: of tokens or sequences
+    "weights",  # the number of importance weights, of tokens or of sequences
     "weight",
     "weight_squared",
     "off_policy_sequences",  # dropped by off_policy_threshold
-    "high_entropy_tokens",  # that top_entropy keeps: all tokens where it is 1
-    "high_entropy",  # the entropy of those
-    "phis",  # how many weights phi of vespo: of sequences, or of tokens where the advantages are theirs
+    "high_entropy_tokens",  # tokens that top_entropy keeps; all tokens if it is 1
+    "high_entropy",  # the sum of their entropy
+    "phis",  # the number of vespo's weights phi: one per sequence, or per token if advantages are per token
     "phi",
-    *LOG_RATIO_BINS,  # how many of the ratios
+    *LOG_RATIO_BINS,  # the number of ratios in each bin
 )
-EXTREMES = (  # name -> whether the largest (else the smallest) of all ranks counts
+EXTREMES = (  # name -> whether the extreme over ranks is the largest value (otherwise the smallest)
     ("ratio_min", False),
     ("ratio_max", True),
-    ("clip_low_min", False),  # over the sequences' fractions
+    ("clip_low_min", False),  # of the fractions of single sequences
     ("clip_high_max", True),
     ("weight_min", False),
     ("weight_max", True),
 )
 NAMES = (*SUMS, *(name for name, _ in EXTREMES))
 INDEX = {name: i for i, name in enumerate(NAMES)}
-QUANTILES = {"ratio_q01": 0.01, "ratio_q05": 0.05, "ratio_q50": 0.5, "ratio_q95": 0.95, "ratio_q99": 0.99}  # as_dict's
-# Ways to average a sum: name in SUMS -> what it is divided by
+# For as_dict
+QUANTILES = {"ratio_q01": 0.01, "ratio_q05": 0.05, "ratio_q50": 0.5, "ratio_q95": 0.95, "ratio_q99": 0.99}
+# How sums are averaged: name in SUMS -> name of the count by which it is divided
 OVER = {
     "entropy": "tokens", "kl": "tokens", "approx_kl": "tokens", "saturated": "tokens",
     "high_entropy": "high_entropy_tokens", "ratio": "ratios", "clip_low": "ratios", "clip_high": "ratios",
@@ -65,17 +66,18 @@ OVER = {
 
 
 class PolicyStats:
-    """Means, counts and extremes of a policy loss; every attribute is a scalar tensor on the device of the loss.
+    """Means, counts and extremes of a policy loss. Every attribute is a scalar tensor on the loss's device.
 
-    `stats.kl`, `stats.entropy`, `stats.clip_low` ...: the names of OVER are means; the other names of SUMS are sums;
-    those of EXTREMES are extremes (inf or -inf where there was nothing). `effective_sample_size` is
-    (sum w)^2 / sum w^2 of the ratios as a share of their number, `weight_sample_size` that of the importance weights.
-    `ratio_quantile(q)` is any quantile of the ratios. Where ratios are of sequences, one without live tokens has the
-    ratio 1, as in TRL, whether it is a row of padding or an empty part of a flat batch.
+    Attributes have the names of this file: those in OVER are means (`stats.kl`, `stats.entropy`, `stats.clip_low`), the
+    other ones in SUMS are sums, and those in EXTREMES are extremes (inf or -inf if there was nothing).
+    `effective_sample_size` is (sum w)^2 / sum w^2 of the ratios, divided by their number; `weight_sample_size` is the
+    same for the importance weights. `ratio_quantile(q)` is any quantile of the ratios. With ratios of sequences, a
+    sequence without live tokens counts with the ratio 1, as in TRL, whether it is a row of padding or an empty part of
+    a flat batch.
     """
 
     def __init__(self, values: Tensor):
-        self.values = values  # (len(NAMES),), or (len(NAMES), M): of M losses
+        self.values = values  # (len(NAMES),), or (len(NAMES), M) for M losses
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in INDEX:
@@ -96,12 +98,12 @@ class PolicyStats:
         return total * total / (squares * self.values[INDEX[count]]).clamp(min=torch.finfo(total.dtype).tiny)
 
     def ratio_quantile(self, q: float) -> Tensor:
-        """The quantile q of the ratios, NaN without any: from their counts in bins, the extremes being the ends.
+        """The quantile q of the ratios, estimated from their counts in bins and their extremes. NaN without ratios.
 
-        Log-ratios are taken as spread evenly over a bin, or over its part within the extremes. The result is in the bin
-        of one of the two ratios between which `torch.quantile` interpolates, so it is known to that bin's width: 0.2 %
-        at 1, 1.6 % in 0.97 ... 1.03, 6.5 % in 0.8 ... 1.28; exactly where q is 0 or 1 or all ratios are the same.
-        `ratio_quantiles` is exact everywhere, by more passes.
+        Log-ratios are assumed to spread evenly over a bin, or over the part of it between the extremes. The result is
+        in the bin of one of the two ratios between which `torch.quantile` interpolates. So its error is at most the
+        width of that bin: 0.2 % at 1, 1.6 % in 0.97 ... 1.03, 6.5 % in 0.8 ... 1.28. It is exact if q is 0 or 1 or all
+        ratios are the same. `ratio_quantiles` is always exact, but needs more passes.
         """
         if not 0 <= q <= 1:
             raise ValueError(f"q must be in [0, 1], got {q}")
@@ -116,7 +118,7 @@ class PolicyStats:
         return (low + share * (high - low)).exp()[0]
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> "PolicyStats":
-        """The same of all ranks together: two small collectives, still without synchronising the host."""
+        """The statistics of all ranks together. Takes two small collectives and does not synchronise the host."""
         sums, extremes = self.values.clone().split([len(SUMS), len(EXTREMES)])
         sign = _column(tuple(1.0 if largest else -1.0 for _, largest in EXTREMES), extremes)
         dist.all_reduce(sums, group=group)
@@ -125,7 +127,7 @@ class PolicyStats:
         return PolicyStats(torch.cat([sums, extremes * sign]))
 
     def as_dict(self) -> dict[str, float]:
-        """Everything as numbers, by one copy to the host."""
+        """All statistics as Python numbers, by one copy to the host."""
         host = PolicyStats(self.values.detach().cpu())
         names = [name for name in NAMES if name not in LOG_RATIO_BINS]
         found = {name: getattr(host, name).item() for name in (*names, "effective_sample_size", "weight_sample_size")}
@@ -133,11 +135,11 @@ class PolicyStats:
 
 
 def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    """(len(numbers),) or (len(numbers), 1), as `like` has dimensions."""
+    """The numbers as a tensor (len(numbers),), or (len(numbers), 1) if `like` has two dimensions."""
     return _kept(numbers, like.dtype, like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 @functools.lru_cache(maxsize=64)
 def _kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """From call to call: a copy of the host's numbers would be waited for."""
+    """Kept between calls, because copying numbers from the host would wait."""
     return torch.tensor(numbers, dtype=dtype, device=device)

@@ -1,6 +1,6 @@
-"""Losses of preference pairs: DPO and its kin, CPO, SimPO, ORPO, TPO, from per-sequence sums of log-probabilities.
+"""Losses of preference pairs (DPO and its variants, CPO, SimPO, ORPO, TPO) from sums of log-probs per sequence.
 
-The losses themselves are `PREFERENCE_LOSSES`; here are what they have in common, and the checks.
+The losses themselves are in `PREFERENCE_LOSSES`; this file has what they share, and the checks.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,13 @@ from flashpo.ops._wide import wide
 
 
 class PreferenceLoss(NamedTuple):
-    loss: Tensor  # (): mean of per_pair; 0 for an empty batch
-    per_pair: Tensor  # (B,): weighted sum of the losses; those of `aot` and `aot_unpaired` are by rank, not by pair
-    chosen_rewards: Tensor  # (B,), no gradient: beta times the log-ratio to the reference, or the log-probability
-    rejected_rewards: Tensor  # without one; per token where the first loss is simpo, odds_ratio or orpo
+    loss: Tensor  # (): the mean of per_pair; 0 for an empty batch
+    # (B,): weighted sum of the losses; for `aot` and `aot_unpaired` a value belongs to a rank, not to a pair
+    per_pair: Tensor
+    # (B,) each, without gradient: beta times the log-ratio to the reference, or times the log-prob if there is no
+    # reference; per token if the first loss is simpo, odds_ratio or orpo
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
 
 
 def preference_loss(
@@ -51,32 +54,41 @@ def preference_loss(
     sft: Tensor | None = None,
     sft_length: Tensor | None = None,
 ) -> PreferenceLoss:
-    """mean over pairs of sum_k loss_weights[k] loss_k, as TRL's DPO, CPO, ORPO and TPO trainers define the losses.
+    """The mean over pairs of sum_k loss_weights[k] loss_k, with the losses as in TRL's DPO, CPO, ORPO and TPO trainers.
 
     Args:
-        chosen, rejected: (B,) float, the sums of the log-probabilities of the completions' tokens under the policy,
-            for instance from `sequence_logprobs` (which also makes LD-DPO's sums and WPO's weights).
-        ref_chosen, ref_rejected: the same under the reference; without them the loss is reference-free.
-        loss: names in `PREFERENCE_LOSSES`, whose docstrings give formula and source; one, or several to be added up:
-            CPO with another weight of its likelihood term is ("cdpo", "sft"), MPO ("sigmoid", "bco_pair", "sft"),
-            CPO-SimPO ("simpo", "sft"), TPO-L the same with the gold completion as `sft`.
-        loss_weights: a number for each loss; 1 if not given.
+        chosen, rejected: (B,) float: for each completion the sum of its tokens' log-probabilities under the policy, for
+            instance from `sequence_logprobs`, which also computes LD-DPO's sums and WPO's weights.
+        ref_chosen, ref_rejected: the same under the reference. Without them the loss is reference-free.
+        loss: one name, or several whose losses are added up. The names are in `PREFERENCE_LOSSES`, whose docstrings
+            give formula and source. CPO with another weight of its likelihood term is ("cdpo", "sft"). MPO is
+            ("sigmoid", "bco_pair", "sft"). CPO-SimPO is ("simpo", "sft"); TPO-L is the same with the gold completion as
+            `sft`.
+        loss_weights: a number for each loss; 1 by default.
         beta: a positive number.
-        label_smoothing: in [0, 0.5), read by cdpo, exo_pair (which needs it), robust, aot, aot_unpaired, simpo, cpo.
-            `sigmoid` is never smoothed, as in TRL: `cdpo` is the smoothed form.
-        chosen_length, rejected_length: (B,) numbers of tokens, needed by ipo, sigmoid_norm, simpo, odds_ratio, orpo.
-        pair_weight: (B,), multiplies each pair's losses: WPO, arXiv 2406.11827.
-        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence (f-DPO, arXiv 2309.16240), for losses
-            of a difference of scores. AlphaPO's alpha a is alpha_divergence with f_alpha = 1 - a, with simpo or cpo.
-        f_alpha: alpha of alpha_divergence.
-        gamma: the margin of simpo (where papers and TRL divide it by beta, it is inside of the product).
-        discopop_tau: temperature of discopop.
-        sft, sft_length: (B,) sums and numbers of tokens that sft, cpo and orpo take the likelihood of; the chosen
-            completion's if not given. TRL's ORPO takes prompt and chosen completion, TPO a gold completion.
+        label_smoothing: in [0, 0.5). It is read by cdpo, exo_pair (which needs it), robust, aot, aot_unpaired, simpo
+            and cpo. As in TRL, `sigmoid` is never smoothed; `cdpo` is its smoothed form.
+        chosen_length, rejected_length: (B,): numbers of tokens; needed by ipo, sigmoid_norm, simpo, odds_ratio and
+            orpo.
+        pair_weight: (B,): a factor of each pair's losses (WPO, arXiv 2406.11827).
+        f_divergence: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" (f-DPO, arXiv 2309.16240), for
+            losses of a difference of scores. AlphaPO with its alpha a is simpo or cpo with "alpha_divergence" and
+            f_alpha = 1 - a.
+        f_alpha: the alpha of "alpha_divergence".
+        gamma: the margin of simpo, which is subtracted after the product with beta. Papers and TRL divide it by beta
+            and subtract it before.
+        discopop_tau: the temperature of discopop.
+        sft, sft_length: (B,): sums of log-probs and numbers of tokens whose likelihood is a term of sft, cpo and orpo.
+            By default they are those of the chosen completion. TRL's ORPO takes prompt and chosen completion, its TPO a
+            gold completion.
+
+    Returns:
+        PreferenceLoss, fp32 or wider.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, a name is unknown, what a loss needs is
-        missing, or an option is given that none of the losses reads.
+        TypeError: a dtype is wrong.
+        ValueError: shapes or devices disagree, a name is unknown, an argument that a loss needs is missing, or an
+            option is given that none of the losses reads.
     """
     names = _names(loss)
     weights = _weights(loss_weights, names)
@@ -149,7 +161,7 @@ def _weights(loss_weights: Sequence[float] | None, names: tuple[str, ...]) -> Se
 
 
 def _check_options(names, label_smoothing, f_divergence, f_alpha, gamma, discopop_tau) -> None:
-    """Each option in its range, and read by one of the losses."""
+    """Check that each option is in its range and is read by one of the losses."""
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if "exo_pair" in names and label_smoothing == 0:
@@ -183,7 +195,7 @@ def _check_tensors(chosen: Tensor, rejected: Tensor, **optional: Tensor | None) 
 
 
 def _check_needs(names, ref_chosen, ref_rejected, chosen_length, rejected_length, pair_weight, sft, sft_length) -> None:
-    """What the losses need is there, and what they contradict is not."""
+    """Check that the arguments which the losses need are given, and that none is given which contradicts them."""
     if (ref_chosen is None) != (ref_rejected is None):
         raise ValueError("ref_chosen and ref_rejected must be given both or neither")
     if (sft is None) != (sft_length is None):

@@ -1,16 +1,17 @@
-"""A token of every row of logits, drawn under temperature, top-k, top-p and min-p, with its log-probabilities.
+"""Sampling one token per row of logits with temperature, top-k, top-p and min-p, together with its log-probabilities.
 
 z = logits / temperature      p = softmax(z)
 
-Tokens have a total order: the larger logit first, of equal ones the smaller id. Each filter keeps a beginning of it, in
-the order, and up to ties with the results, of transformers' logits warpers:
+Tokens are sorted: larger logits first, and of equal logits the smaller id first. Each filter keeps a prefix of that
+order. The filters apply in the order of transformers' logits warpers, and agree with them up to ties:
 
     top_k   the first k tokens
-    top_p   a token, if those before it hold less than top_p of the mass that top_k has left (Holtzman et al. 2020)
+    top_p   a token if the tokens before it have less than top_p of the mass that top_k kept (Holtzman et al. 2020)
     min_p   the tokens with p >= min_p max p (Nguyen et al. 2024, arXiv 2407.01082)
 
-The token is the first, in order of id, with which the mass of the kept tokens exceeds u times all of theirs. u in
-[0, 1) is 53 bits of Philox4x32-10 (Salmon et al. 2011) with key `seed` and counter `offset`: it depends on these alone.
+The sampled token is the first in the order of ids at which the cumulative mass of the kept tokens exceeds u times their
+total. u in [0, 1) is 53 bits of Philox4x32-10 (Salmon et al. 2011) with key `seed` and counter `offset`, and depends on
+nothing else.
 """
 
 from typing import NamedTuple
@@ -36,11 +37,11 @@ SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = torch.finfo(torch.float32).tiny, tor
 
 
 class Sample(NamedTuple):
-    """Of each row; the numbers are float32 and in nats. `logprob` is `logprob_full - log(kept_mass)`."""
+    """One entry per row; log-probs and mass are float32, in nats. `logprob` is `logprob_full - log(kept_mass)`."""
 
     token: Tensor  # (B,) int64
-    logprob: Tensor  # under what the filters kept, renormalised
-    logprob_full: Tensor  # over the full vocabulary, at temperature: what a trainer recomputes
+    logprob: Tensor  # under the distribution that the filters kept, renormalised
+    logprob_full: Tensor  # under the full softmax at the temperature, as a trainer recomputes it
     kept_mass: Tensor  # the share of the full distribution that the filters kept
 
 
@@ -54,30 +55,32 @@ def sample(
     seed: int | Tensor,
     offset: int | Tensor,
 ) -> Sample:
-    """Draw a token of softmax(logits / temperature) for each row, after top-k, top-p and min-p.
+    """Sample a token of softmax(logits / temperature) for each row, after top-k, top-p and min-p.
 
-    Every parameter is a number for all rows or a (B,) tensor on the logits' device. A row's result depends on its own
-    logits and parameters alone: not on its place, nor on the rest of the batch. Nothing waits for a GPU, and the call
-    can be captured in a CUDA graph.
+    Every parameter is one number for all rows or a (B,) tensor on the logits' device. The result of a row depends only
+    on its own logits and parameters, not on its index or the other rows. Nothing waits for a GPU, and the call can be
+    captured in a CUDA graph.
 
     Args:
-        logits: (B, V) float32, bfloat16, float16 (float64: reference only); rows may be strided. -inf: impossible.
-        temperature: 0 (the largest logit, of equal ones the smallest id; filters change nothing, `logprob` is 0 and
-            `logprob_full` the one at temperature 1), or positive and a normal float32.
-        top_k: 0 or more; 0, and V or more: no such filter.
-        top_p: in [0, 1]; 1: no such filter. The first token is always kept.
-        min_p: in [0, 1]; 0: no such filter.
-        seed: int64, the stream of random numbers: one for each sequence, say.
-        offset: int64, the number within the stream: the token's position, say. Rows of equal seed and offset draw with
-            the same u, so one of both must be a tensor where B > 1.
+        logits: (B, V) float32, bfloat16 or float16 (float64: reference only). Rows may be strided. -inf means
+            impossible.
+        temperature: positive (a normal float32), or 0. With 0 the result is the token with the largest logit, of equal
+            ones the smallest id; filters change nothing, `logprob` is 0, and `logprob_full` is that at temperature 1.
+        top_k: at least 0. 0, or V and more, means no such filter.
+        top_p: in [0, 1]. 1 means no such filter. The first token is always kept.
+        min_p: in [0, 1]. 0 means no such filter.
+        seed: int64: identifies the stream of random numbers, for instance one stream per sequence.
+        offset: int64: the index within the stream, for instance the token's position. Rows with equal seed and offset
+            use the same u. Therefore, if B > 1, one of the two must be a tensor.
 
     Returns:
-        Sample of shape (B,). A row with a NaN or +inf, or with nothing but -inf, gives token 0 and NaN for its numbers.
-        Results are constants: nothing requires grad.
+        Sample of shape (B,). A row with NaN or +inf, or with nothing but -inf, gets token 0 and NaN for all numbers.
+        The results do not require grad.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, the vocabulary is empty, a parameter is out
-        of its range (values of tensors on CUDA: a device assertion).
+        TypeError: a dtype is wrong.
+        ValueError: shapes or devices disagree, the vocabulary is empty, or a parameter is out of its range. Values of
+            tensors on CUDA are checked by a device assertion.
     """
     check_float("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
@@ -110,7 +113,8 @@ def _check_temperature(value: float) -> None:
 
 
 def _per_row(name: str, value, logits: Tensor, dtype: torch.dtype, absent: float | None = None) -> Tensor | None:
-    """The parameter as a dense (B,) tensor of `dtype`; None where it is the number `absent`, which filters nothing."""
+    """The parameter as a contiguous (B,) tensor of `dtype`; None if it is the number `absent`, which filters
+    nothing."""
     rows = logits.shape[0]
     if not isinstance(value, Tensor):
         if dtype == torch.int64:
@@ -141,7 +145,7 @@ def sample_rows(
     fine = (temperature == 0) | ((temperature >= SMALLEST_TEMPERATURE) & (temperature < torch.inf))
     check_that(fine.all(), "temperature must be 0 or a normal positive number")
     x = logits.double()
-    usable = x.amax(-1).isfinite()  # the largest of a row with NaN is NaN
+    usable = x.amax(-1).isfinite()  # amax of a row with NaN is NaN
     x = x.where(usable[:, None], 0.0)
     greedy = temperature == 0
     logp = (x / temperature.double().where(~greedy, 1.0)[:, None]).log_softmax(-1)
@@ -167,7 +171,7 @@ def sample_rows(
 
     mass = logp.exp().where(kept, 0.0)
     sums = mass.cumsum(-1)
-    last = (rank * (mass > 0)).amax(-1)  # where rounding makes u times everything everything
+    last = (rank * (mass > 0)).amax(-1)  # needed where u times the total rounds to the total
     token = (sums <= (uniform(seed, offset) * sums[:, -1])[:, None]).sum(-1).minimum(last).where(usable, 0)
     full = logp.gather(-1, token[:, None])[:, 0]
     numbers = torch.stack((full - sums[:, -1].log(), full, sums[:, -1]))
@@ -182,12 +186,12 @@ def _(logits, *rest):
 
 
 def uniform(seed: Tensor, offset: Tensor) -> Tensor:
-    """(B,) float64 in [0, 1): the first 53 bits of Philox4x32-10 with key `seed` and counter `offset`, 0."""
+    """(B,) float64 in [0, 1): the first 53 bits of Philox4x32-10 with key `seed` and counter (`offset`, 0)."""
     low32 = 0xFFFFFFFF
     keys = [seed & low32, (seed >> 32) & low32]
     c = [offset & low32, (offset >> 32) & low32, torch.zeros_like(offset), torch.zeros_like(offset)]
     for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # modulo 2^64, the sign counting as a bit
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # modulo 2^64; the sign bit counts as a bit
         c = [((b >> 32) & low32) ^ c[1] ^ keys[0], b & low32, ((a >> 32) & low32) ^ c[3] ^ keys[1], a & low32]
         keys = [(keys[0] + 0x9E3779B9) & low32, (keys[1] + 0xBB67AE85) & low32]
     return ((c[0] << 21) | (c[1] >> 11)).double() * 2.0**-53

@@ -1,4 +1,4 @@
-"""log softmax(logits / T)[index] and its entropy, in one pass over the logits; the gradient in one pass more.
+"""log softmax(logits / T)[index] and its entropy, in one pass over the logits; the gradient takes one more pass.
 
 z = logits / T      logprob = z[index] - lse(z)      entropy = -sum_j p_j log p_j
 d logits_j = (d_logprob (1[j = index] - p_j) - d_entropy p_j (log p_j + entropy)) / T
@@ -47,20 +47,22 @@ def selective_log_softmax(
     """Per-token log-probabilities of `index` under softmax(logits / temperature), with side statistics.
 
     Args:
-        logits: (..., V) float32, bfloat16, float16 (float64: reference only). -inf entries count as impossible.
-        index: (...) int64 on the same device; entries equal to `ignore_index` cost nothing and give exactly 0.
+        logits: (..., V) float32, bfloat16 or float16 (float64: reference only). -inf means impossible.
+        index: (...) int64 on the same device. Entries equal to `ignore_index` cost nothing and give exactly 0.
         temperature: a positive number.
+        ignore_index: see index.
         outputs: names of the `TokenStats` fields wanted besides `logprob`.
         inplace_backward: let backward write the gradient over `logits`, which saves a tensor of their size. Nothing
-            else may need their values afterwards; autograd raises if it does. Logits of which several lie in the same
-            memory, as those of an expanded tensor do, are refused.
+            else may need the logits' values afterwards; autograd raises if something does. Logits that share memory, as
+            in an expanded tensor, are refused.
 
     Returns:
         TokenStats of shape (...), fp32, in nats; `logprob` and `entropy` are differentiable.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, the vocabulary is empty, temperature is
-        not positive, an index is outside [0, V) (on CUDA: an asynchronous device assertion).
+        TypeError: a dtype is wrong.
+        ValueError: shapes or devices disagree, the vocabulary is empty, temperature is not positive, or an index is
+            outside [0, V) (on CUDA: an asynchronous device assertion).
     """
     check_index("logits", logits, "index", index)
     check_positive("temperature", temperature)
@@ -89,7 +91,7 @@ def selective_log_softmax_fwd(
     ignore_index: int,
     side: bool,
 ) -> Tensor:
-    """The rows (4 or 7, B T) of `merge_partials`; 0 for an ignored index."""
+    """The rows (4 or 7, B T) of `merge_partials`; 0 at ignored entries."""
     check_range("index", index, logits.shape[-1], ignore_index)
     z = wide(logits.flatten(0, 1)) / temperature
     partial = partial_from_logits(z, index, side)
@@ -123,11 +125,11 @@ def selective_log_softmax_bwd(
     index: Tensor,
     temperature: float,
     ignore_index: int,
-    rows: Tensor,  # forward's
+    rows: Tensor,  # as returned by forward
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor:
-    """d logits (B, T, V), contiguous, in the logits' dtype."""
+    """d logits (B, T, V), contiguous and in the logits' dtype."""
     return _grad(logits, index, temperature, ignore_index, rows, d_logprob, d_entropy)
 
 
@@ -142,11 +144,11 @@ def selective_log_softmax_bwd_(
     index: Tensor,
     temperature: float,
     ignore_index: int,
-    rows: Tensor,  # forward's
+    rows: Tensor,  # as returned by forward
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> None:
-    """The same, written over the logits."""
+    """Like selective_log_softmax_bwd, but writes the gradient over the logits."""
     logits.copy_(_grad(logits, index, temperature, ignore_index, rows, d_logprob, d_entropy))
 
 
@@ -226,11 +228,12 @@ def _(logits, *rest):
 class SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, index, temperature, ignore_index, side, inplace_backward):
-        ctx.set_materialize_grads(False)  # entropy is often only logged: its gradient is None then
+        ctx.set_materialize_grads(False)  # the entropy is often only logged, and then its gradient is None
         rows = selective_log_softmax_fwd(logits, index, temperature, ignore_index, side)
         ctx.save_for_backward(logits, index, rows)
         ctx.options = temperature, ignore_index, inplace_backward
-        logprob, entropy, *side_rows = (x.clone() for x in split(rows))  # whose caller may write over them
+        # Copies, because the caller may write over them
+        logprob, entropy, *side_rows = (x.clone() for x in split(rows))
         ctx.mark_non_differentiable(*side_rows)
         return logprob, entropy, *side_rows
 

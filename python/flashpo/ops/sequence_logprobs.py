@@ -1,4 +1,4 @@
-"""Sums over each sequence of per-token log-probabilities: the step from `linear_logprob` to `preference_loss`."""
+"""Sums of per-token log-probabilities over each sequence: the step between `linear_logprob` and `preference_loss`."""
 
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ from flashpo.ops._wide import wide
 
 
 class SequenceLogprobs(NamedTuple):
-    logprob: Tensor  # (S,): sum of the log-probabilities of a sequence's tokens
-    length: Tensor  # (S,) int64: how many they are
-    weight: Tensor | None = None  # (S,), no gradient: WPO's weight; a pair's is the product of its two
+    logprob: Tensor  # (S,): the sum of the log-probabilities of a sequence's tokens
+    length: Tensor  # (S,) int64: the number of these tokens
+    weight: Tensor | None = None  # (S,), without gradient: WPO's weight; the weight of a pair is the product of its two
 
 
 def sequence_logprobs(
@@ -31,7 +31,7 @@ def sequence_logprobs(
     ld_alpha: float | None = None,
     log_sum_sq_probs: Tensor | None = None,
 ) -> SequenceLogprobs:
-    """sum_t mask_t logprob_t for each sequence, its number of tokens, and its WPO weight.
+    """For each sequence: sum_t mask_t logprob_t, its number of tokens, and optionally its WPO weight.
 
         stats = linear_logprob(hidden, weight, target, outputs=("log_sum_sq_probs",))
         policy = sequence_logprobs(stats.logprob, mask, log_sum_sq_probs=stats.log_sum_sq_probs)
@@ -39,19 +39,24 @@ def sequence_logprobs(
 
     Args:
         logprob: (S, T) float, or flat (N,) with `cu_seqlens`; differentiable. For pairs, the first half of the
-            sequences are the chosen ones and the second half the rejected ones, in the same order, as TRL has them.
-        mask: bool or 0/1 of the same shape: the completions' tokens. What is masked out may hold anything.
-        cu_seqlens: (S + 1,) int32 or int64: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. Boundaries
-            of steps rather than of sequences give the sums that `direct_advantage_loss` takes.
-        ld_alpha: LD-DPO (arXiv 2409.06411): tokens beyond the length of the shorter completion of the pair count
-            ld_alpha, in [0, 1]. `length` counts them all. (A likelihood is of plain sums: pass them as `sft` to the
-            loss.)
-        log_sum_sq_probs: like `logprob`, log sum_v p_v^2 of each token's distribution; asks for the weight
-            exp(mean_t(logprob_t - log_sum_sq_probs_t)) of WPO (arXiv 2406.11827, equation 2). Empty: 1.
+            sequences are the chosen ones and the second half the rejected ones in the same order, as in TRL.
+        mask: the same shape, bool or integers 0 and 1: the tokens of the completions. Other tokens are not read.
+        cu_seqlens: (S + 1,) int32 or int64: sequence s has the tokens from cu_seqlens[s] up to cu_seqlens[s + 1]. With
+            the boundaries of steps instead of sequences, the sums are what `direct_advantage_loss` takes.
+        ld_alpha: in [0, 1], for LD-DPO (arXiv 2409.06411): tokens beyond the length of the pair's shorter completion
+            are multiplied by ld_alpha. `length` counts all tokens. A likelihood term needs plain sums: pass these to
+            the loss as `sft`.
+        log_sum_sq_probs: the same shape as logprob: log sum_v p_v^2 of each token's distribution. If given, the weight
+            of WPO (arXiv 2406.11827, equation 2) is computed: exp(mean_t(logprob_t - log_sum_sq_probs_t)), which is 1
+            for a sequence without tokens.
+
+    Returns:
+        SequenceLogprobs, fp32 or wider.
 
     Raises:
-        TypeError: a dtype is wrong. ValueError: shapes or devices disagree, an option is out of range, the number of
-        sequences is odd and `ld_alpha` given, cu_seqlens does not ascend from 0 to N (on CUDA: a device assertion).
+        TypeError: a dtype is wrong.
+        ValueError: shapes or devices disagree, an option is out of its range, `ld_alpha` is given for an odd number of
+            sequences, or cu_seqlens does not ascend from 0 to N (on CUDA: a device assertion).
     """
     check_float("logprob", logprob)
     check_tensor("mask", mask)
@@ -94,12 +99,13 @@ class Rows:
         return x[:, None]
 
     def position(self, mask: Tensor) -> Tensor:
-        """1 for a sequence's first token of the mask, 2 for its second."""
+        """1 for a sequence's first masked-in token, 2 for its second, and so on."""
         return mask.cumsum(1)
 
 
 class Segments:
-    """Sequences one after the other in (N,). Sums are taken in fp64: the order in which a GPU adds does not show."""
+    """Sequences one after the other in (N,). Sums are in fp64, so that the order in which a GPU adds does not
+    matter."""
 
     def __init__(self, flat: Tensor, cu_seqlens: Tensor):
         check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)

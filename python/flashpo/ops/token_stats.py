@@ -1,4 +1,4 @@
-"""Statistics of a softmax, one token a row, and the partial sums that they are made of.
+"""Statistics of a softmax for one token per row, and the partial sums from which they are computed.
 
 With logits z_j over the vocabulary, target t and log-sum-exp L = log sum_j exp(z_j):
 
@@ -6,19 +6,20 @@ With logits z_j over the vocabulary, target t and log-sum-exp L = log sum_j exp(
     entropy           L - sum_j p_j z_j                     p_j = exp(z_j - L)
     log_sum_sq_probs  log sum_j p_j^2
     mean_logit        mean_j z_j
-    is_top1           t is the first of the largest z_j
+    is_top1           whether t is the first of the largest z_j
 
-Any part J of the vocabulary is summed up in one column of a *partial*, a float tensor (R, N). Logits count there in
-bits, y_j = z_j log2(e), relative to a reference r near their maximum; parts are joined by `merge_partials`.
+Sums over a part J of the vocabulary form one column of a *partial*, a float tensor (R, N). There logits are in bits,
+y_j = z_j log2(e), and relative to a reference r near their maximum. `merge_partials` joins the partials of several
+parts.
 
     REF     r                                SQSUM   sum_J 2^(2 (y_j - r))
     SUM     sum_J 2^(y_j - r)                YSUM    sum_J y_j
     WSUM    sum_J 2^(y_j - r) (y_j - r)      BEFORE  max of y_j - r over j in J before the target, or -inf
     TARGET  y_t - r if t is in J, else -inf  MAX     max_J y_j - r
 
-What comes out is one tensor of rows, LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST and, where they were asked for, the side
-outputs. Backward needs L: in bits it is LOG_Z + LOG_Z_REST, the first near the largest logit and the second small, so
-that p_j = 2^((y_j - LOG_Z) - LOG_Z_REST) is exact to fp32 however large the logits are.
+The result is one tensor with the rows LOGPROB, ENTROPY, LOG_Z, LOG_Z_REST and, if asked for, the side outputs. Backward
+needs L. In bits L is LOG_Z + LOG_Z_REST, where the first is near the largest logit and the second is small. Therefore
+p_j = 2^((y_j - LOG_Z) - LOG_Z_REST) is exact to fp32, however large the logits are.
 """
 
 import math
@@ -46,32 +47,32 @@ def result_rows(side: bool) -> int:
 
 
 class TokenStats(NamedTuple):
-    """Per-token results, each of the target's shape and fp32 (`is_top1`: bool); None = not asked for.
+    """Per-token results, each of the target's shape and fp32 (`is_top1`: bool). None: not asked for.
 
-    `logprob` and `entropy` are in nats and differentiable, the others are not.
+    `logprob` and `entropy` are in nats and differentiable; the others are not differentiable.
     """
 
     logprob: Tensor
-    entropy: Tensor = None  # type: ignore[assignment]  # whoever asked for it has it
+    entropy: Tensor = None  # type: ignore[assignment]  # never None for a caller that asked for it
     log_sum_sq_probs: Tensor = None  # type: ignore[assignment]
     mean_logit: Tensor = None  # type: ignore[assignment]
     is_top1: Tensor = None  # type: ignore[assignment]
 
 
 def check_outputs(outputs: tuple[str, ...]) -> bool:
-    """Whether `outputs` asks for any side output; raises on an unknown name."""
+    """Whether `outputs` asks for any side output. Raises on an unknown name."""
     check_names("outputs", outputs, TokenStats._fields)
     return any(name in outputs for name in SIDE_OUTPUTS)
 
 
 def split(rows: Tensor) -> tuple[Tensor, ...]:
-    """(logprob, entropy, and the side outputs where there are any) of a tensor of results."""
+    """(logprob, entropy, and the side outputs if there are any) from a tensor of results."""
     logprob, entropy, _, _, *side = rows.unbind(0)
     return logprob, entropy, *side
 
 
 def select(outputs: tuple[str, ...], shape: torch.Size, logprob: Tensor, entropy: Tensor, *side: Tensor) -> TokenStats:
-    """The asked outputs of an op's flat results, in the target's shape."""
+    """Pick the wanted outputs from an operator's flat results and give them the target's shape."""
     if len(shape) != 1:
         logprob, entropy = logprob.view(shape), entropy.view(shape)
         side = tuple(x.view(shape) for x in side)
@@ -82,10 +83,10 @@ def select(outputs: tuple[str, ...], shape: torch.Size, logprob: Tensor, entropy
 
 
 def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
-    """The partial of logits z (N, J), in nats; a target outside [0, J) belongs to another part."""
+    """The partial of logits z (N, J), in nats. A target outside [0, J) belongs to another part."""
     y = z / LN2
     ref = y.amax(-1)
-    lowest = torch.finfo(y.dtype).min  # -inf may not meet itself in a difference, nor 0 in a product
+    lowest = torch.finfo(y.dtype).min  # a lower bound, because -inf - -inf and 0 * -inf are NaN
     relative = y - ref.clamp(min=lowest)[:, None]
     shifted = relative.clamp(min=lowest)
     e = shifted.exp2()
@@ -100,7 +101,7 @@ def partial_from_logits(z: Tensor, target: Tensor, side: bool) -> Tensor:
 
 
 def neutral_partial(side: bool, tokens: int, like: Tensor) -> Tensor:
-    """(R, tokens): what stands for ignored tokens; `merge_partials` of it alone gives exact zeros."""
+    """(R, tokens): the partial of ignored tokens; `merge_partials` of it alone gives exact zeros."""
     partial = like.new_zeros((partial_rows(side), tokens), dtype=wide_dtype(like.dtype))
     partial[SUM] = 1
     if side:
@@ -113,10 +114,10 @@ def merge_partials(
     partials: Tensor,  # (S, R, N): S parts of the vocabulary
     vocab: int,
 ) -> Tensor:
-    """The rows LOGPROB ... LOG_Z_REST and the side outputs of the whole vocabulary, (4 or 7, N)."""
+    """The rows LOGPROB ... LOG_Z_REST and the side outputs for the whole vocabulary, (4 or 7, N)."""
     refs = partials[:, REF]
     ref = refs.amax(0)
-    shift = (refs - ref).nan_to_num(nan=0.0, neginf=-1e30)  # a part of nothing but -inf weighs 0
+    shift = (refs - ref).nan_to_num(nan=0.0, neginf=-1e30)  # a part that is all -inf gets weight 0
     scale = shift.exp2()
     total = (partials[:, SUM] * scale).sum(0)
     weighted = ((partials[:, WSUM] + shift * partials[:, SUM]) * scale).sum(0)

@@ -1,6 +1,7 @@
-"""Attention over a token tree: sequences that begin alike are one path, whose keys and values exist once.
+"""Attention over a token tree: sequences that begin alike share a path, whose keys and values exist once.
 
-Tokens lie flat in depth-first order, so that all who may see a key lie between it and the end of its segment's subtree:
+Tokens are flat in depth-first order. All tokens that see key j therefore lie between j and the end of its segment's
+subtree:
 
 query i sees key j  <=>  j <= i < end[j]  and, with a window, position[i] - position[j] < window
 s_ij = cap(scale q_i k_j)      cap(x) = softcap tanh(x / softcap)      lse_i = log(exp(sink) + sum_j exp(s_ij))
@@ -45,25 +46,26 @@ def tree_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of N tokens of a tree, each to itself and its ancestors; differentiable in q, k, v and sinks.
+    """Softmax attention of a tree's N tokens, each to itself and its ancestors; differentiable in q, k, v and sinks.
 
-    A packed batch without shared prefixes is a forest of chains; one causal sequence is `end[j] = N` everywhere.
+    The formulas are at the top of flashpo/ops/tree_attention.py. A packed batch without shared prefixes is a forest of
+    chains. A single causal sequence has `end[j] = N` everywhere.
 
     Args:
-        q, k, v: (N, Hq, D), (N, Hkv, D), (N, Hkv, Dv) of one dtype; Hq is a multiple of Hkv (grouped-query attention).
-        end: (N,) int32, `end[j]` the index behind the last token that sees token j. Subtrees are nested or disjoint.
-        position: (N,) int32, the token's place in its sequence, which the window counts.
-        scale: of the scores; default D**-0.5.
-        window: how many positions back a token sees, itself included (Mistral, Gemma); 0: all.
-        softcap: Gemma 2's bound on the scores; 0: none.
-        sinks: (Hq,), a score for each head that takes its share of the softmax and adds nothing (gpt-oss).
+        q, k, v: (N, Hq, D), (N, Hkv, D), (N, Hkv, Dv) of one dtype. Hq is a multiple of Hkv (grouped-query attention).
+        end: (N,) int32: `end[j]` is the index after the last token that sees token j. Subtrees are nested or disjoint.
+        position: (N,) int32: the token's position in its sequence, by which the window is counted.
+        scale: the factor of the scores; D**-0.5 by default.
+        window: how many positions back a token sees, including its own (Mistral, Gemma). 0 means all.
+        softcap: the bound on the scores, as in Gemma 2. 0 means none.
+        sinks: (Hq,): one more score per head, which takes part in the softmax but has no value (gpt-oss).
 
     Returns:
         (N, Hq, Dv) in the dtype of q. Sums and softmax are in fp32 or wider. Where the hardware multiplies 16-bit
-        numbers (GPUs; bfloat16 on CPUs with AMX), p and ds are rounded to the dtype of q for their products.
+        numbers (GPUs; bfloat16 on CPUs with AMX), p and ds are rounded to the dtype of q before they are multiplied.
 
     Raises:
-        TypeError, ValueError: the message names the argument (values of `end` on CUDA: a device assertion).
+        TypeError, ValueError: the message names the argument. (Values of `end` on CUDA: a device assertion.)
     """
     _check(q, k, v, end, position, window, softcap, sinks)
     if scale is None:
@@ -73,7 +75,8 @@ def tree_attention(
 
 
 def attend(q, k, v, sinks, end, position, scale: float, window: int, softcap: float) -> Tensor:
-    """tree_attention of a tree that we have made ourselves: without the checks, which on a GPU are seven launches."""
+    """tree_attention without its checks, which on a GPU are seven kernel launches, for trees that this package
+    builds."""
     args = q, k, v, sinks, end, position, scale, window, softcap
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:4]):
         return TreeAttention.apply(*args)
@@ -81,7 +84,7 @@ def attend(q, k, v, sinks, end, position, scale: float, window: int, softcap: fl
 
 
 def release() -> None:
-    """Frees what Triton's kernels keep of the last tree."""
+    """Free what Triton's kernels keep of the last tree."""
     if (tiles := sys.modules.get("flashpo.kernels.tree_tiles")) is not None:
         tiles.release()
 
@@ -162,11 +165,11 @@ def tree_attention_bwd(
     scale: float,
     window: int,
     softcap: float,
-    out: Tensor,  # forward's
-    lse: Tensor,  # forward's
+    out: Tensor,  # as returned by forward
+    lse: Tensor,  # as returned by forward
     d_out: Tensor,  # (N, Hq, Dv)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dsinks), contiguous, each in its argument's dtype; dsinks is empty where there are no sinks."""
+    """(dq, dk, dv, dsinks), contiguous, each in its argument's dtype; dsinks is empty if there are no sinks."""
     delta = (out.to(lse.dtype) * d_out).sum(-1)
     seen = _seen(end, position, window)
     dq, dk, dv = masked.backward(q, k, v, seen, scale, softcap, lse, delta, d_out)
@@ -209,7 +212,7 @@ def _(q, k, v, sinks, end, position, scale, window, softcap, out, lse, d_out):
 
 
 def _laid_out(*tensors: Tensor) -> list[Tensor]:
-    """With the last dimension dense."""
+    """The tensors with unit stride along their last dimension."""
     return [dense_rows(x) for x in tensors]
 
 

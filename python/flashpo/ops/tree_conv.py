@@ -1,6 +1,6 @@
-"""Causal convolution of each feature over a token tree: a token's window are its ancestors.
+"""Causal convolution of each feature over a token tree, where the window of a token consists of its ancestors.
 
-out_t = bias + sum_j weight[:, K - 1 - j] x_a(t, j)      a(t, j): the j-th token before t in its sequences, 0 where none
+out_t = bias + sum_j weight[:, K - 1 - j] x_a(t, j)      a(t, j): the j-th token before t; x is 0 where there is none
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ from flashpo.ops._wide import wide_dtype
 
 
 def tree_conv(x: Tensor, weight: Tensor, bias: Tensor | None, lineage: Lineage) -> Tensor:
-    """The short convolution of hybrid models, of the N tokens of a tree; differentiable in x, weight and bias.
+    """The short causal convolution of hybrid models over the N tokens of a tree; differentiable in x, weight and bias.
 
     Args:
         x: (N, C).
-        weight: (C, K), the newest token's last, as in a depthwise torch.nn.Conv1d.
+        weight: (C, K). The last column belongs to the newest token, as in a depthwise torch.nn.Conv1d.
         bias: (C,), or None.
-        lineage: which token comes from which.
+        lineage: which token follows which.
 
     Returns:
         (N, C) in the dtype of x. Sums are in fp32 or wider.
@@ -53,7 +53,7 @@ def tree_conv(x: Tensor, weight: Tensor, bias: Tensor | None, lineage: Lineage) 
 
 @op
 def tree_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, ancestors: Tensor) -> Tensor:
-    """ancestors: (K - 1, N) int64, N where there is none."""
+    """ancestors is (K - 1, N) int64, with N where there is none."""
     dtype = wide_dtype(x.dtype)
     *older, newest = weight.to(dtype).unbind(1)
     out = x * newest if bias is None else x * newest + bias
@@ -72,7 +72,7 @@ def _(x, weight, bias, ancestors):
 def tree_conv_bwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, ancestors: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, d_weight, d_bias), contiguous, each in its argument's dtype; d_bias is empty where there is no bias."""
+    """(dx, d_weight, d_bias), contiguous, each in its argument's dtype; d_bias is empty if there is no bias."""
     dtype = wide_dtype(x.dtype)
     *older, newest = weight.to(dtype).unbind(1)
     d_out, padded = d_out.to(dtype), F.pad(x, (0, 0, 0, 1)).to(dtype)
@@ -117,7 +117,7 @@ def _for_native(x: Tensor, weight: Tensor) -> bool:
 
 
 def _by_age(weight: Tensor) -> Tensor:
-    """(K, C) in fp32, the newest token's first."""
+    """The weight as (K, C) in fp32, with the newest token's row first."""
     return weight.float().T.flip(0).contiguous()
 
 

@@ -1,23 +1,23 @@
-"""Linear attention with decay over a token tree: every token's state goes on from that of the token before it.
+"""Linear attention with decay over a token tree: the state of each token continues the state of the token before it.
 
-S_t (Dk, Dv) is the state behind token t of a head, p(t) the token before it in its sequences; 0 before a first token.
+S_t (Dk, Dv) is the state of one head after token t. p(t) is the token before t; the state before a first token is 0.
 
 S_t = diag(exp(decay_t)) S_p(t) + k_t u_t^T                       out_t = scale S_t^T q_t
 u_t = beta_t (v_t - (diag(exp(decay_t)) S_p(t))^T k_t)            with beta: the gated delta rule
-u_t = v_t                                                         without: gated linear attention, Mamba-2
+u_t = v_t                                                         without beta: gated linear attention, Mamba-2
 
-Sources: Gated DeltaNet (arXiv 2412.06464), Kimi Linear (2510.26692, a decay for each feature of k), Mamba-2
+Sources: Gated DeltaNet (arXiv 2412.06464), Kimi Linear (2510.26692, with a decay for each feature of k), Mamba-2
 (2405.21060).
 
-Chunks of C tokens without a branch inside turn this into matrix products. With G the sum of the chunk's decays up to
-and with a token, P_ij = scale q_i k_j exp(G_i - G_j) and A_ij = beta_i k_i k_j exp(G_i - G_j), j < i:
+Chunks of C tokens that have no branch inside turn this into matrix products. G is the sum of the chunk's decays up to
+and including a token, P_ij = scale q_i k_j exp(G_i - G_j), and A_ij = beta_i k_i k_j exp(G_i - G_j) for j < i:
 
-(I + A) [U, W] = [beta v, beta k exp(G)]       without beta U = v, W = 0
+(I + A) [U, W] = [beta v, beta k exp(G)]       without beta: U = v, W = 0
 u = U - W S_before                             out = scale (q exp(G)) S_before + (P, j <= i) u
 S_behind = exp(G_last) S_before + (k exp(G_last - G))^T u
 
-Backward keeps the states before the chunks and computes everything else again. That two branches start from one state
-makes its gradient the sum over both.
+Backward keeps the states before the chunks and recomputes everything else. If several branches start from one state,
+its gradient is the sum over them.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from flashpo.ops._lineage import Chunks, Lineage, check_lineage
 from flashpo.ops._wide import wide_dtype
 
 CHUNK = 32
-CHUNK_PER_FEATURE = 16  # a decay for each feature needs C x C x Dk numbers for each head
+CHUNK_PER_FEATURE = 16  # a decay per feature needs C x C x Dk numbers per head
 
 
 def tree_recurrence(
@@ -51,21 +51,24 @@ def tree_recurrence(
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention of the N tokens of a tree, each to itself and its ancestors; differentiable in all tensors.
 
+    The formulas are at the top of flashpo/ops/tree_recurrence.py.
+
     Args:
-        q, k: (N, Hk, Dk); Hk divides H: each serves H / Hk neighbouring heads.
-        v: (N, H, Dv), of the dtype of q and k.
-        decay: (N, H), or (N, H, Dk) for one of each feature of k; log of what is kept, at most 0.
-        beta: (N, H): how much of what the state says about k is replaced; None: v is added.
-        lineage: which token comes from which.
-        scale: of the queries.
-        ends: whether the states behind the segments are wanted.
+        q, k: (N, Hk, Dk). Hk divides H, and each of these heads serves H / Hk consecutive heads of v.
+        v: (N, H, Dv), in the dtype of q and k.
+        decay: (N, H), or (N, H, Dk) with one number per feature of k: the log of the share of the state that is kept,
+            at most 0.
+        beta: (N, H): the share of what the state holds for k that is replaced by v. None: v is added.
+        lineage: which token follows which.
+        scale: the factor of the queries.
+        ends: whether to return the states at the ends of the segments.
 
     Returns:
-        (out, states): (N, H, Dv) in the dtype of v; and (S, H, Dk, Dv) in fp32 or wider, or None without `ends`. Sums,
-        states and exponentials are in fp32 or wider.
+        (out, states): out is (N, H, Dv) in the dtype of v; states is (S, H, Dk, Dv) in fp32 or wider, or None without
+        `ends`. Sums, states and exponentials are in fp32 or wider.
 
     Raises:
-        TypeError, ValueError: the message names the argument. Values of decay are not looked at.
+        TypeError, ValueError: the message names the argument. The values of decay are not checked.
     """
     _check(q, k, v, decay, beta, lineage)
     check_positive("scale", scale)
@@ -121,7 +124,7 @@ def tree_recurrence_fwd(
     v: Tensor,
     decay: Tensor,
     beta: Tensor | None,
-    token: Tensor,  # this and the following: of Chunks
+    token: Tensor,  # this and the following are the fields of Chunks
     place: Tensor,
     before: Tensor,
     last: Tensor,
@@ -130,8 +133,9 @@ def tree_recurrence_fwd(
     with_states: bool,
     with_ends: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out; the states before the chunks (M, H, Dk, Dv), and those behind the segments (S, H, Dk, Dv), none where they
-    are not asked for.
+    """out; the states before the chunks (M, H, Dk, Dv); the states after the segments (S, H, Dk, Dv).
+
+    States that are not asked for are empty tensors.
     """
     chunks = Chunks(token, place, before, last, sizes)
     out, states, ends = reference.forward(reference.Inputs.of(q, k, v, decay, beta, chunks, scale), chunks)
@@ -163,7 +167,7 @@ def tree_recurrence_bwd(
     last: Tensor,
     sizes: list[int],
     scale: float,
-    states: Tensor,  # before the chunks, forward's
+    states: Tensor,  # as returned by forward: the states before the chunks
     d_out: Tensor,
     d_ends: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -176,7 +180,7 @@ def tree_recurrence_bwd(
 
 
 def _in_dtypes(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Any:
-    """An operator cannot return None: nothing, where there is no beta."""
+    """Cast the gradients to their inputs' dtypes. Operators cannot return None, so without beta the last is empty."""
     found = [x.to(of.dtype).contiguous() for x, of in zip(grads, inputs) if x is not None and of is not None]
     return tuple(found) if len(found) == len(grads) else (*found, found[0].new_empty(0))
 
@@ -218,7 +222,7 @@ def _for_native(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _laid_out(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> list[Tensor | None]:
-    """q, k and v with the last dimension dense, the others in fp32 and dense."""
+    """q, k and v with unit stride along the last dimension; decay and beta contiguous in fp32."""
     rest = (None if x is None else x.float().contiguous() for x in (decay, beta))
     return [*(dense_rows(x) for x in (q, k, v)), *rest]
 

@@ -1,10 +1,10 @@
-"""A recurrence of each feature by itself over a token tree, that of Mamba: h_t = a_t h_p(t) + b_t.
+"""The recurrence of Mamba, for each feature by itself, over a token tree: h_t = a_t h_p(t) + b_t.
 
-p(t) is the token before t in its sequences, and h is 0 before a first token. Backward goes from leaves to roots:
+p(t) is the token before t, and h before a first token is 0. Backward goes from the leaves to the roots:
 
 d_t = d h_t + the sum over the children c of t of a_c d_c      d b_t = d_t      d a_t = d_t h_p(t)
 
-All tokens of one depth are one step, so that there are as many steps as the longest row has tokens.
+All tokens of one depth are computed in one step, so there are as many steps as the longest sequence has tokens.
 """
 
 from typing import Any
@@ -18,11 +18,14 @@ from flashpo.ops._lineage import Lineage, Waves, check_lineage
 
 
 def tree_scan(a: Tensor, b: Tensor, lineage: Lineage) -> Tensor:
-    """(N, F) of the N tokens of a tree, differentiable in a and b.
+    """h (N, F) for the N tokens of a tree; differentiable in a and b.
 
     Args:
-        a, b: (N, F) of one dtype, that of the result: fp32 or wider keeps long rows accurate.
-        lineage: which token comes from which.
+        a, b: (N, F) of one dtype, which is also the result's. fp32 or wider keeps long sequences accurate.
+        lineage: which token follows which.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
     """
     if a.dim() != 2 or a.shape != b.shape or a.dtype != b.dtype:
         found = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (a, b))

@@ -1,7 +1,7 @@
-"""PPO's clipped value loss: the critic may move from its old values by `clip` before it stops gaining by it.
+"""PPO's clipped value loss: moving a value further than `clip` from its old value does not lower the loss.
 
 c = clip(v, v_old - clip, v_old + clip)      loss = 1/2 sum_t m_t max((v_t - R_t)^2, (c_t - R_t)^2) / num_items
-d loss / d v_t = m_t (v_t - R_t) / num_items, and 0 where only the clipped error counts
+d loss / d v_t = m_t (v_t - R_t) / num_items, or 0 where only the clipped error counts
 """
 
 import torch
@@ -21,22 +21,24 @@ def value_loss(
     clip: float | None = 0.2,
     num_items: Tensor | float | None = None,
 ) -> Tensor:
-    """Half the mean squared error to the returns over live tokens, with PPO's clipping (verl and TRL's former PPO).
+    """Half the mean squared error to the returns over live tokens, with PPO's clipping.
+
+    The clipping is that of verl and of TRL's former PPO; see the formula at the top of flashpo/ops/value_loss.py.
 
     Args:
-        values: the critic's, of any shape: (B, T) or flat (N,). The only argument that is differentiated.
-        old_values: the same shape: the critic's when the tokens were generated. Not looked at where clip is None.
-        returns: the same shape, as `gae` gives them.
-        mask: the same shape, bool or 0/1 integers. What other tensors hold at masked tokens is never looked at.
-        clip: how far from its old value a value may go; None: no clipping.
-        num_items: denominator instead of this call's number of live tokens: that of the global batch. A number or a
-            scalar tensor.
+        values: the critic's values, of any shape such as (B, T) or flat (N,). Only this argument is differentiated.
+        old_values: the same shape: the critic's values when the tokens were generated. Not used if clip is None.
+        returns: the same shape, as returned by `gae`.
+        mask: the same shape, bool or integers 0 and 1. At masked tokens no tensor is ever read.
+        clip: how far a value may move from its old value. None: no clipping.
+        num_items: the denominator, instead of the number of live tokens in this call: that of the global batch. A
+            number or a scalar tensor.
 
     Returns:
-        A scalar, fp32 (fp64 from fp64). Without live tokens it is 0 and stays in the graph.
+        A scalar, fp32 (fp64 for fp64). Without live tokens it is 0 and stays in the graph.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices disagree, clip or num_items is not positive.
+        TypeError, ValueError: dtypes, shapes or devices disagree, or clip or num_items is not positive.
     """
     check_float("values", values)
     for name, x in (("old_values", old_values), ("returns", returns)):

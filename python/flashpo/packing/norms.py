@@ -63,8 +63,9 @@ def _fused(module: nn.Module) -> bool:
 
 
 def _pays(x: Tensor) -> bool:
-    """torch has a kernel for it on GPUs; on CPUs it runs the same six operators."""
-    return x.is_cuda
+    """torch has a kernel for it on GPUs; on CPUs it runs the same six operators. A compiler makes one kernel of these
+    and what stands beside them."""
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def _formula(module: nn.Module) -> Formula | None:

@@ -31,7 +31,7 @@ from flashpo.rollout.twin import small_twin
 log = logging.getLogger("flashpo")
 _answers: dict[Hashable, str] = {}
 
-NOISE = {4: 8.0, 2: 3.0}  # by bytes of the dtype: times what rounding does to the model's own forward
+NOISE = {8: 8.0, 4: 8.0, 2: 3.0}  # by bytes of the dtype: times what rounding does to the model's own forward
 ROUNDINGS = 2.0  # of the largest number, below which no forward can be told from another one
 MOST_NOISE = 1e-3  # of the largest log-prob: what another batch changes by more may be no rounding
 QUANTILE = 0.9
@@ -156,8 +156,8 @@ def _differs(trial: Trial) -> str:
 
 def _way_differs(trial: Trial, on_tree: Callable[[], Scored]) -> str:
     dtype = _coarsest(trial.model)
-    exact, eps, times = dtype == torch.float32, _eps(dtype), NOISE[dtype.itemsize]
-    padded, packed, apart, nudged = trial.padded(), on_tree(), trial.apart(), trial.nudged(eps)
+    exact, times = dtype == torch.float32, NOISE[dtype.itemsize]
+    padded, packed, apart, nudged = trial.padded(), on_tree(), trial.apart(), trial.nudged(_eps(dtype))
     if not padded.values.isfinite().all():
         return "its own log-probs are not finite"
 
@@ -165,7 +165,7 @@ def _way_differs(trial: Trial, on_tree: Callable[[], Scored]) -> str:
         distance, by_shape, noise = (size(part(other) - part(padded)) for other in (packed, apart, nudged))
         if what == "gradients" or by_shape <= max(times * noise, MOST_NOISE * largest):
             noise = max(noise, by_shape)
-        if distance <= times * noise + ROUNDINGS * eps * largest:  # never with NaN
+        if not beyond_rounding(distance, noise, largest, dtype):
             return ""
         found = f"{what} of a token tree differ from those of padded rows by {distance:.1e} ({dtype})"
         return f"{found}, where rounding makes {noise:.1e}"
@@ -182,6 +182,11 @@ def _way_differs(trial: Trial, on_tree: Callable[[], Scored]) -> str:
     return ""
 
 
+def beyond_rounding(distance: float, noise: float, largest: float, dtype: torch.dtype) -> bool:
+    """Whether numbers differ by more than rounding does; `noise`: what it was seen to do; `largest`: their size."""
+    return not distance <= NOISE[dtype.itemsize] * noise + ROUNDINGS * _eps(dtype) * largest  # True with NaN
+
+
 def _kind(model: nn.Module) -> Hashable:
     """What models have in common whose forwards are the same function of their parameters."""
     modules = list(model.modules())
@@ -194,7 +199,7 @@ def _kind(model: nn.Module) -> Hashable:
 
 
 def _own_forward(module: nn.Module) -> Any:
-    forward = vars(module).get("forward")
+    forward = None if "_flashpo_kind" in vars(module) else vars(module).get("forward")  # a trial runs it uncompiled
     forward = getattr(forward, "__func__", forward)
     return getattr(forward, "__code__", type(forward))
 

@@ -228,6 +228,8 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
             for module, _ in training:
                 module.training = False
             for module in modules:
+                if "_flashpo_kind" in vars(module):  # put back with `before`
+                    del vars(module)["forward"]
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False  # type: ignore[assignment]
             accept_trees(model, head)

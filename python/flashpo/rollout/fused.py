@@ -25,6 +25,8 @@ ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Atte
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP")
 ACTIVATION_OF = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh"}
 PIECES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+# Forwards, by Liger or by us, that compute what the classes do
+SAME = ("LigerRMSNorm.forward", "LigerSwiGLUMLP.forward", "fused_norm_forward", "compiled_layer_forward")
 
 
 class Cached(Protocol):
@@ -191,11 +193,11 @@ def fused_backbone(backbone: nn.Module, dtype: torch.dtype) -> FusedBackbone | N
 def _does_something_else(module: nn.Module) -> bool:
     """Whether somebody has put a forward on the instance that computes something else than its class does.
 
-    Liger's kernels and our fused norms compute the same.
+    The forwards in `SAME` compute the same.
     """
     forward = module.__dict__.get("forward")
     name = getattr(getattr(forward, "__func__", None), "__qualname__", None)
-    return forward is not None and name not in ("LigerRMSNorm.forward", "LigerSwiGLUMLP.forward", "fused_norm_forward")
+    return forward is not None and name not in SAME
 
 
 def _eps(norm: Any) -> float:

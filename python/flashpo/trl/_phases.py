@@ -17,13 +17,14 @@ import torch
 from flashpo import _op
 
 GENERATION, SCORING, TRAINING, HEAD, REWARDS = "generation", "scoring", "training", "head", "rewards"
-EVALUATION, REST = "evaluation", "rest"
+COMPILING, EVALUATION, REST = "compiling", "evaluation", "rest"
 LABELS = {  # in the order of the table
     GENERATION: "generation",
     SCORING: "old and reference scoring",
     TRAINING: "training pass",
     HEAD: "LM head",
     REWARDS: "rewards",
+    COMPILING: "compiling layers",
     EVALUATION: "evaluation",
     REST: "rest",
 }

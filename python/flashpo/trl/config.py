@@ -37,7 +37,7 @@ def documented(cls: type) -> type:
 
 @dataclass
 class SharingOptions:
-    """The field for token trees, of every configuration."""
+    """The fields for token trees, of every configuration."""
 
     share_prefix: str = field(  # or a bool; TRL's parser of the command line reads a union with one as a flag
         default="auto",
@@ -47,6 +47,14 @@ class SharingOptions:
             "error where they do not. False: always on padded rows, as TRL does."
         },
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Run decoder layers under torch.compile where they run on token trees: fewer and larger kernels, "
+            "after a minute or so of compiling in the first step. Layers that cannot be compiled run as they are, "
+            "after a warning. It has not run on a GPU yet."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()  # type: ignore[misc]  # of the TRL class beside it
@@ -54,6 +62,12 @@ class SharingOptions:
         self.share_prefix = named.get(str(self.share_prefix).lower(), self.share_prefix)  # type: ignore[assignment]
         if self.share_prefix not in ("auto", True, False):
             raise ValueError(f"share_prefix must be 'auto', True or False, got {self.share_prefix!r}")
+        if not isinstance(self.compile_layers, bool):
+            raise TypeError(f"compile_layers must be True or False, got {self.compile_layers!r}")
+        others = {"share_prefix": False, "torch_compile": True}
+        for name, value in others.items() if self.compile_layers else ():
+            if getattr(self, name) == value:
+                raise ValueError(f"compile_layers=True and {name}={value} exclude each other")
 
 
 @dataclass

@@ -99,7 +99,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             self._try_out()
 
     def _why_not_parts(self):
-        return super()._why_not_parts() | {"token trees": self._sharing.why_not, **start.why_no_head()}
+        return super()._why_not_parts() | self._sharing.parts | start.why_no_head()
 
     def _say_what_trl_lacks(self) -> None:
         """Once, what TRL's own code does here; an error where the user has asked for ours."""
@@ -138,6 +138,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             if self._sharing.allowed(reason and who + reason):
                 lm = CausalLM.of(model)
                 accept_trees(lm.backbone, head=False)
+                self._sharing.compile(lm.backbone, self._phases)
                 self._on_trees.add(lm.base)
 
     # batches

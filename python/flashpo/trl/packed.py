@@ -97,13 +97,13 @@ class PackedScoring:
     def _models(self) -> list[Any]:
         return [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
 
-    @staticmethod
-    def _try(models: list[Any], head: bool) -> str:
+    def _try(self, models: list[Any], head: bool) -> str:
         for model in models:
             if reason := why_not_packed(model, head):
                 return reason
         for model in models:
             accept_trees(model, head)
+            self.sharing.compile(CausalLM.of(model).backbone if head else model, self.trainer._phases)
         return ""
 
     def take_values(self) -> Tensor | None:

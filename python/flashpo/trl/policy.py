@@ -58,7 +58,7 @@ class PolicyTrainer(GroupComparing):
         return PackedScoring(self)
 
     def _why_not_parts(self):
-        return super()._why_not_parts() | {"token trees": self._packed.sharing.why_not, **start.why_no_head()}
+        return super()._why_not_parts() | self._packed.sharing.parts | start.why_no_head()
 
     def _say_what_trl_lacks(self) -> None:
         """Once, what TRL's own code does here; an error where the user has asked for ours."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import trl
 from trl.trainer import reward_trainer  # not trl's names: `flashpo run` replaces them
 
+from flashpo._causal_lm import layers_of_wrapping
 from flashpo.trl.accelerated import Accelerated
 from flashpo.trl.config import SharingOptions, documented
 from flashpo.trl.reward_models import run_on_trees
@@ -29,7 +30,7 @@ class RewardTrainer(Accelerated, reward_trainer.RewardTrainer):
             self._try_out()
 
     def _why_not_parts(self):
-        return super()._why_not_parts() | {"token trees": self._sharing.why_not}
+        return super()._why_not_parts() | self._sharing.parts
 
     def compute_loss(self, *args, **kwargs):
         self._try_out()
@@ -39,4 +40,7 @@ class RewardTrainer(Accelerated, reward_trainer.RewardTrainer):
         if not self._tried and self._sharing.mode is not False:
             sharing = self._sharing
             run_on_trees(self.accelerator, self.model, sharing.allowed, sharing, lambda *ran: self._phases.ran(*ran))
+            if not sharing.why_not:
+                *_, base = layers_of_wrapping(self.model)
+                sharing.compile(base.base_model, self._phases)
         self._tried = True

@@ -1,19 +1,24 @@
-"""`share_prefix` of a trainer's arguments: whether it runs on token trees, and what it says where it cannot."""
+"""`share_prefix` and `compile_layers` of a trainer's arguments: whether it runs on token trees, and compiled, and what
+it says where it cannot."""
 
+import functools
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from flashpo._causal_lm import text_model
 from flashpo._hosts import sharding
 from flashpo.packing import TokenTree, dense
+from flashpo.packing.compiled import compile_layers
 from flashpo.packing.parity import parity
 from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback
+from flashpo.trl._phases import COMPILING, Phases
 
 
 class Sharing:
@@ -29,12 +34,25 @@ class Sharing:
         self.against = "neftune_noise_alpha: its noise depends on the length of a padded row" if noise else ""
         strict = "share_prefix=True, but {reason}" if self.mode is True else None
         self.refuse = Fallback("FlashPO scores padded rows here, prompts are not shared: {reason}.", strict)
+        self._compiles = getattr(args, "compile_layers", False)
+        self._uncompiled = Fallback("FlashPO runs decoder layers uncompiled: {reason}.")
         self._skip = Fallback("FlashPO scores some batches as padded rows: {reason}.")
 
     @property
     def why_not(self) -> str:
         """What is known to be against it by now, empty where nothing is."""
         return self._off if self.mode is False else self.against or self.refuse.first
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What of FlashPO this decides of, and why it does not run; empty where it does."""
+        trees = {"token trees": self.why_not}
+        return trees | ({"compiled layers": self.why_not or self._uncompiled.first} if self._compiles else {})
+
+    def compile(self, backbone: nn.Module, phases: Phases) -> None:
+        """Of a model that takes trees, as `compile_layers` of the arguments says."""
+        if self._compiles:
+            compile_layers(backbone, self._uncompiled, functools.partial(phases.of, COMPILING))
 
     def allowed(self, reason: str) -> bool:
         """Whether to run packed; `reason`: what is against it, empty where nothing is."""
@@ -70,10 +88,12 @@ class Sharing:
 
 
 def _on_all_ranks(answer: bool, models: Iterable[nn.Module]) -> bool:
-    state = PartialState()
-    if state.num_processes == 1 or not any(map(sharding.meets, models)):
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or not any(map(sharding.meets, models)):
         return answer
-    return bool(gather(torch.tensor([answer], device=state.device)).all())
+    everyones = torch.tensor(int(answer), device=PartialState().device)
+    dist.all_reduce(everyones, dist.ReduceOp.MIN)
+    return bool(everyones)
 
 
 def why_not_packed(model: nn.Module, head: bool = True) -> str:

@@ -1,12 +1,12 @@
 """What comes before a training: lines that say what of a trainer is FlashPO's, and a verification if one is wanted."""
 
-import importlib.metadata
 import os
 import sys
 from typing import Any
 
+import flashpo
 from flashpo._hosts import devices
-from flashpo._hosts.versions import FLOORS, standing
+from flashpo._hosts.versions import FLOORS, installed, standing
 from flashpo.trl import experimental, switches
 from flashpo.trl.verify import VerificationError, verify
 
@@ -75,9 +75,9 @@ def why_no_head() -> dict[str, str]:
 
 
 def machine(device: str) -> str:
-    versions = ["flashpo " + importlib.metadata.version("flashpo")]
+    versions = [f"flashpo {flashpo.__version__}"]
     for package in FLOORS:
-        version = importlib.metadata.version(package)
+        version = installed(package) or "none"
         known = standing(package, version)
         versions.append(f"{package} {version}" + ("" if known == "supported" else f" ({known})"))
     never = devices.never_run(device)

@@ -68,6 +68,7 @@ class TreeHeads:
                 reason = self.sharing.against or why_not_packed(self._whole(model))
             if self.sharing.allowed(reason):
                 accept_trees(model.base_model, head=False)
+                self.sharing.compile(model.base_model, self.trainer._phases)
                 self.packed.add(model)
 
     def _whole(self, model: PreTrainedModel) -> Any:

@@ -1,0 +1,259 @@
+"""Decoder layers under torch.compile, on token trees alone.
+
+Between its products a layer has many small operators, each of which starts a kernel and reads and writes the whole
+hidden state. The compiler makes few kernels of them. The tree's attention stays one opaque operator, and the number of
+tokens is a symbol, so that one graph serves trees of all sizes.
+
+    checkpointing [ compiled [ one layer ] ]        hooks of FSDP2 and DDP stay outside
+
+All layers of a kind share one function, and with it their compilations: one for training, one without gradients. The
+first call of each is compared with the uncompiled layer, on the batch that it came with. A kind that cannot be
+compiled, or gives other numbers, runs uncompiled from then on.
+"""
+
+import contextlib
+import functools
+import logging
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashpo._causal_lm import text_model
+from flashpo._hosts.transformers import HOOKED, DecoderLayer, checkpoints, without_checkpointing
+from flashpo._op import CALLS
+from flashpo._precision import one_at_a_time
+from flashpo.ops._lineage import is_tree
+from flashpo.packing import dense
+from flashpo.packing.parity import beyond_rounding
+from flashpo.packing.trial import is_plain
+
+log = logging.getLogger("flashpo")
+BACKEND = "inductor"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OF_A_PLACE = {"layer_idx", "training", "gradient_checkpointing", HOOKED}  # what layers of one kind may differ in
+
+
+def compile_layers(
+    backbone: nn.Module,
+    refuse: Callable[[str], None],
+    timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> None:
+    """Let the decoder layers of `backbone`, which takes token trees, run compiled on them; for good. Without a tree
+    they stay as they are. A second call does nothing.
+
+    Args:
+        refuse: told why some or all layers run uncompiled, once for each reason.
+        timing: a context around each compilation and its comparison with the uncompiled layer.
+    """
+    text = text_model(backbone)
+    layers: list[Any] = [m for m in text.modules() if isinstance(m, DecoderLayer)]
+    if any(hasattr(layer, "_flashpo_kind") for layer in layers):
+        return
+    if reason := _why_not(text, layers):
+        refuse(f"{type(text).__name__}: {reason}")
+        return
+    kinds: dict[Hashable, Kind] = {}
+    for layer in layers:
+        if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
+            refuse(f"{type(layer).__name__}: a layer that reads tokens in order reads the tree on the host")
+            continue
+        key = _kind(layer)
+        if key not in kinds:
+            kinds[key] = Kind(layer, refuse, timing)
+        layer._flashpo_kind = kinds[key]
+        layer._flashpo_hooks = _hooks(layer)
+        layer.forward = types.MethodType(compiled_layer_forward, layer)
+
+
+def compiled_layer_forward(self: Any, *args: Any, **keywords: Any) -> Any:
+    """The forward of a decoder layer of transformers, `self`."""
+    if torch.compiler.is_compiling():  # the whole model is being compiled
+        return type(self).forward(self, *args, **keywords)
+    run = self._flashpo_kind.run_for(self, args, keywords)
+    if run is None:
+        return type(self).forward(self, *args, **keywords)
+    if checkpoints(self):
+        return self._gradient_checkpointing_func(functools.partial(run, self, **keywords), *args)
+    return run(self, *args, **keywords)
+
+
+class Kind:
+    """Layers of one kind, in one model."""
+
+    def __init__(self, layer: nn.Module, refuse: Callable[[str], None], timing: Callable):
+        self.name, self._refuse, self._timing = type(layer).__name__, refuse, timing
+        self.plain = without_checkpointing(type(layer).forward)
+        # Dynamo keeps graphs and their limit with the code: a copy, whose graphs go with the model
+        copied = types.FunctionType(
+            self.plain.__code__.replace(), self.plain.__globals__, "forward", self.plain.__defaults__,
+            self.plain.__closure__,
+        )  # fmt: skip
+        copied.__kwdefaults__ = self.plain.__kwdefaults__
+        self.compiled: Callable = torch.compile(copied, backend=BACKEND, fullgraph=True)
+        self._judged: set[Hashable] = set()
+        self._off = False
+
+    def __deepcopy__(self, memo: dict) -> "Kind":
+        return self
+
+    def run_for(self, layer: Any, args: tuple, keywords: dict[str, Any]) -> Callable | None:
+        """What to run in the place of the class's forward, without checkpointing; None where that has to run."""
+        mask = next((x for x in (*args, *keywords.values()) if is_tree(x) and x.dim() == 4), None)
+        if self._off or mask is None or not args or keywords.get("past_key_values") is not None:
+            return None
+        if any(layer._flashpo_hooks):  # that came later: the compiler does not look at them again
+            self._turn_off(_why_not_now(layer))
+            return None
+        variant = self._variant(layer, args[0])
+        if variant in self._judged:
+            return self._guarded
+        if not _mark_tokens((*args, *keywords.values()), mask.shape[-1]):  # the next tree has another size
+            return None
+        with one_at_a_time, self._timing():
+            reason = self._why_wrong(layer, args, keywords)
+        if reason:
+            self._turn_off(reason)
+            return None
+        self._judged.add(variant)
+        return self._guarded
+
+    def _guarded(self, layer: nn.Module, *args: Any, **keywords: Any) -> Any:
+        """A later compilation may fail where the first ones did not."""
+        try:
+            return self.compiled(layer, *args, **keywords)
+        except _compiler_errors() as error:
+            self._turn_off(_first_line(error))
+            return self.plain(layer, *args, **keywords)
+
+    def _turn_off(self, reason: str) -> None:
+        self._off = True
+        self._refuse(f"{self.name}: {reason}")
+
+    def _variant(self, layer: nn.Module, hidden: Tensor) -> Hashable:
+        """What the compiler makes graphs of their own for."""
+        device, grad = hidden.device.type, torch.is_grad_enabled()
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return grad, hidden.requires_grad, layer.training, autocast, hidden.dtype
+
+    def _why_wrong(self, layer: nn.Module, args: tuple, keywords: dict[str, Any]) -> str:
+        """Compiles the layer and compares it with itself; empty where the two agree."""
+        hidden, calls = args[0], CALLS.copy()
+        tokens = next(x for x in (*args, *keywords.values()) if is_tree(x)).shape[-1]
+        gradless = [False] if checkpoints(layer) and _reentrant(layer) else []  # its forward runs without gradients
+
+        def run(forward: Callable, x: Tensor, grad: bool) -> list[Tensor]:
+            with torch.set_grad_enabled(grad):
+                x = x.detach().requires_grad_(hidden.requires_grad)
+                _mark_tokens((x,), tokens)
+                return _results(forward(layer, x, *args[1:], **keywords), [x, *layer.parameters()])
+
+        try:
+            with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
+                for grad in [torch.is_grad_enabled(), *gradless]:
+                    nudged = hidden.detach() * (1 + torch.finfo(hidden.dtype).eps * _signs(hidden))
+                    usual = run(self.plain, hidden, grad)
+                    noise = [(a - b).norm().item() for a, b in zip(run(self.plain, nudged, grad), usual)]
+                    for x, y, by_rounding in zip(usual, run(self.compiled, hidden, grad), noise):
+                        size, distance = x.norm().item(), (x - y).norm().item()
+                        if beyond_rounding(distance, by_rounding, size, _coarser(hidden)):
+                            return f"compiled it is off by {distance:.1e}, where rounding makes {by_rounding:.1e}"
+        except Exception as error:  # of any kind: it is the compiler's
+            log.debug("%s is not compiled", self.name, exc_info=True)
+            return _first_line(error)
+        finally:
+            CALLS.clear()
+            CALLS.update(calls)
+        return ""
+
+
+def _results(out: Any, wanted: list[Tensor]) -> list[Tensor]:
+    """A layer's output and, where it has some, gradients of what is `wanted`, all in fp32."""
+    out = out if isinstance(out, Tensor) else out[0]
+    wanted = [x for x in wanted if x.requires_grad] if out.requires_grad else []
+    gradients: tuple = ()
+    if wanted:
+        upstream = torch.linspace(-1, 1, out.shape[-1], device=out.device).cos() * _signs(out)
+        with torch.autocast(out.device.type, enabled=False):
+            gradients = torch.autograd.grad(out, wanted, upstream.to(out.dtype), allow_unused=True)
+    return [x.detach().float() for x in (out, *gradients) if x is not None]
+
+
+def _signs(x: Tensor) -> Tensor:
+    """-1 and 1, without an order that sums would have a part in, and the same each time."""
+    return 1 - 2 * (torch.arange(x.numel(), device=x.device) * 2654435761 // 65536 % 2).view(x.shape).to(x.dtype)
+
+
+def _coarser(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _mark_tokens(inputs: tuple, tokens: int) -> bool:
+    """Tell the compiler which dimensions are the tree's tokens; whether they can be told from all others."""
+    found = [x for y in inputs for x in (y if isinstance(y, tuple) else (y,)) if isinstance(x, Tensor)]
+    places = [[d for d in range(x.dim()) if x.shape[d] == tokens] for x in found]
+    if tokens < 2 or any(len(dims) > 1 for dims in places):
+        return False
+    for x, dims in zip(found, places):
+        for d in dims:
+            torch._dynamo.mark_dynamic(x, d)
+    return True
+
+
+def _kind(layer: nn.Module) -> Hashable:
+    """What layers have in common that one graph serves."""
+    return tuple(
+        (
+            name,
+            type(module),
+            frozenset((k, x) for k, x in vars(module).items() if k not in OF_A_PLACE and is_plain(x)),
+            frozenset((k, p.shape, p.dtype, p.requires_grad) for k, p in module.named_parameters(recurse=False)),
+        )
+        for name, module in layer.named_modules()
+    )
+
+
+def _why_not(text: nn.Module, layers: list[nn.Module]) -> str:
+    if not layers:
+        return "its layers are no decoder layers of transformers"
+    if dense.installed(text):
+        return "its attention takes a token tree as a whole mask"
+    for layer in layers:
+        if "forward" in vars(layer):
+            return f"{type(layer).__name__} has a forward of its own"
+        if layer._compiled_call_impl is not None:
+            return f"{type(layer).__name__} is compiled already"
+        if reason := _why_not_now(layer):
+            return reason
+    return ""
+
+
+def _why_not_now(layer: nn.Module) -> str:
+    for name, module in layer.named_modules():
+        if "_hf_hook" in vars(module):
+            return f"{name or type(layer).__name__} is offloaded or dispatched by accelerate"
+        if module is not layer and any(vars(module).get(hooks) for hooks in HOOKS):
+            return f"{name} has hooks"
+    return ""
+
+
+def _hooks(layer: nn.Module) -> list[dict]:
+    """Where the modules inside of it will have theirs."""
+    return [vars(module)[hooks] for module in layer.modules() if module is not layer for hooks in HOOKS]
+
+
+def _reentrant(layer: Any) -> bool:
+    return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    exc = torch._dynamo.exc
+    return exc.TorchDynamoException, exc.FailOnRecompileLimitHit
+
+
+def _first_line(error: Exception) -> str:
+    inner = getattr(error, "inner_exception", error)  # what the backend raised
+    return f"{type(inner).__name__}: {next(iter(str(inner).strip().splitlines()), '')}"
