@@ -124,7 +124,7 @@ class Kind:
         return self._guarded
 
     def _guarded(self, layer: nn.Module, *args: Any, **keywords: Any) -> Any:
-        """Run the compiled layer; uncompiled from now on if a later compilation fails."""
+        """Run the compiled layer. If a later compilation fails, run it uncompiled from then on."""
         try:
             return self.compiled(layer, *args, **keywords)
         except _compiler_errors() as error:
@@ -164,7 +164,7 @@ class Kind:
                         size, distance = x.norm().item(), (x - y).norm().item()
                         if beyond_rounding(distance, by_rounding, size, _coarser(hidden)):
                             return f"compiled it is off by {distance:.1e}, where rounding makes {by_rounding:.1e}"
-        except Exception as error:  # any exception, because compilers raise many kinds
+        except Exception as error:  # any exception, because the compiler's code runs here
             log.debug("%s is not compiled", self.name, exc_info=True)
             return _first_line(error)
         finally:

@@ -23,7 +23,7 @@ from flashpo._causal_lm import INDEXED
 from flashpo.packing.paths import additive, class_with_method
 from flashpo.packing.tree import TokenTree
 
-BIASES = ("build_alibi_tensor", "build_mpt_alibi_tensor")  # functions that return biases; the last dimension are keys
+BIASES = ("build_alibi_tensor", "build_mpt_alibi_tensor")  # functions that return biases, with keys as last dimension
 _thread = threading.local()  # its `depth`: the depths of all tokens while a backbone runs a tree
 
 

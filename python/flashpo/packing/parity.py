@@ -111,7 +111,7 @@ def why_wrong(model: nn.Module, head: bool = True) -> str:
             else:
                 with on_trial(model, head):
                     reason = _twin_differs(base, head) or _differs(Trial(model, head))
-    except Exception as error:  # of any kind: it is the model's own code
+    except Exception as error:  # any exception, because the model's own code runs here
         if out_of_memory(error):
             raise
         reason = f"{type(error).__name__} on a few short rows: {error}"
@@ -125,7 +125,7 @@ def _why_wrong_with_images(model: nn.Module, base: Any, sample: ImageRows) -> st
             if not reason and not is_sharded(model):
                 with on_trial(model):
                     reason = _differs(ImageTrial(model, sample))
-    except Exception as error:  # of any kind: it is the model's own code
+    except Exception as error:  # any exception, because the model's own code runs here
         if out_of_memory(error):
             raise
         reason = f"{type(error).__name__} on a few rows with an image: {error}"

@@ -70,7 +70,7 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def class_with_method(module: nn.Module) -> Any:
-    """The class among those of `module` that has a suitable method `_attn`; None if there is none."""
+    """The class, that of `module` or a base of it, which has a suitable method `_attn`; None if there is none."""
     for kind in type(module).__mro__:
         if METHOD in vars(kind):
             names = tuple(inspect.signature(vars(kind)[METHOD]).parameters)

@@ -43,8 +43,9 @@ def score(
     reach the head. The gradient of a shared token is the sum over its rows. Positions count from each row's first
     token.
 
-    The first call with a model compares it on a few short rows with padded rows (`packable(model, check=True)`) and
-    gives it our attention, which it keeps. Without a token tree this attention calls the one that the model had before.
+    The first call with a model compares a token tree with padded rows on a few short rows, as
+    `packable(model, check=True)` does, and gives the model our attention, which it keeps. Without a token tree this
+    attention calls the one that the model had before.
 
     Args:
         model: a causal language model of transformers. It may be multimodal, and may be wrapped by PEFT, DDP, FSDP2 or

@@ -1,4 +1,4 @@
-"""The state that a trainer which samples keeps in one of its methods for a later one, all in one object."""
+"""What one method of a trainer that samples keeps for a later method, all in one object."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -86,7 +86,7 @@ def _changes_nothing(base: Any, more: Callable[[Tensor], dict[str, Tensor]], tex
                 torch.manual_seed(0)  # for dropout
                 given = {name: x.to(ids.device) for name, x in given.items()}
                 logits.append(twin(input_ids=ids, use_cache=False, **given).logits)
-    except Exception as error:  # any exception, because the model's code may raise what it likes
+    except Exception as error:  # any exception, because the model's own code runs here
         log.debug("%s are not known to change nothing in %s: %s", [*more(ids)], type(base).__name__, error)
         return False
     plain, other = logits

@@ -2,8 +2,8 @@
 
 TRL's `_generate_and_score_completions` generates, scores and rewards completions and computes advantages. We replace
 these advantages by ours, which are exactly 0 in groups of equal rewards, follow the groups of `group_by`, and can be
-overridden by a subclass. On the first batch with an advantage other than 0 the two are compared. If they differ by more
-than rounding, TRL computes advantages in another way than FlashPO knows, and its advantages are used.
+overridden by a subclass. The two are compared until a batch with an advantage other than 0 has shown that they agree.
+If they differ by more than rounding, TRL computes advantages in a way that FlashPO does not know, and TRL's are used.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ class SharingOptions:
     )
 
     def __post_init__(self):
-        super().__post_init__()  # type: ignore[misc]  # of the TRL class beside it
+        super().__post_init__()  # type: ignore[misc]  # a method of the TRL class
         named = {"true": True, "false": False}
         self.share_prefix = named.get(str(self.share_prefix).lower(), self.share_prefix)  # type: ignore[assignment]
         if self.share_prefix not in ("auto", True, False):
@@ -199,5 +199,5 @@ class PolicyOptions(EngineOptions):
 
     def _with_length(self, spec: LossSpec) -> LossSpec:
         if spec.aggregation == "fixed_length" and spec.max_length is None:
-            return replace(spec, max_length=self.max_completion_length)  # type: ignore[attr-defined]  # of TRL's
+            return replace(spec, max_length=self.max_completion_length)  # type: ignore[attr-defined]  # a field of the TRL class
         return spec

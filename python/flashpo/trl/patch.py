@@ -56,9 +56,10 @@ FIELDS = dict(zip(("log_probs", *OUTPUTS), TokenStats._fields))  # TRL's names o
 
 
 def patch() -> None:
-    """From now on every TRL trainer of this process computes its log-probs with FlashPO. A second call does nothing.
+    """From now on TRL's trainers in this process compute log-probs, entropies and divergences with FlashPO.
 
-    This is the smallest change to a script: rollouts and token trees need the trainers of `flashpo.trl`.
+    This is the smallest change to a script: rollouts and token trees need the trainers of `flashpo.trl`. A second call
+    does nothing.
 
     Raises:
         PatchError: the installed TRL has none of the functions that this replaces. Nothing has been changed then.

@@ -1,7 +1,7 @@
 """What GRPOTrainer and RLOOTrainer share: TRL's trainers on `policy_loss` and `group_advantages`.
 
-Results are the same as TRL's, every `LossSpec` can be trained with, and no step makes the host wait for the device:
-metrics stay on the device until they are logged, while TRL reduces and reads about a dozen numbers for each
+Results are the same as TRL's, and every `LossSpec` can be trained with. Metrics stay on the device until they are
+logged, so that the host does not wait for them at each step; TRL reduces and reads about a dozen numbers for each
 micro-batch. In addition to TRL's metrics there are `ratio/q01` and `ratio/q99`: 98 % of the ratios lie between them,
 see `PolicyStats.ratio_quantile`.
 """

@@ -1,5 +1,5 @@
-"""PPO (arXiv 1707.06347) for language models, derived from TRL's GRPOTrainer, which contributes rollouts, rewards,
-logging and checkpoints.
+"""PPO (arXiv 1707.06347) for language models, built on TRL's GRPOTrainer, which contributes rollouts, rewards, logging
+and checkpoints.
 
 After generation, one forward without gradient computes old log-probs and values of every token. The reward is paid at
 each completion's last live token, and GAE gives advantages and returns. In each step, one forward of the wrapped module
@@ -44,7 +44,7 @@ class PPOTrainer(GRPOTrainer):
     Args:
         model, reward_funcs, **kwargs: as for `trl.GRPOTrainer`.
         args: a `PPOConfig`; None: its defaults.
-        critic_model: a model whose backbone becomes the critic's, instead of what `PPOConfig.critic` names.
+        critic_model: a model whose backbone becomes the critic's; `PPOConfig.critic` must then have its default.
         optimizers: as for `trl.GRPOTrainer`, but the optimizer must be None: the critic's parameters do not exist yet.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Several teachers of one student. TRL's constructor loads and prepares one; the others are treated likewise."""
+"""Several teachers of one student. TRL's constructor loads and prepares one; the others get the same treatment."""
 
 import contextlib
 import importlib
