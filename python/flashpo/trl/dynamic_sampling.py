@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling (arXiv 2503.14476): groups of equal rewards give no gradient; fresh prompts replace them."""
+"""DAPO's dynamic sampling (arXiv 2503.14476): fresh prompts replace groups of equal rewards, whose advantages are 0."""
 
 from collections.abc import Callable
 

@@ -39,7 +39,7 @@ class RLOOConfig(PolicyOptions, trl.RLOOConfig):
         if spec.kl_coef != 0:
             raise ValueError(f"RLOO has its KL in the reward (beta): the loss must not have kl_coef={spec.kl_coef}")
         if spec.aggregation == "token_mean":
-            spec = replace(spec, aggregation="local_token_mean")  # TRL's RLOO does not count tokens of all processes
+            spec = replace(spec, aggregation="local_token_mean")  # RLOO does not count the tokens of the global batch
         return self._with_length(spec)
 
 
