@@ -68,7 +68,7 @@ def test_states_keep_their_place(family, monkeypatch):
     monkeypatch.setattr(engine.Runner, "_capture", warmed_up)
     kept = RolloutEngine(model, fallback="error", max_sequences=3)
     kept.generate(asked[:1], params[0])
-    kept.runner.cuda, kept.runner.check_every = True, 5
+    kept.pool.runner.cuda, kept.pool.runner.check_every = True, 5
     for _ in range(2):
         rollouts = kept.generate(asked, params)
         assert_same_draws(model, rollouts, whole, params)

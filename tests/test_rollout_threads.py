@@ -256,9 +256,9 @@ def test_a_refused_rollout_leaves_the_session_of_the_engine_alone(monkeypatch):
         refused = []
 
         def act():
-            kept = shared.runner, shared.scheduler, shared.scheduler.max_rows
+            kept = shared.pool.runner, shared.pool.scheduler, shared.pool.scheduler.max_rows
             refused.append(in_a_thread(lambda: shared.generate(prompts(400), PARAMS)))
-            assert (shared.runner, shared.scheduler, shared.scheduler.max_rows) == kept
+            assert (shared.pool.runner, shared.pool.scheduler, shared.pool.scheduler.max_rows) == kept
 
         for turn, question in zip(turns, (asked, longer)):
             rollouts = in_the_middle(monkeypatch, model, act, shared, question)[1]
