@@ -5,14 +5,13 @@ Models and the alternation of runs are those of grpo_step.py; student and teache
 one completion, as in TRL, and all prompts begin with the same system prompt.
 """
 
-import statistics
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from flashpo.bench.grpo_step import VARIANTS, Run, run, save_model
+from flashpo.bench.grpo_step import VARIANTS, Run, compared, run, save_model
 from flashpo.bench.shapes import SHAPES
 from flashpo.bench.timing import Device, Tables
 
@@ -53,14 +52,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
         for seed in range(case.seeds):
             for name, command in VARIANTS.items():
                 runs[name].append(run(command, SCRIPT, student, teacher, out, *settings, seed))
-    seconds = {name: statistics.median(s for r in done for s in r.seconds[1:]) for name, done in runs.items()}
-    for name, done in runs.items():
-        yield {
-            "variant": name,
-            "ms": seconds[name] * 1e3,
-            "times_flashpo": seconds[name] / seconds["flashpo run"],
-            "peak_mb": statistics.median(r.peak for r in done) / 2**20,
-        }
+    yield from compared(runs)
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:

@@ -14,6 +14,7 @@
 #   packing 1.5          training pass of a 1.7B model, 8 completions, prompt 2048, up to 512 tokens; DPO; worst case
 #   grpo_step 8          whole step of an unmodified script, 1.7B, 8 completions, prompt 2048, up to 512 tokens
 #   distillation_step 8  the same of distillation, 1.7B into 0.6B, system prompts of 1024 tokens
+#   reward_step 3        a training step of a 1.7B reward model, and scoring 16 completions by one (an estimate)
 #   images 8             the same of prompts with an image of 1024 and 4096 tokens, 0.6B with a small tower (an estimate)
 #   tree_attention 2     forward and backward against FlashAttention on equal work
 #   tree_recurrence 1    forward and backward against the reference in torch
@@ -28,7 +29,7 @@ WHEELS=${2:-}
 PYTHON=${PYTHON:-python3}
 DRY=${FLASHPO_DRY_RUN:-}
 failed=0
-SUITES="decode_step rollout packing grpo_step distillation_step images tree_attention tree_recurrence decode_attention
+SUITES="decode_step rollout packing grpo_step distillation_step reward_step images tree_attention tree_recurrence decode_attention
   sample linear_logprob linear_divergence selective_log_softmax policy_loss gae group_advantages overhead mismatch rollout_long
   growth"
 

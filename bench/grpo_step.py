@@ -121,15 +121,9 @@ def records(device: Device, case: Case) -> Iterator[dict]:
         for seed in range(case.seeds):
             for name, command in VARIANTS.items():
                 runs[name].append(run(command, SCRIPT, model, out, *settings, seed, 4e-3 if learns else 3e-5))
-    seconds = {name: statistics.median(s for r in done for s in r.seconds[1:]) for name, done in runs.items()}
-    for name, done in runs.items():
+    for record in compared(runs):
+        done = runs[record["variant"]]
         last = [statistics.mean(r.rewards[-5:]) for r in done]
-        record = {
-            "variant": name,
-            "ms": seconds[name] * 1e3,
-            "times_flashpo": seconds[name] / seconds["flashpo run"],
-            "peak_mb": statistics.median(r.peak for r in done) / 2**20,
-        }
         if learns:
             record |= {
                 "reward_first": statistics.mean(r.rewards[0] for r in done),
@@ -137,6 +131,18 @@ def records(device: Device, case: Case) -> Iterator[dict]:
                 "reward_spread": max(last) - min(last),
             }
         yield record
+
+
+def compared(runs: dict[str, list[Run]]) -> Iterator[dict]:
+    """A record for each variant: medians over all steps of its runs but their first, and over the runs' peaks."""
+    seconds = {name: statistics.median(s for r in done for s in r.seconds[1:]) for name, done in runs.items()}
+    for name, done in runs.items():
+        yield {
+            "variant": name,
+            "ms": seconds[name] * 1e3,
+            "times_flashpo": seconds[name] / seconds["flashpo run"],
+            "peak_mb": statistics.median(r.peak for r in done) / 2**20,
+        }
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:

@@ -5,7 +5,6 @@ noise, all different, and each prompt has eight completions. The first step, whi
 comparison with plain forwards.
 """
 
-import statistics
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from flashpo.bench.grpo_step import VARIANTS, Run, run
+from flashpo.bench.grpo_step import VARIANTS, Run, compared, run
 from flashpo.bench.image_processor import ADDED, PATCH
 from flashpo.bench.shapes import SHAPES
 from flashpo.bench.timing import Device, Tables
@@ -68,20 +67,13 @@ def save_model(case: Case, device: str, folder: str) -> None:
 
 
 def records(device: Device, case: Case) -> Iterator[dict]:
-    runs: dict[str, Run] = {}
+    runs: dict[str, list[Run]] = {}
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as out:
         save_model(case, device.name, model)
         for name, command in VARIANTS.items():
             settings = case.prompts, case.image, case.prompt, case.new, case.steps, 0
-            runs[name] = run(command, SCRIPT, model, out, *settings)
-    seconds = {name: statistics.median(done.seconds[1:]) for name, done in runs.items()}
-    for name, done in runs.items():
-        yield {
-            "variant": name,
-            "ms": seconds[name] * 1e3,
-            "times_flashpo": seconds[name] / seconds["flashpo run"],
-            "peak_mb": done.peak / 2**20,
-        }
+            runs[name] = [run(command, SCRIPT, model, out, *settings)]
+    yield from compared(runs)
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:

@@ -4,14 +4,13 @@ The same TRL scripts run under `python` and under `flashpo run`. Models and the 
 grpo_step.py. The models have random weights.
 """
 
-import statistics
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from flashpo.bench.grpo_step import VARIANTS, Run, run, save_model
+from flashpo.bench.grpo_step import VARIANTS, Run, compared, run, save_model
 from flashpo.bench.shapes import SHAPES
 from flashpo.bench.timing import Device, Tables
 
@@ -75,15 +74,8 @@ CASES: dict[str, list[Case]] = {
 
 def records(device: Device, case: Case) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        runs = {name: case.run(command, device.name, folder) for name, command in VARIANTS.items()}
-    seconds = {name: statistics.median(done.seconds[1:]) for name, done in runs.items()}
-    for name, done in runs.items():
-        yield {
-            "variant": name,
-            "ms": seconds[name] * 1e3,
-            "times_flashpo": seconds[name] / seconds["flashpo run"],
-            "peak_mb": done.peak / 2**20,
-        }
+        runs = {name: [case.run(command, device.name, folder)] for name, command in VARIANTS.items()}
+    yield from compared(runs)
 
 
 def tables(device: Device, with_peers: bool, quick: bool) -> Tables:

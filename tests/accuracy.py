@@ -1,4 +1,4 @@
-"""The yardstick of every op: our error against fp64, in units of the error of plain torch in the same dtype."""
+"""The accuracy criterion of all operators: our error against fp64 in units of plain torch's error in the same dtype."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Ragged batches of rewards, and their advantages as a loop over groups writes them."""
+"""Batches of rewards with groups of different sizes, and their advantages computed by a plain loop over groups."""
 
 import torch
 

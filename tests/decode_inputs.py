@@ -1,4 +1,4 @@
-"""Trees of segments in a paged cache, for the tests of decode attention, and its formula on each row's keys."""
+"""Inputs for the tests of decode attention: trees of segments in a paged cache, and the formula applied row by row."""
 
 import dataclasses
 

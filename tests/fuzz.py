@@ -1,7 +1,7 @@
-"""What the fuzz tests draw: architectures, adapters, trees, sampling. And the yardstick for models.
+"""What the fuzz tests draw (architectures, adapters, trees, sampling), and how they judge models.
 
-Everything is judged against the same model in float64 by transformers' own forward. The bound is a multiple of the
-error that the model's own float32 forward makes there, since what rounding does to a model depends on its weights.
+Every result is compared with transformers' own forward of the same model in float64. The bound is a multiple of the
+error of the model's own float32 forward, because the effect of rounding on a model depends on its weights.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""A processor for the tiny models of trl_models.py, and data sets with images of a few tokens."""
+"""An image processor for the tiny models of trl_models.py, and data sets whose images have only a few tokens."""
 
 from datasets import Dataset
 from PIL import Image

@@ -1,4 +1,4 @@
-"""What the contract tests run on: the two log-prob ops, as plain torch writes them too, over a grid of inputs."""
+"""Inputs of the contract tests: the two log-prob operators, also written in plain torch, over a grid of inputs."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
-"""The C++ kernels' tests on the other instruction sets of this processor: python tests/instruction_sets.py <for pytest>
+"""Runs the C++ kernels' tests on the processor's other instruction sets: python tests/instruction_sets.py <pytest args>
 
-With one thread. All other tests run on the best set, with 2 threads; `make sanitize` runs it with 3.
+It uses one thread. All other tests run on the best instruction set with 2 threads. `make sanitize` runs them with 3.
 """
 
 import os

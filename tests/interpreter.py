@@ -1,4 +1,4 @@
-"""Repairs of Triton 3.7's interpreter, so that it computes as a GPU does, and in less time: for conftest.py."""
+"""Repairs of Triton 3.7's interpreter for conftest.py: it then computes as a GPU does, and in less time."""
 
 import numpy as np
 import torch

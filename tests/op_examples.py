@@ -1,4 +1,4 @@
-"""A small call of everything public, with its backward, so that every operator runs at least once: for opcheck."""
+"""One small call of every public operator with its backward, for opcheck: each operator runs at least once."""
 
 import torch
 from decode_inputs import plant

@@ -1,4 +1,4 @@
-"""Tiny models of many families, and batches that they score padded, as stock trainers do it, and as token trees."""
+"""Tiny models of many families, and batches that they score both padded, as stock trainers do, and as token trees."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The pages that users read, and the blocks of code on them."""
+"""The pages of documentation that users read, and the blocks of code on them."""
 
 import pathlib
 import re

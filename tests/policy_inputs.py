@@ -1,4 +1,4 @@
-"""Random specs and inputs of `policy_loss`, and a backend's results on them against the reference in float64."""
+"""Random specs and inputs of `policy_loss`, and the comparison of a backend's results with the float64 reference."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Small random models of several families, and what a plain forward and `generate` say of them."""
+"""Small random models of several families, and the results of their plain forward and of `generate`."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""An engine without a model: its cache remembers, for every slot, the tokens that its content was computed from."""
+"""An engine without a model. Its cache records for every slot which tokens the content was computed from."""
 
 from flashpo.rollout import prefix_tree
 from flashpo.rollout.scheduler import Row, Scheduler

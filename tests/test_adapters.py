@@ -1,4 +1,4 @@
-"""Adapters of PEFT: rollouts, token trees and heads compute what `PeftModel.forward` does, or refuse it by name."""
+"""PEFT adapters: rollouts, token trees and heads do what `PeftModel.forward` does, or refuse an adapter by name."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""examples/agents.py: who is rewarded for what, whose turns train whose adapter, and a short run of the whole."""
+"""examples/agents.py: the rewards of each agent, whose turns train which adapter, and a short run of the script."""
 
 import random
 import sys

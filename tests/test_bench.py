@@ -1,4 +1,4 @@
-"""What a machine with a GPU is to run."""
+"""The benchmarks: which suites and cases there are, and what a machine with a GPU runs."""
 
 import importlib
 import json

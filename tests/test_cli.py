@@ -1,4 +1,4 @@
-"""The command line: help, errors, `doctor` and its check."""
+"""The command line: help, errors, and `doctor` with its check."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Every op x backend x dtype: values and gradients against fp64, with plain torch's own error as the yardstick."""
+"""Values and gradients of every operator, backend and dtype against fp64. Plain torch's own error is the yardstick."""
 
 import pytest
 import torch

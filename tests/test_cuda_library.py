@@ -1,5 +1,6 @@
-"""The CUDA kernels are a library of their own: where it is missing or does not fit, a reason is said and nothing else
-changes. None of this needs a GPU."""
+"""The CUDA kernels are a separate library. Where it is missing or does not fit, the reason is given and nothing else
+changes. These tests need no GPU.
+"""
 
 import shutil
 import subprocess

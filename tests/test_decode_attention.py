@@ -1,4 +1,4 @@
-"""decode_attention against a dense softmax over each row's own keys in float64; every cache is poisoned with NaN."""
+"""decode_attention against a dense softmax over each row's own keys in float64. Unused cache slots hold NaN."""
 
 import dataclasses
 

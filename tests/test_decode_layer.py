@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer against transformers' own modules, and against float64."""
+"""The operators of a decoder layer against transformers' own modules, and against float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Decoder layers as one operator: the native one against the reference in float64."""
+"""Decoder layers as one operator: the native kernel against the reference in float64."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""torch.set_default_dtype and set_default_device are the user's: nothing of ours is made of another dtype by them."""
+"""The user's torch.set_default_dtype and set_default_device do not change the dtypes of FlashPO's tensors."""
 
 import contextlib
 

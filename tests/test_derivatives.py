@@ -1,4 +1,4 @@
-"""What autograd may ask of an operator beyond a gradient: that of a gradient, a tangent, the same gradient again."""
+"""What autograd may ask of an operator besides a gradient: a second derivative, a tangent, the same gradient again."""
 
 import pytest
 import torch

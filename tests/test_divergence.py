@@ -1,4 +1,4 @@
-"""Divergence from logits, and from a teacher's most probable tokens: against `linear_divergence`, autograd and TRL."""
+"""Divergence from logits and from a teacher's most probable tokens, against `linear_divergence`, autograd and TRL."""
 
 import math
 

@@ -1,5 +1,6 @@
-"""Blocks of code on our pages: Python runs on tiny models, or its imports and keyword arguments are checked where it
-cannot; commands and their options exist."""
+"""The code blocks of the documentation. Python blocks run on tiny models; where they cannot run, their imports and
+keyword arguments are checked. Commands and their options must exist.
+"""
 
 import ast
 import importlib

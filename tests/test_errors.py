@@ -1,4 +1,4 @@
-"""Wrong input raises a TypeError or ValueError that names the argument; nothing is clamped or ignored."""
+"""Wrong input raises a TypeError or ValueError that names the argument. Nothing is clamped or ignored."""
 
 import pytest
 import torch

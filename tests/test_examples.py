@@ -1,4 +1,4 @@
-"""The examples: the arithmetic, its tokenizer and model, two steps of each script, stock and under `flashpo run`."""
+"""The examples: the arithmetic, its tokenizer and model, and two steps of each script, stock and in `flashpo run`."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Norms of transformers as one operator each: the same function, on every family, where torch has a kernel for it."""
+"""Transformers' norms as one operator each, where torch has a kernel: every family computes the same function."""
 
 import copy
 

@@ -1,9 +1,9 @@
 """Random architectures, adapters, batches, sampling and losses against plain forwards and autograd in float64.
 
-Short in the suite, with the same draws each time; long by `make fuzz`, with new ones. A failure prints the line
-`@reproduce_failure` or the drawn values: keep them as an `@example` of the test.
+In the test suite the runs are short and draw the same values each time. `make fuzz` runs longer and draws new ones. A
+failure prints a line `@reproduce_failure` or the drawn values: keep them as an `@example` of the test.
 
-Each check has a negative control: a mistake that it has to find in nearly every draw.
+Each check has a negative control: a deliberate mistake that it has to find in nearly every draw.
 """
 
 import os

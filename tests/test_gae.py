@@ -1,4 +1,4 @@
-"""gae against a plain Python loop in float64, over layouts, masks, whitening, and peers' own formulas."""
+"""gae against a plain Python loop in float64 (layouts, masks, whitening), and against the formulas of peers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU, at real sizes: accuracy, 64-bit addresses, no host sync, no recompilation."""
+"""The Triton backend on a GPU at real sizes: accuracy, 64-bit addresses, no host sync, no recompilation."""
 
 import os
 

@@ -1,5 +1,6 @@
-"""`decode_attention` and `kv_append` in Triton on a GPU: accuracy, batch invariance, graphs, no host sync; and the
-pieces of a decoder layer: accuracy."""
+"""`decode_attention` and `kv_append` in Triton on a GPU: accuracy, batch invariance, graphs, no host sync. Also the
+accuracy of the operators of a decoder layer.
+"""
 
 import dataclasses
 import os

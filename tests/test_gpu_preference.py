@@ -1,4 +1,4 @@
-"""Preference losses on a CUDA device: nothing waits for it, and the results are the CPU's."""
+"""Preference losses on a CUDA device: they do not wait for the device, and their results are those of the CPU."""
 
 import pytest
 import torch

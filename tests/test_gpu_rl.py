@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a GPU: accuracy, no host sync, determinism; `bench/gpu.sh` repeats them under a sanitizer."""
+"""The CUDA C++ kernels on a GPU: accuracy, no host sync, determinism. `bench/gpu.sh` repeats them under a sanitizer."""
 
 import subprocess
 import sys

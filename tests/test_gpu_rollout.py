@@ -1,4 +1,4 @@
-"""The rollout's CUDA C++ kernels on a GPU; `bench/gpu.sh` repeats them under a sanitizer."""
+"""The CUDA C++ kernels of rollouts on a GPU. `bench/gpu.sh` repeats them under a sanitizer."""
 
 import subprocess
 import sys

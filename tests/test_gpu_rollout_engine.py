@@ -1,4 +1,4 @@
-"""Rollouts on a GPU: steps are captured and replayed, and say what a plain forward and `generate` say."""
+"""Rollouts on a GPU: decode steps are captured and replayed, and agree with a plain forward and with `generate`."""
 
 import pytest
 import torch

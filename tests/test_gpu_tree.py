@@ -1,4 +1,4 @@
-"""Triton's tree_attention on a GPU: accuracy at real sizes, determinism, 64-bit addresses, no host sync."""
+"""tree_attention in Triton on a GPU: accuracy at real sizes, determinism, 64-bit addresses, no host sync."""
 
 import os
 

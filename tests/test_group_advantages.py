@@ -1,4 +1,4 @@
-"""group_advantages against a loop over groups in float64, over every option, kind of batch and backend."""
+"""group_advantages against a loop over groups in float64, for every option, kind of batch and backend."""
 
 import itertools
 

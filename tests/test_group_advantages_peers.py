@@ -1,7 +1,7 @@
-"""Conventions of group_advantages: TRL's own trainers on the same rewards; verl's and OpenRLHF's published formulas.
+"""Conventions of group_advantages against TRL's own trainers and against the published formulas of verl and OpenRLHF.
 
-The exact value is the peer's computation in float64, the yardstick the peer's own error in float32.
-`test_equal_rewards` shows what each makes of a group without a difference.
+The exact value is the peer's computation in float64, and the yardstick is the peer's own error in float32.
+`test_equal_rewards` shows what each peer computes for a group whose rewards are equal.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What FlashPO relies on in TRL: found where it is, named where it is missing, and each need for itself."""
+"""What FlashPO relies on in TRL: it is found where it exists and named where it is missing, each need by itself."""
 
 import ast
 import dataclasses

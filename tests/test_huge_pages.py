@@ -1,4 +1,4 @@
-"""Memory for weights and cache: tensors of their own in chunks that go with the last of them."""
+"""Huge pages for weights and cache: tensors in shared chunks of memory, each of which is freed with its last tensor."""
 
 import gc
 import mmap

@@ -1,4 +1,4 @@
-"""Token trees of rows with images: what is shared, that the model says the same, and what the comparison would find."""
+"""Token trees of rows with images: what is shared, that the model's results do not change, and that errors show."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""kv_append against indexing: every slot of the caches, whatever is written to it or not."""
+"""kv_append against indexing. Every slot of the caches is compared, whether it was written or not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Arguments in memory of any strides, one column and no row: the same results as from dense tensors."""
+"""Arguments with any strides, with one column or without rows give the same results as dense tensors."""
 
 import pytest
 import torch

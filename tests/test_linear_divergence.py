@@ -1,5 +1,6 @@
-"""Divergence of two heads: values and gradients against fp64, with the error of plain torch in the same dtype as the
-yardstick, and against what TRL computes."""
+"""Divergence of two heads: values and gradients against fp64, with plain torch's error in the same dtype as the
+yardstick, and against TRL.
+"""
 
 import dataclasses
 import math

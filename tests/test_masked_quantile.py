@@ -1,4 +1,4 @@
-"""Quantiles by counting, against torch.quantile."""
+"""Quantiles computed by counting, against torch.quantile."""
 
 import math
 

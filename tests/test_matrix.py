@@ -1,6 +1,7 @@
 """A step of each trainer, a rollout and a token tree: short enough for every version in `flashpo._hosts.versions`.
 
-`make matrix` runs this file in an environment for each. What the TRL there has no place for is TRL's own, and says so.
+`make matrix` runs this file in an environment for each of them. Where its TRL lacks something that FlashPO needs, TRL's
+own code runs and the reason is given.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Memory that is left to the process: the host's, within the limits of all control groups above it."""
+"""The memory that the process may still take: the host's, within the limits of all control groups above the process."""
 
 import pytest
 

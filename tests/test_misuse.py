@@ -1,4 +1,4 @@
-"""Every argument of every operator, misused: a TypeError or ValueError of ours that names the argument."""
+"""Wrong values for every argument of every operator raise our own TypeError or ValueError that names the argument."""
 
 import re
 import traceback

@@ -1,4 +1,4 @@
-"""docs/models.md: written by `python -m flashpo.bench.models`, which is too long for a test."""
+"""docs/models.md, which `python -m flashpo.bench.models` writes. Writing it takes too long for a test."""
 
 import pathlib
 

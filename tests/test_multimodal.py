@@ -1,4 +1,4 @@
-"""Multimodal classes with text alone: trees and rollouts ask their text model, and leave images to transformers."""
+"""Multimodal models on text alone: trees and rollouts use their text model, and leave images to transformers."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""What waits for a module acts when it is imported, however often somebody has only looked for it."""
+"""A hook that waits for a module runs when it is imported, however often somebody has only looked for the module."""
 
 import importlib
 import importlib.util

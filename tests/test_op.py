@@ -1,4 +1,4 @@
-"""Dispatch: forcing, falling back in sight, and counting."""
+"""Dispatch of operators: forcing a backend, visible fallbacks, and counts of calls."""
 
 import logging
 import subprocess

@@ -1,4 +1,4 @@
-"""Linear layers from a packed weight: against float64, row by row, and over the layouts of all dtypes."""
+"""Linear layers from a packed weight: against float64, row by row, and for the layouts of all dtypes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Two gloo processes with token trees of their own: gradients are the mean over the processes of padded runs."""
+"""Two gloo processes with different token trees: the gradients are the mean of the processes' padded runs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Families on token trees by their own attention: with a mask of N x N, segment by segment, or within chunks."""
+"""Families that run token trees with their own attention: with an N x N mask, segment by segment, or within chunks."""
 
 import warnings
 

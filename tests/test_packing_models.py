@@ -1,4 +1,4 @@
-"""A model on a token tree gives what it gives on the padded batch: log-probs, entropies, gradients, auxiliary loss."""
+"""A model gives the same on a token tree as on the padded batch: log-probs, entropies, gradients, auxiliary loss."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Token trees are compared with the model itself before they are used: what differs is found, what agrees is not."""
+"""The self-check of token trees against the model itself: it finds what differs and accepts what agrees."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Token trees under all that is put around a model for training, and what must not be run on them."""
+"""Token trees with everything that training wraps around a model, and what must not run on token trees."""
 
 import copy
 

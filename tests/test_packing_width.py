@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on how many positions a forward has: a token tree takes those of the padded batch."""
+"""Rotary frequencies that depend on the width of a forward: a token tree uses those of the padded batch."""
 
 import pytest
 import torch

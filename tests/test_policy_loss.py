@@ -1,4 +1,4 @@
-"""`policy_loss` in fp64 against numerical derivatives and formulas written out; TRL and verl have their own files."""
+"""`policy_loss` in fp64 against numerical derivatives and written-out formulas. TRL and verl have their own files."""
 
 import itertools
 import math

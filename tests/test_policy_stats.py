@@ -1,4 +1,4 @@
-"""Quantiles of ratios from the counts that `policy_loss` makes in passing, against exact ones."""
+"""Quantiles of ratios from the counts that `policy_loss` collects, against exact quantiles."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Self-checks compute fp32 products in fp32, whoever asked for TF32 and by which of torch's two ways."""
+"""Self-checks compute fp32 products in fp32, even if TF32 was enabled by either of torch's two ways."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Preference, KTO and direct-advantage losses and `sequence_logprobs`: gradients, layouts, edges and errors."""
+"""Preference, KTO and direct-advantage losses and `sequence_logprobs`: gradients, layouts, edge cases and errors."""
 
 import pytest
 import torch

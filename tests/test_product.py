@@ -1,4 +1,4 @@
-"""Products that sum over the vocabulary or over many tokens, held against what a chain of TERMS roundings comes to."""
+"""Products that sum over the vocabulary or over many tokens, compared with the error of a chain of TERMS roundings."""
 
 import numpy as np
 import pytest

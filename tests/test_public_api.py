@@ -1,6 +1,6 @@
-"""What is public is written down in public_api.txt, so that no change of it goes unseen.
+"""The public API is written down in public_api.txt, so that no change of it goes unnoticed.
 
-`python tests/test_public_api.py` writes the file anew. A line that goes or changes also needs one in CHANGELOG.md.
+`python tests/test_public_api.py` writes that file. A removed or changed line also needs an entry in CHANGELOG.md.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What our pages say: their tables are those of bench/results and of the configurations, and what they name exists."""
+"""The pages are true: their tables match bench/results and the configurations, and the things that they name exist."""
 
 import ast
 import re

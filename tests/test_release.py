@@ -1,5 +1,6 @@
-"""What a release needs besides its kernels: sources that build the same, an installation without a compiler, and
-sources that compile for ARM. Nothing here compiles a whole wheel."""
+"""What a release needs besides its kernels: reproducible sources, an installation without a compiler, and sources that
+compile for ARM. Nothing here compiles a whole wheel.
+"""
 
 import importlib.metadata
 import os

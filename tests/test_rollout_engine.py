@@ -1,4 +1,4 @@
-"""RolloutEngine against plain forwards and `generate`: numbers, and independence of how the work was arranged."""
+"""RolloutEngine against plain forwards and `generate`. Its results do not depend on how the work was arranged."""
 
 import collections
 import copy

@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a rollout, and what is then answered all the same."""
+"""Failures in the middle of a rollout, and which results the user still gets."""
 
 import gc
 import logging

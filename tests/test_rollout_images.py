@@ -1,4 +1,4 @@
-"""Rollouts of prompts with images: each image once through the tower, equal prefixes over equal images once."""
+"""Rollouts of prompts with images: the tower computes each image once, and equal images share a cached prefix."""
 
 import pytest
 import torch

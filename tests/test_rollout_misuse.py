@@ -1,4 +1,4 @@
-"""Every argument of the rollout engine refuses what it cannot mean, at once and by its name."""
+"""The rollout engine refuses wrong values of each argument at once, with an error that names the argument."""
 
 import inspect
 import math

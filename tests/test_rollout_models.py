@@ -1,4 +1,4 @@
-"""Families of models on the engine: what they answer, which are refused and why, and that the self-check can fail."""
+"""Model families on the engine: what they answer, which are refused and why, and that the self-check finds errors."""
 
 import copy
 import dataclasses

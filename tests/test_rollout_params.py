@@ -1,4 +1,4 @@
-"""SamplingParams and Rollouts refuse what they cannot mean, and name it."""
+"""SamplingParams and Rollouts refuse wrong values, with an error that names the argument."""
 
 from dataclasses import FrozenInstanceError
 

@@ -1,4 +1,4 @@
-"""Bases whose weights are no plain tensors: their own layers compute, live, under adapters and in the head, too."""
+"""Quantised models: their own layers compute in a rollout, live, under adapters and in the head, too."""
 
 import pytest
 import torch

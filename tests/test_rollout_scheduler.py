@@ -1,4 +1,4 @@
-"""The scheduler and its prefix tree, under a simulated engine that checks all it reads."""
+"""The scheduler and its prefix tree, under a simulated engine that checks everything it reads."""
 
 import pytest
 from hypothesis import given, settings

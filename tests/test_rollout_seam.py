@@ -1,4 +1,4 @@
-"""The model is left as it was, and what cannot be reproduced is refused."""
+"""A rollout leaves the model as it was, and models that cannot be reproduced are refused."""
 
 import pytest
 import torch

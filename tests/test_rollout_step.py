@@ -1,4 +1,4 @@
-"""The decode step can be captured as a CUDA graph: it never asks the device for a value."""
+"""The decode step can be captured as a CUDA graph: it never reads a value from the device."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""A model that is changed under a living engine: the next call sees what a new engine would."""
+"""A model that changes after its engine was made: the next call behaves as that of a new engine."""
 
 import itertools
 

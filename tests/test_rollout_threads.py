@@ -1,4 +1,4 @@
-"""One rollout of a model at a time: whoever comes in between gets an error, and nothing that it changed stays."""
+"""One rollout of a model at a time: a second one gets an error and leaves no change behind."""
 
 import itertools
 import threading

@@ -1,4 +1,4 @@
-"""Rollouts between optimizer steps: always on the weights of now, whatever trains them."""
+"""Rollouts between optimizer steps always use the current weights, whatever trains them."""
 
 import pytest
 import torch

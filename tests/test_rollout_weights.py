@@ -1,4 +1,4 @@
-"""The view of the weights: what it computes, what it leaves alone, and when it must be made anew."""
+"""WeightView: what it computes, what it leaves unchanged, and when the weights must be copied again."""
 
 import copy
 import types

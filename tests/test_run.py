@@ -1,4 +1,4 @@
-"""`python -m flashpo.run` and `accelerate launch -m flashpo.run`: an unmodified script, and a report at the end."""
+"""`python -m flashpo.run` and `accelerate launch -m flashpo.run`: an unmodified script, and the report at the end."""
 
 import json
 import os

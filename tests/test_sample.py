@@ -1,4 +1,4 @@
-"""sample: its random numbers, its kept sets beside transformers' warpers, its draws beside exact probabilities."""
+"""sample: its random numbers, its filters against transformers' warpers, and its draws against exact probabilities."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""examples/tool_turns.py: what the calculator answers, what is marked as spoken, and what a later turn costs."""
+"""examples/tool_turns.py: what the calculator answers, which tokens the model wrote, and the cost of a later turn."""
 
 import sys
 from pathlib import Path

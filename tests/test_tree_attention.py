@@ -1,4 +1,4 @@
-"""tree_attention against every row attended to by itself, where a shared token's gradient is the sum over its rows."""
+"""tree_attention against attention of each row by itself. The gradient of a shared token is the sum over its rows."""
 
 import dataclasses
 

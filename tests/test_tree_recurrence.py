@@ -1,4 +1,4 @@
-"""Recurrences and convolutions over token trees: against a loop over tokens, and against each row by itself."""
+"""Recurrences and convolutions over token trees, against a loop over tokens and against each row by itself."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Triton kernels against their references, on CPU: TRITON_INTERPRET=1 pytest tests/test_triton.py"""
+"""Triton kernels against their references, on a CPU: TRITON_INTERPRET=1 pytest tests/test_triton.py"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""linear_divergence in Triton against fp64, on CPU: TRITON_INTERPRET=1 pytest tests/test_triton_divergence.py"""
+"""linear_divergence in Triton against fp64, on a CPU: TRITON_INTERPRET=1 pytest tests/test_triton_divergence.py"""
 
 import os
 

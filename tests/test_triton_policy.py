@@ -1,4 +1,4 @@
-"""Triton's `policy_loss` against the reference, on CPU: TRITON_INTERPRET=1 pytest tests/test_triton_policy.py"""
+"""`policy_loss` in Triton against the reference, on a CPU: TRITON_INTERPRET=1 pytest tests/test_triton_policy.py"""
 
 import os
 import random

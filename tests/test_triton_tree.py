@@ -1,4 +1,4 @@
-"""Triton's `tree_attention` against attention by rows, on CPU: TRITON_INTERPRET=1 pytest tests/test_triton_tree.py"""
+"""Triton's `tree_attention` against attention by rows, on a CPU: TRITON_INTERPRET=1 pytest tests/test_triton_tree.py"""
 
 import os
 from dataclasses import replace

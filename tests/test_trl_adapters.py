@@ -1,4 +1,4 @@
-"""A training step under adapters that do more than replace linear layers: that of TRL, packed or after a warning."""
+"""A training step with adapters that do more than replace linear layers is TRL's: on trees, or after a warning."""
 
 import warnings
 

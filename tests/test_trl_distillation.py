@@ -1,4 +1,4 @@
-"""TRL's on-policy distillation on token trees against stock TRL on the same completions."""
+"""TRL's on-policy distillation on token trees, against stock TRL on the same completions."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Two gloo processes: under DDP and FSDP2 our gradients are TRL's, and they are reduced over the processes."""
+"""Two gloo processes under DDP and FSDP2: our gradients equal TRL's and are reduced over the processes."""
 
 import itertools
 

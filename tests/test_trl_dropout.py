@@ -1,4 +1,4 @@
-"""Models with dropout in attention, as they were published: they train on token trees by their own attention."""
+"""Published models with dropout in attention train on token trees with their own attention."""
 
 import functools
 import tempfile

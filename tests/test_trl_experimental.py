@@ -1,4 +1,4 @@
-"""What `patch()` does for the trainers in trl.experimental is what flashpo.trl.experimental says, and its page."""
+"""`patch()` does for the trainers in trl.experimental what flashpo.trl.experimental and its page say."""
 
 import importlib
 import inspect

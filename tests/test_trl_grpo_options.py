@@ -1,4 +1,4 @@
-"""What our GRPO and RLOO trainers can beyond TRL's: any loss, groups by columns, advantages of tokens, resampling."""
+"""What our GRPO and RLOO trainers add to TRL's: any loss, groups by columns, advantages of tokens, dynamic sampling."""
 
 import contextlib
 

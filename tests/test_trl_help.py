@@ -1,4 +1,4 @@
-"""`help(flashpo.trl.GRPOConfig)`: every field that a configuration adds to TRL's stands in its docstring."""
+"""`help(flashpo.trl.GRPOConfig)` shows every field that a configuration of ours adds to TRL's."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""Trainers of TRL on hybrid models: loss, metrics and gradients are those of stock TRL, on token trees."""
+"""TRL's trainers on hybrid models: loss, metrics and gradients on token trees equal those of stock TRL."""
 
 import pytest
 

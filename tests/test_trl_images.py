@@ -1,4 +1,4 @@
-"""TRL's trainers on data sets with images: each image and each prefix over it once, losses and gradients as TRL's."""
+"""TRL's trainers on data with images: each image and shared prefix is computed once; loss and gradients are TRL's."""
 
 import os
 import subprocess

@@ -1,5 +1,6 @@
-"""TRL's trainers on multimodal classes: batches of text run on trees, and those with images of Gemma 3, whose tokens
-see each other in both directions, by TRL's own code."""
+"""TRL's trainers on multimodal models: batches of text run on token trees. Batches with images of Gemma 3, whose image
+tokens see each other in both directions, run by TRL's own code.
+"""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Dropout in training is no mismatch between sampler and trainer, however it comes into the forward."""
+"""Dropout in training does not count as a mismatch between sampler and trainer, wherever it is in the forward."""
 
 import copy
 import logging

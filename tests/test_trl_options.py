@@ -1,4 +1,4 @@
-"""TRL's options under our trainers: values and fields that they do not know, None, and what precision really is."""
+"""TRL's options under our trainers: unknown values and fields, None, and the precision that really applies."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The seams in `trl.trainer.utils`: replaced and restored exactly, guarded by signature, and right on their own."""
+"""The replacements in `trl.trainer.utils`: guarded by signature, restored exactly, and correct by themselves."""
 
 import contextlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Where a trainer's time and tokens go: the clock of phases, what is logged of it, and that nothing else changes."""
+"""The clock and token counts of a trainer's phases: what is logged of them, and that nothing else changes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""TRL's own `_compute_loss` and ours on the same tensors, without a model: loss, gradients and metrics."""
+"""TRL's `_compute_loss` and ours on the same tensors, without a model: loss, gradients and metrics."""
 
 import copy
 import itertools

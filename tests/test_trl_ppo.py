@@ -1,4 +1,4 @@
-"""PPOTrainer: a step is the one written out in torch; critics, KL, LoRA, accumulation, epochs, DDP."""
+"""A step of PPOTrainer equals one written in plain torch; critics, KL, LoRA, accumulation, epochs, DDP."""
 
 import os
 

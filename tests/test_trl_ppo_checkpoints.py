@@ -1,4 +1,4 @@
-"""PPOTrainer saves and resumes: actor and critic apart, an interrupted run as an uninterrupted one."""
+"""PPOTrainer saves actor and critic separately, and a resumed run equals an uninterrupted one."""
 
 import os
 

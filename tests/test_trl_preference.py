@@ -1,4 +1,4 @@
-"""DPO, with all of its forms, and KTO against TRL's own losses on the same per-token log-probabilities."""
+"""DPO with all of its loss types, and KTO, against TRL's own losses on the same per-token log-probabilities."""
 
 import itertools
 

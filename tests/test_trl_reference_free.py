@@ -1,4 +1,4 @@
-"""CPO, SimPO, AlphaPO, ORPO and TPO against TRL's own on the same logits; and where TRL's losses are not finite."""
+"""CPO, SimPO, AlphaPO, ORPO and TPO against TRL's losses on the same logits, and cases where these are not finite."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Reward models on token trees: TRL's RewardTrainer, and reward models of GRPO, against stock TRL."""
+"""Reward models on token trees, in TRL's RewardTrainer and as reward models of GRPO, against stock TRL."""
 
 import copy
 import warnings

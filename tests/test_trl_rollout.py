@@ -1,4 +1,4 @@
-"""GRPO, RLOO and PPO generate with the rollout engine on the weights in training."""
+"""GRPO, RLOO and PPO sample with the rollout engine on the weights that they train."""
 
 import contextlib
 import warnings

@@ -1,4 +1,4 @@
-"""What the engine cannot do, or cannot finish, within a trainer: training goes on, and says why."""
+"""What the engine cannot run or cannot finish within a trainer: training continues, and the reason is given."""
 
 import logging
 import math

@@ -1,6 +1,6 @@
-"""Two gloo processes whose weights are sharded as users launch it: real DeepSpeed and accelerate's FSDP.
+"""Two gloo processes with sharded weights, launched as users do, by real DeepSpeed and accelerate's FSDP.
 
-The yardstick is a run of stock TRL under DDP, whose weights are whole and whose gradients torch reduces itself.
+They are compared with a run of stock TRL under DDP, which keeps the weights whole and lets torch reduce the gradients.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""One optimisation step of stock TRL and of ours: the same loss, gradients and logged metrics, over TRL's options."""
+"""One optimisation step of ours equals one of stock TRL: loss, gradients and logged metrics, for TRL's options."""
 
 import copy
 import importlib

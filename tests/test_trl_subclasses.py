@@ -1,4 +1,4 @@
-"""Subclasses that override TRL's methods with TRL's signatures: theirs run, with TRL's arguments, and are believed."""
+"""Subclasses that override TRL's methods: their methods run with TRL's arguments, and their results are used."""
 
 import contextlib
 import inspect

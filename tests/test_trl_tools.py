@@ -1,6 +1,6 @@
-"""TRL's own loop of tool calls on the engine: what TRL makes of the turns, and that a turn costs its new tokens.
+"""TRL's own loop of tool calls on the engine: TRL gets the turns it expects, and a turn costs only its new tokens.
 
-The model has learnt two conversations almost by heart, so that it really calls the tool, twice, before it answers.
+The model has learned two conversations almost by heart, so that it really calls the tool twice before it answers.
 """
 
 import copy

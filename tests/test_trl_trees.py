@@ -1,4 +1,4 @@
-"""SFT, DPO and KTO on token trees: what is shared runs once, rows are apart, what cannot be packed is said."""
+"""SFT, DPO and KTO on token trees: shared tokens run once, rows do not mix, and what cannot be packed is reported."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""`flashpo.trl.verify`: agrees on every trainer, leaves it as it was, and finds what is wrong."""
+"""`flashpo.trl.verify` agrees on every trainer, leaves the trainer as it was, and finds errors."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""value_loss against peers' written formulas under autograd, its explicit gradient, masks and bad input."""
+"""value_loss against the written formulas of peers under autograd: values, explicit gradient, masks and bad input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Our advantage estimators beside verl's own code. Live tokens are compared: verl's masked ones hold leftovers."""
+"""Our advantage estimators against verl's code, on live tokens only: verl leaves other values at masked tokens."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Our policy losses beside verl's own code: loss, gradient and metrics on the same tensors."""
+"""Our policy losses against verl's own code on the same tensors: loss, gradient and metrics."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`group=` of linear_logprob and linear_divergence: heads sharded over 2 processes equal the whole heads."""
+"""`group=` of linear_logprob and linear_divergence: heads sharded over 2 processes give the results of whole heads."""
 
 import pytest
 import torch

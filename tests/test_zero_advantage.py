@@ -1,4 +1,4 @@
-"""Completions without an advantage are left out of the training pass: gradients and metrics stay, their tokens go."""
+"""Completions with zero advantage are left out of the training pass; gradients and metrics do not change."""
 
 import copy
 

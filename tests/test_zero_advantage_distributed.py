@@ -1,5 +1,6 @@
-"""Two gloo processes, one with nothing to train on or nothing to run on a tree: their forwards match, gradients are
-those of all rows."""
+"""Two gloo processes, of which one has nothing to train on or cannot use a tree: their forwards match in number, and
+the gradients are those of all rows.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Token trees, and attention on every row of one by itself, in plain torch: for the tests of tree_attention."""
+"""Inputs for the tests of tree_attention: token trees, and attention of each row by itself in plain torch."""
 
 import dataclasses
 

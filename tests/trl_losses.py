@@ -1,4 +1,4 @@
-"""TRL's trainers reduced to their losses, and the comparison of ours with them."""
+"""TRL's trainers reduced to their losses, and the comparison of our losses with them."""
 
 from collections import defaultdict
 from types import SimpleNamespace

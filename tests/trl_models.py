@@ -1,4 +1,4 @@
-"""Tiny models and a real tokenizer on disk, data sets and trainers on them, and one training step as numbers."""
+"""Tiny models and a real tokenizer on disk, data sets, trainers for them, and the numbers of one training step."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Runs checks in two gloo processes; what fails in either of them fails the test, with its traceback."""
+"""Runs checks in two gloo processes. A failure in either of them fails the test and shows its traceback."""
 
 import faulthandler
 import gc

@@ -1,4 +1,4 @@
-"""verl 0.9.1 on CPU, as an oracle: its functions, a configuration for them, and batches that reach their edges."""
+"""verl 0.9.1 on a CPU as the peer of tests: its functions, configurations for them, and batches with edge cases."""
 
 import contextlib
 import os

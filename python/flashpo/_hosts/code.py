@@ -1,6 +1,6 @@
-"""What the code of another package says about itself: parameters, names that it reads, tuples, and whether it is known.
+"""Reads the code of a host's function: its parameters, the names that it reads, its tuples, and its fingerprint.
 
-Every function here takes a function of that package, also one that is wrapped.
+Every function here takes a function of a host. A wrapped one is unwrapped.
 """
 
 import ast
@@ -20,14 +20,14 @@ def parameters(function: Callable) -> tuple[str, ...]:
 
 
 def takes(function: Callable, name: str) -> bool:
-    """Whether a call may have the keyword `name`."""
+    """Whether a call of the function may have the keyword `name`."""
     found = inspect.signature(function).parameters
     return name in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
 
 
-@functools.cache  # it is asked for every time that TRL's names are replaced
+@functools.cache  # it is called every time that TRL's names are replaced
 def names(function: Callable) -> set[str]:
-    """What the function, and the functions in it, read and set by name."""
+    """The names of globals and attributes that the function, and functions defined in it, read or set."""
 
     def of(code: CodeType) -> set[str]:
         return set(code.co_names).union(*(of(x) for x in code.co_consts if isinstance(x, CodeType)))
@@ -38,7 +38,10 @@ def names(function: Callable) -> set[str]:
 
 
 def returned(function: Callable) -> list[tuple[str, ...]]:
-    """The tuples that the function itself returns, as their names; none where its source is not at hand."""
+    """The tuples in the function's return statements, as source texts; empty if there is no source.
+
+    Return statements of functions defined in it do not count.
+    """
     return [
         tuple(ast.unparse(x) for x in node.value.elts)
         for node in _nodes(function)
@@ -47,7 +50,7 @@ def returned(function: Callable) -> list[tuple[str, ...]]:
 
 
 def unpacked(function: Callable, method: str) -> set[int]:
-    """Into how many names the function takes apart what `self.method` returns."""
+    """Into how many names the function unpacks the result of `self.method`, for each number that occurs."""
     found = set()
     for node in _nodes(function):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Tuple):
@@ -58,7 +61,7 @@ def unpacked(function: Callable, method: str) -> set[int]:
 
 
 def arguments(function: Callable, called: str) -> list[tuple[str, ...]]:
-    """The positional arguments of each call of `called` in the function and in those within it."""
+    """The positional arguments of each call of `called` in the function or in functions defined in it."""
     return [
         tuple(ast.unparse(x) for x in node.args)
         for node in _whole(function)
@@ -67,14 +70,17 @@ def arguments(function: Callable, called: str) -> list[tuple[str, ...]]:
 
 
 def assigned(function: Callable) -> list[tuple[str, ...]]:
-    """The tuples of names that the function, and those within it, take something apart into."""
+    """The tuples of names that the function, or functions defined in it, unpack a value into."""
     targets = (target for node in _whole(function) if isinstance(node, ast.Assign) for target in node.targets)
     return [tuple(ast.unparse(x) for x in target.elts) for target in targets if isinstance(target, ast.Tuple)]
 
 
 @functools.cache
 def fingerprint(function: Callable) -> str:
-    """The same for code that differs in comments, docstring and white space only; empty without a source."""
+    """A hash of the function's code; empty if there is no source.
+
+    It does not change with comments, the docstring or white space.
+    """
     source, definition = _definition(function)
     if definition is None:
         return ""
@@ -91,7 +97,7 @@ def fingerprint(function: Callable) -> str:
 
 
 def _definition(function: Callable) -> tuple[str, ast.FunctionDef | None]:
-    """The source of a function and what it says; None where there is no source, or none of its own."""
+    """The source of a function and its syntax tree; None if there is no source or it is not that of a definition."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
         statement = ast.parse(source).body[0]
@@ -106,7 +112,7 @@ def _whole(function: Callable) -> Iterator[ast.AST]:
 
 
 def _nodes(function: Callable) -> Iterator[ast.AST]:
-    """Of the function itself, not of functions in it."""
+    """The nodes of the function's syntax tree, without those of functions defined in it."""
     _, definition = _definition(function)
     within: list[ast.AST] = [] if definition is None else [definition]
     while within:

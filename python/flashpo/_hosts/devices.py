@@ -1,15 +1,15 @@
-"""On which machines FlashPO has run, and what of it has never run on the one at hand."""
+"""The devices that FlashPO has run on, and which of its parts have never run on a given one."""
 
 import platform
 
 import torch
 
-RAN_ON = {(9, 0): "H100 and H200"}  # compute capabilities of NVIDIA; other targets are compiled for and never ran
+RAN_ON = {(9, 0): "H100 and H200"}  # by NVIDIA's compute capability; kernels for other targets were only compiled
 NEVER_ON_GPUS = "tree_recurrence (hybrid models)"
 
 
 def never_run(device: str) -> str:
-    """What of FlashPO has never run on a device of this kind, in words; empty where all of it has."""
+    """The parts of FlashPO that have never run on a device of this type, in words; empty if all have."""
     if device == "cuda" and torch.version.hip:
         return "everything on AMD GPUs: the Triton kernels are compiled for gfx942 only, and have run on none"
     if device == "cuda":
@@ -24,7 +24,7 @@ def never_run(device: str) -> str:
 
 
 def name(device: str) -> str:
-    """Of the device and what FlashPO's kernels make of it."""
+    """The name of the device, with the properties that matter to FlashPO's kernels."""
     if device == "cuda":
         p = torch.cuda.get_device_properties(torch.cuda.current_device())
         return f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"

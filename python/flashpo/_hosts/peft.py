@@ -1,8 +1,9 @@
-"""What PEFT does to a model: which of its adapters answer, and what happens in its own forward only.
+"""PEFT: which adapters of a model are active, and what happens only in the forward of PEFT's wrapper.
 
-To find that out, a model is changed for a moment: other adapters answer, or a stand-in takes the place of its forward.
-`why_not_by_layers` and `why_not_trained_by_layers` have the model to themselves meanwhile; whoever enters
-`active_adapter` has to have it already.
+FlashPO calls the backbone and the head of a model directly, so it must know what such calls would leave out. To find
+out, the model is changed for a moment: other adapters are activated, or a stand-in replaces its forward.
+`why_not_by_layers` and `why_not_trained_by_layers` reserve the model meanwhile (`_ownership.alone`). A caller of
+`active_adapter` must have reserved it already.
 """
 
 import contextlib
@@ -20,23 +21,24 @@ from flashpo._causal_lm import layers_of_wrapping
 from flashpo._ownership import alone
 
 log = logging.getLogger("flashpo")
-CHANGED = 1e-3  # relative: no rounding of fp32 comes near it
+CHANGED = 1e-3  # a larger relative difference cannot come from the rounding of fp32
 SIZES = (
     0.03,
     0.1,
     0.3,
     1.0,
-)  # of random adapter weights: under small ones a router does not choose, under large ones it saturates
+)  # standard deviations of random adapter weights: a router does not choose if they are small, and saturates if large
 
 
 def why_not_by_layers(model: nn.Module, names: Iterable[str] = ()) -> str:
-    """Why the backbone and the head of `model`, called by themselves on tokens in another layout, do not compute what
-    the model's own forward does under the active adapters, or under one of those that are named; empty where they do.
+    """The reason why FlashPO cannot replace the model's own forward by calls of its backbone and head; empty if it can.
 
-    This asks what PEFT does, not which adapter it is, so that it also answers for adapters that nobody has thought of.
+    It can if these calls, on tokens in another layout, compute what the model's own forward computes, both under the
+    active adapters and under each adapter in `names`. This is tried with PEFT's code instead of looked up by the type
+    of adapter, so that it also holds for types of adapters that FlashPO does not know.
 
     Raises:
-        ModelInUse: a model with adapters is in use, in another thread or further up in this one.
+        ModelInUse: The model has adapters and is in use, in another thread or further up in this one.
     """
     if not _has_adapters(model):
         return ""
@@ -45,7 +47,7 @@ def why_not_by_layers(model: nn.Module, names: Iterable[str] = ()) -> str:
 
 
 def why_not_trained_by_layers(model: nn.Module) -> str:
-    """`why_not_by_layers` for outputs and gradients in training, for every adapter as if it were active."""
+    """`why_not_by_layers` for outputs and gradients in training, with each adapter activated in turn."""
     wrapper: Any = peft_model(model)
     if wrapper is None:
         return ""
@@ -80,25 +82,25 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def adapters_of(model: nn.Module) -> str:
-    """The configurations of all adapters, as text that is the same for those that are."""
+    """The configurations of all adapters, as a text that is equal for equal configurations."""
     found = (getattr(module, "peft_config", None) for module in model.modules())
     configs = next((configs for configs in found if isinstance(configs, dict)), {})
     return repr({name: (type(config).__name__, _ordered(config.to_dict())) for name, config in configs.items()})
 
 
 def _ordered(options: dict) -> dict:
-    """Sets as lists: the order of a set is another in its copy."""
+    """Replaces sets by sorted lists, because a set and its copy can have different orders."""
     return {name: sorted(x, key=repr) if isinstance(x, set) else x for name, x in options.items()}
 
 
 def peft_model(model: nn.Module) -> nn.Module | None:
-    """PEFT's wrapper, which may be below others."""
+    """PEFT's wrapper of the model, which may be inside other wrappers; None if there is none."""
     return next((m for m in model.modules() if is_instance(m, "peft.peft_model", "PeftModel")), None)
 
 
 @contextlib.contextmanager
 def active_adapter(model: nn.Module, name: str) -> Iterator[None]:
-    """PEFT computes with the adapter `name`; `requires_grad` stays, which `set_adapter` would change."""
+    """Within it, PEFT computes with the adapter `name`. Unlike `set_adapter`, this does not change `requires_grad`."""
     layers: list[Any] = [m for m in model.modules() if is_tuner_layer(m) or _is_saved_module(m)]
     wrapper: Any = peft_model(model)
     known = {key for layer in layers if is_tuner_layer(layer) for key in layer._all_available_adapter_names()}
@@ -136,7 +138,7 @@ def _is_saved_module(module: nn.Module) -> bool:
 
 
 def is_instance(module: nn.Module, where: str, name: str) -> bool:
-    """isinstance, without importing a library that the model cannot be made of if nobody has."""
+    """isinstance for a class `name` of the module `where`, which is not imported: without it there are no instances."""
     return where in sys.modules and isinstance(module, getattr(sys.modules[where], name))
 
 
@@ -144,9 +146,10 @@ def is_instance(module: nn.Module, where: str, name: str) -> bool:
 
 
 def _outside(wrapper: Any, base: Any) -> str:
-    """What `wrapper.forward` does before it comes to the forward of `base`; empty where it does nothing.
+    """What `wrapper.forward` does besides calling the forward of `base` with the same tokens; empty if nothing.
 
-    Nothing is computed: in the place of that forward a stand-in looks at the input that arrives and at the modules.
+    The model computes nothing: a stand-in replaces the forward of `base` and looks at its arguments, at the hooks and
+    at the active adapters.
     """
     for module in (wrapper, wrapper.base_model, base):
         if any(_is_code_of(wrapper, hook) for hook in _hooks_of(module)):
@@ -156,7 +159,7 @@ def _outside(wrapper: Any, base: Any) -> str:
     seen: list[str] = []
 
     def stand_in(*args: Any, **given: Any) -> None:
-        given = {name: x for name, x in given.items() if x is not None and name != "return_dict"}  # of the output
+        given = {name: x for name, x in given.items() if x is not None and name != "return_dict"}  # which is harmless
         given |= {f"argument {i}": x for i, x in enumerate(args)}
         if given.pop("input_ids", None) is not ids or given:
             seen.append(f"it gives the model {', '.join(sorted(given)) or 'other tokens'}")
@@ -178,7 +181,7 @@ def _outside(wrapper: Any, base: Any) -> str:
 
 @contextlib.contextmanager
 def _left_as_found(root: nn.Module) -> Iterator[None]:
-    """What is set on modules within it is taken back, hooks too: some stay until a backward that never comes."""
+    """Restores all attributes and hooks of the modules at the end. Some hooks would stay until a backward runs."""
     before = []
     for module in root.modules():
         hooks = {name: dict(x) for name, x in vars(module).items() if "_hooks" in name and isinstance(x, dict)}
@@ -217,11 +220,11 @@ _mixing: dict[Hashable, bool] = {}
 
 
 def _mixes_tokens(layer: Any, adapters: str, training: bool) -> bool:
-    """Whether what a layer computes for a token, in training its gradients too, depends on the other tokens, or on how
-    they lie in rows.
+    """Whether a layer's result for a token depends on other tokens or on how the tokens are arranged in rows. In
+    training, gradients count, too.
 
-    Tried once for each kind of layer and set of adapters, on copies with random adapter weights: those that training
-    starts from are mostly the identity.
+    This is tried once for each kind of layer and set of adapters, on copies with random adapter weights, because
+    adapters are mostly the identity when training starts.
     """
     key = type(layer), type(layer.get_base_layer()), tuple(layer.active_adapters), adapters, training
     if key not in _mixing:
@@ -233,7 +236,7 @@ def _tried(layer: Any, training: bool) -> bool:
     base = layer.get_base_layer()
     weight: Any = getattr(base, "weight", None)
     if type(weight) not in (nn.Parameter, Tensor) or weight.dim() not in (1, 2) or isinstance(base, nn.Embedding):
-        return False  # sharded, quantised or none: nothing to try
+        return False  # the weight is sharded, quantised or missing, so that the layer cannot be tried
     features = getattr(base, "in_features", weight.shape[0])
     with torch.random.fork_rng(), torch.autocast(weight.device.type, enabled=False):
         torch.manual_seed(0)
@@ -255,7 +258,10 @@ def _tried(layer: Any, training: bool) -> bool:
 
 
 def _of_first_token(trial: Any, x: Tensor, training: bool) -> list[Tensor]:
-    """The layer's output, or in training the gradients by it. Of a copy, as some layers keep what they have seen."""
+    """The layer's output for the first token, in training followed by the gradients of its sum.
+
+    They are computed on a copy of the layer, because some layers keep what they have seen.
+    """
     base = trial.get_base_layer()
     layer = copy.deepcopy(trial, {id(base): base}).train(training)
     torch.manual_seed(0)  # for dropout

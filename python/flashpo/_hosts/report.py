@@ -1,4 +1,4 @@
-"""What of TRL FlashPO uses here, a line each: for `flashpo doctor` and the start of `flashpo run`."""
+"""Lines of text about which parts of TRL FlashPO uses: for `flashpo doctor` and the start of `flashpo run`."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ from flashpo._hosts.versions import standing
 
 
 def of_trl() -> list[str]:
-    """None where TRL is not installed. Imports its trainers."""
+    """A summary and then a line for each seam in TRL; empty if TRL is not installed. It imports TRL's trainers."""
     if importlib.util.find_spec("trl") is None:
         return []
     try:

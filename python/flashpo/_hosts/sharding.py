@@ -1,4 +1,4 @@
-"""FSDP2, FSDP1 and DeepSpeed: which weights they shard, and how to have them whole for a while."""
+"""FSDP2, FSDP1 and DeepSpeed: which weights they shard, and how to gather them for a while."""
 
 import contextlib
 import inspect
@@ -15,7 +15,7 @@ Buffer = Callable[[nn.Module, str, Tensor, torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class Gathered:
-    """Weights that sharding had to bring to this rank, and how long that took; nothing where no bytes were."""
+    """How many bytes of sharded weights were brought to this rank, and how long that took; 0 s if there were none."""
 
     size: int = 0  # bytes
     seconds: float = 0.0
@@ -25,7 +25,7 @@ class Gathered:
 
 
 def why_no_view(model: nn.Module) -> str | None:
-    """None where a rollout can compute with these parameters, gathered or as they are; else the reason."""
+    """The reason why a rollout cannot compute with the parameters; None if it can, if need be after gathering them."""
     if any(wraps_in_fsdp1(module) for module in model.modules()):
         return "FSDP1 shards the weights: use FSDP2 (fsdp_version: 2 in accelerate's config)"
     for param in model.parameters():
@@ -42,13 +42,16 @@ def why_no_view(model: nn.Module) -> str | None:
 
 
 def meets(model: nn.Module) -> bool:
-    """Whether a forward of `model` has collectives, so that every rank has to make as many of them."""
+    """Whether a forward of `model` has collectives, so that all ranks must run the same number of forwards."""
     wrapped = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel) or wraps_in_fsdp1(m))
     return any(wrapped) or any(hasattr(p, "ds_id") or is_dtensor(p) for p in model.parameters())
 
 
 def inside_engine(model: nn.Module) -> nn.Module:
-    """The model of an engine of DeepSpeed, which takes part in every backward through its forward; any other model."""
+    """The model inside an engine of DeepSpeed; any other model as it is.
+
+    A backward through a forward of the engine itself would involve the engine.
+    """
     deepspeed = sys.modules.get("deepspeed")
     return model.module if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine) else model
 
@@ -59,7 +62,7 @@ def wraps_in_fsdp1(module: nn.Module) -> bool:
 
 
 def zero3_bytes(model: nn.Module) -> int:
-    """Of the weights that ZeRO-3 would have to gather now."""
+    """The size in bytes of the weights that ZeRO-3 would have to gather now."""
     params: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
     return sum(p.ds_numel * p.dtype.itemsize for p in params if p.ds_status.name != "AVAILABLE")
 
@@ -70,7 +73,11 @@ def is_fsdp2_unit(module: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """A forward without a backward leaves the weights of FSDP2's root whole: not what its optimizer updates."""
+    """Makes FSDP2 use the sharded weights again.
+
+    After a forward without a backward, FSDP2's root module keeps its gathered weights, which its optimizer does not
+    update.
+    """
     for state in _fsdp_states(model):
         for module in state._modules:
             module.reshard()
@@ -78,10 +85,13 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module, buffer: Buffer) -> Iterator[int]:
-    """FSDP2: every rank holds the whole weights, in the dtype that its policy computes in, and its hooks rest. Yields
-    how many bytes of weights it has gathered.
+    """Within it, every rank has all weights that FSDP2 shards, in the dtype in which FSDP2's policy computes.
 
-    A collective: all ranks have to enter. `buffer(module, name, value, dtype)` copies a value to where it may stay.
+    FSDP2's hooks are removed meanwhile. Yields the number of gathered bytes. This is a collective: all ranks must enter
+    it.
+
+    Args:
+        buffer: buffer(module, name, value, dtype) copies a gathered value and returns the copy that is used.
     """
     states = {module: state for state in _fsdp_states(model) for module in state._modules}
     whole: dict[int, Tensor] = {}
@@ -95,7 +105,7 @@ def gathered(model: nn.Module, buffer: Buffer) -> Iterator[int]:
             for name, param in list(module._parameters.items()):
                 if not is_dtensor(param):
                     continue
-                if id(param) not in whole:  # tied ones once
+                if id(param) not in whole:  # tied weights are gathered once
                     value = param.detach().full_tensor()
                     size += value.nbytes
                     whole[id(param)] = buffer(module, name, value, dtype or value.dtype)
@@ -123,14 +133,14 @@ def is_dtensor(param: Tensor | None) -> bool:
 
 
 def without_hooks(method: Any) -> Any:
-    """A method as it was before `register_fsdp_forward_method` of FSDP2 wrapped it, as trainers wrap `generate`."""
+    """The method that `register_fsdp_forward_method` of FSDP2 has wrapped; trainers wrap `generate` in this way."""
     while getattr(method, "__globals__", {}).get("__name__", "").startswith("torch.distributed.fsdp."):
         method = method.__wrapped__
     return method
 
 
 def _owner(hook: Callable) -> object:
-    """The state of FSDP2 that a hook belongs to; that of several modules wraps its methods."""
+    """The state of FSDP2 whose method a hook is. A state of several modules wraps its methods, hence the unwrapping."""
     return getattr(inspect.unwrap(hook, stop=lambda f: hasattr(f, "__self__")), "__self__", None)
 
 
@@ -141,7 +151,7 @@ def _fsdp_states(model: nn.Module) -> Iterator:
 
 
 def _with_compute_dtype(module: nn.Module, states: dict, dtype: torch.dtype | None) -> Iterator[tuple]:
-    """Every module with the `param_dtype` of the innermost FSDP module around it."""
+    """Each module with the `param_dtype` of the innermost FSDP2 module around it."""
     if module in states:
         dtype = states[module]._mp_policy.param_dtype
     yield module, dtype
@@ -154,7 +164,11 @@ def zero3_shards(params: list[Any]) -> bool:
 
 
 def gathered_by_zero3(params: list[Any]) -> contextlib.AbstractContextManager:
-    """Not those that are whole: to shard them at the end would take tied ones from the embeddings, which have them."""
+    """Gathers those parameters that are not gathered yet.
+
+    The others must be left out: sharding them at the end would take tied weights from the embeddings, which still use
+    them.
+    """
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([p for p in params if p.ds_status.name != "AVAILABLE"])
@@ -162,7 +176,10 @@ def gathered_by_zero3(params: list[Any]) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def gathered_by_fsdp2(unit: Any) -> Iterator[None]:
-    """A unit of its own, of which no hook runs: at the end of backward FSDP2 reduces the gradients of every unit."""
+    """Within it, the weights of one unit of FSDP2 are whole. It does not run the unit's hooks.
+
+    Gradients are still reduced, because FSDP2 reduces those of every unit at the end of backward.
+    """
     unit.unshard()
     try:
         yield

@@ -1,7 +1,7 @@
-"""TRL: what each of FlashPO's trainers needs of the class beneath it, in one table, and what `patch()` replaces.
+"""TRL: a table of what each of FlashPO's trainers needs from TRL's class, and what `patch()` replaces.
 
-A need that the installed TRL does not meet costs what it stands for and nothing else: a trainer whose loss is not one
-that FlashPO knows still has the rollout engine and token trees. TRL is imported by nothing here before it is asked for.
+If the installed TRL does not meet a need, only the feature with that need is off. For example, a trainer whose loss
+FlashPO does not know still has the rollout engine and token trees. This file imports TRL only when a function needs it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from flashpo._hosts import Seam, code, versions
 
 
 class PatchError(RuntimeError):
-    """The installed TRL has nothing of what was asked for; the text says what it lacks."""
+    """The installed TRL has none of the code that was to be replaced. The message says what it lacks."""
 
 
 def version() -> str:
@@ -28,31 +28,31 @@ def version() -> str:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one thing that FlashPO does takes of a trainer class of TRL. Names in a string are separated by spaces."""
+    """What one feature of FlashPO needs from a trainer class of TRL. Names in a string are separated by spaces."""
 
-    # what our methods stand for or call: its parameters; behind " ..." there may be more, which we pass on
+    # methods of TRL that ours replace or call -> their parameters; " ..." allows further ones, which we pass on
     methods: dict[str, str] = field(default_factory=dict)
-    # what a method of ours returns to TRL's code: into how many names that takes it apart
+    # methods of ours that TRL's code calls -> into how many names TRL's code unpacks their result
     unpacked: dict[str, int] = field(default_factory=dict)
-    # what we read of the tuple that TRL's method returns, by the names in its return statement
+    # methods of TRL that return a tuple -> the values that we read from it, by the names in the return statement
     returns: dict[str, str] = field(default_factory=dict)
-    # functions of the trainer's module that we replace, and the method that calls them by their names there
+    # functions of the trainer's module that we replace -> the method that calls them by their names there
     functions: dict[str, str] = field(default_factory=dict)
-    # their parameters, where ours names them
+    # functions that we replace -> their parameters, if our function names these
     parameters: dict[str, str] = field(default_factory=dict)
-    # attributes that the constructor sets and we read or write
+    # attributes that TRL's constructor sets and that we read or write
     attributes: str = ""
-    # fields of the class in trl.trainer.utils whose instances ours makes
+    # classes of trl.trainer.utils of which we make instances -> their fields
     output: dict[str, str] = field(default_factory=dict)
-    since: str = ""  # the first TRL that has all this, where not all in the window have
-    # methods whose mathematics ours restates -> fingerprints of their code that we have compared ours with
+    since: str = ""  # the first TRL version that has all this, if not all supported versions have it
+    # methods whose mathematics our code repeats -> fingerprints of the versions of their code that ours was compared to
     known_code: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 LOSS, ADVANTAGES, ROLLOUTS, TREES = "loss", "advantages", "rollout engine", "token trees"
 OLD_LOGPROBS, GROUPS, DYNAMIC_SAMPLING = "rollout log-probs", "whole groups", "dynamic sampling"
 COMPLETIONS, TEACHERS = "several completions", "several teachers"
-SAID = {  # what a need is for, and what happens without
+SAID = {  # for each feature: what FlashPO does, and what happens if TRL does not meet its needs
     ROLLOUTS: ("generates the completions", "TRL generates"),
     TREES: ("every distinct token of a batch is computed once", "rows are padded, prompts are not shared"),
     ADVANTAGES: ("group_advantages", "TRL computes the advantages"),
@@ -138,7 +138,7 @@ TRAINERS: dict[str, dict[str, Needs]] = {
             unpacked={"_generate_single_turn": 1},
             attributes=_GENERATING,
         ),
-        OLD_LOGPROBS: _OF_SCORING,  # those that `_generate_single_turn` has just returned
+        OLD_LOGPROBS: _OF_SCORING,  # our trainer keeps those that our `_generate_single_turn` has just sampled
         LOSS: Needs(
             methods={"_compute_loss": "self model inputs"},
             known_code={"_compute_loss": ("50325e01f920",)},
@@ -182,13 +182,13 @@ TRAINERS: dict[str, dict[str, Needs]] = {
     },
 }
 
-KNOWN_HELPERS = {  # methods that GRPO's loss calls under some options
+KNOWN_HELPERS = {  # methods that GRPO's loss calls with some options -> fingerprints, as in `known_code`
     "get_high_entropy_mask": ("819de8726d8d",),
     "get_off_policy_mask": ("968d7b538be5",),
     "get_gamma_weights": ("3b22382f4aef",),
 }
 
-# What `flashpo.trl.patch` replaces in trl.trainer.utils, and which functions there have to read it
+# What `flashpo.trl.patch` replaces in trl.trainer.utils, and which functions there have to use it
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # of the fused head, besides log_probs
 HEAD = "_ChunkedLogProbFunction"
@@ -206,7 +206,7 @@ _LOGITS = {
 
 
 def why_no_head(utils: ModuleType) -> str:
-    """Why TRL's fused head of hidden states cannot be replaced, empty where it can."""
+    """Why TRL's fused head cannot be replaced; empty if it can."""
     add = getattr(utils, "add_fused_lm_head", None)
     return "trl.trainer.utils.add_fused_lm_head is missing" if add is None else _why_no_head(add)
 
@@ -214,7 +214,7 @@ def why_no_head(utils: ModuleType) -> str:
 @functools.cache
 def _why_no_head(add: Any) -> str:
     calls = code.arguments(add, f"{HEAD}.apply")
-    if [call[1:3] + call[4:5] + call[6:] for call in calls] != [_HEAD_ARGUMENTS]:  # without tokens and chunk size
+    if [call[1:3] + call[4:5] + call[6:] for call in calls] != [_HEAD_ARGUMENTS]:  # leaves out tokens and chunk size
         return f"add_fused_lm_head calls {HEAD} with {calls}"
     if ("log_probs", *OUTPUTS) not in code.assigned(add):
         return f"add_fused_lm_head does not take log_probs, {', '.join(OUTPUTS)} from {HEAD}"
@@ -224,7 +224,7 @@ def _why_no_head(add: Any) -> str:
 
 
 def why_no_logits(utils: ModuleType) -> str:
-    """Why TRL's kernel for logits cannot be replaced, empty where it can."""
+    """Why TRL's kernel for logits cannot be replaced; empty if it can."""
     for name, wanted in _LOGITS.items():
         function = getattr(utils, name, None)
         if function is None and name == "_fused_logprob_entropy":
@@ -240,7 +240,7 @@ def why_no_logits(utils: ModuleType) -> str:
 
 
 def why_no_divergence(module: ModuleType) -> str:
-    """Why the divergence of `trl.trainer.distillation_trainer` cannot be replaced, empty where it can."""
+    """Why the divergence of `trl.trainer.distillation_trainer` cannot be replaced; empty if it can."""
     reader, divergence = (getattr(module, name, None) for name in ("_chunked_divergence_loss", DIVERGENCE))
     if reader is None or not {DIVERGENCE, "_use_triton"} <= code.names(reader):
         return f"{module.__name__}._chunked_divergence_loss does not read {DIVERGENCE} and _use_triton"
@@ -265,7 +265,7 @@ def scoring_seams() -> list[Seam]:
 
 
 def divergence_seam() -> Seam:
-    """Not among `scoring_seams`: to ask it imports a trainer."""
+    """The seam of the divergence. It is not one of `scoring_seams`, because looking at it imports a trainer."""
     if lacks("DistillationTrainer"):
         reason = f"TRL {version()} has no DistillationTrainer"
     else:
@@ -275,7 +275,7 @@ def divergence_seam() -> Seam:
 
 @functools.cache
 def why_not(trl_class: type, what: str) -> str:
-    """Why a trainer class of TRL does not meet the needs of `what`, empty where it does."""
+    """Why a trainer class of TRL does not meet the needs of the feature `what`; empty if it does."""
     needs = TRAINERS[trl_class.__name__].get(what)
     if needs is None:
         return f"TRL's {trl_class.__name__} has no place for it"
@@ -285,12 +285,12 @@ def why_not(trl_class: type, what: str) -> str:
 
 
 def trainer_class(name: str) -> type:
-    """TRL's own, also where `flashpo run` has replaced its name in the package."""
+    """TRL's own trainer class, even if `flashpo run` has replaced its name in the package."""
     return getattr(importlib.import_module(_module_of(name)), name)
 
 
 def lacks(name: str) -> bool:
-    """Whether TRL has no such trainer among its stable ones: a later one may have moved it."""
+    """Whether TRL has no such trainer among its stable ones. Another version of TRL may have it elsewhere."""
     return importlib.util.find_spec(_module_of(name)) is None
 
 
@@ -306,12 +306,15 @@ def seams(trl_class: type) -> list[Seam]:
 
 
 def why_unknown(trl_class: type, helper: str) -> str:
-    """Why a method that the loss calls is not one that ours restates, empty where it is."""
+    """Why the code of a method that TRL's loss calls is not the code that ours repeats; empty if it is."""
     return next(_of_code(trl_class, helper, KNOWN_HELPERS[helper]), "")
 
 
 def place_of(trl_class: type, method: str, value: str) -> int:
-    """Where a method's tuple has `value`, by the names in its return statement; `why_not` has looked at it."""
+    """The index of `value` in the tuple that a method returns, by the names in its return statement.
+
+    `why_not` must have found that the tuple can be read.
+    """
     return code.returned(getattr(trl_class, method))[0].index(value)
 
 
@@ -356,13 +359,13 @@ def _problems(trl_class: type, needs: Needs) -> Iterator[str]:
 def _begins(found: tuple[str, ...], wanted: str) -> bool:
     begins, more, _ = wanted.partition(" ...")
     names = tuple(begins.split())
-    if "args" in found:  # a dispatcher: its caller's arguments pass through it
+    if "args" in found:  # a dispatcher, which passes the arguments of its caller on
         return found[: found.index("args")] == names[: found.index("args")]
     return found == names or (bool(more) and found[: len(names)] == names)
 
 
 def _callers(trl_class: type, method: str) -> list[str]:
-    """Methods of TRL's own classes that call `self.method`."""
+    """The methods of TRL's own classes that call `self.method`."""
     defined = {name for cls in trl_class.__mro__ if cls.__module__.startswith("trl.") for name in vars(cls)}
     functions = {name: getattr(trl_class, name) for name in sorted(defined)}
     return [name for name, f in functions.items() if inspect.isfunction(f) and method in code.names(f)]
@@ -376,12 +379,15 @@ def _of_code(trl_class: type, name: str, known: tuple[str, ...]) -> Iterator[str
         yield f"{trl_class.__name__}.{name} is other code than FlashPO knows"
 
 
-# What we call of TRL
+# What FlashPO calls in TRL
 
 
 @contextlib.contextmanager
 def generating(trainer: Any, name: str) -> Iterator[Any]:
-    """The model as TRL generates with it: unwrapped, gathered, without gradient checkpointing; timed under `name`."""
+    """Yields the model as TRL generates with it: unwrapped, gathered and without gradient checkpointing.
+
+    TRL's profiling logs the time under `name`.
+    """
     from trl.models import unwrap_model_for_generation
 
     args = trainer.args
@@ -403,7 +409,7 @@ def generating(trainer: Any, name: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def disable_gradient_checkpointing(model: Any, options: dict | None) -> Iterator[None]:
-    """As TRL's own of that name, which it does for a forward without gradient."""
+    """Does what TRL's function of the same name does for a forward without gradients."""
     if not model.is_gradient_checkpointing:
         yield
         return
@@ -415,14 +421,14 @@ def disable_gradient_checkpointing(model: Any, options: dict | None) -> Iterator
 
 
 def fused_output() -> type:
-    """What a model with TRL's fused head gives."""
+    """The class of the output of a model with TRL's fused head."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     return FusedCausalLMOutput
 
 
 def prepare_deepspeed(model: Any, accelerator: Any) -> Any:
-    """A model that is not trained, under DeepSpeed."""
+    """Prepares a model that is not trained for DeepSpeed."""
     from trl import models
 
     return models.prepare_deepspeed(model, accelerator)

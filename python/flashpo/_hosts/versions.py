@@ -1,6 +1,6 @@
-"""The versions of other packages that FlashPO is tested with: `make matrix`, CI, README and `flashpo doctor` read this.
+"""The versions of hosts that FlashPO is tested with. `make matrix`, CI, README and `flashpo doctor` read them here.
 
-What FlashPO does with a version is decided by the seams that it finds, not by these numbers.
+They do not decide what FlashPO does with a version: the seams that it finds in the host do.
 """
 
 import importlib
@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """An environment of `make matrix`; the other packages are those of `constraints.txt`."""
+    """An environment of `make matrix`. All other packages have the versions of `constraints.txt`."""
 
     trl: str
     transformers: str
 
 
-MATRIX = (  # oldest first; the last one is that of `make test`
+MATRIX = (  # oldest first; `make test` uses the last one
     Row("1.11.0", "5.14.1"),
     Row("1.13.0", "5.17.0"),
     Row("1.15.0", "5.20.2"),
@@ -26,8 +26,10 @@ FLOORS = {"torch": "2.10", "trl": "1.11", "transformers": "5.14"}
 
 
 def installed(package: str) -> str | None:
-    """Its version; None where it is not installed. A package that was copied or bundled may have no metadata: then its
-    module says it."""
+    """The version of a package; None if it is not installed.
+
+    A package that was copied or bundled may have no metadata. Then the version is that of its module.
+    """
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +39,7 @@ def installed(package: str) -> str | None:
 
 
 def standing(package: str, version: str) -> str:
-    """What a version is to FlashPO, in words."""
+    """How a version relates to those that FlashPO is tested with, in words."""
     newest = getattr(MATRIX[-1], package, None)
     if older(version, FLOORS[package]):
         return f"older than the oldest that FlashPO is tested with, {FLOORS[package]}"
@@ -47,7 +49,7 @@ def standing(package: str, version: str) -> str:
 
 
 def older(version: str, other: str) -> bool:
-    """Whether it belongs to an older minor release than the other."""
+    """Whether `version` belongs to an older minor release than `other`."""
     return _minor(version) < _minor(other)
 
 

@@ -1,4 +1,4 @@
-"""Every token once: batches as token trees, and models that run on them."""
+"""Token trees: batches in which each distinct token is computed once, and models that run on them."""
 
 from flashpo.packing.images import Images
 from flashpo.packing.scoring import TreeScores, forward, forward_here, prepare, score

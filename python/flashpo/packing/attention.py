@@ -1,12 +1,17 @@
-"""How a model of transformers attends over a token tree: an attention of its own name, put on the model for good.
+"""How a model of transformers attends over a token tree: `install` gives it an attention of ours, permanently.
 
-The tree comes in the place of the attention mask: `TokenTree.mask`, an int32 tensor of four dimensions. transformers
-hands such a mask to every layer as it is and builds none of its own; it goes through gradient checkpointing, which
-runs the layers again in backward, through PEFT, DDP, FSDP2 and torch.compile as any tensor does; families that drop
-unknown keywords on the way to their attention have no reason to drop it; and an attention that is not ours refuses it.
-Any other mask, or none, goes to the implementation that the model had before. So do the segments of a tree, one at a
-time (paths.py), where the attention has dropout. Families that do not use transformers' interface for attention have
-their own ways: paths.py, dense.py.
+The tree is passed in place of the attention mask, as `TokenTree.mask`, an int32 tensor of four dimensions. This has
+several advantages:
+
+- transformers passes a mask of four dimensions to every layer unchanged and builds no mask itself.
+- Like any tensor, it passes through PEFT, DDP, FSDP2, torch.compile and gradient checkpointing, which runs the layers
+  again in backward.
+- Model families that drop unknown keywords on the way to their attention do not drop a mask.
+- An attention that is not ours rejects it, instead of ignoring it.
+
+Any other mask, or none, goes to the attention that the model had before. If the attention has dropout, the segments of
+a tree also go to that attention, one at a time (paths.py). Families that do not use transformers' interface for
+attention are handled in paths.py and dense.py.
 """
 
 import contextlib
@@ -26,14 +31,17 @@ from flashpo.ops.tree_attention import attend
 from flashpo.packing import dense
 from flashpo.packing.paths import additive, along_paths, let_methods_take_trees
 
-PREFIX = "tree:"  # before the name of the original: transformers looks for "sdpa" or "flash" in a name, and finds them
-EAGER: dict[type[nn.Module], Callable] = {}  # each module class's own: no registry has these
-_thread = threading.local()  # its `dropouts`: where this thread notes them, within `without_kernel`
+# put before the original's name, which stays a part of ours, because transformers looks for "sdpa" or "flash" in names
+PREFIX = "tree:"
+EAGER: dict[type[nn.Module], Callable] = {}  # the eager attention of each module class; transformers registers none
+_thread = threading.local()  # its `dropouts`: the set that `without_kernel` fills, within its block
 
 
 def install(backbone: nn.Module) -> None:
-    """Let the model take token trees; for all else it stays as it is, and so do the towers of a multimodal model. A
-    second call does nothing."""
+    """Let the model that reads text take token trees. Without a tree it computes as before.
+
+    The towers of a multimodal model do not change. A second call does nothing.
+    """
     text = text_model(backbone)
     if dense.is_dense(text):
         dense.install(text)
@@ -48,15 +56,19 @@ def install(backbone: nn.Module) -> None:
 
 
 def installed(backbone: Any) -> bool:
-    """False before `install`, and after one has given the model another attention by transformers' own methods."""
+    """Whether the model has our attention. It does not before `install`, and loses it if somebody sets another one by
+    transformers' methods."""
     text = text_model(backbone)
     return dense.installed(text) or text.config._attn_implementation.startswith(PREFIX)
 
 
 @contextlib.contextmanager
 def without_kernel() -> Iterator[set[tuple[str, float]]]:
-    """Within it trees go to the models' own attention, but without dropout: what an attention asks for is noted, with
-    the name of its class."""
+    """Within the block, trees go to the models' original attention, segment by segment, but without dropout.
+
+    Yields:
+        A set that is filled with (name of an attention's class, the dropout that it asked for).
+    """
     before = getattr(_thread, "dropouts", None)
     found: set[tuple[str, float]] = set()
     _thread.dropouts = found
@@ -68,7 +80,8 @@ def without_kernel() -> Iterator[set[tuple[str, float]]]:
 
 @contextlib.contextmanager
 def uninstalled(model: nn.Module) -> Iterator[None]:
-    """Within it the model goes by the name of the attention that it had before, for code that knows some by name."""
+    """Within the block, the model's configurations name the attention that it had before `install`, for code that
+    looks at the name."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
     ours = [c for c in configs.values() if str(getattr(c, "_attn_implementation", "")).startswith(PREFIX)]
     before = [c._attn_implementation for c in ours]
@@ -104,7 +117,7 @@ def _attention(original: str) -> Callable:
             return _attend_tree(module, query, key, value, attention_mask, **options), None
         if noted is not None and (dropout := options.pop("dropout", 0.0)):
             noted.add((type(module).__name__, dropout))
-        if original not in ("eager", "sdpa"):  # others take no mask
+        if original not in ("eager", "sdpa"):  # the other implementations take no mask
             plain = not options.get("softcap") and options.get("s_aux") is None
             implementation = AttentionInterface()["sdpa"] if plain else EAGER[type(module)]
         eager = implementation is EAGER.get(type(module))
@@ -127,8 +140,8 @@ def _check_options(module: Any, *, position_bias: Tensor | None = None, is_causa
 
 
 def _at_their_positions(module: Any, query: Tensor, tree: Tensor) -> Tensor:
-    """Llama 4 scales the queries of some layers by where they stand in the forward, which is not where a token of a
-    tree stands in its row."""
+    """Correct the scale that some layers of Llama 4 apply to queries by their index in the forward: in a tree, this
+    index is not the token's position in its row."""
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
     position = tree[0, 0, 1]
@@ -154,9 +167,9 @@ def _attend_tree(
 ) -> Tensor:
     end, position = tree[0, 0].unbind(0)
     device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device):  # which knows torch's attention, not ours; rotary embeddings have made fp32
+    if torch.is_autocast_enabled(device):  # rotary embeddings return fp32, and autocast does not know our attention
         dtype = torch.get_autocast_dtype(device)
-    # squeeze, whose backward is a view: that of x[0] fills zeros and copies
+    # squeeze, because its backward is a view, while the backward of x[0] fills a tensor with zeros and copies
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     scale = float(q.shape[2] ** -0.5 if scaling is None else scaling)
     rest = scale, _window(module, options), float(softcap or 0.0)
@@ -169,17 +182,21 @@ def _attend_tree(
 
 
 def _cut(end: Tensor, position: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The forest that is left where no token sees another chunk of its row: its tokens in depth-first order, which is
-    that of the tree within the first chunk of all rows, then within the second, and so on; and their ends."""
+    """Cut the tree into a forest in which no token sees a token of another chunk of its row.
+
+    Returns:
+        The order of the forest's tokens and their `end`. The order is depth-first: all tokens of first chunks in the
+        order of the tree, then those of second chunks, and so on.
+    """
     band = position.long() // chunk
     order = band.argsort(stable=True)
-    first = band * (len(end) + 1)  # of a band's keys, which ascend with the flat index
+    first = band * (len(end) + 1)  # makes sorting keys that ascend with the flat index within each band
     places = (first + torch.arange(len(end), device=end.device))[order]
     return order, torch.searchsorted(places, (first + end)[order]).int()
 
 
 def _reach(module: Any, options: dict, tree: Tensor) -> Tensor | None:
-    """(N,): how many tokens of its path each query sees."""
+    """(N,): how many tokens of its path each query sees; None if it sees all of them."""
     position, window, chunk = tree[0, 0, 1], _window(module, options), _chunk(module)
     if chunk:
         return position % chunk + 1
@@ -187,7 +204,8 @@ def _reach(module: Any, options: dict, tree: Tensor) -> Tensor | None:
 
 
 def _window(module: Any, options: dict) -> int:
-    """The keyword; some families (PhiMoE) tell it to their mask alone, so that only the config knows."""
+    """The width of a layer's sliding window; 0 without one. Some families (PhiMoE) do not pass it to the attention and
+    only apply it to their mask; for these it is read from the config."""
     if "sliding_window" in options:
         return options["sliding_window"] or 0
     if not masks_windows(module):
@@ -199,6 +217,6 @@ def _window(module: Any, options: dict) -> int:
 
 
 def _chunk(module: Any) -> int:
-    """Of layers that see only the tokens of their own chunk of a row."""
+    """The chunk length of a layer in which a token only sees tokens of its own chunk of the row; 0 for other layers."""
     types = getattr(getattr(module, "config", None), "layer_types", None) or ()
     return module.config.attention_chunk_size if CHUNKED in types and types[module.layer_idx] == CHUNKED else 0

@@ -1,14 +1,14 @@
-"""Decoder layers under torch.compile, on token trees alone.
+"""Runs decoder layers under torch.compile when they run on token trees.
 
-Between its products a layer has many small operators, each of which starts a kernel and reads and writes the whole
-hidden state. The compiler makes few kernels of them. The tree's attention stays one opaque operator, and the number of
-tokens is a symbol, so that one graph serves trees of all sizes.
+Between its matrix products a layer has many small operators, each of which starts a kernel and reads and writes the
+whole hidden state. The compiler fuses them into few kernels. The tree's attention stays one opaque operator. The number
+of tokens is symbolic, so that one graph serves trees of all sizes.
 
     checkpointing [ compiled [ one layer ] ]        hooks of FSDP2 and DDP stay outside
 
-All layers of a kind share one function, and with it their compilations: one for training, one without gradients. The
-first call of each is compared with the uncompiled layer, on the batch that it came with. A kind that cannot be
-compiled, or gives other numbers, runs uncompiled from then on.
+All layers of one kind share one function and therefore its compilations: one for training, one without gradients. The
+first call of each is compared with the uncompiled layer, on the batch of that call. A kind of layers that cannot be
+compiled, or whose results differ, runs uncompiled from then on.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from flashpo.packing.trial import is_plain
 log = logging.getLogger("flashpo")
 BACKEND = "inductor"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-OF_A_PLACE = {"layer_idx", "training", "gradient_checkpointing", HOOKED}  # what layers of one kind may differ in
+OF_A_PLACE = {"layer_idx", "training", "gradient_checkpointing", HOOKED}  # attributes in which layers of a kind differ
 
 
 def compile_layers(
@@ -41,12 +41,14 @@ def compile_layers(
     refuse: Callable[[str], None],
     timing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> None:
-    """Let the decoder layers of `backbone`, which takes token trees, run compiled on them; for good. Without a tree
-    they stay as they are. A second call does nothing.
+    """Let the decoder layers of `backbone` run compiled on token trees. This cannot be undone.
+
+    Without a tree the layers run uncompiled, as before. A second call does nothing.
 
     Args:
-        refuse: told why some or all layers run uncompiled, once for each reason.
-        timing: a context around each compilation and its comparison with the uncompiled layer.
+        backbone: a model that takes token trees.
+        refuse: called with the reason why some or all layers run uncompiled.
+        timing: makes a context that is open during each compilation and its comparison with the uncompiled layer.
     """
     text = text_model(backbone)
     layers: list[Any] = [m for m in text.modules() if isinstance(m, DecoderLayer)]
@@ -69,8 +71,8 @@ def compile_layers(
 
 
 def compiled_layer_forward(self: Any, *args: Any, **keywords: Any) -> Any:
-    """The forward of a decoder layer of transformers, `self`."""
-    if torch.compiler.is_compiling():  # the whole model is being compiled
+    """The new forward of `self`, a decoder layer of transformers."""
+    if torch.compiler.is_compiling():  # somebody compiles the whole model
         return type(self).forward(self, *args, **keywords)
     run = self._flashpo_kind.run_for(self, args, keywords)
     if run is None:
@@ -81,12 +83,13 @@ def compiled_layer_forward(self: Any, *args: Any, **keywords: Any) -> Any:
 
 
 class Kind:
-    """Layers of one kind, in one model."""
+    """The layers of one kind in one model, and their compiled function."""
 
     def __init__(self, layer: nn.Module, refuse: Callable[[str], None], timing: Callable):
         self.name, self._refuse, self._timing = type(layer).__name__, refuse, timing
         self.plain = without_checkpointing(type(layer).forward)
-        # Dynamo keeps graphs and their limit with the code: a copy, whose graphs go with the model
+        # Dynamo attaches graphs, and the limit on their number, to the code object. With a copy of the code, the graphs
+        # are freed together with the model
         copied = types.FunctionType(
             self.plain.__code__.replace(), self.plain.__globals__, "forward", self.plain.__defaults__,
             self.plain.__closure__,
@@ -100,17 +103,17 @@ class Kind:
         return self
 
     def run_for(self, layer: Any, args: tuple, keywords: dict[str, Any]) -> Callable | None:
-        """What to run in the place of the class's forward, without checkpointing; None where that has to run."""
+        """What to run in place of the class's forward, without checkpointing; None if that has to run."""
         mask = next((x for x in (*args, *keywords.values()) if is_tree(x) and x.dim() == 4), None)
         if self._off or mask is None or not args or keywords.get("past_key_values") is not None:
             return None
-        if any(layer._flashpo_hooks):  # that came later: the compiler does not look at them again
+        if any(layer._flashpo_hooks):  # hooks that were added later, which a compiled function would not call
             self._turn_off(_why_not_now(layer))
             return None
         variant = self._variant(layer, args[0])
         if variant in self._judged:
             return self._guarded
-        if not _mark_tokens((*args, *keywords.values()), mask.shape[-1]):  # the next tree has another size
+        if not _mark_tokens((*args, *keywords.values()), mask.shape[-1]):  # try again with a tree of another size
             return None
         with one_at_a_time, self._timing():
             reason = self._why_wrong(layer, args, keywords)
@@ -121,7 +124,7 @@ class Kind:
         return self._guarded
 
     def _guarded(self, layer: nn.Module, *args: Any, **keywords: Any) -> Any:
-        """A later compilation may fail where the first ones did not."""
+        """Run the compiled layer. If a later compilation fails, run it uncompiled from then on."""
         try:
             return self.compiled(layer, *args, **keywords)
         except _compiler_errors() as error:
@@ -133,16 +136,17 @@ class Kind:
         self._refuse(f"{self.name}: {reason}")
 
     def _variant(self, layer: nn.Module, hidden: Tensor) -> Hashable:
-        """What the compiler makes graphs of their own for."""
+        """A key for the circumstances for which the compiler makes separate graphs."""
         device, grad = hidden.device.type, torch.is_grad_enabled()
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return grad, hidden.requires_grad, layer.training, autocast, hidden.dtype
 
     def _why_wrong(self, layer: nn.Module, args: tuple, keywords: dict[str, Any]) -> str:
-        """Compiles the layer and compares it with itself; empty where the two agree."""
+        """Compile the layer and compare it with the uncompiled one. Returns what is wrong; empty if the two agree."""
         hidden, calls = args[0], CALLS.copy()
         tokens = next(x for x in (*args, *keywords.values()) if is_tree(x)).shape[-1]
-        gradless = [False] if checkpoints(layer) and _reentrant(layer) else []  # its forward runs without gradients
+        # reentrant checkpointing runs the forward without gradients first
+        gradless = [False] if checkpoints(layer) and _reentrant(layer) else []
 
         def run(forward: Callable, x: Tensor, grad: bool) -> list[Tensor]:
             with torch.set_grad_enabled(grad):
@@ -160,7 +164,7 @@ class Kind:
                         size, distance = x.norm().item(), (x - y).norm().item()
                         if beyond_rounding(distance, by_rounding, size, _coarser(hidden)):
                             return f"compiled it is off by {distance:.1e}, where rounding makes {by_rounding:.1e}"
-        except Exception as error:  # of any kind: it is the compiler's
+        except Exception as error:  # any exception, because the compiler's code runs here
             log.debug("%s is not compiled", self.name, exc_info=True)
             return _first_line(error)
         finally:
@@ -170,7 +174,7 @@ class Kind:
 
 
 def _results(out: Any, wanted: list[Tensor]) -> list[Tensor]:
-    """A layer's output and, where it has some, gradients of what is `wanted`, all in fp32."""
+    """A layer's output and its gradients with respect to the tensors of `wanted` that need one, all in fp32."""
     out = out if isinstance(out, Tensor) else out[0]
     wanted = [x for x in wanted if x.requires_grad] if out.requires_grad else []
     gradients: tuple = ()
@@ -182,7 +186,7 @@ def _results(out: Any, wanted: list[Tensor]) -> list[Tensor]:
 
 
 def _signs(x: Tensor) -> Tensor:
-    """-1 and 1, without an order that sums would have a part in, and the same each time."""
+    """A tensor of -1 and 1 like `x`: the same each time, and so irregular that sums do not cancel systematically."""
     return 1 - 2 * (torch.arange(x.numel(), device=x.device) * 2654435761 // 65536 % 2).view(x.shape).to(x.dtype)
 
 
@@ -192,7 +196,7 @@ def _coarser(hidden: Tensor) -> torch.dtype:
 
 
 def _mark_tokens(inputs: tuple, tokens: int) -> bool:
-    """Tell the compiler which dimensions are the tree's tokens; whether they can be told from all others."""
+    """Tell the compiler which dimensions are the tree's tokens. False if they cannot be told from other dimensions."""
     found = [x for y in inputs for x in (y if isinstance(y, tuple) else (y,)) if isinstance(x, Tensor)]
     places = [[d for d in range(x.dim()) if x.shape[d] == tokens] for x in found]
     if tokens < 2 or any(len(dims) > 1 for dims in places):
@@ -204,7 +208,7 @@ def _mark_tokens(inputs: tuple, tokens: int) -> bool:
 
 
 def _kind(layer: nn.Module) -> Hashable:
-    """What layers have in common that one graph serves."""
+    """A key that layers share if one graph serves them."""
     return tuple(
         (
             name,
@@ -241,7 +245,7 @@ def _why_not_now(layer: nn.Module) -> str:
 
 
 def _hooks(layer: nn.Module) -> list[dict]:
-    """Where the modules inside of it will have theirs."""
+    """The dicts into which hooks of the modules inside the layer are put."""
     return [vars(module)[hooks] for module in layer.modules() if module is not layer for hooks in HOOKS]
 
 
@@ -255,5 +259,5 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    inner = getattr(error, "inner_exception", error)  # what the backend raised
+    inner = getattr(error, "inner_exception", error)  # the exception that the compiler's backend raised
     return f"{type(inner).__name__}: {next(iter(str(inner).strip().splitlines()), '')}"

@@ -1,10 +1,10 @@
-"""Families that compute attention in code of their own: to them a token tree is a mask of N x N.
+"""Token trees for model families that do not use transformers' attention interface: the tree becomes an N x N mask.
 
-They read a mask of four dimensions as it is, and run their own attention with it: every distinct token goes through
-their layers once, but each token's scores reach over the whole tree.
+These families use a mask of four dimensions as it is in their own attention code. Each distinct token still goes
+through their layers once, but attention computes scores between each token and the whole tree.
 
-Some of them add a bias for the distance between two tokens (ALiBi), which they take from where a key stands in its row.
-In a tree that is its depth.
+Some of them add a bias for the distance between two tokens (ALiBi). They derive it from a key's index in its row. In a
+tree, that index is the token's depth.
 """
 
 import functools
@@ -23,12 +23,12 @@ from flashpo._causal_lm import INDEXED
 from flashpo.packing.paths import additive, class_with_method
 from flashpo.packing.tree import TokenTree
 
-BIASES = ("build_alibi_tensor", "build_mpt_alibi_tensor")  # functions that return them, with the keys last
-_thread = threading.local()  # its `depth`: that of all tokens, while a backbone runs a tree
+BIASES = ("build_alibi_tensor", "build_mpt_alibi_tensor")  # functions that return biases, with keys as last dimension
+_thread = threading.local()  # its `depth`: the depths of all tokens while a backbone runs a tree
 
 
 def is_dense(text: nn.Module) -> bool:
-    """Whether the model that reads text takes trees so."""
+    """Whether the model that reads text takes a tree as an N x N mask."""
     if INDEXED in (getattr(text.config, "layer_types", None) or ()):  # a smaller attention picks keys by the mask
         return True
     if _recurrent.reads_in_order(text) or any(class_with_method(module) for module in text.modules()):
@@ -37,7 +37,7 @@ def is_dense(text: nn.Module) -> bool:
 
 
 def mask(tree: TokenTree, text: Any) -> Tensor:
-    """(1, 1, N, N), in the form that the model makes for its own attention."""
+    """(1, 1, N, N), in the form that the model uses for its attention: bool for sdpa, otherwise numbers to add."""
     here = torch.arange(len(tree.end), device=tree.end.device)
     seen = (here <= here[:, None]) & (here[:, None] < tree.end)
     seen = seen[None, None]
@@ -45,7 +45,7 @@ def mask(tree: TokenTree, text: Any) -> Tensor:
 
 
 def pays(tree: TokenTree) -> bool:
-    """Whether scores over the whole tree are no more than those of the padded rows."""
+    """Whether attention over the whole tree has no more scores than attention over the padded rows."""
     rows, width = tree.flat.shape
     return len(tree.tokens) ** 2 <= rows * width**2
 
@@ -55,7 +55,7 @@ def biases(text: nn.Module) -> bool:
 
 
 def install(text: nn.Module) -> None:
-    """A second call does nothing."""
+    """Let the model that reads text take trees. Without a tree it computes as before. A second call does nothing."""
     text._flashpo_dense = True  # type: ignore[assignment]
     if not biases(text):
         return
@@ -102,7 +102,7 @@ def _at_depths(original: Callable) -> Callable:
         depth = getattr(_thread, "depth", None)
         if depth is None:
             return original(*args, **options)
-        # Each token takes the bias of its depth in a row as long as the longest one
+        # Build the biases of one row that is as long as the tree is deep; each token takes the bias of its depth
         length = int(depth.max()) + 1
         row = {"sequence_length": length, "attention_mask": depth.new_ones(1, length)}
         given.arguments.update({name: x for name, x in row.items() if name in signature.parameters})

@@ -1,4 +1,4 @@
-"""A few rows with images, scored as padded rows and as a token tree: the trial of a model that reads images."""
+"""`ImageTrial`: scores a few rows with images as padded rows and as a token tree, to compare the two."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ from flashpo.packing.trial import Trial
 
 
 class ImageTrial(Trial):
-    """`Trial` on such rows."""
+    """A `Trial` whose rows have images.
+
+    sample: the row of a batch from which the rows are made.
+    """
 
     def __init__(self, model: nn.Module, sample: ImageRows, parameters: bool = False):
         self.sample = sample
@@ -40,6 +43,6 @@ class ImageTrial(Trial):
 
 
 def rows_of(images: dict[str, Tensor], rows: slice | list[int]) -> dict[str, Tensor]:
-    """The fields of some of the rows."""
-    # contiguous, as processors give them: some models look at them in another shape
+    """The image fields of some of the rows."""
+    # contiguous, as processors return them, because some models view them in another shape
     return {name: x.unflatten(0, (ROWS, -1))[rows].flatten(0, 1).contiguous() for name, x in images.items()}

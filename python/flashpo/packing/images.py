@@ -1,8 +1,9 @@
-"""What an image batch is: which tokens stand for which image, and which images are the same.
+"""The images of a batch: which tokens stand for which image, and which images are equal.
 
-A processor puts placeholder tokens into the rows and gives the images beside them. A placeholder is told apart by its
-image and its place in the image, so that rows share a prefix over an image only where its pixels and sizes are equal.
-The fields have entries: an image each, a tile of one, or, where a processor pads them, all images of a row.
+A processor puts placeholder tokens into the rows and returns the images in separate fields. We distinguish placeholders
+by their image and by their place in the image, so that rows share a prefix across an image only if its pixels and sizes
+are equal. A field consists of entries. An entry is one image, one tile of an image, or, if the processor pads images,
+all images of a row.
 """
 
 import itertools
@@ -16,16 +17,16 @@ from torch import Tensor
 from flashpo._causal_lm import CausalLM
 
 FIELDS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes")
-COUNTS = ("num_images", "num_tiles")  # of each row, as TRL gives them
+COUNTS = ("num_images", "num_tiles")  # how many each row has; TRL passes these
 TYPES = "mm_token_type_ids"
 GENERATED, SCORED = "images_generated", "images_scored"
 shared: Counter[str] = Counter()  # batches of trainers in which equal images were computed once
-SCORED_BEHIND, ROWS = 8, 3  # tokens of each row of a comparison, and rows
-SAMPLES = 64  # numbers of an image that are looked at before it is compared with others
+SCORED_BEHIND, ROWS = 8, 3  # of a comparison: how many tokens of each row follow the images, and how many rows
+SAMPLES = 64  # images are compared in full only if about so many of their numbers are equal
 
 
 class Unit(NamedTuple):
-    """Entries that one run of features stands for, and where these begin among those of all distinct units."""
+    """Entries whose features are consecutive, and where their features begin among those of all distinct units."""
 
     entries: range
     start: int
@@ -35,17 +36,17 @@ class Unit(NamedTuple):
 class TreeImages(NamedTuple):
     """The distinct images of a token tree."""
 
-    fields: dict[str, Tensor]
-    feature: Tensor  # (P,): of each placeholder, in flat order, its place among the features of these images
-    features: int  # how many there are
-    rows: dict[str, Tensor]  # the padded batch, from which a model tells the positions of its tokens
-    sample: "ImageRows"  # what a model is compared on before it runs such trees
+    fields: dict[str, Tensor]  # what the processor gave for these images
+    feature: Tensor  # (P,): the index of each placeholder's feature among the features of these images, in flat order
+    features: int  # the number of features
+    rows: dict[str, Tensor]  # the padded batch, from which a model computes the positions of its tokens
+    sample: "ImageRows"  # rows on which a model is compared before it runs such trees
 
     def spread(self, features: Any) -> Any:
-        """What a model makes of the images, at every placeholder of the tree.
+        """The features that a model computed from the images, repeated for all placeholders of the tree.
 
         Raises:
-            ValueError: these are other images than the placeholders stand for.
+            ValueError: the number of features is not that of the images for which the placeholders stand.
         """
         flat = flattened(features)
         if len(flat) != self.features:
@@ -57,34 +58,41 @@ class TreeImages(NamedTuple):
 
 
 def flattened(features: Any) -> Tensor:
-    """(features, H), whether a model gives them image by image or in one tensor."""
+    """Features as (features, H), whether a model returns a tensor for each image or one for all."""
     if isinstance(features, list | tuple):
         return torch.cat([x.flatten(0, -2) for x in features])
     return features.flatten(0, -2)
 
 
 class Images(NamedTuple):
-    """The images of a batch of B rows of T tokens; `pack` takes them. The fields stay as they came."""
+    """The images of a batch of B rows of T tokens, made by `Images.of` for `pack`."""
 
-    token: int  # the placeholder's id
-    fields: dict[str, Tensor]
+    token: int  # the id of the placeholder token
+    fields: dict[str, Tensor]  # as they were given
     sizes: dict[str, list[int]]  # how many rows of a field each entry has
     of_rows: list[range]  # the entries of each row
-    units: list[Unit]
-    code: Tensor  # (B, T) int64, on the host: a placeholder's place among the features of all units, else -1
-    types: Tensor | None  # (B, T)
+    units: list[Unit]  # distinct units only
+    code: Tensor  # (B, T) int64, on the host: a placeholder's index among the features of all units; -1 elsewhere
+    types: Tensor | None  # (B, T): mm_token_type_ids
 
     @classmethod
     def of(cls, model: Any, input_ids: Tensor, attention_mask: Tensor, fields: Mapping[str, Any]) -> "Images":
-        """
+        """Find out which tokens of a batch stand for which images, and which images are equal.
+
         Args:
-            model: its configuration names the placeholder and tells how many of them an image has.
+            model: the model that will run the batch. Its configuration names the placeholder token and says how many
+                placeholders an image has.
             input_ids, attention_mask: (B, T), as for `pack`.
-            fields: what the processor gives beside them, or TRL, under their names. Where neither num_images nor
-                num_tiles says whose the images are, the placeholders have to.
+            fields: the other tensors that the processor or TRL gives, under their names (`pixel_values`,
+                `image_grid_thw`, `num_images`, ...). If neither `num_images` nor `num_tiles` says how many images a row
+                has, the placeholders must tell.
+
+        Returns:
+            Images, for the argument `images` of `pack` and `split_by_tokens`.
 
         Raises:
-            TypeError, ValueError: naming the field, and the row whose placeholders do not match its images.
+            TypeError, ValueError: a field is wrong, or a row's placeholders do not match its images; the message names
+                the field or the row.
         """
         config = CausalLM.of(model).base.config
         names = ("image_token_id", "image_token_index")
@@ -111,7 +119,7 @@ class Images(NamedTuple):
         return cls(token, images, sizes, of_rows, units, code, types)
 
     def rows(self, index: Tensor) -> "Images":
-        """Of these rows alone."""
+        """The images of the rows with these indices."""
         types = None if self.types is None else self.types[index.to(self.types.device)]
         of_rows = [self.of_rows[i] for i in index.tolist()]
         return self._replace(of_rows=of_rows, code=self.code[index.cpu()], types=types)
@@ -120,14 +128,17 @@ class Images(NamedTuple):
         return self._taken([entries], FIELDS)
 
     def beside(self, row: int, length: int, copies: int) -> dict[str, Tensor]:
-        """What a model takes beside the first `length` ids of `copies` of a row."""
+        """The inputs of a model in addition to the first `length` ids of a row, for so many copies of the row."""
         own = self.fields_of(self.of_rows[row])
         if self.types is not None:
             own[TYPES] = self.types[row : row + 1, :length]
         return {name: torch.cat([x] * copies) for name, x in own.items() if len(x)}
 
     def of_tree(self, code: Tensor, input_ids: Tensor, attention_mask: Tensor) -> TreeImages | None:
-        """code: of the tree's placeholders in flat order; input_ids, attention_mask: (B, T), of these rows."""
+        """The images of a tree; None if it has no placeholder.
+
+        code: the codes of the tree's placeholders, in flat order. input_ids, attention_mask: (B, T), the padded rows.
+        """
         if len(code) == 0:
             return None
         starts, lengths = (torch.tensor(x, device="cpu") for x in zip(*((u.start, u.length) for u in self.units)))
@@ -159,7 +170,7 @@ def _tensor(name: str, x: Any) -> Tensor:
 
 
 def _sizes(images: dict[str, Tensor]) -> dict[str, list[int]]:
-    """How many rows of each field belong to one entry."""
+    """For each field, how many of its rows each entry has."""
     grid = images.get("image_grid_thw")
     sizes = {name: [1] * len(x) for name, x in images.items()}
     if grid is not None:
@@ -174,7 +185,7 @@ def _sizes(images: dict[str, Tensor]) -> dict[str, list[int]]:
 
 
 def _tokens_of_entries(images: dict[str, Tensor], config: Any, tokens: int) -> list[int] | None:
-    """How many placeholders stand for each entry; None where only the model can tell."""
+    """How many placeholders stand for each entry; None if only the model knows."""
     vision = getattr(config, "vision_config", config)
     if (grid := images.get("image_grid_thw")) is not None and hasattr(vision, "spatial_merge_size"):
         return (grid.prod(1) // vision.spatial_merge_size**2).tolist()
@@ -183,7 +194,7 @@ def _tokens_of_entries(images: dict[str, Tensor], config: Any, tokens: int) -> l
     if (sizes := images.get("image_sizes")) is not None and hasattr(config, "spatial_merge_size"):
         return (sizes // (vision.patch_size * config.spatial_merge_size)).prod(1).tolist()
     pixels = images["pixel_values"]
-    if len(images) == 1 and pixels.dim() == 4 and len(pixels):  # all of one size, and nothing says otherwise
+    if len(images) == 1 and pixels.dim() == 4 and len(pixels):  # images of one size, with equally many placeholders
         if tokens % len(pixels):
             raise ValueError(f"pixel_values: {tokens} image tokens cannot stand for {len(pixels)} images of one size")
         return [tokens // len(pixels)] * len(pixels)
@@ -193,10 +204,10 @@ def _tokens_of_entries(images: dict[str, Tensor], config: Any, tokens: int) -> l
 def _entries_of_rows(
     images: dict[str, Tensor], given: Mapping[str, Any], entries: int, tokens: list[int] | None, count: list[int]
 ) -> list[range]:
-    """The entries of each row, which has `count` placeholders."""
+    """The entries of each row. `tokens`: placeholders of each entry, if known; `count`: placeholders of each row."""
     counted = "num_images" if given.get("num_tiles") is None else "num_tiles"
     counts = given.get(counted)
-    if images["pixel_values"].dim() == 5 and "image_sizes" not in images:  # padded to as many images for each row
+    if images["pixel_values"].dim() == 5 and "image_sizes" not in images:  # padded to equally many images in each row
         if entries != len(count):
             raise ValueError(f"pixel_values are of {entries} rows, the batch has {len(count)}")
         counts = [1] * entries
@@ -219,7 +230,7 @@ def _entries_of_rows(
 
 
 def _consumed(tokens: list[int], count: list[int]) -> list[int]:
-    """How many of the entries, in their order, the placeholders of each row stand for."""
+    """How many entries each row has, if its placeholders stand for the next entries that no earlier row has."""
     left, counts = iter(tokens), []
     for row, n in enumerate(count):
         seen = taken = 0
@@ -234,10 +245,11 @@ def _consumed(tokens: list[int], count: list[int]) -> list[int]:
 
 
 class ImageRows(NamedTuple):
-    """The beginning of a row of a batch, up to its last image token, and what follows it; on the host.
+    """Material for a comparison: a row of a batch up to its last image token, and tokens to append; on the host.
 
-    Three rows are made of it: two that part behind the same images, and one like the first with other images, so that
-    images which are shared by mistake, or are not, or positions that are off, give other log-probs or gradients.
+    Three rows are made of it: two that have the same images and differ after them, and a third that is like the first
+    but has other images. If images are shared by mistake or not shared, or if positions are wrong, then log-probs or
+    gradients differ from those of padded rows.
     """
 
     head: Tensor  # (T,)
@@ -247,7 +259,7 @@ class ImageRows(NamedTuple):
 
     @classmethod
     def of(cls, images: Images, input_ids: Tensor, attention_mask: Tensor) -> "ImageRows | None":
-        """Of the shortest row that has an image; None where no row has one."""
+        """Made from the row that has the fewest image tokens, but at least one; None if no row has any."""
         shown = (images.code >= 0).sum(1)
         candidates = [row for row in range(len(shown)) if shown[row] > 0]
         if not candidates:
@@ -262,20 +274,20 @@ class ImageRows(NamedTuple):
         return cls(ids[first : last + 1], tail, images.fields_of(images.of_rows[row]), types)
 
     def ids(self) -> Tensor:
-        """(ROWS, T)"""
+        """The token ids of the three rows, (ROWS, T)."""
         other = self.tail.flip(0)
-        other[0] = self.tail[0] - 1 if self.tail[0] > 2 else self.tail[0] + 1  # parts at once
+        other[0] = self.tail[0] - 1 if self.tail[0] > 2 else self.tail[0] + 1  # so that the rows differ at once
         return torch.stack([torch.cat([self.head, end]) for end in (self.tail, other, self.tail)])
 
     def images(self, device: torch.device, differentiable: bool = False) -> dict[str, Tensor]:
-        """Fields of all rows."""
+        """The image fields of the three rows."""
         pixels = self.fields["pixel_values"].to(device, torch.float32)
         images = {name: torch.cat([x] * ROWS).to(device) for name, x in self.fields.items()}
         images["pixel_values"] = torch.cat([pixels, pixels, pixels * -0.5]).requires_grad_(differentiable)
         return images
 
     def types_of(self, ids: Tensor) -> dict[str, Tensor]:
-        """Of rows that may go on behind these."""
+        """The mm_token_type_ids of rows, which may be longer than `types`."""
         if self.types is None:
             return {}
         types = torch.zeros_like(ids, dtype=self.types.dtype)
@@ -283,7 +295,7 @@ class ImageRows(NamedTuple):
         return {TYPES: types}
 
     def small(self, twin: Any) -> "ImageRows":
-        """The same with the vocabulary of a small twin."""
+        """The same rows with token ids from the vocabulary of a small twin."""
         config = twin.config
         token, words = config.image_token_id, CausalLM.of(twin).vocabulary - 8
         shown = self.types.cpu() != 0 if self.types is not None else self.head == self.head[-1]
@@ -291,19 +303,19 @@ class ImageRows(NamedTuple):
 
 
 class Distinct:
-    """Images of which none is equal to another: compared exactly, and only where a few of their numbers are equal."""
+    """Collects distinct units. Two units are compared in full only if a few of their numbers are equal."""
 
     def __init__(self) -> None:
         self.units: list[Unit] = []
-        self.parts: list[dict[str, Tensor]] = []  # of each unit: its part of every field
-        self._alike: dict[Any, list[int]] = {}  # by what is looked at first
+        self.parts: list[dict[str, Tensor]] = []  # for each unit its part of every field
+        self._alike: dict[Any, list[int]] = {}  # sampled numbers -> indices of the units that have them
 
     @property
     def features(self) -> int:
         return self.units[-1].start + self.units[-1].length if self.units else 0
 
     def unit(self, parts: dict[str, Tensor], entries: range, length: int) -> Unit:
-        """The one that is equal to these parts, which may be a new one."""
+        """The unit whose parts are equal to these; a new one if there is none."""
         key = (length, *((name, _sample(x)) for name, x in sorted(parts.items())))
         others = self._alike.setdefault(key, [])
         for i in others:
@@ -322,7 +334,7 @@ def _units(
     tokens: list[int] | None,
     places: Tensor,
 ) -> tuple[list[Unit], Tensor]:
-    """Distinct units, and `code`. Where only the model knows which tokens are whose, all of a row are one unit."""
+    """The distinct units, and `code` of Images. If `tokens` is None, all images of a row are one unit."""
     distinct = Distinct()
     code = torch.full(places.shape, -1, device="cpu")
     for row, own in enumerate(of_rows):
@@ -342,7 +354,7 @@ def _units(
 
 
 def _rows_of(x: Tensor, sizes: list[int], entries: Sequence[int]) -> Tensor:
-    """The part of a field that belongs to these entries, in their order; not a copy where they are consecutive."""
+    """The part of a field that belongs to these entries, in their order; a view if they are consecutive."""
     if len(entries) == 0:
         return x[:0]
     ends = [*itertools.accumulate(sizes, initial=0)]

@@ -1,4 +1,4 @@
-"""What a backbone takes of a token tree."""
+"""`run`: a backbone's forward on a token tree, and the inputs that it gets."""
 
 import contextlib
 import inspect
@@ -15,13 +15,13 @@ from flashpo.packing.tree import TokenTree
 
 
 def run(tree: TokenTree, backbone: Any, **more: Any) -> Any:
-    """The backbone's output for a tree; with gradients into whatever makes features of its images."""
+    """The backbone's output for a tree. Gradients also reach the modules that compute features of its images."""
     with _features_spread(backbone, tree.images):
         return backbone(**inputs(tree, backbone), use_cache=False, **more)
 
 
 def inputs(tree: TokenTree, backbone: nn.Module) -> dict[str, Any]:
-    """Keywords of its forward. With images it has to run within `run`."""
+    """The keywords of the backbone's forward for a tree. If the tree has images, use `run` instead."""
     given, text = tree.inputs(follows_width(backbone.config)), text_model(backbone)
     if dense.installed(text):
         given["attention_mask"] = dense.mask(tree, text)
@@ -33,14 +33,15 @@ def inputs(tree: TokenTree, backbone: nn.Module) -> dict[str, Any]:
 
 
 def follows_width(config: Any) -> bool:
-    """Whether rotary frequencies depend on how many positions a forward has."""
+    """Whether a model's rotary frequencies depend on the number of positions in a forward."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)]
     return any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def _positions(tree: TokenTree, images: TreeImages, backbone: Any) -> Tensor | None:
-    """(axes, 1, N) of a model whose images have rows and columns, by its own code for the padded batch; else None."""
+    """Positions (axes, 1, N) for a model whose image tokens have a row and a column, taken from the model's own
+    positions for the padded batch; None for other models."""
     padded = positions_of(backbone, images.rows)
     if padded is None:
         return None
@@ -51,7 +52,7 @@ def _positions(tree: TokenTree, images: TreeImages, backbone: Any) -> Tensor | N
 
 
 def positions_of(backbone: Any, rows: dict[str, Tensor]) -> Tensor | None:
-    """(axes, B, T), by the model's own code for padded rows; None where its positions count tokens."""
+    """Positions (axes, B, T) by the model's own code for padded rows; None if its positions just count tokens."""
     ask = getattr(backbone, "compute_3d_position_ids", None)
     if ask is None:
         return None
@@ -61,7 +62,8 @@ def positions_of(backbone: Any, rows: dict[str, Tensor]) -> Tensor | None:
 
 @contextlib.contextmanager
 def _features_spread(backbone: Any, images: TreeImages | None) -> Iterator[None]:
-    """Within it the backbone's forward, which makes features of the distinct images, finds them at all placeholders."""
+    """Within the block, the backbone's forward computes features of the distinct images, and these are repeated for all
+    placeholders of the tree."""
     if images is None:
         yield
         return
@@ -70,7 +72,7 @@ def _features_spread(backbone: Any, images: TreeImages | None) -> Iterator[None]
     def get_image_features(*args, **keywords):
         out = original(*args, **keywords)
         out.pooler_output = images.spread(out.pooler_output)
-        if getattr(out, "deepstack_features", None) is not None:  # for the first layers, one after the other
+        if getattr(out, "deepstack_features", None) is not None:  # one tensor for each of the first layers
             out.deepstack_features = [images.spread(x) for x in out.deepstack_features]
         return out
 
@@ -80,7 +82,7 @@ def _features_spread(backbone: Any, images: TreeImages | None) -> Iterator[None]
 
 @contextlib.contextmanager
 def features_by(backbone: Any, get_image_features: Callable) -> Iterator[None]:
-    """Within it the backbone's forward calls that method in the place of its own."""
+    """Within the block, the backbone's forward calls this function instead of its method `get_image_features`."""
     before = vars(backbone).get("get_image_features")
     backbone.get_image_features = get_image_features
     try:

@@ -1,11 +1,12 @@
-"""RMSNorm as one operator of torch on GPUs.
-
-transformers writes it as six operators, which make thirteen more in backward. With a norm at every input of a layer
-and of its heads that is half of a training pass's launches, for which a GPU waits where the host is slow.
+"""Runs RMSNorm as one operator of torch on GPUs.
 
     y = x / sqrt(mean(x^2) + eps) * (weight + offset)
 
-Rounded once, where transformers' Llama rounds before the weight, too.
+transformers writes it as six operators, which make thirteen more in backward. Layers have norms at their inputs and at
+their attention heads, so that norms make half of the kernel launches of a training pass. If the host is slow, the GPU
+waits for these launches.
+
+The fused operator rounds once. The Llama of transformers also rounds before it multiplies by the weight.
 """
 
 import contextlib
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 
 
 class Formula(NamedTuple):
+    """The details in which norms differ."""
+
     eps: float
-    offset: float  # 1 in Gemma's family, whose weight is the difference from 1
-    promotes: bool  # whether the result has the wider dtype of input and weight, else the input's
+    offset: float  # 1 in Gemma's family, whose weights are differences from 1; otherwise 0
+    promotes: bool  # whether the result has the promoted dtype of input and weight; otherwise it has the input's
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let the norms of transformers run so, for good; those that somebody has given another forward keep it."""
+    """Let the norms of a model of transformers run as one operator. This cannot be undone, except within
+    `original_norms`. Norms whose forward somebody has replaced keep that forward."""
     for module in model.modules():
         if "forward" not in module.__dict__ and (formula := _formula(module)) is not None:
             module._flashpo_norm = formula  # type: ignore[assignment]
@@ -35,7 +39,7 @@ def fuse_norms(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def original_norms(model: nn.Module) -> Iterator[None]:
-    """Within it `model` has its own norms back."""
+    """Within the block, the norms of `model` have their original forwards."""
     fused = [module for module in model.modules() if _fused(module)]
     forwards = [module.__dict__.pop("forward") for module in fused]
     try:
@@ -46,13 +50,13 @@ def original_norms(model: nn.Module) -> Iterator[None]:
 
 
 def fused_norm_forward(self: Any, x: Tensor) -> Tensor:
-    """The forward of a norm of transformers, `self`."""
+    """The new forward of `self`, a norm of transformers."""
     return rms_norm(x, self.weight, self._flashpo_norm) if _pays(x) else type(self).forward(self, x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, formula: Formula) -> Tensor:
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    wide = torch.promote_types(dtype, torch.float32) if formula.offset else dtype  # 1 + weight, unrounded
+    wide = torch.promote_types(dtype, torch.float32) if formula.offset else dtype  # so that 1 + weight is not rounded
     weight = weight.to(wide) + formula.offset if formula.offset else weight.to(wide)
     y = F.rms_norm(x.to(wide), weight.shape, weight, formula.eps)
     return y.to(dtype if formula.promotes else x.dtype)
@@ -63,25 +67,26 @@ def _fused(module: nn.Module) -> bool:
 
 
 def _pays(x: Tensor) -> bool:
-    """torch has a kernel for it on GPUs; on CPUs it runs the same six operators. A compiler makes one kernel of these
-    and what stands beside them."""
+    """Whether torch's operator is faster. torch has a kernel for it on GPUs only; on CPUs it runs the same six
+    operators. A compiler fuses the six operators with those around them."""
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def _formula(module: nn.Module) -> Formula | None:
-    """What the class of `module` computes, from a trial of it: None for all that is not the formula above."""
+    """The formula that the class of `module` computes, found by running it; None if it is not of the form above."""
     weight, eps = module.__dict__.get("_parameters", {}).get("weight"), _eps(module)
     known = type(module).__module__.startswith("transformers.") and type(module).__name__.endswith("RMSNorm")
     if not known or weight is None or weight.dim() != 1 or eps is None:
         return None
-    x = torch.linspace(-1, 1, 24, dtype=torch.float32, device="cpu").view(3, 8) * eps**0.5  # so that eps counts
+    # x is so small that eps has an effect
+    x = torch.linspace(-1, 1, 24, dtype=torch.float32, device="cpu").view(3, 8) * eps**0.5
     trial = copy.copy(module)
     trial_weight = nn.Parameter(torch.linspace(0.5, 2, 8, dtype=torch.float32, device="cpu"))
     trial._parameters = {"weight": trial_weight}
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             y, narrow = type(module).forward(trial, x), type(module).forward(trial, x.bfloat16())
-        except (TypeError, RuntimeError):  # takes a gate, or another shape
+        except (TypeError, RuntimeError):  # it takes a gate or an input of another shape
             return None
         for offset in (0.0, 1.0):
             formula = Formula(eps, offset, promotes=narrow.dtype == torch.float32)

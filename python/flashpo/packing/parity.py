@@ -1,8 +1,9 @@
-"""Does a model give on a token tree what it gives on padded rows? Asked once for every kind of model.
+"""The self-check of token trees: does a model give the same results on a token tree as on padded rows?
 
-A few short rows are scored both ways, with their gradients: by the model itself, and by its small fp32 twin on the same
-device, in which a window that is off by one or a wrong gradient stands out from rounding. What rounding does is
-measured on the model's own forward: of the rows in two batches, and with embeddings that are off by a rounding.
+It runs once for each kind of model. A few short rows are scored in both ways, with their gradients: by the model itself
+and by its small fp32 twin on the same device. In the twin, errors such as a window that is off by one or a wrong
+gradient are clearly larger than rounding. The effect of rounding is measured with the model's own padded forward: with
+the rows in two batches, and with embeddings that are changed by one rounding.
 """
 
 import contextlib
@@ -31,33 +32,38 @@ from flashpo.rollout.twin import small_twin
 log = logging.getLogger("flashpo")
 _answers: dict[Hashable, str] = {}
 
-NOISE = {8: 8.0, 4: 8.0, 2: 3.0}  # by bytes of the dtype: times what rounding does to the model's own forward
-ROUNDINGS = 2.0  # of the largest number, below which no forward can be told from another one
-MOST_NOISE = 1e-3  # of the largest log-prob: what another batch changes by more may be no rounding
+# A difference is allowed up to NOISE (by bytes of the dtype) times the measured noise, plus ROUNDINGS roundings of the
+# largest number, within which any two forwards may differ
+NOISE = {8: 8.0, 4: 8.0, 2: 3.0}
+ROUNDINGS = 2.0
+MOST_NOISE = 1e-3  # times the largest log-prob: if two batches differ by more, this may be more than rounding
 QUANTILE = 0.9
 Size = Callable[[Tensor], float]
 
 
 def check_parity(model: nn.Module) -> None:
-    """Raise Unsupported, with the reason, where `parity(model)` has one."""
+    """Raise Unsupported if `parity(model)` gives a reason."""
     if reason := parity(model):
         raise Unsupported(reason)
 
 
 def parity(model: nn.Module, head: bool = True, agree: Callable[[list], list] = list) -> str:
-    """`why_wrong`, asked once a process for what makes models alike: classes, options and dtypes of all modules.
+    """`why_wrong`, computed once per process for each kind of model (classes, options and dtypes of all modules).
 
     Args:
-        head: False for a backbone.
-        agree: in a distributed run that has to go on together whatever one rank finds: gathers a list of every rank's
-            into one list. All ranks then have the same answer, and run the model together where one has to.
+        head: False if `model` is a backbone.
+        agree: for distributed runs: gathers a list from each rank and returns the concatenation. All ranks then get the
+            same answer, and all run the model if one of them has to. By default the process decides alone.
+
+    Returns:
+        What is wrong; empty if token trees are right for `model`.
     """
     return _asked_once((_kind(model), head), lambda: why_wrong(model, head), agree, sharding.meets(model))
 
 
 def image_parity(model: nn.Module, sample: ImageRows) -> str:
-    """`parity` of rows with images, on a few that begin with those of a batch. Sharded models are asked by their twin
-    alone, since other ranks may have no images."""
+    """`parity` for rows with images, which begin like those of a batch. Of a sharded model only the small twin is
+    checked, because other ranks may have no images."""
     lm = CausalLM.of(model)
     if reason := why_no_images(lm.backbone):
         return reason
@@ -67,9 +73,12 @@ def image_parity(model: nn.Module, sample: ImageRows) -> str:
 def _asked_once(
     key: Hashable, why: Callable[[], str], agree: Callable[[list], list] = list, meets: bool = False
 ) -> str:
-    """meets: forwards of the model have collectives. A rank that left one of them for want of memory cannot go on to
-    `agree`: the others would take what it sends there for its weights. Its error ends the run."""
-    # Ranks that meet in `agree` while others wait for a thread of theirs would wait for ever
+    """The answer for `key`: the known one, or what `why` returns.
+
+    meets: whether forwards of the model have collectives. If so, a rank that runs out of memory in a forward cannot
+        call `agree`, because the other ranks would take what it sends for its weights. Its error ends the run.
+    """
+    # No lock around `agree`: a rank waiting in it for a rank whose thread waits for the lock would wait forever
     with one_at_a_time if agree is list else contextlib.nullcontext():
         if all(agree([key in _answers])):
             return _answers[key]
@@ -89,20 +98,20 @@ def _asked_once(
 
 
 def why_wrong(model: nn.Module, head: bool = True) -> str:
-    """Empty where token trees are right for `model`, else what is wrong.
+    """What is wrong with token trees for `model`; empty if they are right.
 
     Raises:
-        RuntimeError, MemoryError: there is no memory for it.
+        RuntimeError, MemoryError: there is not enough memory for the comparison.
     """
     base: Any = CausalLM.of(model).base if head else model
     try:
         with torch.inference_mode(False):  # gradients are compared, too
-            if not head and is_sharded(model):  # it only runs within the whole model, which gathers its weights
+            if not head and is_sharded(model):  # it cannot run alone: the whole model gathers its weights
                 reason = _twin_differs(base, head)
             else:
                 with on_trial(model, head):
                     reason = _twin_differs(base, head) or _differs(Trial(model, head))
-    except Exception as error:  # of any kind: it is the model's own code
+    except Exception as error:  # any exception, because the model's own code runs here
         if out_of_memory(error):
             raise
         reason = f"{type(error).__name__} on a few short rows: {error}"
@@ -116,7 +125,7 @@ def _why_wrong_with_images(model: nn.Module, base: Any, sample: ImageRows) -> st
             if not reason and not is_sharded(model):
                 with on_trial(model):
                     reason = _differs(ImageTrial(model, sample))
-    except Exception as error:  # of any kind: it is the model's own code
+    except Exception as error:  # any exception, because the model's own code runs here
         if out_of_memory(error):
             raise
         reason = f"{type(error).__name__} on a few rows with an image: {error}"
@@ -129,7 +138,7 @@ def _twin_with_images_differs(base: Any, sample: ImageRows) -> str:
         with on_trial(twin), torch.autocast(twin.device.type, enabled=False):
             trial = ImageTrial(twin, sample.small(twin), parameters=True)
             trial.padded()
-    except Exception as error:  # of any kind: its images have other sizes than the model's, say
+    except Exception as error:  # any exception; the twin may need images of another size, for example
         log.debug("no small %s with images: %s", type(base).__name__, error)
         return f"it is sharded, and no small {type(base).__name__} takes its images" if is_sharded(base) else ""
     with on_trial(twin), torch.autocast(twin.device.type, enabled=False):
@@ -140,7 +149,7 @@ def _twin_with_images_differs(base: Any, sample: ImageRows) -> str:
 def _twin_differs(base: Any, head: bool) -> str:
     try:
         twin = small_twin(base)
-    except ValueError as error:  # some configs cannot be made small: the model itself is tried all the same
+    except ValueError as error:  # some configs cannot be made small; then only the model itself is compared
         log.debug("%s", error)
         return ""
     with on_trial(twin, head), torch.autocast(twin.device.type, enabled=False):
@@ -149,7 +158,8 @@ def _twin_differs(base: Any, head: bool) -> str:
 
 
 def _differs(trial: Trial) -> str:
-    """With dropout in its attention a model is scored in one way and trained in another one."""
+    """What is wrong in any of the ways in which the model runs trees. With dropout in its attention it is trained
+    segment by segment, but scored by the kernel, so that both are compared."""
     ways = [trial.packed, trial.packed_by_segments] if trial.has_dropout() else [trial.packed]
     return next(filter(None, (_way_differs(trial, way) for way in ways)), "")
 
@@ -170,25 +180,29 @@ def _way_differs(trial: Trial, on_tree: Callable[[], Scored]) -> str:
         found = f"{what} of a token tree differ from those of padded rows by {distance:.1e} ({dtype})"
         return f"{found}, where rounding makes {noise:.1e}"
 
-    # In 16 bits a router may take another expert for a token, and its log-prob leaps: the quantile ignores a few
+    # In 16 bits a router may choose another expert for a token, which changes its log-prob a lot: a quantile ignores
+    # a few such tokens
     what, largest = "log-probs" if trial.head else "hidden states", max(1.0, padded.values.abs().max().item())
     if reason := compare(what, _root_mean_square if exact else _most, largest, lambda scored: scored.values):
         return reason
     size = _norm if exact else _most_of_tokens
     largest = math.hypot(*(size(x) for x in padded.gradients))
-    for i in range(len(padded.gradients) if math.isfinite(largest) else 0):  # fp16 overflows without a scaled loss
+    for i in range(len(padded.gradients) if math.isfinite(largest) else 0):  # fp16 may overflow: the loss is not scaled
         if reason := compare("gradients", size, largest, lambda scored: scored.gradients[i]):  # noqa: B023
             return reason
     return ""
 
 
 def beyond_rounding(distance: float, noise: float, largest: float, dtype: torch.dtype) -> bool:
-    """Whether numbers differ by more than rounding does; `noise`: what it was seen to do; `largest`: their size."""
-    return not distance <= NOISE[dtype.itemsize] * noise + ROUNDINGS * _eps(dtype) * largest  # True with NaN
+    """Whether numbers differ by more than rounding can explain.
+
+    noise: the difference that rounding was measured to make. largest: the size of the numbers.
+    """
+    return not distance <= NOISE[dtype.itemsize] * noise + ROUNDINGS * _eps(dtype) * largest  # true for NaN, too
 
 
 def _kind(model: nn.Module) -> Hashable:
-    """What models have in common whose forwards are the same function of their parameters."""
+    """A key that models share if their forwards are the same function of their parameters."""
     modules = list(model.modules())
     configs = {id(c): c for m in modules if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     texts = frozenset(c.to_json_string() + str(c._attn_implementation).removeprefix(PREFIX) for c in configs.values())
@@ -199,7 +213,8 @@ def _kind(model: nn.Module) -> Hashable:
 
 
 def _own_forward(module: nn.Module) -> Any:
-    forward = None if "_flashpo_kind" in vars(module) else vars(module).get("forward")  # a trial runs it uncompiled
+    # a compiled layer counts as its class, because a trial runs it uncompiled
+    forward = None if "_flashpo_kind" in vars(module) else vars(module).get("forward")
     forward = getattr(forward, "__func__", forward)
     return getattr(forward, "__code__", type(forward))
 
@@ -209,7 +224,8 @@ def _options(module: nn.Module) -> Hashable:
 
 
 def _coarsest(model: nn.Module) -> torch.dtype:
-    """Of the dtypes that a forward computes in, of which fp32 is the finest: norms and rotary angles know no other."""
+    """The coarsest dtype in which a forward computes. fp32 counts as the finest even for fp64 models, because norms and
+    rotary angles are computed in fp32."""
     device = next(model.parameters()).device.type
     dtypes: list[Any] = [p.dtype for p in model.parameters()] + [
         getattr(m, "compute_dtype", None) for m in model.modules()

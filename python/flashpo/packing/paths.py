@@ -1,11 +1,11 @@
-"""A model's own attention on a token tree, one segment at a time: for what our kernel lacks, such as dropout.
+"""Runs a model's original attention on a token tree, one segment at a time, for what our kernel lacks, such as dropout.
 
-To the attention of a model, a segment of the tree is what it meets behind a cache: the segment's tokens are the
-queries, and the tokens from the root to the segment's end are the keys. All segments together have no more pairs of
-query and key than the rows of the padded batch, so that this needs no more memory than padded rows do.
+For the model's attention, a segment looks like new tokens after a KV cache: the segment's tokens are the queries, and
+the tokens from the root to the segment's end are the keys. All segments together have no more (query, key) pairs than
+the rows of the padded batch, so that this needs no more memory than padded rows.
 
-Some families do not use transformers' interface for attention, but have theirs in a method `_attn`, which takes
-queries, keys, values and a mask. That is called so, too.
+Some families do not use transformers' attention interface. They have a method `_attn` instead, which takes queries,
+keys, values and a mask. It is called in the same way.
 """
 
 import functools
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from flashpo.ops._lineage import is_tree
 
 METHOD = "_attn"
-_thread = threading.local()  # `last`: the tree of the last call and its paths, which all layers ask for
+_thread = threading.local()  # its `last`: the tree of the last call and its paths, which all layers need
 
 
 class Path(NamedTuple):
-    begin: int  # the segment's tokens, by their flat indices
+    """A segment and the tokens that it sees."""
+
+    begin: int  # the segment has the flat indices begin, ..., end - 1
     end: int
     keys: Tensor  # flat indices of the tokens from the root to the segment's end
     seen: Tensor  # (1, 1, queries, keys) bool: which keys come no later than the query
@@ -46,9 +48,11 @@ def along_paths(
     """Attention of all tokens of the tree.
 
     Args:
-        attend: takes queries, keys, values and a mask, true where a query sees a key, and returns the output.
+        attend: takes the queries, keys and values of a segment and a mask, which is true where a query sees a key, and
+            returns the output.
+        tree: `TokenTree.mask`.
         reach: (N,), how many tokens of its path each query sees, itself included; None: all of them.
-        dim: that of the tokens in the output.
+        dim: the dimension of the tokens in the output.
     """
     outputs = []
     for path in _paths(tree):
@@ -61,12 +65,12 @@ def along_paths(
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers that eager attention adds to its scores."""
+    """The mask as numbers to add to scores, as eager attention takes it: 0 or the most negative number of `dtype`."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def class_with_method(module: nn.Module) -> Any:
-    """The class that has the attention of `module` in a method."""
+    """The class, that of `module` or a base of it, which has a suitable method `_attn`; None if there is none."""
     for kind in type(module).__mro__:
         if METHOD in vars(kind):
             names = tuple(inspect.signature(vars(kind)[METHOD]).parameters)
@@ -75,7 +79,8 @@ def class_with_method(module: nn.Module) -> Any:
 
 
 def let_methods_take_trees(text: nn.Module) -> None:
-    """For good; without a tree they are the originals. A second call does nothing."""
+    """Let the methods `_attn` of the model take token trees. Without a tree they call the originals. This cannot be
+    undone; a second call does nothing."""
     for kind in {class_with_method(module) for module in text.modules()} - {None}:
         if not hasattr(vars(kind)[METHOD], "takes_trees"):
             setattr(kind, METHOD, _asking(vars(kind)[METHOD]))
@@ -106,7 +111,7 @@ def _paths(tree: Tensor) -> list[Path]:
 
 def _find_paths(end: Tensor, position: Tensor) -> list[Path]:
     here = torch.arange(len(end), device=end.device)
-    bounds = F.pad(end.diff().nonzero()[:, 0] + 1, (1, 1)).tolist()  # every segment has an end of its own
+    bounds = F.pad(end.diff().nonzero()[:, 0] + 1, (1, 1)).tolist()  # `end` changes where a segment begins
     bounds[-1] = len(end)
     paths = []
     for a, b in itertools.pairwise(bounds):

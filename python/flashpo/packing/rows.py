@@ -1,7 +1,9 @@
-"""Padded rows answered by way of their token tree, for models that read hidden states: rewards, classifiers.
+"""Lets a backbone compute padded rows by their token tree, for models that read hidden states: reward models,
+classifiers.
 
-Such a model calls its backbone on padded rows and reads the state of each row's last token. Its backbone runs the tree
-in their place and lays its states out as the rows lie, zeros on padding, so that whatever reads them stays as it is.
+Such a model calls its backbone on padded rows and reads the state of each row's last token. The backbone runs the token
+tree of the rows and returns the states in the layout of the rows, with zeros on padding, so that the code that reads
+them does not change.
 """
 
 import functools
@@ -19,11 +21,11 @@ from flashpo.packing.inputs import inputs
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import TokenTree, pack
 
-NEUTRAL = ("use_cache", "margin")  # TRL's RewardTrainer hands its column on
+NEUTRAL = ("use_cache", "margin")  # keywords without effect; TRL's RewardTrainer passes its column `margin` on
 
 
 def not_told(tokens: int, of: int, on_tree: bool) -> None:
-    """Of nobody who wants to know what `take_rows` runs."""
+    """The default for `ran` of `take_rows`: does nothing."""
 
 
 def take_rows(
@@ -32,12 +34,15 @@ def take_rows(
     pays: Callable[[TokenTree | None], bool],
     ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
-    """Let `backbone`, for which token trees are right, run padded batches on them; for good.
+    """Let `backbone` run padded batches on token trees. This cannot be undone.
 
     Args:
-        allowed: whether a batch may run so, asked with what is against it, "" where nothing is.
-        pays: whether a tree is to run in the place of its padded rows; also asked of None, where there is none.
-        ran: told of each batch how many tokens run, how many the padded rows have, and whether it is a tree.
+        backbone: a model for which token trees are known to be right.
+        allowed: called with the reason why a batch cannot run on a tree, or with "" if there is none; returns whether
+            it may.
+        pays: whether to run a tree instead of its padded rows. It is also called with None if there is no tree.
+        ran: called for each batch with the number of tokens that run, the number of tokens of the padded rows, and
+            whether it is a tree.
     """
     accept_trees(backbone, head=False)
     padded: Any = backbone.forward.__func__  # type: ignore[attr-defined]
@@ -53,7 +58,8 @@ def take_rows(
         if tree is None:
             return padded(self, input_ids, attention_mask=attention_mask, **given)
         states = padded(self, **inputs(tree, self), use_cache=False).last_hidden_state[0]
-        return BaseModelOutputWithPast(last_hidden_state=F.pad(states, (0, 0, 0, 1))[tree.flat])  # -1: the zeros
+        # index -1, which `flat` has for padding, is the row of zeros that F.pad appends
+        return BaseModelOutputWithPast(last_hidden_state=F.pad(states, (0, 0, 0, 1))[tree.flat])
 
     backbone.forward = types.MethodType(forward, backbone)
 
@@ -62,7 +68,7 @@ def take_rows(
 def _tree_of(
     input_ids: Any, attention_mask: Tensor, given: dict, known: Any, allowed: Callable, pays: Callable
 ) -> TokenTree | None:
-    """None: the rows are to be padded."""
+    """The token tree of a batch; None if the rows have to run padded."""
     if not allowed(""):
         return None
     tree = None
@@ -85,5 +91,5 @@ def _pack(input_ids: Any, attention_mask: Any, given: dict, known: Any) -> Token
 
 
 def _all_zero(x: Any) -> bool:
-    """Types of tokens, say, that the backbone does not know."""
+    """Whether `x` is a tensor of zeros, such as token types of text."""
     return isinstance(x, Tensor) and not x.any()

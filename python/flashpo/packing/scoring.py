@@ -1,7 +1,7 @@
-"""Log-probs and entropies of a batch by one forward over its token tree.
+"""`score`: log-probs and entropies of a batch by one forward over its token tree.
 
-A model is called as it is wrapped, so that DDP and FSDP see a forward of theirs. Inside of it the innermost model finds
-the tree among its keywords and runs `forward_here` in the place of its own `forward`.
+The wrapped model is called, so that DDP and FSDP run their own forwards. The innermost model finds the tree among its
+keywords and then runs `forward_here` instead of its own `forward`.
 """
 
 import contextlib
@@ -19,12 +19,14 @@ from flashpo.ops.token_stats import TokenStats
 from flashpo.packing.images import ImageRows
 from flashpo.packing.tree import TokenTree
 
-_shown: WeakSet[nn.Module] = WeakSet()  # models that were compared on images
+_shown: WeakSet[nn.Module] = WeakSet()  # models that passed the comparison on images
 
 
 class TreeScores(NamedTuple):
-    stats: TokenStats  # (B, C)
-    aux_loss: Tensor | None  # of a mixture of experts, where it was asked for
+    """What `forward` returns."""
+
+    stats: TokenStats  # (B, C), 0 at tokens that are not scored
+    aux_loss: Tensor | None  # the load-balancing loss of a mixture of experts, if it was asked for
 
 
 def score(
@@ -35,29 +37,46 @@ def score(
     outputs: tuple[str, ...] = ("entropy",),
     fp32_head: bool = False,
 ) -> TokenStats:
-    """Log-probs and side statistics of the tokens that `pack` was told to score, over (B, C), 0 at other places.
+    """Log-probs and other statistics of the scored tokens of a token tree.
 
-    The backbone runs once over (1, N) tokens; only rows that predict a scored token reach the head. The gradient of a
-    shared token is the sum over its rows. Positions count from a row's first token.
+    The backbone runs once over the N tokens of the tree, (1, N). Only the hidden states that predict a scored token
+    reach the head. The gradient of a shared token is the sum over its rows. Positions count from each row's first
+    token.
+
+    The first call with a model compares a token tree with padded rows on a few short rows, as
+    `packable(model, check=True)` does, and gives the model our attention, which it keeps. Without a token tree this
+    attention calls the one that the model had before.
 
     Args:
-        model: a causal language model of transformers, also a multimodal one, and wrapped by PEFT, DDP, FSDP2 or
-            torch.compile. It keeps our attention from then on, which leaves everything but token trees to the one it
-            had.
+        model: a causal language model of transformers. It may be multimodal, and may be wrapped by PEFT, DDP, FSDP2 or
+            torch.compile.
+        tree: the token tree that `pack` made.
         temperature: the logits are divided by it.
-        outputs: names of the `TokenStats` fields wanted besides `logprob`.
-        fp32_head: run the head in fp32 whatever the model's dtype, also under autocast.
+        outputs: the names of the fields of `TokenStats` to compute in addition to `logprob`.
+        fp32_head: compute the head in fp32, whatever the model's dtype, even under autocast.
+
+    Returns:
+        TokenStats, each field (B, C); 0 at tokens that are not scored.
 
     Raises:
-        Unsupported: with the reason that `packable` gives, or what a comparison of rows with images finds.
-        TypeError, ValueError: the message names the argument.
+        Unsupported: token trees are not right for this model; the message has the reason that `packable` gives, or the
+            result of comparing rows with images.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
     return forward(model, tree, temperature=temperature, outputs=outputs, fp32_head=fp32_head).stats
 
 
 def forward(model: nn.Module, tree: TokenTree, *, aux_loss: bool = False, **options: Any) -> TreeScores:
-    """`score` with the load-balancing loss of a mixture of experts: that of the padded batch, each token counting as
-    often as rows hold it. It takes a tree that is not pruned.
+    """`score`, and the load-balancing loss of a mixture of experts if `aux_loss` is true.
+
+    The loss is that of the padded batch: each token counts once for each row that contains it.
+
+    Args:
+        aux_loss: compute the load-balancing loss. The tree must be packed with prune=False.
+        options: those of `score`.
+
+    Raises:
+        Unsupported, TypeError, ValueError: as in `score`.
     """
     if not isinstance(tree, TokenTree):
         raise TypeError(f"tree must be a TokenTree, as pack makes them, got {type(tree).__name__}")
@@ -68,11 +87,13 @@ def forward(model: nn.Module, tree: TokenTree, *, aux_loss: bool = False, **opti
 
 
 def prepare(model: nn.Module) -> None:
-    """Let `model` take token trees, and run its norms as one operator each on GPUs; `score` does it, too. Later calls
-    do nothing.
+    """Let `model` take token trees, and run each of its norms as one operator on GPUs.
+
+    `score` calls this. A second call does nothing.
 
     Raises:
-        Unsupported: with the reason that `packable(model, check=True)` gives.
+        Unsupported: token trees are not right for this model; the message has the reason that
+            `packable(model, check=True)` gives.
     """
     from flashpo.packing.parity import check_parity
     from flashpo.packing.support import check_packable
@@ -96,7 +117,7 @@ def _prepare_for_images(model: nn.Module, sample: ImageRows) -> None:
 
 
 def accept_trees(model: nn.Module, head: bool = True) -> None:
-    """`prepare` without a question, also of a backbone (`head=False`), which takes a tree in the place of its mask."""
+    """`prepare` without any check. With head=False, `model` is a backbone, which takes a tree instead of its mask."""
     from flashpo import _recurrent
     from flashpo.packing.attention import install
     from flashpo.packing.norms import fuse_norms
@@ -132,7 +153,15 @@ def forward_here(
     fp32_head: bool = False,
     aux_loss: bool = False,
 ) -> TreeScores:
-    """For code that already is inside of the wrapped model's forward; `model` is prepared."""
+    """`forward` for code that already runs inside the wrapped model's forward.
+
+    Args:
+        model: the innermost model, to which `prepare` or `accept_trees` was applied.
+        tree, temperature, outputs, fp32_head, aux_loss: as for `score` and `forward`.
+
+    Raises:
+        ValueError: `aux_loss` is true and the tree is pruned.
+    """
     from flashpo.packing.attention import install, installed
     from flashpo.packing.head import gathering, parameters
     from flashpo.packing.inputs import run
@@ -166,8 +195,8 @@ def forward_here(
 
 
 def _aux_loss(lm: CausalLM, router_logits: Any, tree: TokenTree) -> Any:
-    """transformers weights tokens by its mask: ours tells how many rows hold each."""
+    """The load-balancing loss of transformers. It weights tokens by a mask; ours is how many rows have each token."""
     from flashpo._hosts.transformers import load_balancing_loss
 
-    base = lm.base  # it knows the numbers under one name, its configuration under several
+    base = lm.base  # it has these numbers under the same names in all families; its configuration does not
     return load_balancing_loss(router_logits, base.num_experts, base.num_experts_per_tok, tree.copies[None])

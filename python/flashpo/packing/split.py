@@ -1,4 +1,4 @@
-"""Micro-batches of a budget of tokens, where a shared token counts once."""
+"""Splits a batch into micro-batches of a limited number of tokens, where a shared token counts once."""
 
 from itertools import pairwise
 
@@ -18,19 +18,21 @@ def split_by_tokens(
     prune: bool = True,
     images: Images | None = None,
 ) -> list[Tensor]:
-    """Rows of each micro-batch, so that `pack` of them, with the same options, has at most `max_tokens` tokens.
+    """Split the rows of a batch so that the token tree of each part has at most `max_tokens` tokens.
 
-    Rows with the same prompt (all that comes before a row's first scored token) stay together, unless they are too many
-    for one micro-batch by themselves. Prompts that begin alike come one after the other.
+    Rows with the same prompt (the tokens before a row's first scored token) stay in one part, unless they are too many
+    for one part by themselves. Prompts that begin alike come one after the other.
 
     Args:
-        input_ids, attention_mask, completion_mask, min_saved, prune, images: as in `pack`.
+        input_ids, attention_mask, completion_mask, min_saved, prune, images: as for `pack`, which has to be called with
+            the same options.
+        max_tokens: the largest number of tokens of a tree.
 
     Returns:
-        A list of int64 tensors on the batch's device, which hold each row of the batch once.
+        For each part the indices of its rows, int64, on the batch's device. Each row is in exactly one part.
 
     Raises:
-        TypeError, ValueError: as in `pack`, and where a single row has more than `max_tokens` tokens.
+        TypeError, ValueError: as in `pack`, and if a single row has more than `max_tokens` tokens.
     """
     check_count("max_tokens", max_tokens)
     check_count("min_saved", min_saved)

@@ -1,4 +1,5 @@
-"""Which models can run on token trees: those whose tokens meet in causal attention alone."""
+"""Which models can run on token trees: those in which tokens affect each other only in ways that follow the tree, such
+as causal attention."""
 
 import inspect
 from collections.abc import Iterator
@@ -11,17 +12,23 @@ from flashpo._hosts.peft import is_tuner_layer, why_not_trained_by_layers
 
 
 class Packable(NamedTuple):
+    """The answer of `packable`."""
+
     ok: bool
-    reason: str  # why not; empty where it can
+    reason: str  # why it cannot run on token trees; empty if it can
 
 
 def packable(model: nn.Module, *, check: bool = False) -> Packable:
-    """Whether `score` can run `model`, by what its configuration and modules say.
+    """Whether `score` can run `model`, as far as its configuration and modules tell.
 
     Args:
-        check: run it on a few short rows, too, and compare a token tree with padded rows, once for every kind of model:
-            what `score` does before it runs a model for the first time, and the trainers before they train. Every rank
-            of a sharded model has to ask.
+        model: a causal language model of transformers, which may be wrapped.
+        check: also run the model on a few short rows, and compare a token tree with padded rows. This is done once per
+            process for each kind of model. `score` does it before it first runs a model, and the trainers before they
+            train. All ranks of a sharded model have to call this together.
+
+    Returns:
+        (ok, reason); the reason is empty if the model can run.
     """
     from flashpo.packing.parity import parity
 
@@ -34,12 +41,13 @@ def packable(model: nn.Module, *, check: bool = False) -> Packable:
 
 
 def why_not_packable(backbone: nn.Module) -> str:
-    """Of a model without a head; empty where it is."""
+    """Why a model without a head cannot run on token trees; empty if it can."""
     return next(iter((*_configuration(backbone.config), *_layers(backbone), "")))
 
 
 def why_no_images(backbone: Any) -> str:
-    """What is against token trees of rows with images; empty where nothing is but what a comparison may find."""
+    """Why rows with images cannot run on token trees; empty if nothing is known against it. `image_parity` may still
+    find something."""
     from flashpo._hosts.transformers import attends_in_blocks  # imports transformers
 
     if not hasattr(backbone, "get_image_features"):
@@ -50,14 +58,14 @@ def why_no_images(backbone: Any) -> str:
 
 
 def check_packable(model: nn.Module) -> None:
-    """Raise Unsupported, with the reason, unless `packable(model)`."""
+    """Raise Unsupported with the reason if `packable(model)` is not ok."""
     lm = CausalLM.of(model)
     for reason in (*_head(lm.head), *_adapters(model), *_configuration(lm.base.config), *_layers(lm.backbone)):
         raise Unsupported(f"{lm.base.config.model_type}: {reason}")
 
 
 def _head(head: Any) -> Iterator[str]:
-    from flashpo._hosts.sharding import wraps_in_fsdp1  # which imports transformers
+    from flashpo._hosts.sharding import wraps_in_fsdp1  # imports transformers
 
     if is_tuner_layer(head):
         yield "there is an adapter on the language model head, which a fused head does not apply"
@@ -87,7 +95,7 @@ def _layers(backbone: nn.Module) -> Iterator[str]:
     from flashpo import _recurrent
     from flashpo.packing import dense
 
-    text = text_model(backbone)  # images and sounds, whose towers may attend both ways, do not run on trees
+    text = text_model(backbone)  # not the towers of images and sounds, which may attend both ways: no tree runs there
     told = "position_ids" in inspect.signature(backbone.forward).parameters
     if not told and not dense.biases(text) and not _recurrent.reads_in_order(text):
         yield "its backbone takes no position_ids"

@@ -1,11 +1,13 @@
-"""Every distinct token of a batch once: rows that begin alike are paths of one tree, laid out flat and depth first.
+"""`pack`: the token tree of a batch, which holds each distinct token once.
 
-    rows                       tokens      a b c d e f        c and its row end where the next row branches off:
-    a b c d                    position    0 1 2 3 2 3        query i sees key j  <=>  j <= i < end[j]
-    a b e f                    end         6 6 4 4 6 6
+Rows that begin alike are paths of one tree. Its tokens are laid out flat, in depth-first order:
 
-The rows are sorted as words are; row i then shares with row i - 1 all that it shares with any row before it, so that
-the lengths of these shared beginnings tell the whole tree.
+    rows                       tokens      a b c d e f        end[j] is one past the last token that sees token j,
+    a b c d                    position    0 1 2 3 2 3        so that
+    a b e f                    end         6 6 4 4 6 6        query i sees key j  <=>  j <= i < end[j]
+
+To build it, the rows are sorted lexicographically. Row i then shares with row i - 1 everything that it shares with any
+earlier row, so that the lengths of these shared beginnings determine the whole tree.
 """
 
 from typing import NamedTuple
@@ -21,36 +23,39 @@ MIN_SAVED = 16
 
 
 class TokenTree(NamedTuple):
-    """N distinct tokens of a batch of B rows, in S segments, and M distinct pairs (token, what it has to predict).
+    """The token tree of a batch of B rows of T tokens, made by `pack`.
 
-    A segment is a stretch of tokens that the same rows pass through. `segments` and `parents` live on the host, all
-    else on the batch's device.
+    It has N distinct tokens in S segments, and M distinct pairs (token, next token to predict). A segment is a run of
+    consecutive tokens that the same rows pass through. `segments` and `parents` are on the host, all other tensors on
+    the batch's device. A flat index counts the tokens of the tree, 0 to N - 1.
     """
 
     tokens: Tensor  # (N,) int64
     position: Tensor  # (N,) int32: the token's place in its row, from 0
-    end: Tensor  # (N,) int32: the flat index behind the last token that sees it
-    copies: Tensor  # (N,) int64: how many rows hold it
-    flat: Tensor  # (B, T) int64: the flat index of each token of the batch; -1 for padding and for what was pruned
+    end: Tensor  # (N,) int32: the flat index after that of the last token that sees this one
+    copies: Tensor  # (N,) int64: how many rows contain the token
+    flat: Tensor  # (B, T) int64: the flat index of each token of the batch; -1 for padding and for pruned tokens
     source: Tensor  # (M,) int64: the flat index of the token that predicts `target`; ascending
-    target: Tensor  # (M,) int64
-    pair: Tensor  # (B, C) int64: which pair scores this place; M where nothing does
-    segments: Tensor  # (S, 3) int64: begin, end, and end of all that descends from it
-    parents: Tensor  # (S,) int64: a segment's parent, -1 for a root
-    pruned: bool
-    width: int  # T: a forward of the padded batch has so many positions
+    target: Tensor  # (M,) int64: the token id to predict
+    pair: Tensor  # (B, C) int64: the pair that scores this token of a row; M if it is not scored
+    segments: Tensor  # (S, 3) int64: flat index of its begin, of its end, and of the end of all of its descendants
+    parents: Tensor  # (S,) int64: the segment that it continues, -1 for a root
+    pruned: bool  # whether tokens that no scored token needs were left out
+    width: int  # T, the number of positions in a forward of the padded batch
     images: TreeImages | None = None
 
     @property
     def mask(self) -> Tensor:
-        """(1, 1, 2, N) int32, end and position: what the tree is to attention, in the place of a mask."""
+        """(1, 1, 2, N) int32: `end` and `position`, which attention gets in place of its mask."""
         return torch.stack([self.end, self.position])[None, None]
 
     def inputs(self, follows_width: bool = False) -> dict[str, Tensor]:
-        """What a backbone takes.
+        """The keywords of a backbone's forward: input_ids (1, N), attention_mask (`mask`) and position_ids (1, N).
 
-        follows_width: its rotary frequencies depend on the last position of a forward. All positions then move, so that
-        the last one is that of the padded batch; rotary embeddings tell only how far apart two tokens are.
+        Args:
+            follows_width: whether the backbone's rotary frequencies depend on the last position of a forward. If so,
+                all positions are moved so that the last one is that of the padded batch. That changes nothing else,
+                because rotary embeddings only depend on the distance between tokens.
         """
         position = self.position.long()
         if follows_width:
@@ -58,7 +63,7 @@ class TokenTree(NamedTuple):
         return {"input_ids": self.tokens[None], "attention_mask": self.mask, "position_ids": position[None]}
 
     def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Values of the pairs (M, ...) at the places that they score (B, C, ...), `fill` at the others."""
+        """Values of the pairs, (M, ...), as rows, (B, C, ...); `fill` at tokens that are not scored."""
         nothing = values.new_full((1, *values.shape[1:]), fill)
         return torch.cat([values, nothing])[self.pair.to(values.device)]
 
@@ -72,37 +77,44 @@ def pack(
     prune: bool = True,
     images: Images | None = None,
 ) -> TokenTree:
-    """The token tree of a batch; shared prefixes are found from the token ids, on the host, with one copy from a GPU.
+    """The token tree of a batch, which contains each distinct token once.
+
+    Tokens of several rows are the same if the rows are equal up to and including them. These shared prefixes are found
+    from the token ids, on the host, after a single copy from the GPU.
 
     Args:
-        input_ids: (B, T) int64, at least 0 wherever attention_mask is 1.
-        attention_mask: (B, T) bool or 0/1; the ones of a row lie together, wherever its padding is.
-        completion_mask: (B, C) bool or 0/1, the scored tokens among the last C of each row; C <= T. A row's first token
-            cannot be scored, nor can padding.
-        min_saved: a shared stretch becomes a segment if that saves so many tokens; otherwise its rows go apart where
-            it begins. On CPUs a segment costs attention what 6 to 25 tokens cost the layers' products (models of 256
-            to 1024 features); GPUs skip tiles, and 1 is best.
-        prune: leave out what no scored token needs: a row from its last scored token on, a row without one. Results
-            are the same; only an auxiliary loss over all tokens has to see them.
-        images: of the rows. Rows share image tokens only where the images are equal, and the tree has each image once.
+        input_ids: (B, T) int64, at least 0 wherever `attention_mask` is 1.
+        attention_mask: (B, T) bool or 0/1. The ones of a row must be consecutive; the padding may be on either side.
+        completion_mask: (B, C) bool or 0/1, C <= T: which of the last C tokens of each row are scored. A row's first
+            token and padding cannot be scored.
+        min_saved: shared tokens become a segment of their own if that saves at least so many tokens; otherwise the rows
+            separate where these tokens begin. On CPUs an additional segment costs attention as much time as 6 to 25
+            tokens cost the matrix products of the layers (measured with hidden sizes of 256 to 1024). On GPUs
+            attention skips tiles, and 1 is best.
+        prune: leave out tokens that no scored token needs: those of a row from its last scored token on, and rows
+            without scored tokens. Log-probs and gradients stay the same; but an auxiliary loss over all tokens needs
+            prune=False.
+        images: the images of the rows, made by `Images.of`. Rows share image tokens only if the images are equal. The
+            tree contains each distinct image once.
 
     Returns:
-        TokenTree. The order of rows does not matter to `tokens`. Where there is nothing to run, one token stands in, so
-        that the ranks of a distributed run stay in step.
+        A TokenTree. `tokens` does not depend on the order of the rows. If no token has to run, the tree has one token
+        that nothing needs, so that all ranks of a distributed run have a forward.
 
     Raises:
-        TypeError, ValueError: the message names the argument.
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
     check_count("min_saved", min_saved)
     rows = Rows.of(input_ids, attention_mask, completion_mask, prune, images)
     sorted_ids, of_row = rows.distinct()
     length = (sorted_ids >= 0).sum(1)
     branch = torch.tensor(branches(shared_with_previous(sorted_ids), min_saved), device="cpu")
-    begin = F.pad((length - branch).cumsum(0), (1, 0))  # of each sorted row's own tokens; the last is N
+    # flat index of the first token that each sorted row adds to the tree; the last entry is N
+    begin = F.pad((length - branch).cumsum(0), (1, 0))
 
     count, depth = (torch.arange(n, device="cpu") for n in sorted_ids.shape)
     count = count[:, None]
-    brings = branch[:, None] <= depth  # a token of its own at this depth, not one of the row before
+    brings = branch[:, None] <= depth  # whether a row adds a token at this depth, or shares that of the row before
     owner = count.where(brings, 0).cummax(0).values
     index = begin[owner] + depth - branch[owner]
     index = index.masked_fill(sorted_ids < 0, -1)
@@ -128,13 +140,13 @@ def pack(
 
 
 class Rows(NamedTuple):
-    """The batch on the host, its rows aligned at their first tokens."""
+    """The batch on the host, with its rows aligned at their first tokens."""
 
-    batch: Tensor  # (B, T): as it came
+    batch: Tensor  # (B, T): the token ids as they were given
     scored: Tensor  # (B, T) bool
     width: int  # C
     first: Tensor  # (B, 1): the column of a row's first token
-    ids: Tensor  # (B, L), -1 behind a row's end; where an image is, its code, behind the ids of the batch
+    ids: Tensor  # (B, L): the aligned ids, -1 after a row's end; for image tokens a code that is larger than any id
 
     @classmethod
     def of(
@@ -171,19 +183,19 @@ class Rows(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        """More than any token id of the batch."""
+        """A number that is larger than any token id of the batch."""
         return int(self.batch.max()) + 1
 
     def distinct(self) -> tuple[Tensor, Tensor]:
-        """`ids` without repetition, sorted as words are, and where each row is among them."""
-        return self.ids.unique(dim=0, return_inverse=True)  # -1 behind the end: a prefix sorts first
+        """The distinct rows of `ids`, sorted lexicographically, and the index of each row among them."""
+        return self.ids.unique(dim=0, return_inverse=True)  # a prefix sorts first, because -1 follows a row's end
 
     def prompt(self) -> Tensor:
-        """(B,): how many tokens of a row come before its first scored one; all, where none is scored."""
+        """(B,): how many tokens of a row come before its first scored one; L if none is scored."""
         return (self.scored.int().argmax(1) - self.first[:, 0]).where(self.scored.any(1), self.ids.shape[1])
 
     def pairs(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """source, target and pair of TokenTree; `index` (B, L) is the flat index of each of `ids`."""
+        """`source`, `target` and `pair` of TokenTree. `index` (B, L): the flat index of each token of `ids`."""
         row, column = self.scored.nonzero(as_tuple=True)
         predictor = index[row, column - self.first[row, 0] - 1]
         vocab = self.vocabulary
@@ -192,7 +204,7 @@ class Rows(NamedTuple):
         return keys // vocab, keys % vocab, pair[:, self.batch.shape[1] - self.width :]
 
     def spread(self, index: Tensor) -> Tensor:
-        """(B, L) aligned at the first tokens -> (B, T) as the batch lies."""
+        """Move indices (B, L), aligned at the first tokens, to the places (B, T) that the tokens have in the batch."""
         row, depth = (index >= 0).nonzero(as_tuple=True)
         spread = torch.full_like(self.batch, -1)
         return spread.index_put_((row, depth + self.first[row, 0]), index[row, depth])
@@ -204,7 +216,7 @@ def check_count(name: str, value: int) -> None:
 
 
 def _on_host(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) int64, bool and bool, after one copy."""
+    """Check the three tensors and copy them to the host together: (B, T) int64, bool and bool."""
     for name, x in (("input_ids", input_ids), ("attention_mask", attention_mask), ("completion_mask", completion_mask)):
         check_tensor(name, x)
         if x.dim() != 2:
@@ -229,7 +241,7 @@ def _on_host(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor)
 
 
 def shared_with_previous(sorted_ids: Tensor) -> list[int]:
-    """How many tokens each row shares with the one before it."""
+    """How many tokens each row shares with the row before it; 0 for the first row."""
     alike = (sorted_ids[1:] == sorted_ids[:-1]) & (sorted_ids[1:] >= 0)
     return [0, *alike.int().cumprod(1).sum(1).tolist()]
 
@@ -237,11 +249,12 @@ def shared_with_previous(sorted_ids: Tensor) -> list[int]:
 def branches(shared: list[int], min_saved: int) -> list[int]:
     """The depth at which each row leaves the path of the row before it.
 
-    That is `shared`, unless the stretch between two branchings is too short for its own segment: then all that go
-    through it part where it begins. Shallow branchings come first, because the depth of the deeper ones hangs on them.
+    This is `shared`, unless the tokens between two branches are too few for a segment of their own (`min_saved`). Then
+    all rows that pass through these tokens separate where the tokens begin. Shallow branches are decided first, because
+    the depths of the deeper ones depend on them.
     """
     branch = list(shared)
-    waiting = [(1, len(shared), 0)]  # rows, all of which share so many tokens with the row before
+    waiting = [(1, len(shared), 0)]  # ranges of rows that share at least `base` tokens with the row before
     while waiting:
         begin, stop, base = waiting.pop()
         if begin >= stop:
@@ -257,7 +270,7 @@ def branches(shared: list[int], min_saved: int) -> list[int]:
 
 
 def _segments(end: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """segments and parents of TokenTree; `before` (N,) is the flat index of the token before, or -1."""
+    """`segments` and `parents` of TokenTree. `before` (N,): the flat index of the token before each token, or -1."""
     begin = F.pad(end.diff().nonzero()[:, 0] + 1, (1, 0))
     stop = F.pad(begin[1:], (0, 1), value=len(end))
     parents = torch.searchsorted(begin, before[begin], right=True) - 1

@@ -1,4 +1,4 @@
-"""A few short rows, scored as padded rows and as a token tree by a model that is afterwards as it was."""
+"""`Trial`: scores a few short rows as padded rows and as a token tree. `on_trial` restores the model afterwards."""
 
 import contextlib
 import warnings
@@ -19,30 +19,34 @@ from flashpo.packing.inputs import run
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.tree import TokenTree, pack
 
-LONGEST = 24  # tokens: more than the windows of a small twin
-EVERY = 2  # tokens of the longest row another one leaves it, after which it has as many of its own
-COPIED = 1 << 20  # numbers; a larger buffer holds weights (of quantised layers), which no forward changes
+LONGEST = 24  # tokens of the longest row: more than the windows of a small twin
+EVERY = 2  # after every 2 tokens another row leaves the longest one, and has 2 tokens of its own
+COPIED = 1 << 20  # larger buffers are not copied: they hold weights of quantised layers, which no forward changes
 
 
 class Scored(NamedTuple):
-    values: Tensor  # of all scored tokens: log-probs, or a projection of the hidden states of a model without a head
-    gradients: list[Tensor]  # of the parameters asked for, else of the embeddings, summed over the places of a token
+    """The results of one way to score the rows."""
+
+    values: Tensor  # for all scored tokens: log-probs, or projections of hidden states if the model has no head
+    gradients: list[Tensor]  # of the parameters if asked for, otherwise of the embedding of each distinct token id
 
 
 class Trial:
-    """A causal language model, or a backbone (`head=False`), and its ways to score the rows.
+    """A causal language model, or a backbone (`head=False`), with methods that score the rows in different ways.
 
-    Every rank of a sharded model has to run them, and these have no gradients: its hooks reduce what backward brings.
-    Nor has a model whose weights were made in inference mode.
+    All ranks of a sharded model have to run these methods. There are no gradients for a sharded model, because its
+    hooks would reduce them, nor for a model whose weights were made in inference mode.
+
+    parameters: compare the gradients of the parameters instead of those of the embeddings.
     """
 
     def __init__(self, model: nn.Module, head: bool = True, parameters: bool = False):
         self.head = head
         backbone: Any = CausalLM.of(model).backbone if head else model
         self.backbone = backbone
-        self.beside: list[Tensor] = []  # what the rows have beside tokens that has gradients to compare
+        self.beside: list[Tensor] = []  # inputs other than token ids whose gradients are compared, too
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad] if parameters else []
-        # Autograd saves no weights that were made in inference mode
+        # Autograd cannot save weights that were made in inference mode
         self.differentiable = not is_sharded(model) and not any(p.is_inference() for p in model.parameters())
         self.model = sharding.inside_engine(model) if self.differentiable else model
         self.embedding: nn.Module = backbone.get_input_embeddings()
@@ -56,15 +60,15 @@ class Trial:
         self.direction = torch.randn(config.hidden_size, **options).to(device)
 
     def _rows(self, config: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, mask, and what is scored, all (rows, tokens), padded on the right."""
+        """Token ids, attention mask and mask of the scored tokens, all (rows, tokens), padded on the right."""
         return _rows_of_text(config)
 
     def _beside(self, rows: slice, ids: Tensor) -> dict[str, Any]:
-        """What the model takes beside the ids of these rows."""
+        """The inputs of the model in addition to the ids of these rows."""
         return {}
 
     def _of_distinct(self, gradient: Tensor) -> Tensor:
-        """Of what is beside the tokens: summed over what is the same in several rows."""
+        """A gradient of `beside`, summed over rows in which this input is the same."""
         return gradient
 
     def _pack(self, ids: Tensor, live: Tensor, scored: Tensor) -> TokenTree:
@@ -74,7 +78,7 @@ class Trial:
         return self._score(lambda: self._plain(slice(None)))
 
     def apart(self) -> Scored:
-        """In two batches: products of other shapes round otherwise."""
+        """The rows in two batches: matrix products of other shapes round differently."""
 
         def run() -> Tensor:
             values = []
@@ -87,7 +91,7 @@ class Trial:
         return self._score(run)
 
     def nudged(self, eps: float) -> Scored:
-        """The padded batch with embeddings that are off by a rounding each."""
+        """The padded batch with each number of the embeddings changed by one rounding."""
         generator = torch.Generator().manual_seed(2)
 
         def nudge(x: Tensor) -> Tensor:
@@ -100,13 +104,13 @@ class Trial:
         return self._score(lambda: self._on_tree(self.ids, self.live, self.scored))
 
     def packed_by_segments(self) -> Scored:
-        """As the model trains where its attention has dropout, but without the dropout."""
+        """The tree in the way in which a model with dropout in its attention trains, but without the dropout."""
         with without_kernel():
             return self.packed()
 
     @torch.no_grad()
     def has_dropout(self) -> bool:
-        """Whether attention has dropout in train mode."""
+        """Whether the model's attention has dropout in train mode."""
         before = [(module, module.training) for module in self.model.modules()]
         try:
             for module, _ in before:
@@ -126,7 +130,7 @@ class Trial:
         return out.logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None].to(out.logits.device))[..., 0]
 
     def _on_tree(self, ids: Tensor, live: Tensor, scored: Tensor) -> Tensor:
-        """Of the next tokens that are `scored` (rows, tokens - 1)."""
+        """Values by a token tree, (rows, tokens - 1). `scored`: (rows, tokens - 1), which next tokens are scored."""
         tree = self._pack(ids, live, pad(scored, (1, 0)))
         if self.head:
             return self.model(flashpo_tree=tree, outputs=()).stats.logprob[:, 1:].double()
@@ -144,7 +148,7 @@ class Trial:
                 return nudge(out)
             leaf = nudge(out.detach()).requires_grad_()
             embedded.append((inputs[0], leaf))
-            return leaf.clone()  # some models scale it in place
+            return leaf.clone()  # because some models scale the embeddings in place
 
         handle = self.embedding.register_forward_hook(start_here)
         try:
@@ -165,7 +169,7 @@ class Trial:
         return Scored(scored.detach(), [x.double() for x in found])
 
     def _of_tokens(self, embedded: list[tuple[Tensor, Tensor]], gradients: tuple[Tensor, ...]) -> Tensor:
-        """(distinct tokens, H), the same for a batch and its tree."""
+        """Gradients summed by token id, (distinct ids, H), so that those of a batch and of its tree can be compared."""
         distinct = self.ids.unique()
         total = gradients[0].new_zeros(len(distinct), gradients[0].shape[-1], dtype=torch.float64)
         for (ids, _), gradient in zip(embedded, gradients):
@@ -175,10 +179,11 @@ class Trial:
 
 
 def _rows_of_text(config: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask, and what is scored: every distinct token once. All (rows, tokens), padded on the right.
+    """Token ids, attention mask and mask of the scored tokens, all (rows, tokens), padded on the right.
 
-    The tree branches so often that half of its tokens do not lie behind the one before them. None is the padding token,
-    whose embedding of zeros makes norms divide by next to nothing.
+    Each distinct token is scored once. The tree branches so often that half of its tokens do not follow the token
+    before them in the flat order. No token is the padding token: its embedding is zero, and norms would divide by
+    almost 0.
     """
     width = min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST)
     shared = torch.tensor([0, *range(0, width - EVERY, EVERY)], device="cpu")[:, None]
@@ -197,16 +202,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _wraps(module: nn.Module) -> bool:
-    """DDP and FSDP1 keep account of their forwards in attributes, which stay; FSDP2 only changes a module's class."""
+    """Whether it is a wrapper of DDP or FSDP1. These record their forwards in attributes, which must not be restored.
+    FSDP2 has no wrapper and only changes a module's class."""
     return isinstance(module, nn.parallel.DistributedDataParallel) or sharding.wraps_in_fsdp1(module)
 
 
 @contextlib.contextmanager
 def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
-    """Within it the model takes trees, in eval mode and uncompiled; afterwards it is as before, whatever it ran."""
+    """Within the block the model takes trees, in eval mode and uncompiled. Afterwards it is as before, whatever ran."""
     training = [(m, m.training) for m in model.modules()]
     modules = [m for m in model.modules() if not _wraps(m)]
-    # a rotary embedding counts its longest row in a number, then in a tensor
+    # tensors, too: a rotary embedding records its longest row in a number, and later in a tensor
     before = [
         {k: x for k, x in vars(m).items() if k == "forward" or is_plain(x) or isinstance(x, Tensor)} for m in modules
     ]
@@ -228,7 +234,7 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
             for module, _ in training:
                 module.training = False
             for module in modules:
-                if "_flashpo_kind" in vars(module):  # put back with `before`
+                if "_flashpo_kind" in vars(module):  # a compiled layer; `before` restores its forward
                     del vars(module)["forward"]
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -236,7 +242,8 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
             yield
         finally:
             for module, kept in zip(modules, before):
-                kept |= {HOOKED: True} if vars(module).get(HOOKED) else {}  # so are the hooks, which must not double
+                # the hooks stay on the model, so that the flag must stay, too, or they would be installed twice
+                kept |= {HOOKED: True} if vars(module).get(HOOKED) else {}
                 for name in [k for k, x in vars(module).items() if k not in kept and (k in OURS or is_plain(x))]:
                     del vars(module)[name]
                 vars(module).update(kept)
@@ -249,7 +256,7 @@ def on_trial(model: nn.Module, head: bool = True) -> Iterator[None]:
                         buffer.copy_(value)
             for config, attention in attentions:
                 setattr(config, ATTENTION, attention)
-            CALLS.clear()  # calls that other threads made meanwhile are not counted
+            CALLS.clear()  # this also drops the calls that other threads made in the meantime
             CALLS.update(calls)
             if is_sharded(model):
                 sharding.reshard(model)

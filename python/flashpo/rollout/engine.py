@@ -59,9 +59,11 @@ class RolloutEngine:
             when there is room for `max_new_tokens`.
         prefill_tokens: The largest number of prompt tokens in one forward.
         autocast: The dtype of the autocast region in which the trainer runs its forward; None if there is none.
-        weights: "auto", "alias" or "shadow": whether linear layers compute with the parameters or with a copy of them
-            that is faster to decode with, see `WeightView`.
-        lora: "auto", "live" or "merged": how LoRA adapters are computed, see `WeightView`.
+        weights: Which weights linear layers compute with. "alias": the parameters. "shadow": copies in a faster form
+            wherever there is one. "auto": copies where the parameters cannot be used as they are, for example under
+            autocast, and on CPUs packed copies of the larger weights.
+        lora: How LoRA adapters are computed. "live": `W x + s B A x`, as in training. "merged": `(W + s B A) x`.
+            "auto": merged where the sum stays in fp32.
         fallback: What happens if the engine cannot run the model, or if memory is too short for even one completion.
             "generate": transformers' `generate` answers, after a warning that names the reason. "error": raise.
         check: Compare a short rollout with the model's plain forward before the first rollout of a class and config

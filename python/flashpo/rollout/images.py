@@ -168,7 +168,7 @@ class Shown:
         return i, self.distinct.units[i]
 
     def _rest_of_the_last(self, path: Sequence[int]) -> range:
-        """The codes that are missing of an image in whose middle the path ends."""
+        """The remaining codes of an image, if the path ends in the middle of that image."""
         if path[-1] < CODES:
             return range(0)
         _, unit = self._units_at(path[-1] - CODES)

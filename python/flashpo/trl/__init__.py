@@ -1,6 +1,6 @@
-"""TRL made fast: `from flashpo.trl import GRPOTrainer`, or `patch()` for code one does not own.
+"""Faster TRL: `from flashpo.trl import GRPOTrainer`, or `patch()` for a script that you do not want to edit.
 
-Importing this package does not import TRL yet: a script may still want to set its environment first.
+Importing this package does not import TRL: a script may still want to set environment variables that TRL reads.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from flashpo.trl.acceleration import accelerate
 from flashpo.trl.patch import patch, patched, unpatch
 from flashpo.trl.verify import VerificationError, verify
 
-_MODULES = {  # where the classes are
+_MODULES = {  # the module that has each class
     name: module
     for kind, module in {
         "SFT": "sft", "DPO": "dpo", "KTO": "kto", "Reward": "reward", "GRPO": "grpo", "RLOO": "rloo",

@@ -1,4 +1,4 @@
-"""What a trainer says where TRL's own code does something in the place of FlashPO's: each reason once, or an error."""
+"""Warns when TRL's own code runs instead of FlashPO's, once for each reason; or raises an error."""
 
 import warnings
 
@@ -6,7 +6,12 @@ from flashpo import _fallbacks
 
 
 class Fallback:
-    """`says`: what TRL does here, a sentence with a {reason}; `error`: the message where the user has ruled TRL out."""
+    """One fallback of a trainer; call it with the reason.
+
+    Args:
+        says: the sentence of the warning, with a {reason} in it.
+        error: the message of an error to raise instead, with a {reason}, if the user does not allow the fallback.
+    """
 
     def __init__(self, says: str, error: str | None = None):
         self.says, self.error = says, error
@@ -14,11 +19,11 @@ class Fallback:
 
     @property
     def first(self) -> str:
-        """The first reason, empty where there was none."""
+        """The first reason; empty if there was none."""
         return next(iter(self._said), "")
 
     def __call__(self, reason: str) -> None:
-        """Warn of a reason that is new.
+        """Warn, if this reason is new.
 
         Raises:
             ValueError: `error` is set.
@@ -32,7 +37,7 @@ class Fallback:
             warnings.warn(sentence, stacklevel=3)
 
     def allows(self, reason: str) -> bool:
-        """Whether there is no reason, "", for TRL's code; warns of one that is new."""
+        """Whether `reason` is empty, so that FlashPO's code may run. Otherwise warns or raises, as a call does."""
         if reason:
             self(reason)
         return not reason

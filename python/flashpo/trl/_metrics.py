@@ -1,4 +1,4 @@
-"""Numbers of `PolicyStats` under the names by which trainers log them."""
+"""Numbers of `PolicyStats` under the names with which trainers log them."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What trainers that sample keep from one of their methods for a later one, in one place."""
+"""What one method of a trainer that samples keeps for a later method, all in one object."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,15 +14,15 @@ def _of_modes() -> dict[str, list]:
 
 @dataclass
 class Pending:
-    """`trainer._pending`. `verify` lets each of its runs have a copy and puts the trainer's own back."""
+    """The object in `trainer._pending`. `verify` gives each of its runs a copy and restores the original afterwards."""
 
-    # on the device until they are logged; a micro-batch each
+    # one entry for each micro-batch; the entries stay on the device until they are logged
     stats: dict[str, list[PolicyStats]] = field(default_factory=_of_modes)
     mismatch: dict[str, list[Tensor]] = field(default_factory=_of_modes)
-    sums: dict[str, list[Tensor]] = field(default_factory=_of_modes)  # PPO's, beside `stats`, and those of distillation
+    sums: dict[str, list[Tensor]] = field(default_factory=_of_modes)  # of distillation; of PPO, in addition to `stats`
 
-    turns: list[bool] = field(default_factory=list)  # of the last batch of generations: whether the engine answered
-    old: Tensor | None = None  # log-probs of the rollout that stand for the next scoring of completions
-    sampled: list[list[float]] = field(default_factory=list)  # RLOO's last rollout, whose log-probs TRL drops
-    values: list[Any] = field(default_factory=list)  # PPO's, of each scoring; None: the model has no critic
-    noisy: bool | None = None  # whether the last training forward drew random numbers, None before it
+    turns: list[bool] = field(default_factory=list)  # for each turn of the last generation: did the engine generate it
+    old: Tensor | None = None  # log-probs of the rollout, which the next scoring of completions returns
+    sampled: list[list[float]] = field(default_factory=list)  # log-probs of RLOO's last rollout, which TRL drops
+    values: list[Any] = field(default_factory=list)  # PPO: values of each scoring; None if the model has no critic
+    noisy: bool | None = None  # whether the last training forward drew random numbers; None: there was none yet

@@ -1,9 +1,9 @@
-"""Where a trainer's time and tokens go: what it logs as `flashpo/...`, and the table at the end of `flashpo run`.
+"""How a trainer spends its time and tokens: the metrics `flashpo/...`, and the table at the end of `flashpo run`.
 
-At every moment of a training one phase has the clock: a phase within another stops the outer one, so that the seconds
-of all phases add up to the whole. On a CPU the clock is the host's. On CUDA a change of phase records an event in the
-stream, and times are read once the device has passed it, so that nothing waits: a phase has what the device did in it,
-not what the host has queued.
+At each moment of a training exactly one phase is timed: an inner phase pauses the outer one, so that the seconds of all
+phases add up to the whole. On a CPU the host's clock is used. On CUDA each change of phase records an event in the
+stream, and the events are read after the device has passed them, so that nothing waits for the device. A phase thus
+has the time that the device spent on it, not the time that the host took to queue its kernels.
 """
 
 import contextlib
@@ -28,16 +28,17 @@ LABELS = {  # in the order of the table
     EVALUATION: "evaluation",
     REST: "rest",
 }
-HEADS = ("linear_logprob", "linear_divergence", "selective_log_softmax")  # operators of the head begin so
+HEADS = ("linear_logprob", "linear_divergence", "selective_log_softmax")  # prefixes of the head's operators
 COUNTS = ("tokens", "tokens_saved", "prefill", "prefill_saved", "sampled")
 
 
 class Phases:
-    """Of one trainer.
+    """Times and counts of one trainer.
 
-    seconds: by phase. counts: of training alone. tokens: that TRL would run through the models to score and to train;
-    tokens_saved: those of them that did not have to be run. prefill and prefill_saved: the same of the prompts of the
-    rollout engine. sampled: tokens that the engine has sampled.
+    seconds: by phase.
+    counts: only of training, not of evaluation. `tokens`: how many tokens TRL would run through the models to score and
+        to train; `tokens_saved`: how many of these did not have to run; `prefill`, `prefill_saved`: the same for the
+        prompts of the rollout engine; `sampled`: how many tokens the engine has sampled.
     """
 
     def __init__(self, on_cuda: bool = False):
@@ -48,14 +49,14 @@ class Phases:
         self._mark: Callable[[], Any] = _event if on_cuda else time.perf_counter
         self._now: str | None = None
         self._since: Any = None
-        self._passing: list[tuple[str, Any, Any]] = []  # phases whose events the device may not have passed
-        # the step of the last log, and the seconds and counts of then
+        self._passing: list[tuple[str, Any, Any]] = []  # phases whose events the device may not have passed yet
+        # the step of the last log, with the seconds and counts at that time
         self._logged: tuple[int, Counter[str], Counter[str]] | None = None
         self._stopped = False
 
     @contextlib.contextmanager
     def of(self, phase: str) -> Iterator[None]:
-        """`phase` for the length of the block. Within an evaluation, which is one phase, nothing else is told apart."""
+        """Time the block as `phase`. An evaluation is a single phase: within it other phases are not distinguished."""
         global _running
         before, runner = self._now, _running
         if self._stopped or before == EVALUATION:
@@ -70,12 +71,12 @@ class Phases:
             _running = runner
 
     def within(self, outer: str, phase: str) -> contextlib.AbstractContextManager[None]:
-        """`phase` if the block stands directly in `outer`, else what it stands in."""
+        """Time the block as `phase` if the current phase is `outer`; otherwise the current phase goes on."""
         return self.of(phase) if self._now == outer else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """Within it nothing is counted, and no phase begins: for what is done twice, or for a comparison."""
+        """Within the block nothing is counted and no phase begins. For work that is done only to compare."""
         before, self._stopped = self._stopped, True
         try:
             yield
@@ -83,23 +84,29 @@ class Phases:
             self._stopped = before
 
     def step_begins(self, step: int) -> None:
-        """Of training: the first one is where the time of the first log begins, 0 or that of a checkpoint."""
+        """Called at each training step. The first call sets where the first log's time begins: at step 0, or at the
+        step of a checkpoint."""
         if self._logged is None:
             self._logged = step, Counter(), Counter()
 
     def count(self, **numbers: int) -> None:
-        """Add to `counts`, by their names."""
+        """Add to the `counts` of these names."""
         if not self._stopped and self._now != EVALUATION:
             self.counts.update(numbers)
 
     def ran(self, tokens: int, of: int, on_tree: bool = True) -> None:
-        """A forward has run so many tokens in the place of `of` that TRL would run."""
+        """Called when a forward has run `tokens` tokens, where TRL would run `of`."""
         if not self._stopped and self._now != EVALUATION:
             self.on_trees |= on_tree
             self.counts.update(tokens=of, tokens_saved=of - tokens)
 
     def reference_begins(self) -> str | None:
-        """Of a forward in a training pass: without gradient it is the reference's. Gives what `ends` is to be told."""
+        """Called before a forward in a training pass: a forward without gradient is that of the reference, and is timed
+        as scoring.
+
+        Returns:
+            What to pass to `reference_ends`.
+        """
         before = self._now
         if before == TRAINING and not self._stopped and not torch.is_grad_enabled():
             self._switch(SCORING)
@@ -110,8 +117,8 @@ class Phases:
             self._switch(before)
 
     def read(self) -> Counter[str]:
-        """`seconds`, with all that the device has passed by now."""
-        with contextlib.suppress(RuntimeError):  # of a device that has failed: what it passed before stays known
+        """`seconds`, with all events that the device has passed by now."""
+        with contextlib.suppress(RuntimeError):  # from a device that has failed: earlier times stay valid
             while self._passing and self._passing[0][2].query():
                 phase, begin, end = self._passing[0]
                 self.seconds[phase] += begin.elapsed_time(end) / 1000
@@ -119,7 +126,7 @@ class Phases:
         return self.seconds
 
     def metrics(self, step: int) -> dict[str, float]:
-        """For the log of a training: seconds of an optimizer step since the last log, and the share of tokens saved."""
+        """For the training log: seconds per optimizer step since the last log, and the share of saved tokens."""
         if self._logged is None or step <= self._logged[0]:
             return {}
         last, seconds_then, counts_then = self._logged
@@ -133,7 +140,7 @@ class Phases:
 
     def _switch(self, phase: str | None) -> None:
         mark = self._mark()
-        if mark is None:  # of a CUDA graph that is being captured, in which no time passes
+        if mark is None:  # a CUDA graph is being captured, and nothing runs now
             return
         if self._now is not None and isinstance(mark, float):
             self.seconds[self._now] += mark - self._since
@@ -142,7 +149,7 @@ class Phases:
         self._now, self._since = phase, mark
 
 
-_running: Phases | None = None  # not of a thread: CUDA's backward runs in threads of torch
+_running: Phases | None = None  # not thread-local, because the backward pass on CUDA runs in threads of torch
 
 
 def _event() -> Any:
@@ -154,7 +161,7 @@ def _event() -> Any:
 
 
 def _head(kernel: Callable, *args: Any) -> Any:
-    """Around an operator of the head, forward and backward."""
+    """Wraps each operator of the head, forward and backward, to time it as HEAD."""
     phases = _running
     if phases is None or phases._now not in (SCORING, TRAINING):
         return kernel(*args)

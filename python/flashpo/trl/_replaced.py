@@ -1,7 +1,7 @@
-"""A function of somebody else's module, replaced for one thread and for the length of a block.
+"""Replaces a function in a module of another package, for one thread and for the duration of a block.
 
-What a thread replaces acts on its own calls alone, other threads call the original. The module has the original again
-when the last block is left, in whatever order threads leave theirs.
+A replacement acts only on the calls of the thread that made it; other threads call the original. The module gets the
+original back when the last block ends, in whatever order the blocks of several threads end.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import Any
 
 _lock = threading.Lock()
-_delegates: dict[tuple[str, str], "_Delegate"] = {}  # by module and name: those that are in place now
+_delegates: dict[tuple[str, str], "_Delegate"] = {}  # by module and name; only those that are in a module now
 
 
 class _Delegate:
-    """What stands in the module: it asks the calling thread for its replacement."""
+    """Its `call` is put into the module. It calls the replacement of the calling thread, if that has one."""
 
     def __init__(self, original: Callable):
         self.original, self.blocks = original, 0
@@ -29,7 +29,7 @@ class _Delegate:
         self.call = call
 
     def replacements(self) -> list[Callable]:
-        """Of the calling thread, the innermost block's last."""
+        """The replacements of the calling thread; that of the innermost block is the last."""
         return self.of_thread.__dict__.setdefault("replacements", [])
 
 
@@ -53,5 +53,6 @@ def replaced(module: ModuleType, name: str, make: Callable[[Any], Callable]) -> 
             delegate.blocks -= 1
             if delegate.blocks == 0:
                 del _delegates[key]
-                if getattr(module, name) is delegate.call:  # else somebody has replaced ours, which calls the original
+                # otherwise somebody has replaced ours in the meantime, and ours now calls the original
+                if getattr(module, name) is delegate.call:
                     setattr(module, name, delegate.original)

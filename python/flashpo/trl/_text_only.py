@@ -1,7 +1,7 @@
-"""What TRL hands to a multimodal model beside text, and which of it says nothing where there is no image.
+"""Which inputs of a multimodal model have no effect on a batch that is text only, and can be dropped.
 
-Processors give every token a type, and TRL's collators pass it on: 0 for text. A micro-batch without an image, of a
-batch that has some, comes with empty tensors and counts of 0.
+Processors give each token a type, which is 0 for text, and TRL's collators pass the types on. If a batch has images but
+one of its micro-batches has none, that micro-batch comes with empty image tensors and with counts of 0.
 """
 
 import logging
@@ -21,12 +21,12 @@ from flashpo.rollout.twin import small_twin
 log = logging.getLogger("flashpo")
 TYPES = ("token_type_ids", images.TYPES)
 IMAGES = (*FIELDS, "image_position_ids")
-CHANGED = 1e-3  # relative: no rounding of fp32 comes near it
+CHANGED = 1e-3  # relative difference of logits, far above what rounding in fp32 causes
 _answers: dict[Hashable, bool] = {}
 
 
 def beside_text(model: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without what says nothing about its text."""
+    """The inputs of the batch that have an effect: without those that are None, empty, or known to change nothing."""
     return {name: x for name, x in batch.items() if not _says_nothing(model, name, x)}
 
 
@@ -45,21 +45,29 @@ def _all_zero(types: Any) -> bool:
 
 
 def zeros_change_nothing(model: Any, name: str) -> bool:
-    """Whether types of 0 under that name are to `model` as none: asked of its small twin once a process for each class
-    and config. Not so in PaliGemma, where they let the tokens of a prompt attend both ways.
+    """Whether types of 0 under that name have the same effect on `model` as no types.
+
+    The model's small twin is asked, once per process for each class and config. In PaliGemma, types of 0 do have an
+    effect: they let the tokens of a prompt attend in both directions.
     """
     return _says_twin(model, name, lambda ids: {name: torch.zeros_like(ids)}, text_alone=False)
 
 
 def padding_changes_nothing(model: Any) -> bool:
-    """Whether rows may begin behind padding that positions count: all that counts is how far apart tokens are. Asked
-    as above; not so in GPT-2 and others with an embedding for each position."""
+    """Whether adding a constant to all positions, as padding on the left may do, changes nothing for `model`.
+
+    This is so if only the distances between tokens matter. It is not so in GPT-2 and other models that have an
+    embedding for each position. The small twin is asked, as in `zeros_change_nothing`.
+    """
     shifted = lambda ids: {"position_ids": torch.arange(5, 5 + ids.shape[1])[None]}  # noqa: E731
     return _says_twin(model, "position_ids", shifted, text_alone=True)
 
 
 def _says_twin(model: Any, name: str, more: Callable[[Tensor], dict[str, Tensor]], text_alone: bool) -> bool:
-    """Whether `more` keywords change nothing; `text_alone`: also where the twin is the part that reads text."""
+    """Whether the small twin says that the keywords of `more` change nothing.
+
+    text_alone: accept the answer also if the twin is only the part of the model that reads text.
+    """
     base: Any = CausalLM.of(model).base
     key = type(base), facts(base.config), name
     with one_at_a_time:
@@ -78,7 +86,7 @@ def _changes_nothing(base: Any, more: Callable[[Tensor], dict[str, Tensor]], tex
                 torch.manual_seed(0)  # for dropout
                 given = {name: x.to(ids.device) for name, x in given.items()}
                 logits.append(twin(input_ids=ids, use_cache=False, **given).logits)
-    except Exception as error:  # of any kind: it is the model's own code
+    except Exception as error:  # any exception, because the model's own code runs here
         log.debug("%s are not known to change nothing in %s: %s", [*more(ids)], type(base).__name__, error)
         return False
     plain, other = logits

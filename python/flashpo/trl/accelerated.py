@@ -1,6 +1,7 @@
-"""What the accelerated trainers have in common. Each is TRL's own class with some methods overridden.
+"""What all accelerated trainers share. Each of them is a subclass of TRL's trainer that overrides some methods.
 
-Each has a module of its own, with its configuration: a TRL that lacks a trainer takes nothing from the others.
+Each trainer has its own module, together with its configuration, so that the others work with a TRL version that lacks
+it.
 """
 
 import functools
@@ -20,7 +21,10 @@ Method = TypeVar("Method", bound=Callable)
 
 
 def in_place_of_trls(what: str) -> Callable[[Method], Method]:
-    """Decorates a method that does `what` in the place of TRL's, which runs where TRL does not meet the needs of it."""
+    """Decorator of a method that does `what` in place of TRL's method of the same name.
+
+    TRL's method runs instead if the installed TRL lacks something that `what` needs (`why_not`).
+    """
 
     def decorate(method: Method) -> Method:
         return cast(Method, _InPlaceOfTrls(what, method))
@@ -45,7 +49,7 @@ class _InPlaceOfTrls:
 
 
 def overridden(trainer, name: str) -> bool:
-    """Whether a method is neither ours nor of the TRL class: a subclass or the instance has one of its own."""
+    """Whether a user's subclass, or the instance itself, has overridden a method of the trainer."""
     if name in vars(trainer):
         return True
     owner = next(cls for cls in type(trainer).__mro__ if name in vars(cls))
@@ -53,17 +57,18 @@ def overridden(trainer, name: str) -> bool:
 
 
 class Accelerated(transformers.Trainer):
-    """Opens the patch around the methods in which a TRL trainer runs its model on labels."""
+    """Base of all: activates the patch in the methods in which a TRL trainer runs its model on labels, and measures how
+    the time is spent (`_phases`)."""
 
     _trl_class: type
 
-    @functools.cached_property  # a trainer may run before its constructor has, or without it
+    @functools.cached_property  # not in a constructor: methods may run before it has finished, or without it
     def _phases(self) -> Phases:
         return Phases(on_cuda=self.accelerator.device.type == "cuda")
 
     def _why_not_parts(self) -> dict[str, str]:
-        """Parts of FlashPO that a trainer of this class has, and why one of them does not run here, by what is known
-        now; empty where it runs."""
+        """The parts of FlashPO that this class of trainers has, each with the reason why it does not run here, as far
+        as that is known now. The reason is empty for a part that runs."""
         return {}
 
     def train(self, *args, **kwargs):
@@ -103,12 +108,15 @@ class Accelerated(transformers.Trainer):
 
     @property
     def _has_whole_models(self) -> bool:
-        """Whether models are on their devices when the trainer is made, not loaded and sharded later."""
+        """Whether models are on their devices when the constructor ends; FSDP and DeepSpeed place them later."""
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
 class Packed(Accelerated):
-    """Its models run on token trees, see `flashpo.trl.tree_head`; `share_prefix` of its arguments says whether."""
+    """A trainer whose models run on token trees through TRL's fused head (`flashpo.trl.tree_head`).
+
+    `share_prefix` of its arguments says whether they do.
+    """
 
     def __init__(self, *args, **kwargs):
         with heads_take_trees(self, self._trl_class) as self._heads:
@@ -127,9 +135,9 @@ class Packed(Accelerated):
 
 
 class PackedWithReference(Packed):
-    """For trainers that can score the reference model for a whole dataset at once (`precompute_ref_log_probs`)."""
+    """A Packed trainer that can score the whole dataset by the reference model first (`precompute_ref_log_probs`)."""
 
     def compute_ref_log_probs(self, *args, **kwargs):
         self._heads.try_out()
         with patched(), self._phases.of(SCORING):
-            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
+            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]  # a method of the TRL class

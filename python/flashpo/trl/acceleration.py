@@ -1,4 +1,4 @@
-"""`flashpo.trl.accelerate()`: in a notebook or a script what `flashpo run` does around one."""
+"""`flashpo.trl.accelerate()`: does from within a notebook or a script what `flashpo run` does from outside."""
 
 import json
 import sys
@@ -23,22 +23,22 @@ def accelerate(
     report: str | None = None,
     verbose: bool = False,
 ) -> None:
-    """Let `from trl import GRPOTrainer` give FlashPO's trainers from now on, and TRL's other trainers score with it.
+    """From now on `from trl import GRPOTrainer` gives FlashPO's trainer, and TRL's other trainers use its log-probs.
 
-    Call it before names are imported from `trl`. After each training a table tells what ran and where its time went.
+    Call it before you import names from `trl`. After each training a table is printed that says which parts of FlashPO
+    ran and how much time each part took.
 
     Args:
-        rollout: generate with FlashPO's engine; False: TRL generates.
-        trees: run models on token trees; False: on padded rows.
-        head: FlashPO's LM head and log-probs; False: TRL's, and with them padded rows.
-        verify: so many optimization steps of each training are first taken by TRL's code and by FlashPO's, and compared
-            (`flashpo.trl.verify`).
-        report: the path of a JSON file that gets the numbers of the table after each training.
-        verbose: with the number of calls of every operator.
+        rollout: True: FlashPO's rollout engine generates. False: TRL generates.
+        trees: True: models run on token trees. False: models run on padded rows.
+        head: True: FlashPO computes the LM head and the log-probs. False: TRL does, and models run on padded rows.
+        verify: how many optimizer steps to compare with TRL's code before each training (`flashpo.trl.verify`).
+        report: the path of a JSON file, into which the numbers of the table are written after each training.
+        verbose: also print how often each operator was called.
 
     Raises:
-        TypeError, ValueError: naming the argument.
-        VerificationError: from a trainer's `train`, where TRL and FlashPO disagree.
+        TypeError, ValueError: an argument is wrong; the message names it.
+        VerificationError: raised by `train` of a trainer for which TRL and FlashPO disagree (only with `verify`).
     """
     chosen = switches.Switches(rollout, trees, head, verify, report, verbose)
     switches.use(chosen)
@@ -50,7 +50,7 @@ def accelerate(
 
 
 def show() -> None:
-    """The table, and the file that was asked for."""
+    """Print the table, and write the file of `report` if there is one."""
     from flashpo.trl import report as reports
 
     if not start.is_first_process():
@@ -61,12 +61,12 @@ def show() -> None:
 
 
 def operators() -> list[str]:
-    """The calls of each, by backend."""
+    """One line for each operator: how often each backend was called."""
     return [f"{op}: " + ", ".join(f"{n} x {backend}" for backend, n in used.items()) for op, used in stats().items()]
 
 
 def write(finished: bool) -> None:
-    """The file of `--report`, if there is to be one; an empty table where no trainer was imported."""
+    """Write the file of `--report`, if one was asked for. It lists no trainer if none was imported."""
     path = switches.current().report
     if path is None:
         return
@@ -78,8 +78,10 @@ def write(finished: bool) -> None:
 
 
 def install() -> None:
-    """Act on TRL's modules as soon as they are imported, not before: a script may first set variables that libraries
-    read then."""
+    """Act on TRL's modules as soon as they are imported.
+
+    They are not imported here, because a script may first set environment variables that libraries read on import.
+    """
     for name in MODULES:
         when_imported(name, _act)
 
@@ -93,6 +95,6 @@ def _act(name: str) -> None:
     reports.watch_trainers()
     try:
         patch()
-    except PatchError as error:  # the trainers that the script gets do without
+    except PatchError as error:  # FlashPO's trainers still work with this TRL, only without the replaced scoring
         if start.is_first_process():
             print(f"flashpo: {error}", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Batches of generations with FlashPO's advantages, for GRPO and RLOO.
 
-TRL generates, scores and rewards by methods that ours override, and computes advantages of its own in between. Ours
-take their place: they are exactly 0 in groups of equal rewards, know groups that `group_by` makes, and can be
-overridden. On the first batch that teaches something the two are compared, so that a TRL that computes advantages in
-another way keeps its own.
+TRL's `_generate_and_score_completions` generates, scores and rewards completions and computes advantages. We replace
+these advantages by ours, which are exactly 0 in groups of equal rewards, follow the groups of `group_by`, and can be
+overridden by a subclass. The two are compared until a batch with an advantage other than 0 has shown that they agree.
+If they differ by more than rounding, TRL computes advantages in a way that FlashPO does not know, and TRL's are used.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-ULPS = 8  # by which rewards are changed to see how much rounding moves an advantage
+ULPS = 8  # rewards are changed by so many units in the last place to measure how rounding moves an advantage
 
 
 class GroupComparing(Sampling, Base):
-    """A policy trainer's part that is about advantages; beside a TRL class."""
+    """The part of a policy trainer that computes advantages; to be combined with a TRL class."""
 
     _options: options.Known  # of the TRL class
     args: Any  # GRPOConfig or RLOOConfig, TRL's or ours
     model: Any
     _logs: dict[str, Any]
-    _restates_advantages = True  # whether `compute_advantages` is to give what TRL's code does
+    _restates_advantages = True  # whether `compute_advantages` should give the same as TRL's code
     _agrees: bool | None = None  # whether it does; None: no batch has shown it yet
-    _states_of_policy: tuple | None = None  # of the adapters, while a batch is generated and scored
+    _states_of_policy: tuple | None = None  # states of the adapters while a batch is generated and scored, else None
 
     @functools.cached_property
     def _keep_trls(self) -> Fallback:
@@ -55,16 +55,17 @@ class GroupComparing(Sampling, Base):
         return RewardModels(self)
 
     def compute_advantages(self, rewards: Tensor, group: Tensor, inputs: list[dict], batch: dict) -> Tensor:
-        """Advantages of the generated batch; override to give credit in another way.
+        """Compute the advantages of a generated batch. Override it to give credit in another way.
 
         Args:
-            rewards: (rows of all ranks, reward functions), NaN where a function returned None.
-            group: (rows of all ranks,) int64 keys; rows of one key are compared with each other.
-            inputs: this rank's rows of the dataset, with what a rollout function added.
+            rewards: (rows of all ranks, reward functions) fp32, NaN where a function returned None.
+            group: (rows of all ranks,) int64; rows with the same key are compared with each other.
+            inputs: this rank's rows of the dataset, with the fields that a rollout function added.
             batch: this rank's tensors (completion_mask, old_per_token_logps ...).
 
         Returns:
-            (rows of all ranks,), or (this rank's rows, completion length): one advantage a token.
+            One advantage for each row, (rows of all ranks,), or one for each token of this rank's rows,
+            (this rank's rows, completion length).
         """
         raise NotImplementedError
 
@@ -87,7 +88,7 @@ class GroupComparing(Sampling, Base):
         return replace_degenerate(self, *generate(inputs), generate)
 
     def _generate_batch(self, inputs: list[dict]) -> tuple[dict, Tensor, Tensor]:
-        """TRL's batch with our advantages; rewards and group keys of the rows of all ranks."""
+        """TRL's batch with our advantages; and the rewards and group keys of the rows of all ranks."""
         rewards: list[Tensor] = []
         scored: dict[str, Tensor] = {}
         self._rollouts.forget_turns()
@@ -114,16 +115,19 @@ class GroupComparing(Sampling, Base):
         if advantages is None:
             return batch, rewards[0], group
         if advantages.dim() == 1:
-            self._log_advantages(advantages.tolist())  # TRL's own differ in groups of equal rewards
+            self._log_advantages(advantages.tolist())  # TRL's may differ from ours in groups of equal rewards
             advantages = self._of_this_rank(advantages, len(inputs))
         batch["advantages"] = advantages
         return batch, rewards[0], group
 
     def _complete(self, batch: dict, scored: dict[str, Tensor]) -> None:
-        """Add to TRL's batch what our loss or advantages need; `scored`: log-probs by "policy" and "reference"."""
+        """Add what our loss or advantages need to TRL's batch.
+
+        scored: the log-probs that were computed for the batch, under "policy" and "reference".
+        """
 
     def _is_reference(self, model: Any) -> bool:
-        """Whether a call scores by the reference: another model, or the policy's under other adapters."""
+        """Whether a call scores with the reference: a separate model, or the policy's with other adapters active."""
         if model is getattr(self, "ref_model", None):
             return True
         return self._states_of_policy is not None and adapter_states(self.model) != self._states_of_policy
@@ -133,7 +137,7 @@ class GroupComparing(Sampling, Base):
         return rows[begin : begin + count]
 
     def _keeps_trls_advantages(self) -> bool:
-        """Whether an option asks for advantages that `compute_advantages` does not know; says so."""
+        """Whether an option asks for advantages that `compute_advantages` does not know; if so, warns."""
         reason = options.why_trls_advantages(self, self._options)
         if not reason or overridden(self, "compute_advantages"):
             return False
@@ -143,7 +147,7 @@ class GroupComparing(Sampling, Base):
         return True
 
     def _compared(self, rewards: Tensor, group: Tensor, inputs: list[dict], batch: dict) -> Tensor | None:
-        """`compute_advantages`; None, after a warning, where TRL's are others by more than rounding."""
+        """What `compute_advantages` returns; None, after a warning, if TRL's differ from it by more than rounding."""
         own = overridden(self, "compute_advantages") or getattr(self.args, "group_by", None)
         if own or not self._restates_advantages or self._agrees:
             return self.compute_advantages(rewards, group, inputs, batch)
@@ -162,14 +166,15 @@ class GroupComparing(Sampling, Base):
         return None
 
     def _log_advantages(self, of_rows: list[float]) -> None:
-        """In the table of completions, in place of those that TRL has just logged for the same rows of all ranks."""
+        """Replace the advantages that TRL has just logged to its table of completions, for the rows of all ranks."""
         logged = self._logs["advantages"]
         for _ in range(min(len(of_rows), len(logged))):
             logged.pop()
         logged.extend(of_rows)
 
     def _group_keys(self, inputs: list[dict]) -> Tensor:
-        """A prompt's generations are a group; `group_by` splits it by columns of the dataset or the rollout."""
+        """Group keys of the rows of all ranks. The completions of a prompt are a group, which `group_by` splits further
+        by columns of the dataset or fields of the rollout."""
         generations = self.num_generations if self._mode == "train" else self.num_generations_eval
         first = self.accelerator.process_index * len(inputs)
         columns = getattr(self.args, "group_by", None) or ()
@@ -183,7 +188,7 @@ class GroupComparing(Sampling, Base):
 
 
 def _stable_key(*parts) -> int:
-    """The same int64 on every rank."""
+    """An int64 that is the same on every rank."""
     if len(parts) == 1:
         return parts[0]
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -192,7 +197,7 @@ def _stable_key(*parts) -> int:
 
 @contextlib.contextmanager
 def _seen(trainer, name: str, look: Callable) -> Iterator[None]:
-    """Let `look(result, *arguments)` see every call of the trainer's method within the block."""
+    """Within the block, call `look(result, *arguments)` after every call of the trainer's method."""
     method, own = getattr(trainer, name), trainer.__dict__.get(name)
 
     def call(*args, **kwargs):
@@ -211,6 +216,6 @@ def _seen(trainer, name: str, look: Callable) -> Iterator[None]:
 
 
 def scorable(unscorable: Tensor, group: Tensor) -> Tensor:
-    """How many rows of each row's group have a reward."""
+    """(rows,): for each row, how many rows of its group have a reward."""
     _, member = group.unique(return_inverse=True)
     return torch.zeros_like(group).index_add_(0, member, (~unscorable).to(group.dtype))[member]

@@ -1,4 +1,4 @@
-"""One micro-batch of distillation: states of student and teacher at its completion tokens, and their divergence."""
+"""One micro-batch of distillation: states of student and teacher at the completion tokens, and their divergence."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ OUTPUTS = ("entropy", "student_logprob", "teacher_logprob", "is_top1_agreed")
 
 
 class States(NamedTuple):
-    """What predicts the completion tokens (B, C)."""
+    """The hidden states that predict the completion tokens (B, C)."""
 
-    hidden: Tensor  # (M, H), of the pairs of a tree; without one (B, C, H)
+    hidden: Tensor  # (M, H), one for each pair of the tree; (B, C, H) without a tree
     tree: TokenTree | None
 
     @classmethod
     def on(cls, tree: TokenTree, model: Any) -> "States":
-        """By one forward of the backbone, which takes trees."""
+        """Compute them by one forward of the model's backbone, which must take trees."""
         backbone = CausalLM.of(model).backbone
         hidden = run(tree, backbone).last_hidden_state.squeeze(0)
         return cls(hidden[tree.source.to(hidden.device)], tree)
@@ -35,7 +35,7 @@ class States(NamedTuple):
         return self.hidden if self.tree is None else self.tree.unpack(self.hidden)
 
     def at(self, places: Tensor) -> Tensor:
-        """(len(places), H), where `places` number the completion tokens row by row."""
+        """(len(places), H): the states at these places, which count the completion tokens row by row."""
         if self.tree is None:
             return self.hidden.flatten(0, 1)[places.to(self.hidden.device)]
         pair = self.tree.pair.flatten()
@@ -43,7 +43,7 @@ class States(NamedTuple):
 
 
 def why_not_comparable(models: list[Any]) -> str:
-    """What `linear_divergence` does not take; empty where it takes these models."""
+    """Why `linear_divergence` cannot take the heads of these models; empty if it can."""
     for model in models:
         try:
             head = CausalLM.of(model).head
@@ -55,12 +55,14 @@ def why_not_comparable(models: list[Any]) -> str:
 
 
 class Comparison:
-    """Of a student and one teacher; `loss` stands for TRL's `_chunked_divergence_loss`.
+    """The comparison of a student and one teacher. `loss` takes the place of TRL's `_chunked_divergence_loss`.
 
     Args:
+        models: student and teacher.
+        completion_ids: (B, C).
         scored: (B, C), the completion tokens at which the two are compared.
-        of_all: (B, C), those at which the student is compared with any teacher; the same tensor where there is one.
-        student: its states at these, where a comparison with another teacher has them.
+        of_all: (B, C), the tokens at which the student is compared with any teacher; `scored` if there is one teacher.
+        student: the student's states at `of_all`, if an earlier comparison with another teacher computed them.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Comparison:
         self,
         student_hidden_states: Tensor,
         teacher_hidden_states: Tensor,
-        student_lm_head_weight: Tensor,  # the heads are read again, when they are whole
+        student_lm_head_weight: Tensor,  # not used: if the heads are sharded, they are gathered and read below
         teacher_lm_head_weight: Tensor,
         completion_mask: Tensor,
         beta: float,
@@ -128,9 +130,10 @@ class Comparison:
         return divergence / (items.to(divergence.device) if isinstance(items, Tensor) else items), entropy, tokens
 
     def _rows(self, student: States, teacher: States, scored: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """The hidden states of both at the tokens to compare, these tokens, and how many of the batch each stands for.
+        """The hidden states of both at the tokens to compare, these tokens, and how many tokens of the batch each of
+        them represents.
 
-        Where both ran the same tree, tokens with the same context and the same value are one.
+        If both ran the same tree, equal tokens with the same context are compared once.
         """
         if student.tree is not None and student.tree is teacher.tree:
             target = student.tree.target

@@ -1,5 +1,6 @@
-"""The options that FlashPO adds to TRL's configurations, by what they are for: token trees; the engine; any loss and
-finer groups. The configurations themselves stand beside their trainers."""
+"""The options that FlashPO adds to TRL's configurations, in one class for each purpose: token trees, the rollout
+engine, weights for the mismatch, and losses and groups. The configurations themselves are in the modules of the
+trainers."""
 
 import inspect
 import textwrap
@@ -9,7 +10,7 @@ from flashpo.ops.loss_spec import LossSpec, resolve
 from flashpo.rollout import RolloutEngine
 from flashpo.trl.options import Known, unknown_fields
 
-# TRL's options that a spec says in their stead
+# TRL's options that a LossSpec replaces
 GRPO_LOSS_OPTIONS = (
     "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "sapo_temperature_neg",
     "sapo_temperature_pos", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg",
@@ -19,7 +20,7 @@ GRPO_LOSS_OPTIONS = (
 
 
 def documented(cls: type) -> type:
-    """Adds to a configuration's docstring the fields that it has beyond TRL's, by their metadata."""
+    """Append the fields that a configuration adds to TRL's to its docstring. Their texts come from the metadata."""
     inherited = {f.name for base in cls.__mro__ if base.__module__.startswith("trl.") for f in fields(base)}
     own = [f for f in fields(cls) if f.name not in inherited or f.name in vars(cls).get("__annotations__", {})]
     entries = [
@@ -37,9 +38,9 @@ def documented(cls: type) -> type:
 
 @dataclass
 class SharingOptions:
-    """The fields for token trees, of every configuration."""
+    """The fields for token trees, which every configuration has."""
 
-    share_prefix: str = field(  # or a bool; TRL's parser of the command line reads a union with one as a flag
+    share_prefix: str = field(  # bool, too; but TRL's command-line parser would take a union with bool for a flag
         default="auto",
         metadata={
             "help": "Whether to score and train on token trees: each distinct token of a micro-batch is computed once, "
@@ -57,7 +58,7 @@ class SharingOptions:
     )
 
     def __post_init__(self):
-        super().__post_init__()  # type: ignore[misc]  # of the TRL class beside it
+        super().__post_init__()  # type: ignore[misc]  # a method of the TRL class
         named = {"true": True, "false": False}
         self.share_prefix = named.get(str(self.share_prefix).lower(), self.share_prefix)  # type: ignore[assignment]
         if self.share_prefix not in ("auto", True, False):
@@ -72,7 +73,7 @@ class SharingOptions:
 
 @dataclass
 class EngineOptions(SharingOptions):
-    """With the fields for generation: of those that sample, PPOConfig's too."""
+    """Adds the fields for generation, for the configurations of all trainers that sample, PPOConfig included."""
 
     rollout: str = field(
         default="auto",
@@ -110,7 +111,7 @@ class EngineOptions(SharingOptions):
 
 @dataclass
 class CorrectionOptions(EngineOptions):
-    """The field for weights against the mismatch between sampler and trainer, which the losses of GRPO and PPO have."""
+    """Adds the field for the weights that correct the mismatch between sampler and trainer (GRPO and PPO)."""
 
     rollout_correction: str = field(
         default="auto",
@@ -136,7 +137,7 @@ class CorrectionOptions(EngineOptions):
 
 @dataclass
 class PolicyOptions(EngineOptions):
-    """The fields of both."""
+    """Adds the fields that GRPOConfig and RLOOConfig share: loss, groups, old log-probs."""
 
     loss: str | None = field(
         default=None,
@@ -198,5 +199,5 @@ class PolicyOptions(EngineOptions):
 
     def _with_length(self, spec: LossSpec) -> LossSpec:
         if spec.aggregation == "fixed_length" and spec.max_length is None:
-            return replace(spec, max_length=self.max_completion_length)  # type: ignore[attr-defined]  # of TRL's
+            return replace(spec, max_length=self.max_completion_length)  # type: ignore[attr-defined]  # a field of the TRL class
         return spec

@@ -1,9 +1,10 @@
-"""A critic inside the policy: one forward of the one wrapped module gives log-probs and values.
+"""A critic inside the policy's module: one forward of the wrapped module gives both log-probs and values.
 
-V_t = w . h_{t-1} + b      h: hidden states of the policy's backbone (shared), or of a backbone of the critic's own
+V_t = w . h_{t-1} + b      h: hidden states of the policy's backbone (shared), or of a separate backbone of the critic
 
-The policy's module holds the critic, so that DDP and FSDP reduce its gradients and the optimizer sees its parameters.
-Checkpoints keep the two apart: the policy stays loadable by `from_pretrained`, `critic.safetensors` lies beside it.
+The critic is a part of the policy's module so that DDP and FSDP reduce its gradients and the optimizer sees its
+parameters. Checkpoints keep the two apart: `from_pretrained` can load the policy, and the critic is saved as
+`critic.safetensors` in the same folder.
 """
 
 import contextlib
@@ -23,19 +24,20 @@ from flashpo.ops.token_stats import TokenStats
 from flashpo.packing import TokenTree
 from flashpo.packing.inputs import run
 
-NAME = "critic"  # of the policy's attribute
+NAME = "critic"  # the policy's attribute that holds the critic
 FILE = "critic.safetensors"
 BACKBONE_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 @functools.cache
 def with_values(output: type) -> type:
-    """A model's output class with `state_values` (batch, seq_len - 1), fp32: of the state before each label."""
+    """A model's output class with one more field, `state_values` (batch, seq_len - 1), fp32: the value of the state
+    before each label."""
     return dataclasses.make_dataclass("ActorCriticOutput", [("state_values", Tensor | None, None)], bases=(output,))
 
 
 class ActorCriticScores(NamedTuple):
-    """TreeScores with `state_values` (rows, scored tokens), fp32, 0 where nothing is scored."""
+    """TreeScores with `state_values` (rows, scored tokens), fp32; 0 at places that are not scored."""
 
     stats: TokenStats
     aux_loss: Tensor | None
@@ -43,7 +45,7 @@ class ActorCriticScores(NamedTuple):
 
 
 class Critic(nn.Module):
-    """A linear head that begins with V = 0, in fp32 whatever the backbone's dtype."""
+    """A linear head, initialised to V = 0. It computes in fp32 whatever the backbone's dtype."""
 
     def __init__(self, hidden_size: int, device: torch.device, backbone: PreTrainedModel | None = None):
         super().__init__()
@@ -55,7 +57,7 @@ class Critic(nn.Module):
 
     @contextlib.contextmanager
     def asked(self) -> Iterator[None]:
-        """Within it a forward of the policy on padded rows gives values, too; one over a token tree always does."""
+        """Within the block, forwards of the policy on padded rows give values, too; those on trees always do."""
         before, self.is_asked = self.is_asked, True
         try:
             yield
@@ -68,7 +70,14 @@ class Critic(nn.Module):
 
 
 def attach_critic(policy: PreTrainedModel, backbone: PreTrainedModel | None = None) -> Critic:
-    """Give `policy` a critic, behind TRL's fused LM head if it has one; `backbone`: one of its own, without a head."""
+    """Give `policy` a critic: its forward returns values, too.
+
+    Call it after TRL's `add_fused_lm_head`, if that is used: the new forward calls the one that the policy has now.
+
+    Args:
+        backbone: a separate model without a head, from whose hidden states the critic computes values; None: it uses
+            those of the policy.
+    """
     device = policy.get_output_embeddings().weight.device
     config = (policy if backbone is None else backbone).config.get_text_config()
     critic = Critic(config.hidden_size, device, backbone if backbone is None else backbone.to(device))
@@ -112,7 +121,7 @@ def _text_inputs(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the policy's, the critic's) entries of a state dict of the wrapped or unwrapped policy."""
+    """Split a state dict of the wrapped or unwrapped policy into (entries of the policy, entries of the critic)."""
     policy, critic = {}, {}
     for name, value in state.items():
         parts = f".{name}".split(f".{NAME}.", 1)
@@ -124,7 +133,7 @@ def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def save_critic(state: dict[str, Tensor], folder: str) -> None:
-    """Of a critic's state dict."""
+    """Write a critic's state dict into `folder`."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     safetensors.torch.save_file(tensors, os.path.join(folder, FILE), metadata={"format": "pt"})
 

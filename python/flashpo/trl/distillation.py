@@ -1,7 +1,8 @@
 """DistillationTrainer: TRL's on-policy distillation on token trees, with both heads in one operator.
 
-Generation, teacher, masks, normalisation and logs are TRL's. Two seams of its `_compute_loss` are ours: where it asks
-for the last hidden states of a model, and where it hands those of student and teacher to its divergence.
+Generation, teacher, masks, normalisation and logs are TRL's. FlashPO takes over at two places in TRL's
+`_compute_loss`: where it asks for the last hidden states of a model, and where it passes those of student and teacher
+to its divergence.
 """
 
 import contextlib
@@ -33,13 +34,13 @@ from flashpo.trl.sampling import Sampling
 from flashpo.trl.sharing import Sharing, why_not_packed
 from flashpo.trl.teachers import Teachers, check_dataset, places
 
-WHICH = "teacher_index"  # of a batch: the place of each row's teacher among several
+WHICH = "teacher_index"  # key of a batch: the index of each row's teacher, if there are several
 
 
 @documented
 @dataclass
 class DistillationConfig(EngineOptions, trl.DistillationConfig):
-    """All arguments of `trl.DistillationConfig`, and those below."""
+    """Takes all arguments of `trl.DistillationConfig`, and those below."""
 
     _VALID_DICT_FIELDS = [*trl.DistillationConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
 
@@ -69,18 +70,25 @@ class DistillationConfig(EngineOptions, trl.DistillationConfig):
 
 
 class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
-    """TRL's DistillationTrainer with FlashPO's rollout engine, token trees and divergence. Several completions of a
-    prompt and several teachers are options of `flashpo.trl.DistillationConfig`.
+    """TRL's DistillationTrainer with FlashPO's rollout engine, token trees and divergence.
+
+    It takes the arguments of `trl.DistillationTrainer`. Several completions of a prompt and several teachers are
+    additional options, see `flashpo.trl.DistillationConfig`.
 
     Args:
-        teacher_model: as in TRL, or a dict of such by name. Then a column of the dataset (`teacher_column`) names each
-            row's teacher, which alone runs the row; the loss is the mean over all tokens, as with one teacher.
+        teacher_model: as in TRL, or a dict from names to such teachers. With a dict, a column of the dataset
+            (`teacher_column`) names the teacher of each row, and only this teacher runs the row. The loss is the mean
+            over all tokens, as with one teacher.
+
+    Raises:
+        ValueError: several teachers or completions are asked for and the installed TRL does not allow it, a teacher's
+            vocabulary has another size than the student's, or the dataset does not name a teacher for each row.
     """
 
     _trl_class = distillation_trainer.DistillationTrainer
     teacher_model: Any
     _signature_columns: Any
-    _comparison: Comparison | None = None  # of the running `_compute_loss`; None: it is TRL's
+    _comparison: Comparison | None = None  # of the `_compute_loss` that runs now; None if TRL compares
     _tried = False
 
     def __init__(self, model, teacher_model=None, *args, **kwargs):
@@ -102,13 +110,13 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         return super()._why_not_parts() | self._sharing.parts | start.why_no_head()
 
     def _say_what_trl_lacks(self) -> None:
-        """Once, what TRL's own code does here; an error where the user has asked for ours."""
+        """Warn once of what TRL's own code does here; raise an error if the user has asked for ours."""
         if self._completions != 1 and (reason := why_not(self._trl_class, COMPLETIONS)):
             raise ValueError(f"num_generations={self._completions} cannot be had: {reason}")
         if reason := why_not(self._trl_class, TREES):
             self._sharing.allowed(reason)
 
-    # made when they are first needed, as in `Sampling`
+    # The properties below are made when they are first needed, as in `Sampling`
 
     @functools.cached_property
     def _sharing(self) -> Sharing:
@@ -116,7 +124,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
 
     @functools.cached_property
     def _on_trees(self) -> set[Any]:
-        """The models, inside of all wrappers, whose backbones take token trees."""
+        """The models whose backbones take token trees, without their wrappers."""
         return set()
 
     @functools.cached_property
@@ -124,13 +132,13 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         return Fallback("FlashPO leaves the divergence to TRL: {reason}.")
 
     def _try_out(self) -> None:
-        """Before the models first run: all ranks together, outside of a forward."""
+        """Find out which models can run on token trees. All ranks do this together, before the models first run."""
         if self._tried or self._sharing.mode is False or why_not(self._trl_class, TREES):
             return
         self._tried = True
         models = [("", self.model)]
         for name, teacher in self.teachers.items():
-            teacher.eval()  # returns nothing where it is an engine of DeepSpeed
+            teacher.eval()  # of a DeepSpeed engine this returns None, not the module
             models.append((f"the teacher {name!r}: " if len(self.teachers) > 1 else "the teacher: ", teacher))
         for who, model in models:
             with self.accelerator.autocast():
@@ -149,7 +157,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
 
     @property
     def _completions(self) -> int:
-        """Of a prompt, in training."""
+        """Completions of each prompt in training."""
         return getattr(self.args, "num_generations", 1)
 
     def get_train_dataloader(self):
@@ -162,7 +170,8 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
 
     @contextlib.contextmanager
     def _prompts_repeated(self, name: str) -> Iterator[None]:
-        """Within it TRL's generation batches hold every prompt `num_generations` times, and as many rows as before."""
+        """Within the block TRL's generation batches hold each prompt `num_generations` times and fewer prompts, so that
+        the number of rows stays the same."""
 
         def repeated(original: Callable) -> Callable:
             def repeat(*args, mini_repeat_count, batch_size, **options):
@@ -210,7 +219,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         self._try_out()
         loss = super().compute_loss(*args, **kwargs)
         if overridden(self, "log"):
-            self.flush_metrics()  # theirs may read `_metrics` before it calls ours, or not call it
+            self.flush_metrics()  # the subclass's `log` may read `_metrics` before it calls ours, or never call it
         return loss
 
     @in_place_of_trls(TREES)
@@ -218,7 +227,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         ours = scores() and self._comparable(unwrapped_student)
         scored = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         parts = [(self.teacher_model, scored, inputs)]
-        if len(self.teachers) > 1:  # TRL's loss of each teacher's rows: the mask of tools leaves out the others
+        if len(self.teachers) > 1:  # TRL's loss once for each teacher; tool_mask leaves out the rows of other teachers
             of_rows = [(inputs[WHICH] == i)[:, None] * scored for i in range(len(self.teachers))]
             parts = [(t, rows, inputs | {"tool_mask": rows}) for t, rows in zip(self.teachers.values(), of_rows)]
             if num_items_in_batch is None:
@@ -241,7 +250,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         return results[0] if len(results) == 1 else tuple(map(sum, zip(*results)))
 
     def _comparable(self, student) -> bool:
-        """Whether `linear_divergence` takes the heads; says why not."""
+        """Whether `linear_divergence` takes the heads; warns with the reason if it does not."""
         models = [student, *(self.accelerator.unwrap_model(teacher) for teacher in self.teachers.values())]
         if reason := why_not_comparable(models):
             self._keep_trls(reason)
@@ -262,7 +271,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         padded: Callable = functools.partial(super()._get_last_hidden_state, logits_to_keep=logits_to_keep)
         if comparison is None:
             return padded(unwrapped_model, *tokens, **multimodal)
-        of_student, comparison.asked = not comparison.asked, True  # TRL asks for the student's first
+        of_student, comparison.asked = not comparison.asked, True  # TRL asks first for the student's states
         if of_student and comparison.student is not None:
             return comparison.student.hidden
         scored = comparison.of_all if of_student else comparison.scored
@@ -282,7 +291,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             states = States(padded(unwrapped_model, *tokens, **multimodal), None)
         else:
             rows = scored.any(1).nonzero()[:, 0]
-            rows = rows if len(rows) else rows.new_zeros(1)  # ranks that meet in a forward all run one
+            rows = rows if len(rows) else rows.new_zeros(1)  # other ranks may wait for this rank's forward
             hidden = padded(unwrapped_model, *(x[rows] for x in tokens))
             states = States(hidden.new_zeros(len(input_ids), *hidden.shape[1:]).index_copy(0, rows, hidden), None)
             padded_tokens = len(rows) * input_ids.shape[1]
@@ -290,7 +299,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         self._phases.ran(run, input_ids.numel(), states.tree is not None)
         self._phases.reference_ends(phase)
         if overridden(self, "_get_last_hidden_state"):
-            return states.as_rows()  # theirs takes TRL's, and what it makes of them counts
+            return states.as_rows()  # the subclass's method expects TRL's layout, and its result is what counts
         if of_student:
             comparison.student = states
         else:
@@ -298,7 +307,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         return states.hidden
 
     def _takes_tree(self, model: Any, beside: dict[str, Any], attention_mask: Tensor) -> bool:
-        """`beside`: what the batch has beside text."""
+        """Whether this batch runs on a tree. `beside`: the inputs of the batch other than text."""
         if CausalLM.of(model).base not in self._on_trees:
             return False
         reason = next((f"the batch has {name}" for name in beside), "")

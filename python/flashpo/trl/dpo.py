@@ -1,4 +1,4 @@
-"""DPOTrainer: TRL's DPO on token trees, the prompt of a pair once."""
+"""DPOTrainer: TRL's DPO on token trees, which compute the prompt of a pair once."""
 
 import contextlib
 import inspect
@@ -16,13 +16,14 @@ from flashpo.trl.sharing import Sharing
 @documented
 @dataclass
 class DPOConfig(SharingOptions, trl.DPOConfig):
-    """All arguments of `trl.DPOConfig`, and those below."""
+    """Takes all arguments of `trl.DPOConfig`, and those below."""
 
 
 class DPOTrainer(PackedWithReference, dpo_trainer.DPOTrainer):
-    """TRL's DPOTrainer, the prompt of a pair once; `flashpo.trl.DPOConfig` has the option.
+    """TRL's DPOTrainer on token trees: the prompt of a pair is computed once, and padding never.
 
-    `padding_free=True`, which TRL 1.16 puts off with a warning, asks for what happens here anyway.
+    It takes the arguments of `trl.DPOTrainer`. `share_prefix` of `flashpo.trl.DPOConfig` says whether it uses trees.
+    `padding_free=True`, which TRL 1.16 ignores with a warning, changes nothing here: token trees have no padding.
     """
 
     _trl_class = dpo_trainer.DPOTrainer
@@ -35,7 +36,7 @@ class DPOTrainer(PackedWithReference, dpo_trainer.DPOTrainer):
 
 @contextlib.contextmanager
 def _without_padding_free(args) -> Iterator[None]:
-    """TRL warns that it will pad, which is not so where rows run packed."""
+    """Hide `padding_free` from TRL's constructor, which would warn that it pads: on token trees no row is padded."""
     wanted = getattr(args, "padding_free", False) and Sharing(args).mode is not False
     if wanted:
         args.padding_free = False

@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling (arXiv 2503.14476): groups of equal rewards teach nothing; fresh prompts replace them."""
+"""DAPO's dynamic sampling (arXiv 2503.14476): fresh prompts replace groups of equal rewards, whose advantages are 0."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LEFT_PADDED = ("prompt_ids", "prompt_mask")
-TOKENS = ("prompt_ids", "completion_ids")  # padded with the padding token, others with 0
+TOKENS = ("prompt_ids", "completion_ids")  # padded with the padding token; other tensors are padded with 0
 
 
 def replace_degenerate(
@@ -14,12 +14,13 @@ def replace_degenerate(
 ) -> dict:
     """`batch` with the rows of degenerate groups replaced, in at most `args.dynamic_sampling` rounds of generation.
 
-    A rank replaces its own groups; in a round every rank generates as many as the neediest one needs. Counts go to the
-    metrics `dynamic_sampling/degenerate` (groups before), `/generated`, `/replaced` and `/left`, over all ranks.
+    Each rank replaces its own groups. In each round all ranks generate the same number of groups: as many as the rank
+    with the most degenerate groups needs. The metrics `dynamic_sampling/degenerate` (before the first round),
+    `/generated`, `/replaced` and `/left` count groups of all ranks.
 
     Args:
         degenerate: (rows of all ranks,) bool.
-        generate: rows of the dataset -> their batch, and the flag for each row of all ranks.
+        generate: takes rows of the dataset; returns their batch, and `degenerate` for the rows of all ranks.
     """
     size, ranks, rank = trainer.num_generations, trainer.accelerator.num_processes, trainer.accelerator.process_index
     if (rows := len(degenerate) // ranks) % size:
@@ -52,7 +53,7 @@ def replace_degenerate(
 
 
 def _fresh_rows(trainer, groups: int, turn: int) -> list[dict]:
-    """Prompts of this rank, drawn by seed, step and round alone, so that a resumed run draws them again."""
+    """Prompts of this rank. They depend only on seed, step and round, so that a resumed run draws the same ones."""
     rank, dataset = trainer.accelerator.process_index, trainer.train_dataset
     generator = torch.Generator().manual_seed(hash((trainer.args.seed, trainer._step, turn)) % 2**63)
     total = groups * trainer.accelerator.num_processes
@@ -61,17 +62,20 @@ def _fresh_rows(trainer, groups: int, turn: int) -> list[dict]:
 
 
 def _replace_groups(batch: dict, fresh: dict, pairs: list[tuple[int, int]], size: int, pad_token: int) -> dict:
-    """Rows of group `old` of `batch` become those of group `new` of `fresh`, for each pair; tensors grow as needed."""
+    """Replace groups of `batch` by groups of `fresh`. Tensors are padded to the longer of the two.
+
+    pairs: (index of the group in `batch`, index of the group in `fresh`).
+    """
     if not pairs:
         return batch
     to, of = (torch.tensor([g * size + i for g in groups for i in range(size)]) for groups in zip(*pairs))
     merged = dict(batch)
     for name, rows in batch.items():
         if isinstance(rows, Tensor) and rows.dim() == 0:
-            continue  # a count of the whole batch, made anew
+            continue  # a count for the whole batch, which the caller computes again
         if not isinstance(rows, Tensor) or rows.dim() > 2:
             raise ValueError(f"dynamic_sampling cannot replace rows of {name}: text prompts only")
-        if name not in fresh:  # log-probs of a sampler, where another one generated this round
+        if name not in fresh:  # such as log-probs of the engine, if TRL generated this round
             del merged[name]
             continue
         ours, theirs = rows, fresh[name]

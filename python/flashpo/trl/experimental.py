@@ -1,8 +1,8 @@
-"""What FlashPO does for the trainers in `trl.experimental`, by their packages there.
+"""What FlashPO does for each trainer in `trl.experimental`.
 
-They are classes of their own, and most call the model for whole logits. Where they hand these to TRL's functions for
-log-probs, `patch()` reaches them; where they hand them to torch, nothing is replaced. Where the rows of a batch are
-padded on the right, `share_prompts` lets the layers below the head compute each distinct token of a batch once.
+Most of these trainers call the model for whole logits. If they pass the logits to TRL's functions for log-probs,
+`patch()` replaces these functions; if they pass them to torch, nothing is replaced. If a trainer pads the rows of a
+batch on the right, `share_prompts` lets the layers below the head compute each distinct token of a batch once.
 """
 
 from typing import Any, NamedTuple
@@ -12,9 +12,9 @@ from flashpo.trl._fallback import Fallback
 
 class Experimental(NamedTuple):
     trainer: str
-    ops: tuple[str, ...]  # operators of ours that run under `patch()`, by how their names begin
-    rest: str  # why not more
-    shares: bool = False  # whether `share_prompts` knows it
+    ops: tuple[str, ...]  # prefixes of our operators that run under `patch()`
+    rest: str  # why no more of FlashPO runs
+    shares: bool = False  # whether `share_prompts` supports it
 
 
 _LOGITS = "the model gives it whole logits"
@@ -46,7 +46,7 @@ EXPERIMENTAL = {
 
 
 def of(cls: type) -> Experimental | None:
-    """The entry of a class of TRL's, or of one derived from it."""
+    """The entry of a class of TRL, or of a class derived from it; None if there is none."""
     for base in cls.__mro__:
         if base.__module__.startswith("trl.experimental."):
             return EXPERIMENTAL.get(base.__module__.split(".")[2])
@@ -54,19 +54,18 @@ def of(cls: type) -> Experimental | None:
 
 
 def share_prompts(trainer: Any) -> None:
-    """Let an experimental trainer's model run each distinct token of a batch once, below its head; for good.
+    """Let the layers below the head of an experimental trainer's model compute each distinct token of a batch once.
 
-    `flashpo run` does it when such a trainer begins to train. Loss and gradients stay TRL's. Padding has logits of 0
-    then, so the means of whole logits that CPO and ORPO log (`logits/chosen`, `logits/rejected`), which count padding,
-    are others.
-
-    A second call does nothing.
+    `flashpo run` calls this when such a trainer begins to train. Loss and gradients stay TRL's. The logits of padding
+    become 0. Therefore the means of whole logits that CPO and ORPO log (`logits/chosen`, `logits/rejected`) change,
+    because they count padding. This cannot be undone; a second call does nothing.
 
     Args:
-        trainer: one that `EXPERIMENTAL` says `shares`, or of a class derived from such a one; before it trains.
+        trainer: a trainer whose entry in `EXPERIMENTAL` has `shares`, or one of a class derived from it. It must not
+            have begun to train.
 
     Raises:
-        TypeError: it is another.
+        TypeError: it is another trainer.
     """
     from flashpo.trl.reward_models import run_on_trees  # these import transformers
     from flashpo.trl.sharing import Sharing
@@ -86,7 +85,7 @@ def share_prompts(trainer: Any) -> None:
 
 
 def table() -> str:
-    """As Markdown, for docs/trainers.md."""
+    """EXPERIMENTAL as a Markdown table, for docs/trainers.md."""
     names = {"selective_log_softmax": "log-probs and entropies", "linear_logprob": "LM head and log-probs"}
     names["linear_divergence"] = "both LM heads and their divergence"
     rows = [

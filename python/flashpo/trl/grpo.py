@@ -1,4 +1,4 @@
-"""GRPOTrainer: TRL's GRPO, and any loss of its kind, on `policy_loss`."""
+"""GRPOTrainer: TRL's GRPO with the loss computed by `flashpo.policy_loss`, which also knows other policy losses."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ from flashpo.trl.rollout import importance_fields
 @documented
 @dataclass
 class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
-    """All arguments of `trl.GRPOConfig`, and those below."""
+    """Takes all arguments of `trl.GRPOConfig`, and those below."""
 
     _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it
 
@@ -35,10 +35,16 @@ class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
         super().__post_init__()
         self._check_options(GRPO_LOSS_OPTIONS, options.GRPO)
         if self.loss is not None:
-            self.beta = self.loss_spec().kl_coef  # TRL loads a reference model by it
+            self.beta = self.loss_spec().kl_coef  # TRL loads a reference model if beta is not 0
 
     def loss_spec(self) -> LossSpec:
-        """The spec that `loss` names, with beta as its KL coefficient unless it has one, and a length where needed."""
+        """The LossSpec that `loss` names.
+
+        `beta` becomes its KL coefficient if it has none, and `max_completion_length` its length if it needs one.
+
+        Raises:
+            ValueError: `beta` and the KL coefficient of the spec contradict each other.
+        """
         spec = resolve(self.loss, ())
         if spec.kl_coef == 0 and self.beta != 0:
             spec = replace(spec, kl_coef=self.beta)
@@ -48,7 +54,11 @@ class GRPOConfig(CorrectionOptions, PolicyOptions, trl.GRPOConfig):
 
 
 class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
-    """TRL's GRPOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.GRPOConfig` has their options."""
+    """TRL's GRPOTrainer with FlashPO's rollout engine, token trees, loss and advantages.
+
+    It takes the arguments of `trl.GRPOTrainer`; `flashpo.trl.GRPOConfig` has the additional options. Override
+    `compute_advantages` to give credit in another way.
+    """
 
     _trl_class = grpo_trainer.GRPOTrainer
     _options = options.GRPO
@@ -71,7 +81,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return super()._takes_old_logprobs() and self.args.gradient_accumulation_steps % every != 0
 
     def _spec_of(self, inputs) -> LossSpec:
-        """The loss of a micro-batch: `_loss_spec`, corrected for the mismatch where the engine sampled it."""
+        """The loss of a micro-batch: `_loss_spec`, with weights for the mismatch if the engine sampled the batch."""
         spec = self._loss_spec()
         sampled = self._rollouts.generated and inputs.get("sampling_per_token_logps") is not None
         if not sampled or spec.importance != "none":
@@ -79,7 +89,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return replace(spec, **importance_fields(self.args, spec.surrogate))
 
     def _weighed(self, spec: LossSpec, sampled: Tensor | None) -> LossSpec:
-        """`spec`, without its correction where the engine sampled and no log-probs of it can be compared."""
+        """`spec`; without weights for the mismatch if the engine sampled but its log-probs cannot be compared."""
         if sampled is not None or not self._rollouts.generated:
             return spec
         return replace(spec, importance="none", importance_min=None, importance_max=None)
@@ -93,7 +103,7 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return bool(self.accelerator.reduce(wanted) > 0)  # all ranks run this forward, or none does
 
     def _loss_spec(self) -> LossSpec:
-        """What the configuration asks for, with the entropy coefficient of this moment."""
+        """The loss that the configuration asks for, with the current entropy coefficient."""
         if getattr(self.args, "loss", None):
             return self.args.loss_spec()
         args, loss = self.args, self.loss_type
@@ -168,14 +178,14 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         return self._add_aux_loss(result.loss, aux_loss, 1 / accumulation)
 
     def _tokens_of_a_step(self, inputs) -> Tensor:
-        """Live tokens of an optimizer step, a process: what each of its micro-batches is divided by."""
+        """Live tokens of an optimizer step per process: the denominator of each of its micro-batches."""
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self._mode == "eval":
             return tokens
         return tokens * self._accumulation() / self.args.steps_per_generation
 
     def _control_entropy(self, mode: str, result: PolicyLoss) -> None:
-        """TRL's controller: once an optimisation step, the coefficient follows the mean entropy of its tokens."""
+        """TRL's controller: once per optimizer step it adapts the coefficient to the mean entropy of the tokens."""
         if mode != "train":
             return
         if self.use_adaptive_entropy:
@@ -217,14 +227,14 @@ class GRPOTrainer(PolicyTrainer, grpo_trainer.GRPOTrainer):
         found = group_advantages(
             rewards,
             group,
-            scale=self.scale_rewards if summed_first else "group",  # TRL normalises then, whatever scale_rewards says
+            scale=self.scale_rewards if summed_first else "group",  # otherwise TRL ignores scale_rewards and normalises
             reward_weights=self.reward_weights.tolist(),
             aggregation=self.multi_objective_aggregation,
         )
         if self.scale_rewards != "batch" and summed_first:
             compared = scorable(rewards.isnan().all(dim=1), group) > 1
             alone = (self.num_generations if self._mode == "train" else self.num_generations_eval) == 1
-            dead = found.degenerate & (compared | alone)  # TRL misses equal 0.9s
+            dead = found.degenerate & (compared | alone)  # TRL's std of equal rewards such as 0.9 may not be exactly 0
             if logged := self._metrics[self._mode].get("frac_reward_zero_std"):
                 logged[-1] = dead.float().mean().item()
         return found.advantage

@@ -1,4 +1,4 @@
-"""The images of a trainer's batches, where its models take them on token trees."""
+"""The images of a trainer's batches, for models that can read them on token trees."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ KNOWN = {*FIELDS, *COUNTS, TYPES}
 
 
 class TrainerImages:
-    """Compares every model on a few rows with images of its first batch that has some."""
+    """Finds the images of batches. Each model is first compared on a few rows of its first batch that has images."""
 
     def __init__(self) -> None:
         self._answers: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
@@ -25,10 +25,14 @@ class TrainerImages:
     def of(
         self, models: Sequence[Any], batch: Mapping[str, Any], input_ids: Tensor, attention_mask: Tensor
     ) -> Images | None:
-        """None: these rows have no images. batch: what TRL hands to the models beside ids and mask.
+        """The images of these rows; None if they have none.
+
+        Args:
+            models: the models that will run the rows.
+            batch: what TRL passes to the models in addition to token ids and mask.
 
         Raises:
-            ValueError: the reason why they have to be scored as padded rows.
+            ValueError: these rows have to be scored as padded rows; the message is the reason.
         """
         beside = beside_text(models[0], batch)
         if not beside:
@@ -45,7 +49,7 @@ class TrainerImages:
         for model in models:
             if model not in self._answers:
                 rows = ImageRows.of(images, input_ids, attention_mask)
-                if rows is None:  # images, and no token that stands for one
+                if rows is None:  # there are images, but no token that stands for one
                     continue
                 self._answers[model] = image_parity(model, rows)
             if reason := self._answers[model]:

@@ -12,10 +12,13 @@ from flashpo.trl.config import SharingOptions, documented
 @documented
 @dataclass
 class KTOConfig(SharingOptions, trl.KTOConfig):
-    """All arguments of `trl.KTOConfig`, and those below."""
+    """Takes all arguments of `trl.KTOConfig`, and those below."""
 
 
 class KTOTrainer(PackedWithReference, kto_trainer.KTOTrainer):
-    """TRL's KTOTrainer, every distinct token of a batch once; `flashpo.trl.KTOConfig` has the option."""
+    """TRL's KTOTrainer on token trees: each distinct token of a batch is computed once, and padding never.
+
+    It takes the arguments of `trl.KTOTrainer`. `share_prefix` of `flashpo.trl.KTOConfig` says whether it uses trees.
+    """
 
     _trl_class = kto_trainer.KTOTrainer

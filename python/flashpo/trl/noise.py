@@ -1,15 +1,16 @@
-"""Whether a forward drew random numbers: dropout, NEFTune and noise on routers do. Rollouts run without any of them."""
+"""Whether a forward drew random numbers, as dropout, NEFTune and noise on routers do. Rollouts run without these."""
 
 import torch
 from torch import Tensor
 
 
 class RandomDraws:
-    """True as soon as a generator of torch, the CPU's or one of the kind of `device`, has been drawn from since this
-    was made.
+    """Is true once random numbers have been drawn from torch's generators since this object was made.
 
-    It asks the generators and not the modules: dropout has many names in configs, adapters and hooks, and an adapter
-    that is still the identity draws, too. To read a generator's state costs microseconds and waits for no device.
+    It looks at the generator of the CPU and at those of all devices of the same type as `device`. It compares the
+    states of generators instead of searching modules for dropout, because dropout has many names in configs, adapters
+    and hooks, and because an adapter draws random numbers even while it is still the identity. Reading a generator's
+    state takes microseconds and does not wait for a device.
     """
 
     def __init__(self, device: torch.device):

@@ -1,8 +1,8 @@
 """Which options of TRL's configurations our losses and advantages know.
 
-FlashPO computes the loss and the advantages of GRPO and RLOO in the place of TRL's code. An option that it does not
-know, a value or a whole field that a later TRL has, must not be ignored there: it keeps TRL's own code. SFT, DPO, KTO
-and distillation need no such list: there TRL's own code reads the options.
+FlashPO computes the loss and the advantages of GRPO and RLOO in place of TRL's code. A later TRL may have values or
+fields that FlashPO does not know. These must not be ignored: if one is set, TRL's own code runs. SFT, DPO, KTO and
+distillation need no such list, because TRL's own code reads their options.
 """
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -13,15 +13,15 @@ import transformers
 
 @dataclass(frozen=True)
 class Known:
-    """Of one trainer's configuration."""
+    """The options of one trainer's configuration that we know."""
 
-    loss_values: dict[str, tuple]  # an option that our loss reads by its name -> the values that it knows
-    advantage_values: dict[str, tuple]
-    checked: tuple[str, ...]  # options of the loss or the advantages that a LossSpec or `group_advantages` checks
-    elsewhere: tuple[str, ...]  # options that neither of the two reads
+    loss_values: dict[str, tuple]  # option that our loss reads -> the values that it knows
+    advantage_values: dict[str, tuple]  # the same for our advantages
+    checked: tuple[str, ...]  # options of the loss or the advantages whose values LossSpec or `group_advantages` checks
+    elsewhere: tuple[str, ...]  # options that neither the loss nor the advantages read
 
 
-# Beyond transformers' options: for what comes before a batch has log-probs and rewards, or after the loss
+# Options that act before a batch has log-probs and rewards, or after the loss; those of transformers are not listed
 _ELSEWHERE = (
     "model_init_kwargs", "trust_remote_code", "disable_dropout", "num_generations_eval", "shuffle_dataset",
     "pad_to_multiple_of", "generation_batch_size", "temperature", "top_p", "top_k", "min_p", "generation_kwargs",
@@ -67,9 +67,9 @@ RLOO = Known(
 
 
 def unknown_fields(args: Any, known: Known) -> list[str]:
-    """Fields of TRL's own configuration classes that this FlashPO has never heard of, and that the user has set.
+    """Fields of TRL's configuration classes that this version of FlashPO does not know and that the user has set.
 
-    A field that a user's own subclass adds is not among them: TRL's code cannot read it either.
+    Fields that a user's subclass adds do not count, because TRL's code does not read them either.
     """
     names = {*known.loss_values, *known.advantage_values, *known.checked, *known.elsewhere}
     names |= {field.name for field in fields(transformers.TrainingArguments)}
@@ -86,17 +86,17 @@ def _is_set(value: Any, field: Any) -> bool:
 
 
 def why_trls_loss(trainer: Any, known: Known) -> str:
-    """Which options the loss must be TRL's for, empty where ours knows them all."""
+    """The options because of which TRL must compute the loss; empty if ours knows them all."""
     return _unknown(trainer, known, known.loss_values)
 
 
 def why_trls_advantages(trainer: Any, known: Known) -> str:
-    """The same for the advantages."""
+    """The options because of which TRL must compute the advantages; empty if ours knows them all."""
     return _unknown(trainer, known, known.advantage_values)
 
 
 def _unknown(trainer: Any, known: Known, values: dict[str, tuple]) -> str:
-    # a trainer copies these options into attributes of the same names, which TRL's code reads
+    # a trainer copies these options into attributes with the same names, and TRL's code reads the attributes
     found = [
         (name, getattr(trainer, name)) for name, choices in values.items() if getattr(trainer, name) not in choices
     ]

@@ -1,4 +1,4 @@
-"""Scoring for GRPO, RLOO and PPO over token trees: every distinct token of a micro-batch once, padding never."""
+"""Scoring on token trees for GRPO, RLOO and PPO: each distinct token of a micro-batch runs once, padding never."""
 
 import contextlib
 import importlib
@@ -22,7 +22,7 @@ from flashpo.trl.sharing import Sharing, why_not_packed
 
 
 class Batch(NamedTuple):
-    """What is scored packed."""
+    """Rows that are scored as a token tree."""
 
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor
@@ -36,23 +36,26 @@ class Batch(NamedTuple):
 
 
 class PackedScoring:
-    """What a trainer's `_get_per_token_logps_and_entropies` does where it can run packed."""
+    """What a trainer's `_get_per_token_logps_and_entropies` does if it can run on token trees."""
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.sharing = Sharing(trainer.args)
-        self._reason: str | None = None  # why the models cannot, empty where they can; None: not looked yet
-        self._critic: PreTrainedModel | None = None  # that takes trees and was not looked at yet
+        self._reason: str | None = None  # why the models cannot run on trees, empty if they can; None: not known yet
+        self._critic: PreTrainedModel | None = None  # a critic's backbone that takes trees and is still to be compared
         self._values: Tensor | None = None
         self._images = TrainerImages()
         self._critic_reads_text = False
 
     def ready(self) -> bool:
-        """Whether batches are scored packed that have nothing against it themselves."""
+        """Whether the models and options allow token trees; a batch may still have something that does not."""
         return self.sharing.allowed(self.prepare())
 
     def takes(self, beside: dict[str, Any], input_ids: Tensor, attention_mask: Tensor) -> Batch | None:
-        """The batch as it is scored packed, None where it is not; `beside`: what TRL hands over beside its tokens."""
+        """The batch in the form that `score` takes; None if it cannot run on a tree.
+
+        beside: the inputs that TRL passes in addition to the tokens.
+        """
         if not self.ready():
             return None
         try:
@@ -66,7 +69,11 @@ class PackedScoring:
         return Batch(input_ids, attention_mask, images)
 
     def prepare(self, critic: PreTrainedModel | None = None) -> str:
-        """Let the trainer's models, and the backbone of a critic, take token trees; or why one of them cannot."""
+        """Let the trainer's models, and the backbone of a critic, take token trees.
+
+        Returns:
+            Why one of them cannot; empty if they all can.
+        """
         self._critic_reads_text |= critic is not None
         if self.sharing.mode is False or self.sharing.against:
             return ""
@@ -82,8 +89,8 @@ class PackedScoring:
         return self._reason
 
     def accept(self, critic: PreTrainedModel | None) -> None:
-        """Before weights are in their places: models that `packable` allows take trees, and are compared before the
-        first scoring."""
+        """Let models that `packable` allows take trees, without running them: their weights are not placed yet. They
+        are compared before the first scoring."""
         self._critic_reads_text |= critic is not None
         if self.sharing.mode is False or self.sharing.against:
             return
@@ -107,12 +114,15 @@ class PackedScoring:
         return ""
 
     def take_values(self) -> Tensor | None:
-        """A critic's values (B, C) of the last scoring, None where that was padded or the model has no critic."""
+        """A critic's values (B, C) of the last scoring; None if that was padded or the model has no critic.
+
+        A second call returns None.
+        """
         values, self._values = self._values, None
         return values
 
     def runs(self, batch: Batch | None, scored: Tensor) -> bool:
-        """Whether `score` is to run a batch, or None that `takes` has refused; all ranks have to ask."""
+        """Whether `score` shall run a batch. `batch`: None if `takes` has refused it. All ranks have to ask."""
         if not self.ready():
             return False
         models, on_tree = self._models(), batch is not None
@@ -131,15 +141,21 @@ class PackedScoring:
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs and entropies of the last tokens of each row where `scored` (B, C), 0 elsewhere; auxiliary loss.
+        """Log-probs, entropies and auxiliary loss of a batch.
 
-        batch_size: as many rows, padded, TRL would take at once; here it is as many tokens, groups kept whole. Ranks
-            make different numbers of parts then, and where their forwards have to meet, all of them make as many.
+        Args:
+            scored: (B, C), which of the last C tokens of each row are scored.
+            batch_size: how many padded rows TRL would run at once. Here a part has at most as many tokens as these
+                rows, and groups are kept whole if they fit. So ranks may have different numbers of parts. If forwards
+                have collectives, ranks with fewer parts run additional forwards, each on a single row.
+
+        Returns:
+            Log-probs (B, C), 0 at tokens that are not scored; entropies (B, C) or None; the auxiliary loss or None.
         """
         options = {
             "temperature": self.trainer.temperature,
             "outputs": ("entropy",) if compute_entropy else (),
-            "fp32_head": getattr(self.trainer.args, "cast_lm_head_to_fp32", False),  # RLOO has none
+            "fp32_head": getattr(self.trainer.args, "cast_lm_head_to_fp32", False),  # RLOOConfig has no such option
             "aux_loss": compute_aux_loss,
         }
         (input_ids, attention_mask, images), prune = batch, not compute_aux_loss
@@ -156,7 +172,7 @@ class PackedScoring:
         for tree in trees:
             with self.trainer.accelerator.autocast():
                 chunks.append(model(flashpo_tree=tree, **options))
-        order = torch.cat(parts).argsort()  # leaves out what only met other ranks, but not its gradient of 0
+        order = torch.cat(parts).argsort()  # drops results of the additional forwards, which still get a gradient of 0
         logprob = torch.cat([chunk.stats.logprob for chunk in chunks])[order]
         entropy = torch.cat([chunk.stats.entropy for chunk in chunks])[order] if compute_entropy else None
         if all(hasattr(chunk, "state_values") for chunk in chunks):
@@ -172,7 +188,8 @@ class PackedScoring:
 
 
 def _least(batch: Batch, scored: Tensor, prune: bool) -> TokenTree:
-    """One row with nothing to score: a token of it, or all of it if it has images, whose tower has to meet others."""
+    """The tree of an additional forward: one row with nothing to score, cut to one token. If the batch has images, it
+    is a whole row with images, because the forward of the image tower has collectives, too."""
     shown = [] if batch.images is None else [row for row, own in enumerate(batch.images.of_rows) if own]
     one = batch.rows(torch.tensor(shown[:1] or [0], device=batch.input_ids.device))
     nothing = torch.zeros_like(scored[:1])
@@ -185,7 +202,11 @@ def _least(batch: Batch, scored: Tensor, prune: bool) -> TokenTree:
 
 @contextlib.contextmanager
 def groups_stay_together(trainer_class: type, groups_of: int) -> Iterator[None]:
-    """Within it, what TRL's module of that class shuffles keeps the completions of a prompt side by side."""
+    """Within the block, TRL's shuffling of a generation batch (in the module of that class) moves whole groups: the
+    completions of a prompt stay next to each other.
+
+    groups_of: the number of completions of each prompt.
+    """
 
     def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
         prompts = batch["prompt_ids"]

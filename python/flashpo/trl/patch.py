@@ -1,4 +1,4 @@
-"""Replaces the names through which TRL's trainers score their tokens.
+"""`patch()`: replaces the functions through which TRL's trainers compute log-probs, entropies and divergences.
 
 In `trl.trainer.utils`, for SFT, DPO, KTO, GRPO and RLOO:
 
@@ -10,12 +10,13 @@ In `trl.trainer.distillation_trainer`:
 
     hidden states of student and teacher    ChunkedDivergenceFunction, _use_triton           -> linear_divergence
 
-All are looked up in their module at every call, so models made before the patch are reached too, and nothing of a
-trainer's own mathematics is restated. What our ops do not take (other devices, float64, an index of K tokens a
-position) goes to TRL's own code, as before. A TRL that lacks one of the two lines keeps its own code for it alone.
+TRL looks these names up in their module at every call. Therefore models that were made before the patch use the
+replacements, too, and no mathematics of a trainer has to be written again. Inputs that our operators do not take (other
+devices, float64, an index with K tokens for each position) go to TRL's own code. If a TRL version lacks the names of
+one of the lines, only that line stays TRL's.
 
-`patch()` is for the whole process. The blocks `patched()` and `stock()` are for the thread that opens them: while any
-thread needs our objects they are in place, and each asks whether the thread that calls it wants them.
+`patch()` is for the whole process. The blocks `patched()` and `stock()` are for the thread that opens them: our
+objects are in place as long as any thread needs them, and each of them asks whether the calling thread wants it.
 """
 
 import contextlib
@@ -48,17 +49,20 @@ from flashpo.trl import switches
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IGNORED = -(2**31)  # an index that no caller has by mistake, unlike -100, which must go on raising
+IGNORED = -(2**31)  # an index that no caller passes by mistake; an index of -100 must still raise an error
 
 MISSING = object()  # `_fused_logprob_entropy` where Triton is not installed
-FIELDS = dict(zip(("log_probs", *OUTPUTS), TokenStats._fields))  # ours by TRL's names
+FIELDS = dict(zip(("log_probs", *OUTPUTS), TokenStats._fields))  # TRL's names of the outputs -> ours
 
 
 def patch() -> None:
-    """Let every TRL trainer of this process score its tokens with FlashPO. A second call does nothing.
+    """From now on TRL's trainers in this process compute log-probs, entropies and divergences with FlashPO.
+
+    This is the smallest change to a script: rollouts and token trees need the trainers of `flashpo.trl`. A second call
+    does nothing.
 
     Raises:
-        PatchError: the installed TRL has neither of the two; nothing has been changed.
+        PatchError: the installed TRL has none of the functions that this replaces. Nothing has been changed then.
     """
     seams = scoring_seams()
     if all(seam.reason for seam in seams):
@@ -71,13 +75,16 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Take `patch()` back; TRL has its own objects again, unless a `patched()` block is still open."""
+    """Undo `patch()`: TRL gets its own functions back, unless a `patched()` block is still open."""
     _state.update(wanted=False)
 
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """`patch()` for the length of a block and for this thread; blocks nest."""
+    """`patch()` for the duration of a `with` block, in the calling thread only. Blocks can be nested.
+
+    If the installed TRL has none of the functions that `patch()` replaces, nothing is replaced.
+    """
     _state.update(users=+1)
     try:
         yield
@@ -87,7 +94,10 @@ def patched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stock() -> Iterator[None]:
-    """TRL's own code for the length of a block in this thread, whatever else is open. For comparisons (`verify`)."""
+    """TRL's own code for the duration of a block, in the calling thread only.
+
+    It overrides `patch()` and `patched()`. `verify` compares with it.
+    """
     _state.update(suspended=+1)
     try:
         yield
@@ -95,17 +105,19 @@ def stock() -> Iterator[None]:
         _state.update(suspended=-1)
 
 
-@torch.compiler.disable  # a graph would keep the answer of the call that traced it
+@torch.compiler.disable  # a graph would keep the answer from the time when it was traced
 def active() -> bool:
-    """Whether TRL scores with FlashPO in this thread now. What our trainers do beyond that asks it, so that `stock` is
-    stock."""
+    """Whether FlashPO is active in this thread now.
+
+    Our trainers ask this before everything that they do differently from TRL, so that a `stock` block runs TRL's code.
+    """
     here = _state.here
     return (_state.wanted or here.users > 0) and here.suspended == 0
 
 
 @torch.compiler.disable
 def scores() -> bool:
-    """`active`, and nobody has turned off FlashPO's LM head."""
+    """Whether FlashPO computes log-probs now: it is active, and its LM head is not turned off (`--no-head`)."""
     return active() and switches.current().head
 
 
@@ -119,11 +131,12 @@ class _Blocks(threading.local):
 class _State:
     def __init__(self):
         self.lock = threading.RLock()
-        self.wanted = False  # by patch()
+        self.wanted = False  # whether patch() was called
         self.here = _Blocks()
-        self.threads = 0  # that have a `patched` block open which no `stock` block suspends
-        self.originals: dict[str, dict[str, object]] = {}  # by module: its replaced names; empty: nothing is replaced
-        self.watches = False  # whether modules that are imported later will be seen
+        self.threads = 0  # how many threads have a `patched` block open that no `stock` block suspends
+        # module -> name -> TRL's object that we replaced; empty if nothing is replaced
+        self.originals: dict[str, dict[str, object]] = {}
+        self.watches = False  # whether `see` will be called when a module of MODULES is imported later
 
     def update(self, wanted: bool | None = None, users: int = 0, suspended: int = 0) -> None:
         with self.lock:
@@ -163,13 +176,13 @@ class _State:
         self.originals = {}
 
     def see(self) -> None:
-        """A module has been imported."""
+        """Called after a module of MODULES has been imported."""
         with self.lock:
             if self.originals:
                 self._replace()
 
     def _replace(self) -> None:
-        """In modules that are there and that were not when something was last replaced."""
+        """Replace the names in all modules that are imported by now and do not have our objects yet."""
         modules = {name: sys.modules[name] for name in MODULES if is_imported(name) and name not in self.originals}
         for name, module in modules.items():
             objects = MODULES[name](module)
@@ -181,7 +194,7 @@ _state = _State()
 
 
 def _seams(utils: ModuleType) -> dict[str, object]:
-    """Our object for each name that this TRL has, around the one that is there now."""
+    """Our object for each name that this TRL has. Where ours does not apply, it calls TRL's object of that name."""
     head = {} if why_no_head(utils) else _seams_of_head(utils)
     return head | ({} if why_no_logits(utils) else _seams_of_logits(utils))
 
@@ -196,7 +209,7 @@ def _seams_of_head(utils: ModuleType) -> dict[str, object]:
             hidden: Tensor,  # (N, H), N may be 0
             weight: Tensor,  # (V, H)
             bias: Tensor | None,
-            targets: Tensor,  # (N,), none of them ignored: TRL has dropped those
+            targets: Tensor,  # (N,); TRL has already dropped the ignored ones
             temperature: float,
             chunk_size: int,  # TRL's tile width; our backends choose their own
             final_logit_softcapping: float | None = None,
@@ -276,13 +289,13 @@ def _seams_of_logits(utils: ModuleType) -> dict[str, object]:
 
     seams: dict[str, object] = {"_supports_trl_loss_kernel": supports, "_fused_logprob_entropy": logprob_entropy}
     if stock_triton is not None:
-        # in this module the name does nothing but gate the kernel for logits, which ours does not need Triton for
+        # in this module the name is only used to decide about the kernel for logits; our operator needs no Triton
         seams["is_triton_available"] = lambda *min_version: scores() or has_triton(*min_version)
     return seams
 
 
 def _compact(stock: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
-    """Whether only the labelled positions reach the head; stock says no on a CPU and projects every position."""
+    """Whether only the labelled positions go through the head. On a CPU TRL says no and projects every position."""
     return lambda device: (scores() and device.type in DEVICES) or stock(device)
 
 
@@ -307,7 +320,7 @@ def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
             teacher_logit_scale: float = 1.0,
             teacher_final_logit_softcapping: float | None = None,
         ) -> tuple[Tensor, Tensor]:
-            """Divergence and the student's entropy, (N,) each; no gradient comes to the entropy."""
+            """Divergence and the student's entropy, (N,) each. No gradient flows through the entropy."""
             both = student_hidden, teacher_hidden
             if not scores() or any(x.device.type not in DEVICES or x.dtype not in DTYPES for x in both):
                 heads = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
@@ -319,7 +332,7 @@ def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
                 student_weight,
                 teacher_hidden,
                 teacher_weight,
-                torch.zeros(len(student_hidden), dtype=torch.int64, device=student_hidden.device),  # nobody reads it
+                torch.zeros(len(student_hidden), dtype=torch.int64, device=student_hidden.device),  # an unused target
                 student_bias,
                 teacher_bias,
                 beta=beta,
@@ -335,7 +348,7 @@ def _seams_of_distillation(module: ModuleType) -> dict[str, object]:
 
 
 UTILS = "trl.trainer.utils"
-MODULES: dict[str, Callable[[ModuleType], dict[str, object]]] = {  # ours by the names that they replace
+MODULES: dict[str, Callable[[ModuleType], dict[str, object]]] = {  # module -> makes our objects, by the names replaced
     UTILS: _seams,
     "trl.trainer.distillation_trainer": _seams_of_distillation,
 }

@@ -1,7 +1,9 @@
-"""GRPO and RLOO of TRL on `policy_loss` and `group_advantages`: the same results, any `LossSpec`, no host waits a step.
+"""What GRPOTrainer and RLOOTrainer share: TRL's trainers on `policy_loss` and `group_advantages`.
 
-Metrics stay on the device until they are logged. Stock TRL reduces and reads a dozen numbers a micro-batch. Beside
-TRL's own there are `ratio/q01` and `ratio/q99`, between which 98 % of the ratios are, see `PolicyStats.ratio_quantile`.
+Results are the same as TRL's, and every `LossSpec` can be trained with. Metrics stay on the device until they are
+logged, so that the host does not wait for them at each step; TRL reduces and reads about a dozen numbers for each
+micro-batch. In addition to TRL's metrics there are `ratio/q01` and `ratio/q99`: 98 % of the ratios lie between them,
+see `PolicyStats.ratio_quantile`.
 """
 
 import functools
@@ -37,15 +39,16 @@ SCORING_INPUTS = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
     "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-QUIET = "quiet_per_token_logps"  # of a batch: log-probs of the completions by a forward without dropout
+QUIET = "quiet_per_token_logps"  # key of a batch: log-probs of the completions by a forward without dropout
 
 
 class PolicyTrainer(GroupComparing):
-    """What the two share; beside a TRL class."""
+    """The common base of GRPOTrainer and RLOOTrainer; to be combined with a TRL class."""
 
     router_aux_loss_coef: Any
     _loss_helpers: tuple[str, ...] = ()  # methods that TRL's `_compute_loss` calls and ours does not
-    _to_score: tuple[Tensor, Tensor | None] | None = None  # while `_score` runs: its token ids, and which of them
+    # while `_score` runs: the token ids that it was called with, and which tokens are scored
+    _to_score: tuple[Tensor, Tensor | None] | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -61,7 +64,7 @@ class PolicyTrainer(GroupComparing):
         return super()._why_not_parts() | self._packed.sharing.parts | start.why_no_head()
 
     def _say_what_trl_lacks(self) -> None:
-        """Once, what TRL's own code does here; an error where the user has asked for ours."""
+        """Warn once of what TRL's own code does here; raise an error if the user has asked for ours."""
         for what, left, option, neutral in (
             (LOSS, "the loss", "loss", None),
             (ADVANTAGES, "the advantages", "group_by", None),
@@ -79,10 +82,10 @@ class PolicyTrainer(GroupComparing):
     # loss
 
     def _loss_spec(self) -> LossSpec:
-        """The loss that the configuration asks for, by TRL's options or ours.
+        """The loss that the configuration asks for, by TRL's options or by ours.
 
         Raises:
-            TypeError, ValueError: there is no such LossSpec.
+            TypeError, ValueError: no LossSpec computes this loss.
         """
         raise NotImplementedError
 
@@ -91,20 +94,20 @@ class PolicyTrainer(GroupComparing):
         return self._loss_spec()
 
     def _spec_or_none(self, inputs) -> LossSpec | None:
-        """`_spec_of`; None, after a warning, where TRL's own `_compute_loss` must run."""
+        """What `_spec_of` returns; None, after a warning, if TRL's own `_compute_loss` must run."""
         if getattr(self.args, "loss", None):
             return self._spec_of(inputs)
         reason = self._why_trls_loss(inputs)
         if not reason:
             try:
                 return self._spec_of(inputs)
-            except (TypeError, ValueError) as error:  # a value with which TRL's own code may train
+            except (TypeError, ValueError) as error:  # an option has a value with which TRL's own code may train
                 reason = str(error)
         self._keep_trls(f"the loss to TRL: {reason}")
         return None
 
     def _why_trls_loss(self, inputs) -> str:
-        """Why no LossSpec stands for TRL's loss of this micro-batch; empty where nothing is against it."""
+        """Why no LossSpec computes TRL's loss of this micro-batch; empty if one does."""
         reason = options.why_trls_loss(self, self._options)
         theirs = [name for name in self._loss_helpers if overridden(self, name)]
         reason = reason or ", ".join(f"{type(self).__name__} has a {name} of its own" for name in theirs)
@@ -113,11 +116,15 @@ class PolicyTrainer(GroupComparing):
     def _score(
         self, model, inputs, batch_size: int | None = None, scored: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs, entropies and auxiliary loss of `batch_size` rows at once or of all; of tokens that are `scored`
-        (rows, completion tokens): by default of all that are no padding."""
+        """Log-probs, entropies and auxiliary loss of the completions.
+
+        Args:
+            batch_size: how many rows run at once; None: all of them.
+            scored: (rows, completion tokens), 1 for the tokens to score; None: all tokens that are not padding.
+        """
         input_ids, attention_mask = _tokens(inputs)
         rows = {} if batch_size is None else {"batch_size": batch_size}
-        self._to_score = input_ids, scored  # not an argument: a subclass may have TRL's signature
+        self._to_score = input_ids, scored  # not an argument, because a subclass may override with TRL's signature
         try:
             return self._get_per_token_logps_and_entropies(
                 model,
@@ -133,16 +140,16 @@ class PolicyTrainer(GroupComparing):
             self._to_score = None
 
     def _score_to_train(self, model, inputs, mask: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`_score` of the tokens under `mask`, in one forward or, where there are idle rows, in two.
+        """`_score` the tokens under `mask`, in one forward, or in two if there are idle rows (`idle_rows`).
 
-        Idle rows need log-probs for the metrics alone. Their forward keeps no activations, and comes first, so that it
-        needs no memory beside those of the others.
+        Idle rows get no gradient and need log-probs only for the metrics. They run in a forward without gradient, which
+        keeps no activations. It comes first, so that it does not add to the memory of the other rows' activations.
         """
         if not self._can_skip(spec):
             return self._score(model, inputs, scored=mask)
         idle = idle_rows(inputs["advantages"], mask, inputs["prompt_ids"])[:, None]
         padded = self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS}, *_tokens(inputs)) is None
-        # Forwards of all ranks have to match: two where one of them has idle rows, one where padded rows run anywhere
+        # All ranks must run the same number of forwards: two if one of them has idle rows, one if any runs padded rows
         ranks_idle, ranks_padded = self.accelerator.reduce(
             torch.stack([idle.any(), torch.full_like(idle.any(), padded)]).long()
         )
@@ -151,23 +158,23 @@ class PolicyTrainer(GroupComparing):
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logprob, entropy, _ = self._score(model, inputs, scored=mask * idle)
         self._phases.count(tokens=-self._size(inputs), tokens_saved=-self._size(inputs))  # TRL runs these rows once
-        torch.clear_autocast_cache()  # casts without gradient, which torch before pytorch#165068 would use again
+        torch.clear_autocast_cache()  # torch before pytorch#165068 would use casts that were made without gradient
         trained = self._score(model, inputs, scored=mask * ~idle)
         return logprob.where(idle, trained[0]), entropy.where(idle, trained[1]), None
 
     @staticmethod
     def _size(inputs) -> int:
-        """Tokens of the padded rows."""
+        """The number of tokens of the padded rows."""
         return inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
 
     def _can_skip(self, spec: LossSpec) -> bool:
-        """Whether idle rows have no gradient and can be left out of batches on trees; the same on all ranks."""
+        """Whether idle rows get no gradient and can be left out of the training pass; the same on all ranks."""
         return (
             getattr(self.args, "skip_zero_advantage", True)
             and spec.zero_advantage_is_zero_gradient
             and not self.aux_loss_enabled
             and torch.is_grad_enabled()
-            and not overridden(self, "_get_per_token_logps_and_entropies")  # which then has all rows, once
+            and not overridden(self, "_get_per_token_logps_and_entropies")  # an override gets all rows in one call
             and self._packed.ready()
         )
 
@@ -190,9 +197,9 @@ class PolicyTrainer(GroupComparing):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
         **multimodal,
     ):  # fmt: skip
-        """On trees where that can be, else by TRL."""
+        """Score on a token tree where possible, otherwise by TRL's code."""
         of_ids, scored = self._to_score or (None, None)
-        scored = scored if of_ids is input_ids else None  # a subclass may have others scored on the way
+        scored = scored if of_ids is input_ids else None  # a subclass may call this for other rows, too
         if active():
             batch = self._packed.takes(multimodal, input_ids, attention_mask)
             of_batch = attention_mask[:, -logits_to_keep:] if scored is None else scored
@@ -213,11 +220,12 @@ class PolicyTrainer(GroupComparing):
             return super()._prepare_inputs(generation_batch)
 
     def _sampler_logprobs(self, inputs, logprob: Tensor, mask: Tensor, random: bool) -> Tensor | None:
-        """The sampler's log-probs as the loss is to compare them with the trainer's; None where it must not.
+        """The sampler's log-probs in the form in which the loss compares them with the trainer's; None if it must not.
 
         The engine samples without dropout. Log-probs of a forward with dropout differ from the engine's by the noise of
-        the dropout. That is no mismatch between sampler and trainer, and must neither weigh sequences nor be logged as
-        one. Where the batch has log-probs of a forward without dropout, these tell the mismatch.
+        the dropout. This noise is not a mismatch between sampler and trainer: it must neither weigh sequences nor be
+        logged as a mismatch. If the batch has log-probs of a forward without dropout, the mismatch is computed from
+        them.
 
         Args:
             random: whether the trainer's forward drew random numbers.
@@ -247,11 +255,11 @@ class PolicyTrainer(GroupComparing):
         return loss + self.router_aux_loss_coef * aux_loss * scale
 
     def _metrics_of(self, stats: PolicyStats) -> dict[str, float]:
-        """TRL's metrics of one micro-batch of all ranks."""
+        """TRL's metrics of one micro-batch, from the statistics of all ranks."""
         raise NotImplementedError
 
     def flush_metrics(self) -> None:
-        """Move the pending statistics into `_metrics`: two collectives for all micro-batches together."""
+        """Move the pending statistics into `_metrics`, with two collectives for all micro-batches together."""
         for mode, pending in self._pending.stats.items():
             if not pending:
                 continue
@@ -267,7 +275,8 @@ class PolicyTrainer(GroupComparing):
                 self._flush_mismatch(mode)
 
     def _flush_mismatch(self, mode: str) -> None:
-        """One row of every rank, of no tokens where it has compared none: ranks may have generated differently."""
+        """Log the mismatch. Every rank contributes a row, with 0 tokens if it compared none: the engine may have
+        generated on some ranks only."""
         compared = self._pending.mismatch[mode]
         none = torch.zeros(len(MISMATCH) + 1, device=self.accelerator.device)
         rows = self.accelerator.gather(merged(torch.stack(compared or [none]))[None])
@@ -282,7 +291,7 @@ class PolicyTrainer(GroupComparing):
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
         if overridden(self, "log"):
-            self.flush_metrics()  # theirs may read `_metrics` before it calls ours, or not call it
+            self.flush_metrics()  # the subclass's `log` may read `_metrics` before it calls ours, or never call it
         return loss
 
     # generation
@@ -294,23 +303,23 @@ class PolicyTrainer(GroupComparing):
         return result
 
     def _sampled_logprobs(self, generated: tuple) -> list[list[float]]:
-        """Of each completion, from what `_generate` returned; 0 at tokens that tools wrote."""
+        """The sampler's log-probs of each completion, from what `_generate` returned; 0 at tokens that tools wrote."""
         raise NotImplementedError
 
     def _wants_quiet_logprobs(self, batch: dict) -> bool:
-        """Whether the loss will need log-probs of a forward without dropout to tell the rollout's mismatch."""
+        """Whether the loss needs log-probs of a forward without dropout to compute the rollout's mismatch."""
         return False
 
     def _quiet_logprobs(self, batch: dict) -> Tensor:
-        """Log-probs (B, C) of the completions by the function that the engine samples from: the model in eval mode."""
+        """Log-probs (B, C) of the completions by the model in eval mode, which is what the engine samples from."""
         if active():
-            self._packed.prepare()  # which looks at the model's adapters, and so has to have the model to itself
+            self._packed.prepare()  # before eval_mode: it looks at the adapters, and needs the model to itself for it
         self._phases.count(tokens=-self._size(batch), tokens_saved=-self._size(batch))  # TRL has no such forward
         with eval_mode(self.model), self.accelerator.autocast():
             return self._score(self.model, batch, self.args.per_device_train_batch_size)[0]
 
     def _takes_old_logprobs(self) -> bool:
-        """Whether TRL scores the completions by the policy now, and the rollout's own log-probs are to stand for it."""
+        """Whether TRL scores the completions by the policy now, and the rollout's log-probs are to be used instead."""
         return getattr(self.args, "old_logprobs", "trainer") == "rollout"
 
     def _complete(self, batch, scored):
@@ -319,17 +328,17 @@ class PolicyTrainer(GroupComparing):
 
 
 def _tokens(inputs) -> tuple[Tensor, Tensor]:
-    """ids and mask of prompts with their completions."""
+    """Token ids and mask of the prompts with their completions."""
     sides = [("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")]
     ids, mask = (torch.cat([inputs[left], inputs[right]], dim=1) for left, right in sides)
     return ids, mask
 
 
 def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
-    """(B,) bool: rows whose prompt has no row with an advantage other than 0 at a token under `mask`.
+    """(B,) bool: the rows whose prompt has no row with an advantage other than 0 at a token under `mask`.
 
-    A row without advantage beside others with one is not idle: it costs little more than its own tokens there, and
-    elsewhere its prompt again.
+    A row with advantage 0 is not idle if another row of its prompt has an advantage: on their common tree it costs
+    little more than its completion, and in the other forward its prompt would be computed again.
     """
     trains = ((advantages.view(len(mask), -1) != 0) & (mask != 0)).any(1)
     _, group = prompts.unique(dim=0, return_inverse=True)
@@ -338,7 +347,10 @@ def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
 
 
 def without_tokens(model, dead: Tensor):
-    """`model`, called with labels that leave out those tokens of the completions: they do not reach the LM head."""
+    """A function that calls `model` with labels that ignore the `dead` tokens, so that these skip the LM head.
+
+    dead: (B, C) bool, for the completion tokens.
+    """
 
     def call(*args, labels=None, **kwargs):
         if labels is None:  # TRL before 1.15 projects every token

@@ -1,7 +1,9 @@
-"""PPO (arXiv 1707.06347) for language models on TRL's GRPOTrainer: rollouts, rewards, logging and checkpoints are its.
+"""PPO (arXiv 1707.06347) for language models, built on TRL's GRPOTrainer, which contributes rollouts, rewards, logging
+and checkpoints.
 
-At generation: old log-probs and values of every token by one forward without gradient, the reward at each completion's
-last live token, GAE. In each step: one forward of the wrapped module for log-probs and values, and
+After generation, one forward without gradient computes old log-probs and values of every token. The reward is paid at
+each completion's last live token, and GAE gives advantages and returns. In each step, one forward of the wrapped module
+gives log-probs and values, and
 
     loss = policy_loss("ppo") + vf_coef value_loss [+ beta KL] [- entropy_coef H]
 """
@@ -31,13 +33,23 @@ if TYPE_CHECKING:
 
 
 class PPOTrainer(GRPOTrainer):
-    """Trains a policy and a critic by PPO. Takes what `trl.GRPOTrainer` takes, with a `PPOConfig`, and `critic_model`:
-    a model whose backbone the critic takes, in place of `PPOConfig.critic`.
+    """Trains a policy and a critic by PPO (arXiv 1707.06347).
 
-    The critic is `trainer.critic`, a part of the policy's module. Under PEFT it is trained fully, and the reference is
-    the policy without its adapters. `save_model` writes the policy alone, which `from_pretrained` loads, and
-    `critic.safetensors` beside it; `load_critic(folder)` reads that. Completions for which every reward function
-    returns None, and truncated ones under `mask_truncated_completions`, train neither policy nor critic.
+    The critic is `trainer.critic`, a part of the policy's module. Under PEFT all of its parameters are trained, and the
+    reference is the policy without its adapters. `save_model` writes the policy, which `from_pretrained` can load, and
+    the critic as `critic.safetensors` into the same folder; `load_critic(folder)` reads the latter. Completions for
+    which every reward function returns None train neither policy nor critic, nor do truncated completions if
+    `mask_truncated_completions` is set.
+
+    Args:
+        model, reward_funcs, **kwargs: as for `trl.GRPOTrainer`.
+        args: a `PPOConfig`; None: its defaults.
+        critic_model: a model whose backbone becomes the critic's; `PPOConfig.critic` must then have its default.
+        optimizers: as for `trl.GRPOTrainer`, but the optimizer must be None: the critic's parameters do not exist yet.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        PatchError: the installed TRL's GRPOTrainer lacks something that PPOTrainer needs.
     """
 
     _restates_advantages = False
@@ -79,7 +91,7 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, optimizers=optimizers, **kwargs)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         backbone: Any = self._load_backbone(policy) if critic_model is None else critic_model.base_model
-        # Before the critic, which then finds the trees' forward in place
+        # Before the critic is attached: its forward calls the model's, which must already take trees
         if self._has_whole_models:
             self._packed.prepare(backbone)
         else:
@@ -103,7 +115,7 @@ class PPOTrainer(GRPOTrainer):
         return AutoModel.from_pretrained(path, **options).base_model
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """Also keeps the values of the same forwards, where the model has a critic."""
+        """Keep the critic's values of the same forwards in `_pending`, too, if the model has a critic."""
         values: list[Any] = []
 
         def watched(*inputs, **options):
@@ -125,7 +137,7 @@ class PPOTrainer(GRPOTrainer):
         return self._generate_batch(inputs)[0]
 
     def compute_advantages(self, rewards, group, inputs, batch):
-        """GAE of this rank's completions; old log-probs, old values and returns join them in the batch."""
+        """GAE of this rank's completions. Adds old log-probs, old values and returns to `batch`."""
         if "old_per_token_logps" in batch:
             values = self._pending.values[-1]
         else:
@@ -163,7 +175,7 @@ class PPOTrainer(GRPOTrainer):
         return advantages
 
     def _log_generation(self, advantages: Tensor, returns: Tensor, values: Tensor, kl, mask: Tensor) -> None:
-        """Means over live tokens of all processes, by one reduction and one copy to the host."""
+        """Log means over the live tokens of all processes, with one reduction and one copy to the host."""
         error = (returns - values).double()
         terms = [mask, returns, returns.double().square(), error, error.square(), values]
         if kl is not None:
@@ -235,12 +247,16 @@ class PPOTrainer(GRPOTrainer):
             critics.save_critic(critic, output_dir if output_dir is not None else self.args.output_dir)
 
     def load_critic(self, folder: str) -> None:
-        """The critic that `save_model(folder)` or a checkpoint wrote."""
+        """Load the critic that `save_model(folder)` or a checkpoint wrote.
+
+        Raises:
+            FileNotFoundError: the folder has no `critic.safetensors`.
+        """
         critics.load_critic(self.critic, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # which load the wrapped module as a whole
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they load the critic with the wrapped module
             self.load_critic(resume_from_checkpoint)
 
     def _load_best_model(self):

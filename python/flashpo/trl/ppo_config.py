@@ -1,4 +1,4 @@
-"""PPOConfig: TRL's GRPOConfig with what an actor and a critic need; options of GRPO that PPO lacks are refused."""
+"""PPOConfig: TRL's GRPOConfig with the options of actor and critic. Options of GRPO that PPO lacks raise an error."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -8,7 +8,7 @@ import trl
 from flashpo.trl import options
 from flashpo.trl.config import GRPO_LOSS_OPTIONS, CorrectionOptions, documented
 
-# GRPO's own mathematics: (option, why PPO has no use for it)
+# Options of GRPO's mathematics -> why PPO does not have them
 REFUSED = {
     "loss_type": "the loss is PPO's clipped surrogate, a mean over tokens",
     "importance_sampling_level": "ratios are of tokens",
@@ -24,7 +24,7 @@ REFUSED |= {name: REFUSED["loss_type"] for name in GRPO_LOSS_OPTIONS if name.sta
 
 
 class _Single(int):
-    """A number of generations that GRPOConfig's check `num_generations < 2` lets pass: PPO needs no groups."""
+    """An int that passes GRPOConfig's check `num_generations < 2`: PPO compares no completions, so 1 is enough."""
 
     def __lt__(self, other: object) -> bool:
         return False
@@ -33,12 +33,11 @@ class _Single(int):
 @documented
 @dataclass
 class PPOConfig(CorrectionOptions, trl.GRPOConfig):
-    """Arguments of `PPOTrainer`: all of `trl.GRPOConfig`, some with other defaults, those of CorrectionOptions, and
-    those below.
+    """Takes all arguments of `trl.GRPOConfig`, some with other defaults, and those below.
 
     A batch of generations is used for `num_iterations` epochs over `steps_per_generation` micro-batches, with an
-    optimizer step after each `gradient_accumulation_steps` of them. `epsilon`, `epsilon_high` and `delta` clip the
-    policy's ratio, `beta` is the coefficient of the KL penalty, `entropy_coef` that of the entropy bonus.
+    optimizer step after every `gradient_accumulation_steps` micro-batches. `epsilon`, `epsilon_high` and `delta` clip
+    the policy's ratio, `beta` is the coefficient of the KL penalty, `entropy_coef` that of the entropy bonus.
     """
 
     _VALID_DICT_FIELDS = [*trl.GRPOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012  # as TRL has it

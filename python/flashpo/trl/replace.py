@@ -1,4 +1,4 @@
-"""Lets `from trl import GRPOTrainer` give FlashPO's class, for scripts that one runs and does not edit."""
+"""Lets `from trl import GRPOTrainer` give FlashPO's class, so that scripts do not have to be edited."""
 
 import importlib
 import os
@@ -12,10 +12,10 @@ handed_out: set[str] = set()  # the names that the script has asked for
 
 
 def replace_trainers(name: str) -> None:
-    """Let the imported package `trl` or `trl.trainer` give out FlashPO's trainers from now on.
+    """From now on the imported package `trl` or `trl.trainer` gives FlashPO's trainers instead of TRL's.
 
-    TRL imports a class when it is first asked for, and so do we. What is imported from the module of a trainer
-    (`trl.trainer.grpo_trainer`), as TRL's own experimental trainers do, stays TRL's.
+    TRL imports a class when it is first asked for, and so do we. Classes that are imported from the module of a trainer
+    (`trl.trainer.grpo_trainer`) stay TRL's; TRL's experimental trainers import their base classes in this way.
     """
     package = sys.modules[name]
     lazy: type[ModuleType] = type(package)
@@ -34,5 +34,5 @@ def replace_trainers(name: str) -> None:
             return value
 
     for attribute in TRAINERS:
-        vars(package).pop(attribute, None)  # imported before
+        vars(package).pop(attribute, None)  # if it was imported before
     package.__class__ = Replaced

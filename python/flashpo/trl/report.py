@@ -1,7 +1,7 @@
-"""What of FlashPO ran in which trainer, and where its time went: the end of `flashpo run`.
+"""The report at the end of `flashpo run`: which parts of FlashPO ran in which trainer, and how the time was spent.
 
-While a script runs under it, the outermost `train`, `evaluate` or `predict` of a trainer notes the operators that ran
-meanwhile, and keeps the trainer's `_phases`.
+While a script runs, the outermost call of `train`, `evaluate` or `predict` of each trainer records which operators ran
+during the call, and keeps the trainer's `_phases`.
 """
 
 import functools
@@ -22,7 +22,7 @@ from flashpo.trl import start
 from flashpo.trl._phases import LABELS, Phases
 from flashpo.trl.experimental import EXPERIMENTAL
 
-# what an operator stands for, by how its name begins
+# part of FlashPO -> prefixes of the operators that show that it ran
 PARTS = {
     "rollout engine": ("decode_", "sample_rows", "kv_append"),
     "token trees": ("tree_",),
@@ -34,7 +34,7 @@ PARTS = {
 IMAGES = {GENERATED: "generation", SCORED: "token trees"}
 _TREES, _HEADS = ("token trees",), ("token trees", "LM head")
 _POLICY = ("rollout engine", "token trees", "LM head", "loss", "advantages")
-OURS = {  # what should run in a trainer of ours
+OURS = {  # the parts that should run in each of our trainers
     **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer"), _HEADS),
     "RewardTrainer": _TREES,
     **dict.fromkeys(("GRPOTrainer", "RLOOTrainer", "PPOTrainer"), _POLICY),
@@ -45,13 +45,13 @@ METHODS = ("train", "evaluate", "predict")
 
 @dataclass
 class Run:
-    """Of all trainers of a class."""
+    """What was recorded of all trainers of one class."""
 
     ops: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     steps: int = 0
-    phases: list[Phases] = field(default_factory=list)  # of those that are FlashPO's
-    why_not: dict[str, str] = field(default_factory=dict)  # by part, as the trainers tell
+    phases: list[Phases] = field(default_factory=list)  # only FlashPO's trainers have them
+    why_not: dict[str, str] = field(default_factory=dict)  # part -> why it did not run, as the trainers say
     gpu_bytes: int = 0
 
     @property
@@ -64,12 +64,12 @@ class Run:
 
 
 ran: dict[type, Run] = {}
-after: list[Callable[[], None]] = []  # called when an outermost method has ended
+after: list[Callable[[], None]] = []  # called whenever an outermost call has ended
 _inside = False
 
 
 def watch_trainers() -> None:
-    """From now on `ran` is filled. A second call does nothing."""
+    """From now on record into `ran`. A second call does nothing."""
     for name in METHODS:
         method = getattr(transformers.Trainer, name)
         if not hasattr(method, "watched"):
@@ -82,7 +82,7 @@ def _watched(name: str, method: Any) -> Any:
         global _inside
         if _inside:
             return method(self, *args, **kwargs)
-        if name == "train" and not _is_ours(self):  # which does it before the phases of its training
+        if name == "train" and not _is_ours(self):  # ours call it themselves, before they start their clock
             start.before_training(self)
         operators, step, begin, _inside = _calls(), self.state.global_step, time.perf_counter(), True
         try:
@@ -107,7 +107,8 @@ def _watched(name: str, method: Any) -> Any:
 
 
 def _is_ours(trainer: Any) -> bool:
-    """Told without an import: this module comes to be while TRL is being imported."""
+    """Whether it is a trainer of FlashPO. Not by isinstance: TRL is still being imported when this module is, so the
+    class cannot be imported here."""
     return hasattr(trainer, "_why_not_parts")
 
 
@@ -116,10 +117,12 @@ def _calls() -> Counter[str]:
 
 
 def lines(finished: bool = True) -> list[str]:
-    """A table for each class of trainers that ran, and what was left to other code; a script that has not `finished` is
-    not told why something did not run."""
+    """A table for each class of trainers that ran, and the fallbacks.
+
+    finished: False if the script failed or was stopped. The table then does not say why a part did not run.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized() and finished:
-        torch.cuda.synchronize()  # the last phases' events
+        torch.cuda.synchronize()  # so that the events of the last phases can be read
     found = [line for cls, run in ran.items() for line in _table(cls, run, finished)]
     if _fallbacks.said:
         found += ["left to TRL or transformers:", *(f"  {sentence}" for sentence in _fallbacks.said)]
@@ -127,7 +130,7 @@ def lines(finished: bool = True) -> list[str]:
 
 
 def as_dict() -> dict[str, Any]:
-    """The same for programs."""
+    """The numbers of `lines` as a dict that can be written as JSON."""
     return {
         "trainers": [
             {
@@ -197,7 +200,7 @@ def _size(count: int) -> str:
 
 def _parts(run: Run) -> list[str]:
     found = [part for part, begins in PARTS.items() if any(op.startswith(begins) for op in run.ops)]
-    if run.phases and not any(phases.on_trees for phases in run.phases):  # the engine prefills with tree_attention
+    if run.phases and not any(phases.on_trees for phases in run.phases):  # tree_attention ran only in prefills
         return [part for part in found if part != "token trees"]
     return found
 
@@ -212,8 +215,10 @@ def _said(cls: type, run: Run, finished: bool) -> str:
 
 
 def why_not_more(cls: type, found: list[str], reasons: dict[str, str]) -> str:
-    """Why no more of FlashPO than `found` runs in a trainer of this class; empty where nothing is missing. `reasons`:
-    by part, those that the trainer knows."""
+    """Why no more parts of FlashPO than `found` run in a trainer of this class; empty if nothing is missing.
+
+    reasons: part -> reason, as far as the trainer knows them.
+    """
     for base in cls.__mro__:
         package, name = base.__module__.split(".")[0], base.__name__
         if package == "flashpo" and name in OURS:

@@ -1,4 +1,4 @@
-"""RewardTrainer: TRL's reward modelling on token trees, the prompt of a pair once."""
+"""RewardTrainer: TRL's reward modelling on token trees, which compute the prompt of a pair once."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,15 @@ from flashpo.trl.sharing import Sharing
 @documented
 @dataclass
 class RewardConfig(SharingOptions, trl.RewardConfig):
-    """All arguments of `trl.RewardConfig`, and those below."""
+    """Takes all arguments of `trl.RewardConfig`, and those below."""
 
 
 class RewardTrainer(Accelerated, reward_trainer.RewardTrainer):
-    """TRL's RewardTrainer, the prompt of a pair once; `flashpo.trl.RewardConfig` has the option."""
+    """TRL's RewardTrainer on token trees: the prompt of a pair is computed once, and padding never.
+
+    It takes the arguments of `trl.RewardTrainer`. `share_prefix` of `flashpo.trl.RewardConfig` says whether it uses
+    trees.
+    """
 
     _trl_class = reward_trainer.RewardTrainer
 

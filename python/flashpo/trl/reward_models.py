@@ -1,4 +1,4 @@
-"""Models that judge whole rows, on token trees: that of TRL's RewardTrainer, and reward models of GRPO and RLOO."""
+"""Runs reward models on token trees: the model of TRL's RewardTrainer, and the reward models of GRPO and RLOO."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +21,16 @@ def run_on_trees(
     sharing: Sharing,
     ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
-    """Let a model of transformers with a head on its hidden states run its batches on trees where it can.
+    """Let the backbone of a model of transformers run padded batches on token trees, if it can.
 
-    Every rank has to ask, before the model first runs.
+    The model may be wrapped, and its head must read hidden states. All ranks have to call this before the model first
+    runs.
 
     Args:
-        allowed: told what is against it, "" where nothing is; and asked for every batch that runs under `patched()`.
-        sharing: whether token trees are wanted where they pay.
-        ran: see `take_rows`.
+        allowed: called with what prevents token trees, or with "" if nothing does; returns whether they may be used. It
+            is called once here, and for every batch under `patched()`.
+        sharing: the setting `share_prefix`, which also decides whether a tree is worth it.
+        ran: as for `flashpo.packing.rows.take_rows`.
     """
     *_, base = layers_of_wrapping(model)
     backbone: Any = base.base_model
@@ -41,7 +43,7 @@ def run_on_trees(
 
 
 class RewardModels:
-    """The models among a trainer's `reward_funcs`."""
+    """Those of a trainer's `reward_funcs` that are models."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -49,7 +51,7 @@ class RewardModels:
         self._tried = self._sharing.mode is False
 
     def share_prompts(self) -> None:
-        """From now on they judge the completions of a prompt on one tree. Later calls do nothing."""
+        """From now on the models score the completions of a prompt on one token tree. A second call does nothing."""
         if self._tried:
             return
         self._tried = True

@@ -1,4 +1,4 @@
-"""RLOOTrainer: TRL's RLOO on `policy_loss`."""
+"""RLOOTrainer: TRL's RLOO with the loss computed by `flashpo.policy_loss`."""
 
 from dataclasses import dataclass, replace
 
@@ -18,13 +18,13 @@ from flashpo.trl.config import PolicyOptions, documented
 from flashpo.trl.patch import active
 from flashpo.trl.policy import PolicyTrainer
 
-LOSS_OPTIONS = ("epsilon", "epsilon_high")  # TRL's options that a spec says in their stead
+LOSS_OPTIONS = ("epsilon", "epsilon_high")  # TRL's options that a LossSpec replaces
 
 
 @documented
 @dataclass
 class RLOOConfig(PolicyOptions, trl.RLOOConfig):
-    """All arguments of `trl.RLOOConfig`, and those below."""
+    """Takes all arguments of `trl.RLOOConfig`, and those below."""
 
     _VALID_DICT_FIELDS = [*trl.RLOOConfig._VALID_DICT_FIELDS, "rollout_options"]  # noqa: RUF012
 
@@ -39,12 +39,16 @@ class RLOOConfig(PolicyOptions, trl.RLOOConfig):
         if spec.kl_coef != 0:
             raise ValueError(f"RLOO has its KL in the reward (beta): the loss must not have kl_coef={spec.kl_coef}")
         if spec.aggregation == "token_mean":
-            spec = replace(spec, aggregation="local_token_mean")  # RLOO counts no tokens of a global batch
+            spec = replace(spec, aggregation="local_token_mean")  # RLOO does not count the tokens of the global batch
         return self._with_length(spec)
 
 
 class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc]  # the Base of type checkers is GRPO's
-    """TRL's RLOOTrainer with FlashPO's ops and rollout engine; `flashpo.trl.RLOOConfig` has their options."""
+    """TRL's RLOOTrainer with FlashPO's rollout engine, token trees, loss and advantages.
+
+    It takes the arguments of `trl.RLOOTrainer`; `flashpo.trl.RLOOConfig` has the additional options. Override
+    `compute_advantages` to give credit in another way.
+    """
 
     _trl_class = rloo_trainer.RLOOTrainer
     _options = options.RLOO
@@ -58,7 +62,7 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
         return rollouts.completion_ids
 
     def _sampled_logprobs(self, generated):
-        return self._pending.sampled  # TRL's RLOO has no place for them
+        return self._pending.sampled  # TRL's RLOOTrainer does not return them from `_generate`
 
     def _complete(self, batch, scored):
         super()._complete(batch, scored)
@@ -92,7 +96,7 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
             entropy=entropy,
         )
         self._pending.stats[self._mode].append(result.stats)
-        return self._add_aux_loss(result.loss, aux_loss, 1.0)  # the Trainer divides by the accumulation steps
+        return self._add_aux_loss(result.loss, aux_loss, 1.0)  # transformers divides by the accumulation steps
 
     def _metrics_of(self, stats):
         return {"entropy": stats.entropy.item(), **clip_metrics(stats)}
@@ -106,7 +110,7 @@ class RLOOTrainer(PolicyTrainer, rloo_trainer.RLOOTrainer):  # type: ignore[misc
             k1 = (batch["old_per_token_logps"] - batch["ref_per_token_logps"]) * batch["completion_mask"]
             total = total - self.beta * self.accelerator.gather(k1.sum(-1))
         advantage = group_advantages(total, group, baseline="leave_one_out", scale="none").advantage
-        if self.normalize_advantages:  # over the completions that were compared with others
+        if self.normalize_advantages:  # over the completions that were compared with at least one other
             compared = advantage.masked_fill(unscorable | (scorable(unscorable, group) < 2), torch.nan)
             centred = compared - compared.nanmean()
             std = (centred.square().nansum() / (compared.isfinite().sum() - 1)).sqrt()

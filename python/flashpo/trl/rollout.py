@@ -1,7 +1,7 @@
-"""Generation for GRPO, RLOO, PPO and distillation by `flashpo.rollout`, on the weights that the trainer is training.
+"""Generation for GRPO, RLOO, PPO and distillation by `flashpo.rollout`, with the weights that the trainer trains.
 
-A turn of generation comes with prompts as token ids, each as often as it is to be completed. The engine gets every
-distinct one once. What it cannot do goes to TRL's own generation, with one warning that names the reason.
+In each turn of generation TRL passes prompts as token ids, each prompt as many times as it is to be completed. The
+engine gets each distinct prompt once. If the engine cannot generate, TRL does, after one warning with the reason.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "eos_token_id", "stop_strings", "suppress_tokens",
     "do_sample",
 )  # fmt: skip
-# Options of transformers that change nothing in what is sampled.
+# Options of transformers that do not change what is sampled
 STORAGE = (
     "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "use_cache", "cache_implementation",
     "cache_config", "disable_compile", "compile_config", "return_dict_in_generate", "transformers_version",
@@ -51,7 +51,7 @@ class Unsupported(Exception):
 
 
 class TrainerRollouts:
-    """The engine of one trainer, made when it is first needed."""
+    """The rollout engine of one trainer, which is made when it is first needed."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -62,16 +62,17 @@ class TrainerRollouts:
         self._said_uncorrected = False
         strict = "rollout='engine', but {reason}" if self.mode == "engine" else None
         self.refuse = Fallback("FlashPO's rollout engine does not generate here: {reason}. TRL does.", strict)
-        self._session: contextlib.ExitStack | None = None  # open, whether or not there is an engine yet
+        self._session: contextlib.ExitStack | None = None  # not None within a session, even if there is no engine yet
 
     def why_not(self) -> str:
-        """What is known to be against the engine before it generates, empty where nothing is."""
+        """Why the engine will not generate, as far as that is known now; empty if nothing prevents it."""
         trainer = self.trainer
         if self.mode == "generate" or self.refuse.first:
             return self.refuse.first if self.mode != "generate" else self._off
         try:
             self._check_turn([], None, None)
-            if trainer._has_whole_models and not sharding.meets(trainer.model):  # no other rank asks
+            # `support` runs the model, and the other ranks do not call it now
+            if trainer._has_whole_models and not sharding.meets(trainer.model):
                 sampling_params(trainer.model, trainer.generation_config)
                 return support(trainer.model).reason
         except Unsupported as reason:
@@ -79,7 +80,7 @@ class TrainerRollouts:
         return ""
 
     def generate(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
-        """One completion of each prompt, in their order; None: TRL has to generate."""
+        """One completion for each prompt, in the order of the prompts; None if TRL has to generate."""
         rollouts = None if self.mode == "generate" else self._by_engine(prompt_ids, images, multimodal_fields)
         if self._session is None:
             self.forget_turns()
@@ -91,21 +92,22 @@ class TrainerRollouts:
         return self.trainer._pending.turns
 
     def forget_turns(self) -> None:
-        """A new batch of generations begins."""
+        """Called when a new batch of generations begins."""
         self._turns.clear()
 
     @property
     def generated(self) -> bool:
-        """Whether the last batch came from the engine, with all of its turns."""
+        """Whether the engine generated all turns of the last batch."""
         return bool(self._turns) and all(self._turns)
 
     def unknown(self, completion_ids: list[list[int]]) -> list[list[float]] | None:
-        """For a turn that TRL has generated: NaN where TRL adds its log-probs to those of earlier turns."""
+        """Log-probs for a turn that TRL generated without any: NaN for each token if the engine generated an earlier
+        turn, because TRL then joins the log-probs of all turns; otherwise None."""
         behind = self._session is not None and any(self._turns)
         return [[math.nan] * len(ids) for ids in completion_ids] if behind else None
 
     def say_uncorrected(self) -> None:
-        """Once, that the sampler's log-probs are not compared with those of a forward with dropout."""
+        """Log once that the sampler's log-probs are not compared with those of a forward with dropout."""
         if not self._said_uncorrected and self.trainer.args.vllm_importance_sampling_correction:
             log.info(
                 "The model trains with dropout or other noise, without which it samples: completions are not weighed "
@@ -116,7 +118,7 @@ class TrainerRollouts:
     def _by_engine(self, prompt_ids: list[list[int]], images, multimodal_fields) -> Rollouts | None:
         sharded_bytes, begin = sharding.zero3_bytes(self.trainer.model), time.perf_counter()
         try:
-            # before weights are gathered
+            # this check comes before weights are gathered
             shown = self._agreed(self._check_turn, prompt_ids, images, multimodal_fields)
             with generating(self.trainer, "flashpo.rollout") as model, torch.no_grad():
                 gathered = sharding.Gathered(sharded_bytes, time.perf_counter() - begin)
@@ -130,8 +132,11 @@ class TrainerRollouts:
         return rollouts
 
     def _agreed(self, check: Callable, *arguments) -> Any:
-        """What `check` returns. Where a forward has collectives, all ranks raise Unsupported if it does on one of them:
-        ranks that generate in two ways, or score what others need not, would wait for each other."""
+        """What `check` returns.
+
+        If the model's forwards have collectives, and `check` raises Unsupported on one rank, all ranks raise it. Ranks
+        that generated in different ways would wait for each other forever.
+        """
         result, reason = None, ""
         try:
             result = check(*arguments)
@@ -144,15 +149,19 @@ class TrainerRollouts:
         return result
 
     def _check_turn(self, prompt_ids, images, multimodal_fields) -> Images | None:
-        """The images of the prompts; Unsupported where they have something else beside their tokens."""
+        """The images of the prompts, if they have any.
+
+        Raises:
+            Unsupported: the engine cannot read the images or other inputs of the prompts, or an option excludes it.
+        """
         for option in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(self.trainer, option, False):
                 raise Unsupported(f"{option} is set")
         found = beside_text(self.trainer.model, multimodal_fields or {})
-        if images is not None and any(images):  # a list for each prompt, or None
+        if images is not None and any(images):  # for each prompt a list of images, or None
             if reason := why_no_images(CausalLM.of(self.trainer.model).backbone):
                 raise Unsupported(f"the prompts have images: {reason}")
-            if sharding.meets(self.trainer.model):  # ranks without images would not meet those that compare with some
+            if sharding.meets(self.trainer.model):  # ranks without images would not join the comparison on images
                 raise Unsupported("the prompts have images, and the weights are sharded")
             if "num_tiles" not in found and "pixel_attention_mask" not in found:
                 found["num_images"] = [len(own or ()) for own in images]
@@ -168,7 +177,11 @@ class TrainerRollouts:
             raise Unsupported(f"the prompts have images: {error}") from None
 
     def _prepare(self, model, prompt_ids: list[list[int]], shown: Images | None) -> SamplingParams:
-        """An engine that can answer these prompts, or Unsupported."""
+        """Make the engine if there is none yet, and check that it can complete these prompts.
+
+        Raises:
+            Unsupported: it cannot.
+        """
         trainer = self.trainer
         params = sampling_params(model, trainer.generation_config)
         if self.engine is None:
@@ -176,11 +189,11 @@ class TrainerRollouts:
             if not found.ok:
                 raise Unsupported(found.reason)
             options = getattr(_args(trainer), "rollout_options", None) or {}
-            fallback = "error" if self.mode == "engine" else "generate"  # where memory runs out
+            fallback = "error" if self.mode == "engine" else "generate"  # what to do if memory runs out
             autocast = autocast_dtype(trainer.accelerator)
             options = {"tokenizer": trainer._tokenizer, "autocast": autocast, "fallback": fallback} | options
             if sharding.meets(trainer.model):
-                options["fallback"] = "error"  # what one rank went on with alone would wait for the others' weights
+                options["fallback"] = "error"  # a rank that generated alone would wait for the weights of the others
             self.engine = RolloutEngine(model, **options)
             if self._session is not None:
                 self._session.enter_context(self.engine.session())
@@ -197,7 +210,7 @@ class TrainerRollouts:
         for row, ids in enumerate(prompt_ids):
             images = () if shown is None else tuple(shown.code[row].tolist())
             rows_of.setdefault((tuple(ids), images), []).append(row)
-        # Drawn from torch's generator: another one on every rank, and the same again after a resume.
+        # Drawn from torch's generator, so that each rank has another seed and a resumed run has the same one
         params = replace(params, seed=int(torch.randint(2**62, ())))
         first = torch.tensor([rows[0] for rows in rows_of.values()], device="cpu")
         try:
@@ -214,9 +227,9 @@ class TrainerRollouts:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Within it a turn costs its new tokens only: what earlier turns computed stays in the cache.
+        """Within the block the KV cache keeps what earlier turns computed, so that a turn costs only its new tokens.
 
-        Behind it nothing does with `rollout_release`, nor any copy of weights.
+        If `rollout_release` is set, the cache and all copies of weights are freed at the end.
         """
         with contextlib.ExitStack() as self._session:
             self.forget_turns()
@@ -230,7 +243,7 @@ class TrainerRollouts:
             self.engine.release()
 
     def keep_as_old(self, logprobs: list[list[float]]) -> None:
-        """Let the scoring of these completions that comes next be answered by what they were sampled with."""
+        """Keep the log-probs of the rollout. The next scoring of these completions uses them instead of a forward."""
         rows = [torch.tensor(row, dtype=torch.float32, device=self.trainer.accelerator.device) for row in logprobs]
         old = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         missing = -old.shape[1] % (getattr(self.trainer, "pad_to_multiple_of", None) or 1)
@@ -242,7 +255,7 @@ class TrainerRollouts:
         return old
 
     def _log(self, rollouts: Rollouts, gathered: sharding.Gathered) -> None:
-        """`gathered`: by TRL, around the engine."""
+        """Log the statistics of a rollout. `gathered`: the weights that TRL gathered for it."""
         metrics, stats, phases = self.trainer._metrics[self.trainer._mode], rollouts.stats, self.trainer._phases
         prompts = stats.prefill_tokens + stats.prefill_tokens_saved
         phases.count(prefill=prompts, prefill_saved=stats.prefill_tokens_saved, sampled=stats.tokens)
@@ -258,18 +271,22 @@ class TrainerRollouts:
 
 
 def _args(trainer) -> Any:
-    """None of a trainer whose constructor did not run."""
+    """The trainer's arguments; None if its constructor did not run."""
     return getattr(trainer, "args", None)
 
 
 def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> SamplingParams:
-    """What `model.generate(generation_config=config)` would do, or Unsupported naming the option."""
+    """The SamplingParams that do what `model.generate(generation_config=config)` does.
+
+    Raises:
+        Unsupported: an option has no counterpart; the message names it.
+    """
     merged = merged_generation_config(model, config)
     neutral = default_generation_params()
     for name, value in merged.to_diff_dict().items():
         if name not in SAMPLING + STORAGE and value not in (None, False, neutral.get(name)):
             raise Unsupported(f"the generation option {name}={value!r} is set")
-    total = config.max_length, model.generation_config.max_length  # None: the default counts new tokens
+    total = config.max_length, model.generation_config.max_length  # if both are None, the default counts new tokens
     if merged.max_new_tokens is None and any(length is not None for length in total):
         raise Unsupported("max_length is set without max_new_tokens: it counts the padded prompt, too")
     stop = merged.eos_token_id
@@ -290,9 +307,10 @@ MISMATCH = ("mean", "max", "ratio_q01", "ratio_q50", "ratio_q99", "effective_sam
 
 
 def mismatch(trained: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
-    """How far the trainer's log-probs are from the rollout's over live tokens: the numbers of MISMATCH, and the tokens.
+    """How far the trainer's log-probs are from the rollout's over live tokens: (numbers of MISMATCH, number of tokens).
 
-    mean and max of |trained - sampled|; quantiles of the ratio w = exp(trained - sampled); (sum w)^2 / (n sum w^2).
+    The numbers are mean and maximum of |trained - sampled|, three quantiles of the ratio w = exp(trained - sampled),
+    and the effective sample size as a share, (sum w)^2 / (n sum w^2).
     """
     live = (mask != 0) & ~sampled.isnan()
     log_ratio = torch.where(live, trained.detach() - sampled, 0.0)
@@ -305,7 +323,8 @@ def mismatch(trained: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
 
 
 def merged(rows: Tensor) -> Tensor:
-    """The row for several micro-batches or ranks: the maximum of the maxima, token-weighted means of the others."""
+    """Merge the rows of several micro-batches or ranks: the maximum of the maxima, means of the other numbers weighted
+    by tokens."""
     tokens = rows[:, -1].sum()
     row = (rows * rows[:, -1:]).sum(0) / tokens.clamp(min=1)
     row[MISMATCH.index("max")] = rows[:, MISMATCH.index("max")].max()
@@ -314,18 +333,21 @@ def merged(rows: Tensor) -> Tensor:
 
 
 def mismatch_metrics(rows: Tensor) -> dict[str, float]:
-    """Of micro-batches or ranks, (rows, numbers); none where no token was compared."""
+    """The metrics of several micro-batches or ranks. Empty if no token was compared.
+
+    rows: (micro-batches or ranks, numbers of `mismatch`).
+    """
     *values, tokens = merged(rows.double()).tolist()
     return {f"rollout/mismatch/{name}": value for name, value in zip(MISMATCH, values)} if tokens else {}
 
 
 def importance_fields(args: Any, surrogate: str) -> dict[str, Any]:
-    """Fields of a LossSpec for r = pi_trainer / pi_rollout, by TRL's options for the same mismatch of vLLM."""
+    """The fields of a LossSpec that weigh by r = pi_trainer / pi_rollout, from TRL's options for vLLM's mismatch."""
     if not args.vllm_importance_sampling_correction:
         return {}
     mode = args.vllm_importance_sampling_mode
     return {
-        # vespo gathers the weights of tokens into its sequence's own
+        # vespo itself combines the weights of tokens into the weight of their sequence
         "importance": mode.replace("sequence", "token") if surrogate == "vespo" else mode,
         "importance_min": args.vllm_importance_sampling_clip_min,
         "importance_max": args.vllm_importance_sampling_clip_max,

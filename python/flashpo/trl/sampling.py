@@ -1,4 +1,4 @@
-"""What the trainers share that sample completions: `flashpo.rollout` answers TRL's generation where it can."""
+"""What all trainers that sample completions share: `flashpo.rollout` generates in place of TRL where it can."""
 
 import contextlib
 import functools
@@ -16,7 +16,8 @@ from flashpo.trl.rollout import TrainerRollouts
 
 
 class Sampling(Accelerated):
-    """Beside a TRL class that generates by `_generate`, one turn after the other by `_generate_single_turn`."""
+    """Base class to combine with a TRL class that generates by `_generate`, which calls `_generate_single_turn` for
+    each turn."""
 
     model: Any
 
@@ -25,7 +26,8 @@ class Sampling(Accelerated):
         if (reason := why_not(self._trl_class, ROLLOUTS)) and self._rollouts.mode != "generate":
             self._rollouts.refuse(reason)
 
-    # made when they are first needed: a trainer may run before its constructor has, or without it
+    # The properties below are made when first needed: methods may run before the constructor has finished, or without
+    # it.
 
     @functools.cached_property
     def _pending(self) -> Pending:
@@ -47,7 +49,7 @@ class Sampling(Accelerated):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._phases.of(GENERATION))
             if active():
-                stack.enter_context(self._rollouts.session())  # for the turns of a conversation with tools
+                stack.enter_context(self._rollouts.session())  # so that turns of a conversation share one cache
             if isinstance(self.model, torch.nn.Module):
-                stack.enter_context(uninstalled(self.model))  # continuous batching knows attentions by name
-            return super()._generate(*args, **kwargs)  # type: ignore[misc]  # of the TRL class beside it
+                stack.enter_context(uninstalled(self.model))  # continuous batching looks at the attention's name
+            return super()._generate(*args, **kwargs)  # type: ignore[misc]  # a method of the TRL class

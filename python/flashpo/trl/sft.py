@@ -12,10 +12,13 @@ from flashpo.trl.config import SharingOptions, documented
 @documented
 @dataclass
 class SFTConfig(SharingOptions, trl.SFTConfig):
-    """All arguments of `trl.SFTConfig`, and those below."""
+    """Takes all arguments of `trl.SFTConfig`, and those below."""
 
 
 class SFTTrainer(Packed, sft_trainer.SFTTrainer):
-    """TRL's SFTTrainer, every distinct token of a batch once; `flashpo.trl.SFTConfig` has the option."""
+    """TRL's SFTTrainer on token trees: each distinct token of a batch is computed once, and padding never.
+
+    It takes the arguments of `trl.SFTTrainer`. `share_prefix` of `flashpo.trl.SFTConfig` says whether it uses trees.
+    """
 
     _trl_class = sft_trainer.SFTTrainer

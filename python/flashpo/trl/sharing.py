@@ -1,5 +1,5 @@
-"""`share_prefix` and `compile_layers` of a trainer's arguments: whether it runs on token trees, and compiled, and what
-it says where it cannot."""
+"""`share_prefix` and `compile_layers` of a trainer's arguments: whether it runs on token trees and compiles layers, and
+the warnings or errors if it cannot."""
 
 import functools
 from collections.abc import Iterable
@@ -22,8 +22,11 @@ from flashpo.trl._phases import COMPILING, Phases
 
 
 class Sharing:
-    """ "auto": packed where model and batch can be, else padded after a warning that names the reason; True: an error
-    instead; False: always padded."""
+    """The setting `share_prefix` of a trainer, in `mode`.
+
+    "auto": use token trees where model and batch allow it, otherwise padded rows after a warning with the reason. True:
+    raise an error instead of the warning. False: always use padded rows.
+    """
 
     def __init__(self, args):
         self.mode = getattr(args, "share_prefix", "auto")  # TRL's own configurations have no such field
@@ -40,29 +43,30 @@ class Sharing:
 
     @property
     def why_not(self) -> str:
-        """What is known to be against it by now, empty where nothing is."""
+        """Why token trees are not used, as far as that is known now; empty if nothing prevents them."""
         return self._off if self.mode is False else self.against or self.refuse.first
 
     @property
     def parts(self) -> dict[str, str]:
-        """What of FlashPO this decides of, and why it does not run; empty where it does."""
+        """The parts of FlashPO that this setting decides about, each with the reason why it does not run; empty if it
+        runs."""
         trees = {"token trees": self.why_not}
         return trees | ({"compiled layers": self.why_not or self._uncompiled.first} if self._compiles else {})
 
     def compile(self, backbone: nn.Module, phases: Phases) -> None:
-        """Of a model that takes trees, as `compile_layers` of the arguments says."""
+        """Compile the layers of a model that takes trees, if `compile_layers` of the arguments says so."""
         if self._compiles:
             compile_layers(backbone, self._uncompiled, functools.partial(phases.of, COMPILING))
 
     def allowed(self, reason: str) -> bool:
-        """Whether to run packed; `reason`: what is against it, empty where nothing is."""
+        """Whether to run on a tree. Warns or raises if `reason` says what prevents it; it is empty if nothing does."""
         reason = self.against or reason
         if self.mode is not False and reason:
             self.refuse(reason)
         return self.mode is not False and not reason
 
     def pays(self, backbone: nn.Module, tree: TokenTree) -> bool:
-        """Whether `backbone`, which takes trees, is better off with this one than with padded rows."""
+        """Whether this tree is better than padded rows for `backbone`, which takes trees. Warns if it is not."""
         text = text_model(backbone)
         if self.mode is True or not dense.installed(text) or dense.pays(tree):
             return True
@@ -73,11 +77,11 @@ class Sharing:
         return False
 
     def agreed(self, on_tree: bool, models: Iterable[nn.Module]) -> bool:
-        """Whether a batch runs on its tree: where forwards of the models have collectives, if it does on every rank.
+        """Whether a batch runs on its tree; if forwards of the models have collectives, on all ranks or on none.
 
-        Padded rows and a tree may take a different number of forwards, and gather the head at other moments. A rank
-        that ran its batch in another way than the others would wait for them for ever, so all of them have to ask for
-        every batch.
+        Padded rows and a tree may take different numbers of forwards and gather the head at different times. A rank
+        that ran its batch in another way than the others would wait for them forever. Therefore all ranks have to ask
+        for every batch.
         """
         if self.mode is False:
             return False
@@ -97,7 +101,7 @@ def _on_all_ranks(answer: bool, models: Iterable[nn.Module]) -> bool:
 
 
 def why_not_packed(model: nn.Module, head: bool = True) -> str:
-    """What is against token trees on any rank, the same answer on all of them; empty where nothing is.
+    """What prevents token trees on any rank; empty if nothing does. All ranks get the same answer.
 
     All ranks have to ask together, outside of a forward of `model`, and in the autocast in which it trains.
     """

@@ -1,4 +1,4 @@
-"""What comes before a training: lines that say what of a trainer is FlashPO's, and a verification if one is wanted."""
+"""What happens before a training: lines that say which parts of FlashPO run, and a verification if one is asked for."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ from flashpo._hosts.versions import FLOORS, installed, standing
 from flashpo.trl import experimental, switches
 from flashpo.trl.verify import VerificationError, verify
 
-_said: set[str] = set()  # names of trainers' classes, and the line of versions
-verify_alone = False  # whether the script ends when its first trainer has been verified
+_said: set[str] = set()  # classes of trainers that were announced, and the line of versions
+verify_alone = False  # whether to end the script after its first trainer was verified
 
 
 class Verified(SystemExit):
-    """The end of a script that was run for the sake of `flashpo verify`."""
+    """Ends a script that runs under `flashpo verify`."""
 
 
 def is_first_process() -> bool:
@@ -23,10 +23,10 @@ def is_first_process() -> bool:
 
 
 def before_training(trainer: Any) -> None:
-    """All of it; and an experimental trainer of TRL's shares prompts from here on, if it is one that can.
+    """Print the lines, let an experimental trainer of TRL share prompts if it can, and verify.
 
     Raises:
-        VerificationError: TRL and FlashPO disagree; not of `flashpo verify`, whose exit status tells it.
+        VerificationError: TRL and FlashPO disagree. Under `flashpo verify` the exit status says so instead.
     """
     say(trainer)
     known = experimental.of(type(trainer))
@@ -37,7 +37,7 @@ def before_training(trainer: Any) -> None:
 
 
 def say(trainer: Any) -> None:
-    """Once for each class: what replaces what, and which parts run. Once: versions and device."""
+    """Print once for each class what it replaces and which parts run; and once the versions and the device."""
     cls = type(trainer)
     if cls.__qualname__ in _said or not is_first_process():
         return
@@ -50,7 +50,7 @@ def say(trainer: Any) -> None:
 
 
 def lines(trainer: Any) -> list[str]:
-    """Of one trainer: what it is, and which of its parts run."""
+    """The lines for one trainer: what it is, and which of its parts run."""
     cls = type(trainer)
     ours = next((base for base in cls.__mro__ if base.__module__.partition(".")[0] == "flashpo"), None)
     if ours is None:
@@ -70,7 +70,7 @@ def lines(trainer: Any) -> list[str]:
 
 
 def why_no_head() -> dict[str, str]:
-    """Of a trainer that scores tokens: the entry of its parts for the LM head."""
+    """The entry "LM head" among the parts of a trainer that scores tokens, see `Accelerated._why_not_parts`."""
     return {"LM head": "" if switches.current().head else "--no-head"}
 
 

@@ -1,7 +1,7 @@
-"""What a user turns off, or asks for, beside a script that is not edited: `flashpo run --no-trees script.py`.
+"""Options that a user sets without editing the script, such as `flashpo run --no-trees script.py`.
 
-The same words stand in the variable FLASHPO_OPTIONS, for launchers that start the processes, and are arguments of
-`flashpo.trl.accelerate`. They hold for the whole process and every trainer of it.
+The environment variable FLASHPO_OPTIONS takes the same options, for launchers that start the processes, and
+`flashpo.trl.accelerate` has them as arguments. They hold for the whole process and all of its trainers.
 """
 
 import argparse
@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 VARIABLE = "FLASHPO_OPTIONS"
-VALUED = ("--verify", "--report")  # a word follows
+VALUED = ("--verify", "--report")  # options that are followed by a value
 
 
 @dataclass(frozen=True)
 class Switches:
-    """Read by the trainers' parts where they decide what runs."""
+    """The options. The parts of the trainers read them when they decide what runs."""
 
     rollout: bool = True
     trees: bool = True
     head: bool = True
-    verify: int = 0  # optimization steps that are compared before a training begins
-    report: str | None = None  # the path of a JSON file
+    verify: int = 0  # how many optimizer steps are compared before each training
+    report: str | None = None  # the path of the JSON file to write
     verbose: bool = False
 
     def __post_init__(self):
@@ -40,7 +40,7 @@ class Switches:
 
     @property
     def why_no_trees(self) -> str:
-        """Token trees are scored by FlashPO's head, so that they go with it."""
+        """The option that turns off token trees. `--no-head` does, too, because trees are scored by FlashPO's head."""
         return "--no-trees" if not self.trees else "" if self.head else "--no-head"
 
     def off(self) -> list[str]:
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The options in front of a script, and the script with its own."""
+    """Split a command line into the options before the script, and the script with its arguments."""
     i = 0
     while i < len(arguments) and arguments[i].startswith("--"):
         i += 2 if arguments[i] in VALUED else 1
@@ -71,10 +71,10 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(words: list[str], beside: Switches) -> Switches:
-    """`beside` with what the words change.
+    """The switches of `beside`, changed as the words say.
 
     Raises:
-        ValueError: a word is none of ours, or lacks its value.
+        ValueError: a word is not one of our options, or lacks its value.
     """
     given = {name: value for name, value in vars(_parser().parse_args(words)).items() if value is not None}
     return replace(beside, **given)
@@ -91,7 +91,7 @@ _current: Switches | None = None
 
 
 def current() -> Switches:
-    """Those of the process: what `use` has set, else the variable's."""
+    """The switches of the process: those that `use` has set, otherwise those of FLASHPO_OPTIONS."""
     global _current
     if _current is None:
         _current = of_environment()
@@ -99,6 +99,11 @@ def current() -> Switches:
 
 
 def use(switches: Switches | None = None, **changes: Any) -> None:
-    """From now on; `changes` of the current ones by their names. None without changes: the variable's again."""
+    """Set the switches of the process.
+
+    Args:
+        switches: the new switches; None: the current ones, with the changes below.
+        changes: values by the names of switches. With neither argument, FLASHPO_OPTIONS holds again.
+    """
     global _current
     _current = replace(switches or current(), **changes) if switches or changes else None

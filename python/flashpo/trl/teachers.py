@@ -1,4 +1,4 @@
-"""Several teachers of one student. TRL's constructor loads and prepares one; the others follow its example."""
+"""Several teachers of one student. TRL's constructor loads and prepares one; the others get the same treatment."""
 
 import contextlib
 import importlib
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from flashpo._hosts.trl import prepare_deepspeed
 from flashpo.trl._replaced import replaced
 
-THE_ONE = "teacher"  # its name where there is but one
+THE_ONE = "teacher"  # the name of a single teacher
 
 
 class Teachers:
-    """What `teacher_model` says: one teacher as in TRL, or a dict of teachers by name."""
+    """The value of `teacher_model`: one teacher as in TRL, or a dict of teachers by name."""
 
     def __init__(self, given: Any):
         self.given: dict[str, Any] = dict(given) if isinstance(given, dict) else {THE_ONE: given}
         if not self.given or (isinstance(given, dict) and not all(map(_is_teacher, given.items()))):
             raise ValueError(f"teacher_model must be a model, a path, or a dict of such by name, got {given!r}")
-        # TRL's constructor gets a path where there is one, so that it says how paths are loaded
+        # TRL's constructor gets a teacher that is a path, if there is one: `constructing` learns how it loads paths
         paths = [name for name, teacher in self.given.items() if isinstance(teacher, str)]
         self.first = (paths or list(self.given))[0]
         self._loaded_with: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def constructing(self, trl_class: type) -> Iterator[Any]:
-        """Around TRL's constructor, which gets what this yields; notes with which options it loads that teacher."""
+        """A block for TRL's constructor. Yields the teacher to pass to it; notes the options that it loads it with."""
 
         def noting(create_model_from_path):
             def create(path, *args, **options):
-                self._loaded_with = options  # the student comes before the teacher
+                self._loaded_with = options  # of the last call: TRL loads the student first, then the teacher
                 return create_model_from_path(path, *args, **options)
 
             return create
@@ -43,7 +43,7 @@ class Teachers:
             yield self.given[self.first]
 
     def prepared(self, trainer: Any) -> dict[str, Any]:
-        """All of them by name, each loaded and wrapped as TRL has done with the first; none where TRL has none."""
+        """All teachers by name, each loaded and wrapped as TRL did with the first; empty if TRL has no teacher."""
         if trainer.teacher_model is None:
             return {}
         return {
@@ -68,12 +68,14 @@ def _is_teacher(item: tuple[Any, Any]) -> bool:
 
 
 def check_dataset(what: str, dataset: Any, column: str, names: list[str]) -> None:
-    """Raise ValueError where a data set does not name a teacher of `names` in every row, as far as that can be told
-    before its rows come."""
+    """Raise ValueError if a data set has rows that name no teacher of `names`.
+
+    A stream is only checked for its columns, if it knows them: its rows are not read before training.
+    """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_dataset(f"{what}[{key!r}]", part, column, names)
-    columns = getattr(dataset, "column_names", None)  # None, too, of a stream that does not know them
+    columns = getattr(dataset, "column_names", None)  # a stream may not know its columns, and has None, too
     if isinstance(columns, list) and column not in columns:
         raise ValueError(f"{what} must have a column {column!r} with the name of each row's teacher, has {columns}")
     if isinstance(dataset, Dataset):
@@ -81,7 +83,7 @@ def check_dataset(what: str, dataset: Any, column: str, names: list[str]) -> Non
 
 
 def places(rows: list[dict], column: str, names: list[str]) -> Tensor:
-    """(rows,): the place among `names` of each row's teacher."""
+    """(rows,): the index in `names` of each row's teacher."""
     found: list[Any] = [row.get(column) for row in rows]
     _check_names("the batch", found, column, names)
     return torch.tensor([names.index(name) for name in found])

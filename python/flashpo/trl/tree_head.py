@@ -1,9 +1,11 @@
-"""TRL's fused LM head on token trees, for SFT, DPO and KTO: every distinct token of a batch once, padding never.
+"""TRL's fused LM head on token trees, for SFT, DPO and KTO: each distinct token of a batch runs once, padding never.
+
+These trainers run policy and reference by
 
     model(input_ids, attention_mask, labels, fused_lm_head=True) -> FusedCausalLMOutput
 
-is how these trainers run policy and reference, whatever is wrapped around the model. The innermost forward takes such a
-call over and gives the same output, so that losses, metrics and normalisation stay TRL's own.
+whatever is wrapped around the model. We replace the forward of the innermost model, which answers such calls with the
+same output, so that losses, metrics and normalisation remain TRL's.
 """
 
 import contextlib
@@ -29,14 +31,15 @@ from flashpo.trl.patch import DEVICES, FIELDS, active
 from flashpo.trl.sharing import Sharing, why_not_packed
 
 ROWS = {"input_ids", "labels", "attention_mask"}
-FLATTENED = {"input_ids", "labels", "position_ids"}  # a padding-free batch: its rows one after the other
-BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # which its positions tell
+FLATTENED = {"input_ids", "labels", "position_ids"}  # of a padding-free batch, which has its rows in a single row
+# where the rows of a padding-free batch begin; its positions say the same
+BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 OF_IMAGES = {*IMAGES, *COUNTS, *TYPES}
 OPTIONS = {"use_cache", "output_router_logits"}
 
 
 class TreeHeads:
-    """The models of a trainer to which TRL gives a fused head; those run packed for which token trees are right."""
+    """The models of a trainer to which TRL gives a fused head. Those that pass the self-check run on token trees."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -46,10 +49,11 @@ class TreeHeads:
 
     @functools.cached_property
     def sharing(self) -> Sharing:
-        return Sharing(self.trainer.args)  # TRL has made them when it adds a head
+        return Sharing(self.trainer.args)  # TRL sets `args` before it adds a head
 
     def add(self, model: PreTrainedModel, temperature: float, fp32_head: bool, outputs: tuple[str, ...]) -> None:
-        """The moment lies behind everything that changes a model, and before all that wraps it or runs it."""
+        """Prepare a model to which TRL has just given a fused head. At this time all changes to the model are done, and
+        it has not been wrapped or run yet."""
         self.untried.append(model)
         if packable(self._whole(model)).ok:
             takes, whole = (lambda: model in self.packed), (lambda: self._whole(model))
@@ -61,7 +65,8 @@ class TreeHeads:
         self.trainer._phases.ran(tokens, of, on_tree)
 
     def try_out(self) -> None:
-        """Before the models first train: all ranks together, outside of a forward."""
+        """Run the self-check of token trees on the models. All ranks do this together, outside of a forward, before the
+        models first train."""
         untried, self.untried = self.untried, []
         for model in untried if self.sharing.mode is not False else []:
             with self.trainer.accelerator.autocast():
@@ -72,14 +77,15 @@ class TreeHeads:
                 self.packed.add(model)
 
     def _whole(self, model: PreTrainedModel) -> Any:
-        """With its adapters, and as it is sharded."""
+        """The trainer's model that contains `model`: with adapters and sharding."""
         wholes = [m for m in (self.trainer.model, getattr(self.trainer, "ref_model", None)) if m is not None]
         return next((m for m in wholes if any(x is model for x in m.modules())), model)
 
 
 @contextlib.contextmanager
 def heads_take_trees(trainer: Any, trl_class: type) -> Iterator[TreeHeads]:
-    """Within it, the models to which TRL's module of that class gives a fused head are added to the trainer's."""
+    """Within the block, each model to which TRL (in the module of that class) gives a fused head is added to the
+    TreeHeads that this yields."""
     heads = TreeHeads(trainer)
     if why_not(trl_class, TREES):
         yield heads
@@ -110,8 +116,16 @@ def take_trees(
     images: TrainerImages | None = None,
     ran: Callable[[int, int, bool], None] = not_told,
 ) -> None:
-    """Let a model that has a fused head run its calls packed while it `takes` trees; the options are the head's.
-    `whole`: gives the model with its adapters. `ran`: that of `take_rows`."""
+    """Let a model that has a fused head run on token trees.
+
+    Args:
+        sharing: the setting `share_prefix` of its trainer.
+        temperature, fp32_head, outputs: as they were passed to the fused head.
+        takes: asked in each call whether trees may be used.
+        whole: returns the model with its adapters; None: it is `model`.
+        images: what knows the images of the batches.
+        ran: as for `flashpo.packing.rows.take_rows`.
+    """
     output = fused_output()
     padded: Any = model.forward.__func__  # type: ignore[attr-defined]  # bound by add_fused_lm_head
     wanted = tuple(FIELDS[name] for name in outputs)
@@ -122,7 +136,7 @@ def take_trees(
     def forward(self, *args, fused_lm_head=False, **batch):
         if not fused_lm_head:
             return padded(self, *args, **batch)
-        # the call asks for the routers' loss, or the configuration does
+        # the load-balancing loss of routers can be asked for by the call or by the configuration
         routers = batch.get("output_router_logits", getattr(config, "output_router_logits", False))
         tree = None
         if active() and takes():
@@ -151,9 +165,9 @@ def _tree_of(
     prune: bool,
     ran: Callable,
 ) -> TokenTree | None:
-    """None: its rows are to be padded. `whole`: gives the model with its adapters."""
+    """The token tree of a batch; None if its rows have to run padded. `whole`: returns the model with its adapters."""
     model = whole()
-    given = beside_text(model, batch)  # PEFT, too, adds inputs that are None
+    given = beside_text(model, batch)  # this also drops inputs that are None, which PEFT adds
     given |= {f"argument {i}": x for i, x in enumerate(args)}
     for option in OPTIONS & given.keys():
         del given[option]
@@ -172,7 +186,7 @@ def _tree_of(
 
 
 def _time(model: PreTrainedModel, trainer: Any) -> None:
-    """Let the forwards of a model that has a fused head be told apart by the trainer's `_phases`."""
+    """Let the trainer's `_phases` distinguish forwards of the policy from those of the reference."""
     inner: Any = model.forward.__func__  # type: ignore[attr-defined]
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
@@ -208,7 +222,7 @@ def _pack(model: Any, images: TrainerImages, batch: dict[str, Any], prune: bool)
     if (device := batch["input_ids"].device.type) not in DEVICES:
         raise ValueError(f"the batch is on {device}")
     scored = batch["labels"] != -100
-    scored[:, 0] = False  # nothing predicts it, and the loss does not read it
+    scored[:, 0] = False  # no token predicts the first one, and the loss does not read it
     if flattened:
         return _pack_flattened(batch["input_ids"], scored, batch["position_ids"], prune)
     rows = batch["input_ids"], batch["attention_mask"]
@@ -216,7 +230,7 @@ def _pack(model: Any, images: TrainerImages, batch: dict[str, Any], prune: bool)
 
 
 def _pack_flattened(input_ids: Tensor, scored: Tensor, position_ids: Tensor, prune: bool) -> TokenTree:
-    """`pack` of rows that follow each other in one, all (1, T); results are laid out as they are."""
+    """`pack` for rows that follow each other in a single row: all inputs are (1, T), and so are results."""
     if len(input_ids) != 1 or not input_ids.shape == scored.shape == position_ids.shape:
         shapes = tuple(tuple(x.shape) for x in (input_ids, scored, position_ids))
         raise ValueError(f"input_ids, labels and position_ids must be one row, got {shapes}")

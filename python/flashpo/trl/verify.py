@@ -1,4 +1,4 @@
-"""Runs a trainer's own steps twice, by TRL's code and by ours, and compares loss, every gradient and every metric."""
+"""`verify()`: runs steps of a trainer by TRL's code and again by ours; compares loss, gradients and metrics."""
 
 import contextlib
 import copy
@@ -16,19 +16,24 @@ from flashpo.packing.norms import original_norms
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl.patch import patched, stock
 
-# What a step writes to besides parameters: the trainer's records, copied for each run. Plain numbers are rebound.
+# Attributes of the trainer that a step changes in place. Each run works on a copy of them. Plain numbers need no copy,
+# since a step assigns them anew.
 RECORDS = (
     "_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "state", "control",  # TRL's
     "_pending",  # ours
 )  # fmt: skip
-# Random or slow, and not ours: done once, the second run gets the same results. Their own metrics are left out.
+# Methods that are random or slow. They run once, and the second run gets their recorded results. The metrics that they
+# write are not compared.
 REPLAYED = ("_generate", "_calculate_rewards")
 CLOCKS = ("step_time", "profiling")  # metrics that are never the same twice
-ADDED = ("ratio/", "rollout/", "teacher/", "flashpo/")  # metrics that TRL does not have begin so
+ADDED = ("ratio/", "rollout/", "teacher/", "flashpo/")  # prefixes of metrics that TRL does not have
 
 
 class VerificationError(AssertionError):
-    """Stock and accelerated disagree beyond rounding, or nothing of ours ran. `report` has every number."""
+    """TRL and FlashPO disagree by more than rounding, or no operator of FlashPO ran.
+
+    The attribute `report` is the `Report` with every number.
+    """
 
     def __init__(self, message: str, report: "Report"):
         super().__init__(f"{message}\n{report}")
@@ -37,7 +42,7 @@ class VerificationError(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One comparison. For a gradient `stock` and `ours` are norms, `error` the norm of the difference."""
+    """One comparison. For a gradient, `stock` and `ours` are its norms, and `error` is the norm of the difference."""
 
     step: int
     name: str
@@ -53,10 +58,12 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    dtype: torch.dtype
-    tolerance: float
+    """What `verify` found; `print` it for a table."""
+
+    dtype: torch.dtype  # the compute dtype, from which the tolerance follows
+    tolerance: float  # relative, see `tolerance_for`
     lines: tuple[Line, ...]
-    ops: dict[str, dict[str, int]]  # what of ours ran, as `flashpo.stats()` gives it
+    ops: dict[str, dict[str, int]]  # how often each operator of FlashPO ran, by backend, as in `flashpo.stats()`
 
     @property
     def disagreements(self) -> tuple[Line, ...]:
@@ -80,7 +87,7 @@ class Report:
         return "\n".join([*rows, verdict])
 
     def _folded(self) -> Iterator[tuple[str, Line]]:
-        """What agrees, a line for each kind: the one that has used most of what it is allowed."""
+        """The lines that agree, folded into one for each kind: the one whose error is closest to what is allowed."""
         kinds: dict[str, list[Line]] = {"losses": [], "metrics": [], "gradients": []}
         for x in self.lines:
             kind = "losses" if x.name == "loss" else "gradients" if x.name.startswith("grad ") else "metrics"
@@ -92,31 +99,32 @@ class Report:
 
 
 def verify(trainer, steps: int = 2) -> Report:
-    """Take `steps` optimisation steps' worth of the trainer's own batches by TRL's code and by ours, and compare.
+    """Run the batches of `steps` optimizer steps by TRL's code and again by FlashPO's, and compare the results.
 
-    Completions are generated, and rewards computed, once; both runs use them. The optimizer does not step. Afterwards
-    the trainer is as it was: parameters, gradients, optimizer, metrics, random state. (An environment's `reset` and an
-    iterable dataset that cannot be read twice are outside of its reach.) With several processes each checks its own.
+    Completions are generated and rewards are computed once; both runs use them. The optimizer does not step. Afterwards
+    the trainer is as it was: parameters, gradients, optimizer, metrics, random state. Two things cannot be restored:
+    what `reset` of an environment did, and the position of an iterable dataset that cannot be read twice. With several
+    processes, each process compares its own losses, gradients and metrics.
 
     Args:
         trainer: an SFT, DPO, KTO, Reward, GRPO, RLOO or Distillation trainer, TRL's or ours.
-        steps: how many optimisation steps, each of `gradient_accumulation_steps` micro-batches.
+        steps: the number of optimizer steps, each of `gradient_accumulation_steps` micro-batches.
 
     Returns:
-        Report: `print` it; `lines` and `disagreements` for programs.
+        A Report. `print` it, or read its `lines` and `disagreements`.
 
     Raises:
-        VerificationError: a loss, gradient or metric differs by more than rounding in the compute dtype, see
-            `tolerance_for`, or none of FlashPO's operators ran.
-        ValueError: steps is not at least 1.
-        NotImplementedError: under DeepSpeed, whose gradients are not in `.grad`.
+        VerificationError: a loss, gradient or metric differs by more than rounding in the compute dtype (see
+            `tolerance_for`), or none of FlashPO's operators ran.
+        ValueError: `steps` is less than 1.
+        NotImplementedError: the trainer uses DeepSpeed, which does not keep gradients in `.grad`.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if trainer.is_deepspeed_enabled:
         raise NotImplementedError("verify cannot read gradients under DeepSpeed; run it once without")
     if (phases := vars(trainer).get("_phases")) is not None:
-        with phases.stopped():  # what is run twice here is no time of the training
+        with phases.stopped():  # the time of these two runs does not count as training
             return _verified(trainer, steps)
     return _verified(trainer, steps)
 
@@ -145,7 +153,7 @@ def _verified(trainer, steps: int) -> Report:
 
 
 def compute_dtype(trainer, model: nn.Module) -> torch.dtype:
-    """The narrowest dtype on the way from tokens to log-probs: autocast's, else the parameters'."""
+    """The coarsest dtype between tokens and log-probs: that of the parameters or of autocast, whichever is coarser."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if (autocast := autocast_dtype(trainer.accelerator)) is not None:
         dtypes.add(autocast)
@@ -153,10 +161,11 @@ def compute_dtype(trainer, model: nn.Module) -> torch.dtype:
 
 
 def tolerance_for(dtype: torch.dtype) -> float:
-    """How far rounding alone may take two correct computations apart, relative to the size of the result.
+    """How far two correct computations may differ because of rounding, relative to the size of the result.
 
-    Four roundings to the compute dtype on the way of a value (the logits tile and its gradient, forward and back: TRL
-    rounds both), but never less than 256 roundings of fp32, in which both sum over vocabulary and tokens.
+    A value is rounded to the compute dtype up to four times (TRL rounds a tile of logits and its gradient, in the
+    forward and in the backward pass). Sums over the vocabulary and over tokens are in fp32, for which 256 roundings are
+    allowed. The larger of the two is the tolerance.
     """
     return max(4 * torch.finfo(dtype).eps, 256 * torch.finfo(torch.float32).eps)
 
@@ -169,26 +178,31 @@ class Step:
 
 
 def compare(index: int, stock: Step, ours: Step, tolerance: float) -> Iterator[Line]:
-    """A scalar may differ by tolerance * max(1, |value|): nats, rewards and ratios are of the order of 1, and some of
-    them are differences that cancel. A gradient by tolerance * (its norm + its even share of the whole gradient's)."""
+    """Compare one step of both runs.
+
+    A scalar may differ by tolerance * max(1, |value|). The 1 is there because log-probs, rewards and ratios are of the
+    order of 1, and some metrics are differences of such numbers that cancel. A gradient may differ by
+    tolerance * (its norm + share), where share is the part of the whole gradient's norm that this parameter would have
+    if all elements were equally large.
+    """
     scalars = {"loss": (stock.loss, ours.loss)} | {
         name: (stock.metrics.get(name, math.nan), ours.metrics.get(name, math.nan))
         for name in sorted(stock.metrics.keys() | ours.metrics.keys())
         if not name.startswith(ADDED)
     }
     for name, (a, b) in scalars.items():
-        same = a == b or (math.isnan(a) and math.isnan(b))  # equal infinities: their difference is NaN
+        same = a == b or (math.isnan(a) and math.isnan(b))  # infinities that are equal have a NaN difference
         yield Line(index, name, a, b, 0.0 if same else abs(a - b), tolerance * max(1.0, abs(a)))
     norms = {name: _norm(g) for name, g in stock.gradients.items()}
     total, count = math.hypot(*norms.values()), sum(g.numel() for g in stock.gradients.values())
     for name in sorted(stock.gradients.keys() | ours.gradients.keys()):
         g, h = stock.gradients.get(name), ours.gradients.get(name)
-        if g is None or h is None:  # a parameter that only one of the two trains
+        if g is None or h is None:  # only one of the two runs trains this parameter
             a, b = (math.nan if x is None else _norm(x) for x in (g, h))
             yield Line(index, f"grad {name}", a, b, math.inf, 0.0)
             continue
         share = total * math.sqrt(g.numel() / count)
-        overflow = not math.isfinite(norms[name]) and not math.isfinite(_norm(h))  # fp16: the step is skipped
+        overflow = not math.isfinite(norms[name]) and not math.isfinite(_norm(h))  # in fp16 such a step is skipped
         error = 0.0 if overflow else _norm(h - g)
         yield Line(index, f"grad {name}", norms[name], _norm(h), error, tolerance * (norms[name] + share))
 
@@ -198,7 +212,7 @@ def _norm(gradient: Tensor) -> float:
 
 
 def _batches(trainer, steps: int) -> list[tuple[list, object]]:
-    """The micro-batches of each optimisation step and their number of items, as `train` would get them."""
+    """The micro-batches of each optimizer step and their number of items, as `train` would get them."""
     loader = iter(trainer.get_train_dataloader())
     device, micro = trainer.args.device, trainer.args.gradient_accumulation_steps
     found = [trainer.get_batch_samples(loader, micro, device) for _ in range(steps)]
@@ -211,10 +225,10 @@ def _run(trainer, model: nn.Module, batches: list, tapes: dict[str, list], repla
         for name, tape in tapes.items():
             setattr(trainer, name, _tape(trainer, name, iter(tape) if replay else tape, replay))
         trainer.compute_loss = _autocast(trainer, trainer.compute_loss)
-        if hasattr(trainer, "_buffered_inputs"):  # begin with a generation
+        if hasattr(trainer, "_buffered_inputs"):  # so that the run begins by generating
             trainer._buffered_inputs, trainer._step = None, 0
         if hasattr(trainer, "flush_metrics"):
-            trainer.flush_metrics()  # those of earlier steps, which the loop then clears
+            trainer.flush_metrics()  # of earlier steps; the loop below then clears them
         for micro_batches, items in batches:
             trainer.current_gradient_accumulation_steps = len(micro_batches)
             trainer._metrics["train"].clear()
@@ -235,12 +249,12 @@ def _run(trainer, model: nn.Module, batches: list, tapes: dict[str, list], repla
 
 
 def _whole(gradient: Tensor) -> Tensor:
-    """On the host: both runs' gradients are kept, and a device may have no room for them."""
+    """The whole gradient, copied to the host: a device may have no room for the gradients of both runs."""
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).detach().to("cpu", copy=True)
 
 
 def _autocast(trainer, compute_loss):
-    """`train` wraps the model's forward in autocast; a trainer that has not begun to train has it bare."""
+    """`compute_loss` under autocast: `train` wraps the model's forward in autocast, but it has not run yet."""
 
     def call(*args, **kwargs):
         with trainer.accelerator.autocast():
@@ -250,7 +264,7 @@ def _autocast(trainer, compute_loss):
 
 
 def _tape(trainer, name: str, tape, replay: bool):
-    """A stand-in for the trainer's method: records its results and the random state that it leaves, or replays them."""
+    """Replaces the trainer's method: records its results and the random state after it, or replays them."""
     method = getattr(trainer, name)
 
     def call(*args, **kwargs):
@@ -268,7 +282,7 @@ def _tape(trainer, name: str, tape, replay: bool):
 
 @contextlib.contextmanager
 def _records(trainer) -> Iterator[None]:
-    """Let the block write into copies of the trainer's records, then put the records back."""
+    """Within the block the trainer has copies of its RECORDS; afterwards it gets the originals back."""
     saved = {name: trainer.__dict__[name] for name in RECORDS if name in trainer.__dict__}
     trainer.__dict__.update(copy.deepcopy(saved))
     try:
@@ -279,7 +293,8 @@ def _records(trainer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _untouched(trainer, model: nn.Module) -> Iterator[None]:
-    """Undo whatever the block does to trainer and model, optimizer steps excepted (it makes none)."""
+    """Undo whatever the block does to trainer and model. Parameters are not restored: the block makes no optimizer
+    step."""
     attributes, random_state = dict(trainer.__dict__), _random_state()
     gradients = {p: p.grad for p in model.parameters()}
     buffers = {b: b.detach().clone() for b in model.buffers()}
