@@ -1,4 +1,4 @@
-// The module flashpo._C: every kernel of ops.h, and which instruction set was chosen for this CPU.
+// The module flashpo._C: every kernel of ops.h, and the name of the instruction set that was chosen for this CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -28,7 +28,7 @@ enum class Isa { baseline, avx2, avx512, amx };
 constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "amx"};
 
 #if defined(FLASHPO_AMX) && !defined(FLASHPO_EMULATE_AMX)
-// The system grants a process the registers of AMX when it asks for them.
+// The system lets a process use the AMX registers only after it has asked for them.
 bool may_use_tiles() {
 #ifdef __linux__
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -39,7 +39,8 @@ bool may_use_tiles() {
 }
 #endif
 
-// The sets that run on this CPU, from the least to the best. Emulated, AMX runs everywhere, and is never the best.
+// The instruction sets that run on this CPU, from the least to the best. Emulated AMX runs everywhere and is never the
+// best.
 std::vector<Isa> isas_of_this_cpu() {
   std::vector<Isa> isas{Isa::baseline};
 #ifdef FLASHPO_X86
@@ -67,7 +68,7 @@ std::vector<std::string> names_of(const std::vector<Isa>& isas) {
   return names;
 }
 
-// The best set; FLASHPO_ISA asks for another one (to test it), never for one that cannot run.
+// Choose the best set. FLASHPO_ISA asks for another one (for tests); a set that cannot run raises an error.
 Isa choose_isa(const std::vector<Isa>& isas) {
   const char* wanted = std::getenv("FLASHPO_ISA");
   if (wanted == nullptr || *wanted == 0) return isas.back();
@@ -83,7 +84,7 @@ Isa choose_isa(const std::vector<Isa>& isas) {
 template <typename F>
 F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
 #ifdef FLASHPO_EMULATE_AMX
-  if (isa == Isa::amx) return baseline_form;  // the CPU may have no AVX-512
+  if (isa == Isa::amx) return baseline_form;  // the CPU may not have AVX-512
 #endif
   return isa >= Isa::avx512 ? avx512_form : isa == Isa::avx2 ? avx2_form : baseline_form;
 }
@@ -122,7 +123,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("policy_stats") = py::make_tuple(stat::SUM_NAMES, stat::EXTREME_NAMES);
   m.attr("log_ratio_edges") = py::tuple(py::cast(std::vector<float>(std::begin(EDGES), std::end(EDGES))));
 
-  using ReleaseGil = py::call_guard<py::gil_scoped_release>;  // after the casters: they need it
+  // Released after the casters have run, because they need the GIL
+  using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   m.def("selective_log_softmax_fwd", CPU(selective_log_softmax_fwd), ReleaseGil());
   m.def("selective_log_softmax_bwd", CPU(selective_log_softmax_bwd), ReleaseGil());
   m.def("linear_divergence_fold", CPU(linear_divergence_fold), ReleaseGil());

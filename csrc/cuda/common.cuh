@@ -1,4 +1,4 @@
-// Shared by the CUDA sources.
+// What the CUDA sources share.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -1,8 +1,8 @@
 // gae on the GPU: a block scans a sequence from its end, tile by tile; whitening is a second launch.
 //
-// A token is a step s -> s': the advantage that the tokens after it leave becomes b + a * it (a = 1, b = 0 where masked),
-// and the value is the token's own where it is live. Steps compose, so they are scanned in parallel. Everything is added
-// in a fixed order: results do not change from run to run.
+// A token is a step from the state after it to its own. It turns the advantage x after it into b + a x, where a = 1 and
+// b = 0 if it is masked. A live token also replaces the value by its own. Steps can be composed, so they are scanned in
+// parallel. Everything is added in a fixed order, so the results do not change from run to run.
 #include <algorithm>
 
 #include "common.cuh"
@@ -13,11 +13,11 @@ namespace {
 constexpr int THREADS = 256, WARPS = THREADS / 32, ITEMS = 4, TILE = THREADS * ITEMS;
 constexpr unsigned ALL = 0xffffffffu;
 
-struct Values {  // the first live value of a run of tokens
+struct Values {  // the first live value of some consecutive tokens
   float value;
   bool found;
 };
-struct Steps {  // in fp64: a share of 0.999 that is rounded to fp32 is off by 1e-5 after a thousand tokens
+struct Steps {  // in fp64, because a factor of 0.999 rounded to fp32 is off by 1e-5 after a thousand tokens
   double a, b;
 };
 __device__ Values operator+(Values x, Values later) { return x.found ? x : later; }
@@ -28,7 +28,8 @@ __device__ Values down(Values x, int by) {
 }
 __device__ Steps down(Steps x, int by) { return {__shfl_down_sync(ALL, x.a, by), __shfl_down_sync(ALL, x.b, by)}; }
 
-// Everything after this thread's part, up to `carry`, which becomes everything from the block's first part on.
+// Combine everything after this thread's part, up to `carry`. Then `carry` becomes everything from the block's first
+// part.
 template <typename T>
 __device__ T after(T mine, T nothing, T& carry, T* of_warps) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -49,7 +50,7 @@ __device__ T after(T mine, T nothing, T& carry, T* of_warps) {
   return rest;
 }
 
-struct Moments {  // Chan et al.'s update
+struct Moments {  // merged by the update of Chan et al.
   double n, mean, squares;
 };
 __device__ Moments operator+(Moments x, Moments y) {
@@ -62,7 +63,7 @@ __device__ Moments down(Moments x, int by) {
   return {__shfl_down_sync(ALL, x.n, by), __shfl_down_sync(ALL, x.mean, by), __shfl_down_sync(ALL, x.squares, by)};
 }
 
-// The sum over the block, in its first thread.
+// The sum over the block; valid in its first thread.
 __device__ Moments sum(Moments mine, Moments* of_warps) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int by = 1; by < 32; by *= 2) {
@@ -80,12 +81,13 @@ struct Rows {
   const float *rewards, *values;
   const uint8_t* mask;
   int64_t rewards_stride, values_stride, mask_stride, length;
-  const int64_t* starts;  // of flat sequences; null: a row each
+  const int64_t* starts;  // of flat sequences; null if each sequence is a row
 };
 
 __global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, double gamma, double decay, float* advantages,
                                                       float* returns, double* moments) {
-  __shared__ Values values_of_warps[WARPS];  // between two writes of either stands the barrier of the other
+  // Between two writes of one of these arrays there is always the barrier in the use of the other
+  __shared__ Values values_of_warps[WARPS];
   __shared__ Steps steps_of_warps[WARPS];
   __shared__ Moments moments_of_warps[WARPS];
   const int64_t sequence = blockIdx.x, row = rows.starts ? 0 : sequence;
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, double gamma, d
   const Steps no_step{1, 0};
   Values value_after = no_value;
   Steps step_after{0, 0};
-  double n = 0, centre = 0, total = 0, squares = 0;  // of this thread's advantages, around its first one
+  double n = 0, centre = 0, total = 0, squares = 0;  // of this thread's advantages, relative to its first one
   for (int64_t tile = (tokens - 1) / TILE * TILE; tile >= 0; tile -= TILE) {
     const int64_t begin = tile + threadIdx.x * ITEMS;
     bool live[ITEMS];
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(THREADS) gae_kernel(Rows rows, double gamma, d
     Steps steps = no_step;
     for (int i = ITEMS - 1; i >= 0; --i) {
       if (!live[i]) continue;
-      r[i] += gamma * next.value - v[i];  // now delta
+      r[i] += gamma * next.value - v[i];  // r[i] is now delta
       next.value = v[i];
       steps = Steps{decay, r[i]} + steps;
     }

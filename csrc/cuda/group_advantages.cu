@@ -1,6 +1,6 @@
-// group_advantages on a GPU: one launch of one block. Threads take every 1024th row, so 65,536 rows are 64 steps of a
-// sweep; a grid would need a barrier of all its blocks after each of the sweeps, and batches are seldom that large.
-#undef NDEBUG  // declares what assert() calls in release builds too
+// group_advantages on a GPU: one launch of one block. Each thread takes every 1024th row, so 65,536 rows are 64 steps
+// of a pass. A grid would need a barrier of all blocks after each pass, and batches are seldom that large.
+#undef NDEBUG  // makes <cassert> declare what assert() calls, in release builds too
 #include <cassert>
 
 #include "../group_advantages.h"

@@ -1,7 +1,7 @@
-// What this library hands to flashpo._C.
+// What this library exports to flashpo._C.
 #include "../cuda_library.h"
 
-constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};  // in ascending order: 800 stands for sm_80
+constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};  // in ascending order; 800 stands for sm_80
 
 extern "C" __attribute__((visibility("default"))) const flashpo::CudaKernels* flashpo_cuda_kernels() {
   static constexpr flashpo::CudaKernels kernels{

@@ -1,6 +1,6 @@
-// sample on the GPU: a block draws one row. The whole block runs sampling::draw, every thread with the same numbers;
-// what sums over the row is done together, in a fixed order or in integers, so that runs agree bit for bit.
-#undef NDEBUG  // declares what assert() calls in release builds too
+// sample on the GPU: a block samples one row. The whole block runs sampling::draw, with the same numbers in every
+// thread. Sums over the row are computed together, in a fixed order or in integers, so that runs agree bit for bit.
+#undef NDEBUG  // makes <cassert> declare what assert() calls, in release builds too
 #include "../sample.h"
 
 #include <cuda_bf16.h>
@@ -20,10 +20,11 @@ using sampling::Kept;
 using sampling::Ties;
 using sampling::Weight;
 
-constexpr int THREADS = 1024, WARPS = THREADS / 32, AHEAD = 8;  // loads in flight
-constexpr int SHARE = 4, CHUNKS = SHARE * 32;                   // of the vocabulary; a lane looks after SHARE of them
+constexpr int THREADS = 1024, WARPS = THREADS / 32, AHEAD = 8;  // AHEAD: loads in flight
+// Chunks of the vocabulary; each lane handles SHARE of them
+constexpr int SHARE = 4, CHUNKS = SHARE * 32;
 constexpr int CANDIDATES = 8192, PIVOTS = 3;
-constexpr double ONE = 1099511627776.0;  // 2^40: a weight of 1 in integers, of which 2^22 can be added
+constexpr double ONE = 1099511627776.0;  // 2^40: a weight of 1 in fixed point; 2^22 of them can be added
 constexpr int64_t LARGEST_VOCABULARY = 1 << 22;
 constexpr unsigned EVERYONE = 0xffffffffu;
 
@@ -39,11 +40,11 @@ __device__ float value(float x) { return x; }
 __device__ float value(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float value(__half x) { return __half2float(x); }
 
-// 2^y, and 0 below fp32's normal numbers.
+// 2^y; 0 below fp32's normal numbers.
 __device__ float power(float y) { return y < -126 ? 0 : exp2f(y); }
 
 template <typename X>
-__device__ X sum_of_warp(X x) {  // the same bits in every lane
+__device__ X sum_of_warp(X x) {  // gives the same bits in every lane
   for (int by = 16; by > 0; by /= 2) x += __shfl_xor_sync(EVERYONE, x, by);
   return x;
 }
@@ -51,7 +52,7 @@ __device__ float max_of_warp(float x) {
   for (int by = 16; by > 0; by /= 2) x = fmaxf(x, __shfl_xor_sync(EVERYONE, x, by));
   return x;
 }
-// Over the lanes up to this one.
+// The sum over the lanes up to this one.
 __device__ double scan_of_warp(double x) {
   for (int by = 1; by < 32; by *= 2) {
     const double before = __shfl_up_sync(EVERYONE, x, by);
@@ -73,7 +74,7 @@ class Row {
   __device__ float at(int64_t i) const { return value(logits[i]); }
   __device__ float weight(float x) const { return power((x - top) * unit); }
 
-  // Finds `top`. All weights, as sums(All) in one pass; NaN or 0 where there is nothing to draw from.
+  // Find `top`. Return the sum of all weights, as sums(All) in one pass; NaN or 0 if there is nothing to sample from.
   __device__ double begin() {
     for (int c = warp; c < CHUNKS; c += WARPS) {
       float highest = -FLT_MAX, sum = 0;
@@ -101,7 +102,7 @@ class Row {
     return sum_of_parts();
   }
 
-  // The sum of what `measure` gives each logit; keeps those of the chunks, for `locate`.
+  // Sum what `measure` gives for each logit. The sums of the chunks are kept for `locate`.
   template <typename Measure>
   __device__ double sums(Measure measure) {
     __syncthreads();
@@ -116,12 +117,12 @@ class Row {
     return sum_of_parts();
   }
 
-  // The first logit with which the sum exceeds `target`; never one that measures 0.
+  // The first logit at which the cumulative sum exceeds `target`; never one for which `measure` gives 0.
   template <typename Measure>
   __device__ int64_t locate(Measure measure, double target) {
     double mine = 0;
     for (int j = 0; j < SHARE; ++j) mine += s.part[lane * SHARE + j];
-    double sum = scan_of_warp(mine) - mine, before = 0, before_last = 0;  // each warp looks for the chunk by itself
+    double sum = scan_of_warp(mine) - mine, before = 0, before_last = 0;  // each warp finds the chunk by itself
     int chunk = -1, last = -1;
     for (int j = 0; j < SHARE; ++j) {
       const double part = s.part[lane * SHARE + j];
@@ -155,11 +156,11 @@ class Row {
       __syncthreads();
       if (s.first != INT_MAX) return s.first;
     }
-    return s.last;  // rounding: the chunk's sum was larger
+    return s.last;  // because of rounding, the chunk's sum was larger
   }
 
-  // From now on pivots lie between low and high. Once few logits do, these are copied, in any order, and passed over
-  // alone.
+  // From now on pivots lie between low and high. If few logits do, these are copied, in any order, and later passes
+  // read only the copy.
   __device__ void unfocus() { candidates = -1; }
   __device__ void focus(float low, float high, Weight at_high, int64_t inside) {
     if (candidates >= 0 || inside > CANDIDATES) return;
@@ -182,7 +183,7 @@ class Row {
     above = at_high;
   }
 
-  // What the logits >= pivots[i] weigh, which rise with i.
+  // The weights of all logits >= pivots[i]; the pivots increase with i.
   template <bool COUNTED>
   __device__ void weigh(const float* pivots, Weight* out) {
     float sum[PIVOTS] = {};
@@ -221,8 +222,8 @@ class Row {
   const int64_t length;  // of a chunk
   Shared& s;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int candidates = -1;  // none were taken
-  Weight above{0, 0};   // of what is larger than they are
+  int candidates = -1;  // -1: none were copied
+  Weight above{0, 0};   // the weight of the logits above the candidates
 
   __device__ int64_t end_of(int chunk) const { return min(size, (chunk + 1) * length); }
   __device__ double sum_of_parts() const {

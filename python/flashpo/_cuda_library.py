@@ -1,7 +1,8 @@
-"""The CUDA C++ kernels: a library beside `flashpo._C`, one for each major version of CUDA, as `libflashpo_cuda13.so`.
+"""The CUDA C++ kernels: a library next to `flashpo._C` for each major version of CUDA, such as `libflashpo_cuda13.so`.
 
-A wheel that was built where there is a CUDA compiler has it. The wheel `flashpo-cuda13` puts it into the same folder.
-It is loaded when something first asks for kernels on a GPU. Without it those operators run as they do without C++.
+A wheel that was built with a CUDA compiler contains the library. Otherwise the wheel `flashpo-cuda13` puts it into the
+same folder. It is loaded when kernels on a GPU are first asked for. Without it, those operators run as they do without
+C++.
 """
 
 import re
@@ -14,7 +15,7 @@ NAME = re.compile(r"libflashpo_cuda(\d+)\.so")
 
 
 def why_not(native: ModuleType) -> str:
-    """Loads the library for `flashpo._C`, and gives the reason where there is none for this torch and these GPUs."""
+    """Load the library for `flashpo._C`. Return "", or the reason why there is none for this torch and these GPUs."""
     folder = Path(native.__file__ or "").parent
     found = {int(name[1]): path for path in folder.iterdir() if (name := NAME.fullmatch(path.name))}
     if not found:
@@ -22,7 +23,7 @@ def why_not(native: ModuleType) -> str:
     names = ", ".join(path.name for path in found.values())
     if torch.version.cuda is None:
         return f"torch is built without CUDA, so {names} is not loaded"
-    # A driver runs what was built for its own major version and for older ones; torch's CUDA is one that it runs.
+    # A driver runs code that was built for its own major version of CUDA and for older ones; torch's is among these.
     fitting = [major for major in found if major <= int(torch.version.cuda.partition(".")[0])]
     if not fitting:
         return f"{names} is for a newer CUDA than torch's {torch.version.cuda}"

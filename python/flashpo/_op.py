@@ -1,8 +1,8 @@
-"""`@op` turns a reference function into one `torch.library` operator with an ordered list of backends inside it.
+"""`@op` turns a reference function into one `torch.library` operator that chooses among an ordered list of backends.
 
-The reference's signature is the schema and its body the specification. Backends are tried in the order their file
-lists them; one that cannot take its arguments returns NotImplemented; the reference ("torch") is last. The choice is
-made inside the operator, so `torch.compile` sees one opaque node whatever the backend.
+The reference's signature is the operator's schema, and its body is the specification. Backends are tried in the order
+in which their file lists them. A backend that cannot take the arguments returns NotImplemented. The reference ("torch")
+is last. The choice is made inside of the operator, so `torch.compile` sees one opaque node, whatever the backend is.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ try:
     from flashpo import _C as native  # type: ignore[attr-defined]
 
     why_no_native = ""
-except ImportError as error:  # said by `why_unavailable`, so by doctor and by a forced backend's error
-    if os.environ.get("FLASHPO_ISA"):  # who asks for one set of C++ kernels must not get torch
+except ImportError as error:  # reported by `why_unavailable`, and so by doctor and by the error of a forced backend
+    if os.environ.get("FLASHPO_ISA"):  # a user who asks for one set of C++ kernels must not get torch
         raise
     native, why_no_native = None, f"flashpo._C does not load: {error}"
     if importlib.util.find_spec("flashpo._C") is None:
@@ -33,15 +33,15 @@ except ImportError as error:  # said by `why_unavailable`, so by doctor and by a
 
 BACKENDS = ("native", "triton", "torch")
 LIB = torch.library.Library("flashpo", "DEF")
-OPS: dict[str, "Op"] = {}  # read by tests, benchmarks and `flashpo doctor`; never by an op
+OPS: dict[str, "Op"] = {}  # for tests, benchmarks and `flashpo doctor`; operators do not read it
 CALLS: Counter[tuple[str, str]] = Counter()
 log = logging.getLogger("flashpo")
-forced: str | None = None  # a plain global: CUDA backward runs in torch's own threads
+forced: str | None = None  # a plain global, because CUDA backward runs in torch's own threads
 
 
 @functools.cache
 def why_unavailable(backend: str, device: str) -> str | None:
-    """None where `backend` can run on `device`, else the reason why not."""
+    """None if `backend` can run on `device`, otherwise the reason why it cannot."""
     if backend == "native":
         if native is None:
             return why_no_native
@@ -57,15 +57,15 @@ def why_unavailable(backend: str, device: str) -> str | None:
 
 
 class Op:
-    """`reference` as `torch.ops.flashpo.<name>`; the fake and the backends are added by decorators."""
+    """The reference function as `torch.ops.flashpo.<name>`. Decorators add the fake and the backends."""
 
     def __init__(self, reference: Callable, mutates: tuple[str, ...]):
         self.name, self.reference = reference.__name__, reference
         self.names = tuple(inspect.signature(reference).parameters)
         self.kernels: dict[str, Callable] = {"torch": reference}  # in the order in which they are tried
-        self.around: Callable | None = None  # calls the kernel with its arguments, for somebody who times it
+        self.around: Callable | None = None  # if set, it calls the kernel with its arguments, in order to time it
         LIB.define(self.name + torch.library.infer_schema(reference, mutates_args=mutates))
-        LIB.impl(self.name, self._run, "CompositeExplicitAutograd")  # below autograd, for every device
+        LIB.impl(self.name, self._run, "CompositeExplicitAutograd")  # below autograd, and for every device
         self.overload = getattr(torch.ops.flashpo, self.name).default
         OPS[self.name] = self
 
@@ -76,14 +76,14 @@ class Op:
     def backend(self, name: str) -> Callable[[Callable], Callable]:
         def add(fn: Callable) -> Callable:
             self.kernels = self.kernels | {name: fn}
-            self.kernels["torch"] = self.kernels.pop("torch")  # last
+            self.kernels["torch"] = self.kernels.pop("torch")  # the reference stays last
             return fn
 
         return add
 
     def _run(self, *args):
         device = args[0].device.type
-        if torch.is_autocast_enabled(device):  # an op computes in the dtypes that it is given
+        if torch.is_autocast_enabled(device):  # an operator computes in the dtypes that it is given
             with torch.autocast(device, enabled=False):
                 return self._run(*args)
         for name, kernel in self.kernels.items():
@@ -108,7 +108,7 @@ class Op:
         return self.overload(*args)
 
     def _refuse_derivatives(self, args: tuple) -> None:
-        """An operator is a constant to autograd: what asks for a derivative here would get none, without an error."""
+        """Raise if a derivative is asked for. An operator is a constant to autograd, which would silently give none."""
         for name, x in zip(self.names, args):
             if not isinstance(x, torch.Tensor):
                 continue
@@ -121,12 +121,12 @@ class Op:
 
 
 def op(reference: Callable | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
-    """`@op`, or `@op(mutates=("x",))` for one that writes over its argument x."""
+    """`@op`, or `@op(mutates=("x",))` for an operator that writes over its argument x."""
     return Op(reference, mutates) if reference else lambda fn: Op(fn, mutates)
 
 
 def force(backend: str | None) -> None:
-    """Let every op run on `backend` alone, and raise where it cannot; None: choose again."""
+    """Make every operator run on `backend` only, and raise if it cannot. None restores the choice."""
     global forced
     _check_backend("backend", backend)
     forced = backend
@@ -138,14 +138,14 @@ def _check_backend(name: str, backend: str | None) -> None:
 
 
 def check_environment() -> None:
-    """Raise a ValueError where the variable FLASHPO_BACKEND names no backend. Importing flashpo does not raise it, so
-    that the command line can say it in one line; an op that runs with such a value does."""
+    """Raise a ValueError if the variable FLASHPO_BACKEND names no backend. Importing flashpo does not raise it, so that
+    the command line can report it in one line. An operator that runs with such a value raises it, too."""
     _check_backend("FLASHPO_BACKEND", os.environ.get("FLASHPO_BACKEND") or None)
 
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """`with flashpo.backend("triton"):` forces one backend for all threads; an op that cannot run on it raises."""
+    """`with flashpo.backend("triton"):` forces one backend for all threads. Operators that cannot run on it raise."""
     before = forced
     force(name)
     try:
@@ -155,7 +155,10 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def stats(reset: bool = False) -> dict[str, dict[str, int]]:
-    """How often each op ran on each backend: `{"linear_logprob_fwd": {"native": 12}}`."""
+    """The number of calls of each operator on each backend: `{"linear_logprob_fwd": {"native": 12}}`.
+
+    With `reset`, counting starts again from zero.
+    """
     counts: dict[str, dict[str, int]] = {}
     for (name, used), n in sorted(CALLS.items()):
         counts.setdefault(name, {})[used] = n

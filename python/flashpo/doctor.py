@@ -1,4 +1,4 @@
-"""`flashpo doctor`: what every operator runs on here and why not on more; `--check`: every backend against float64."""
+"""`flashpo doctor`: the backend of every operator on this machine, and why others cannot run; `--check` tests them."""
 
 import argparse
 import ctypes
@@ -16,9 +16,9 @@ from flashpo._probes import PROBES, check, run
 
 
 def check_all(devices: list[str]) -> bool:
-    """Print a line for every probe, device, backend and dtype; whether all of them passed."""
+    """Print a line for every probe, device, backend and dtype; return whether all of them passed."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a process's first multi-threaded exp is now and then accurate to 3e-5 only
+    torch.set_num_threads(1)  # the first multi-threaded exp of a process is sometimes accurate to 3e-5 only
     torch.linspace(-5, 5, 4096).exp().logsumexp(0).log()
     torch.set_num_threads(threads)
     print(f"\n{'against float64':42s} {'device':6s} {'backend':8s} {'dtype':9s} {'error':>9s} {'torch':>9s}")
@@ -40,7 +40,7 @@ def check_all(devices: list[str]) -> bool:
                     except NotImplementedError:
                         print(f"{line} not implemented", flush=True)
                         continue
-                    except Exception as error:  # a stale build, a driver too old: the very thing to report
+                    except Exception as error:  # a stale build or an old driver: this is what should be reported
                         failed += 1
                         print(f"{line} FAILED: {type(error).__name__}: {error}", flush=True)
                         continue
@@ -85,13 +85,14 @@ def machine() -> list[tuple[str, str]]:
 
 
 def chosen(device: str) -> tuple[dict[str, str], str | None]:
-    """The backend that each operator of the probes takes for fp32 tensors, and what went wrong."""
+    """The backend that each of the probes' operators takes for fp32 tensors, and an error if there was one."""
     before = _op.CALLS.copy()
     problem = None
     for probe in PROBES.values():
         try:
             run(probe.ours, probe.make(), device, torch.float32, torch.float32)
-        except Exception as error:  # a forced backend that cannot run, a stale build: the very thing to report
+        # A forced backend that cannot run, or a stale build: this is what should be reported
+        except Exception as error:
             problem = f"{type(error).__name__}: {error}"
     used = {op: backend for (op, backend), n in _op.CALLS.items() if n > before[op, backend]}
     _op.CALLS.clear()
@@ -100,7 +101,7 @@ def chosen(device: str) -> tuple[dict[str, str], str | None]:
 
 
 def table(device: str) -> list[str]:
-    """Operators x backends, and the reasons why one is not there."""
+    """A table of operators and backends, and the reasons why some are missing."""
     used, problem = chosen(device)
     reasons: list[str] = []
     lines = [f"{'operator on ' + device:32s}" + "".join(f"{b:14s}" for b in _op.BACKENDS)]
@@ -126,7 +127,7 @@ def table(device: str) -> list[str]:
 
 
 def verdict(devices: list[str], of_trl: list[str], problems: list[str]) -> str:
-    """Whether FlashPO runs here, and on what, in one line."""
+    """One line that says whether FlashPO runs here, and on what."""
     best = {device: next(b for b in _op.BACKENDS if _op.why_unavailable(b, device) is None) for device in devices}
     names = {"native": "C++ or CUDA kernels", "triton": "Triton", "torch": "plain torch"}
     said = [f"{device} by {names[backend]}" for device, backend in best.items()]
