@@ -43,17 +43,17 @@ class SharingOptions:
     share_prefix: str = field(  # bool, too; but TRL's command-line parser would take a union with bool for a flag
         default="auto",
         metadata={
-            "help": "Whether to score and train on token trees: each distinct token of a micro-batch is computed once, "
-            "padding never. 'auto': where model and batch allow it, else on padded rows after a warning. True: an "
-            "error where they do not. False: always on padded rows, as TRL does."
+            "help": "Whether to score and train on token trees, which compute each distinct token of a micro-batch "
+            "once and no padding. 'auto': use trees if the model and the batch allow it, otherwise padded rows after a "
+            "warning. True: raise an error if they do not allow it. False: always use padded rows, as TRL does."
         },
     )
     compile_layers: bool = field(
         default=False,
         metadata={
-            "help": "Run decoder layers under torch.compile where they run on token trees: fewer and larger kernels, "
-            "after a minute or so of compiling in the first step. Layers that cannot be compiled run as they are, "
-            "after a warning. It has not run on a GPU yet."
+            "help": "Compile the decoder layers with torch.compile for token trees, which gives fewer and larger "
+            "kernels. Compiling takes about a minute in the first step. Layers that cannot be compiled run uncompiled, "
+            "after a warning. This has not run on a GPU yet."
         },
     )
 
@@ -78,21 +78,22 @@ class EngineOptions(SharingOptions):
     rollout: str = field(
         default="auto",
         metadata={
-            "help": "Who generates. 'auto': FlashPO's rollout engine, or TRL after a warning where the engine cannot. "
-            "'engine': an error where it cannot. 'generate': always TRL."
+            "help": "Who generates completions. 'auto': FlashPO's rollout engine, or TRL after a warning if the "
+            "engine cannot. 'engine': raise an error if the engine cannot. 'generate': always TRL."
         },
     )
     rollout_options: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Arguments of flashpo.rollout.RolloutEngine, a dict or JSON of one: {'kv_memory': 4000000000}, say."
+            "help": "Arguments for flashpo.rollout.RolloutEngine, as a dict or as JSON, for example "
+            "{'kv_memory': 4000000000}."
         },
     )
     rollout_release: bool = field(
         default=False,
         metadata={
-            "help": "Free the engine's cache, CUDA graphs and copies of weights after each generation. That leaves "
-            "more memory for the update, and costs the time of making them again."
+            "help": "Free the engine's KV cache, CUDA graphs and copies of weights after each generation. This leaves "
+            "more memory for the update, but the engine has to make them again for the next generation."
         },
     )
 
@@ -116,10 +117,10 @@ class CorrectionOptions(EngineOptions):
     rollout_correction: str = field(
         default="auto",
         metadata={
-            "help": "How to find the mismatch between sampler and trainer, for which TRL's options "
-            "vllm_importance_sampling_... correct, when the engine generates. 'auto': from the log-probs that the "
-            "trainer computes anyway; if these are computed with dropout or other noise, completions are not weighed, "
-            "as TRL does not weigh its own. 'scored': under such noise, by one more forward without it."
+            "help": "Which log-probs measure the mismatch between sampler and trainer when the engine generates; TRL's "
+            "options vllm_importance_sampling_... correct for it. 'auto': those that the trainer computes anyway. If "
+            "they contain dropout or other noise, completions get no weights, as in TRL's own generation. 'scored': "
+            "under such noise, those of one more forward without the noise."
         },
     )
 
@@ -143,7 +144,7 @@ class PolicyOptions(EngineOptions):
         default=None,
         metadata={
             "help": "The loss: a name in flashpo.LOSSES (dapo, gspo, gmpo, dppo_tv ...) or a flashpo.LossSpec. TRL's "
-            "own options of the loss must then be left at their defaults. None: the loss that those options say."
+            "own options for the loss must then keep their defaults. None: TRL's options choose the loss."
         },
     )
     group_by: list[str] | None = field(
@@ -156,8 +157,8 @@ class PolicyOptions(EngineOptions):
     dynamic_sampling: int = field(
         default=0,
         metadata={
-            "help": "In how many rounds of generation, at most, groups of equal rewards are replaced by fresh prompts "
-            "(DAPO). 0: such groups stay, with advantage 0."
+            "help": "The largest number of extra rounds of generation in which groups with equal rewards are replaced "
+            "by fresh prompts (DAPO). 0: such groups stay, with advantage 0."
         },
     )
 
@@ -165,15 +166,16 @@ class PolicyOptions(EngineOptions):
         default="trainer",
         metadata={
             "help": "Where the log-probs of the old policy come from, if the policy is updated between sampling and "
-            "training. 'trainer': a forward pass. 'rollout': the engine sampled with them, which saves that pass."
+            "training. 'trainer': a forward pass. 'rollout': the engine, which knows them from sampling; this saves "
+            "the forward pass."
         },
     )
     skip_zero_advantage: bool = field(
         default=True,
         metadata={
-            "help": "Leave completions of groups of equal rewards out of the training pass, where the loss gives them "
-            "no gradient and token trees are used. A forward without gradient computes their log-probs, so that "
-            "results and metrics are the same. False: they are trained on, to no effect."
+            "help": "Leave completions of groups with equal rewards out of the training pass, if the loss gives them "
+            "no gradient and token trees are used. A forward without gradient computes their log-probs, so results "
+            "and metrics stay the same. False: run them through the training pass, which changes nothing."
         },
     )
 

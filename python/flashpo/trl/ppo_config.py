@@ -48,8 +48,9 @@ class PPOConfig(CorrectionOptions, trl.GRPOConfig):
     critic: str = field(
         default="shared",
         metadata={
-            "help": "shared: a value head on the policy's backbone. separate: on a copy of it with its own parameters. "
-            "Else the path of a model (a reward model, for instance) whose backbone the critic takes."
+            "help": "The critic's backbone. shared: the policy's, with a value head on it. separate: a copy of the "
+            "policy's with its own parameters. Otherwise the path of a model whose backbone the critic takes, for "
+            "example a reward model."
         },
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount of flashpo.gae."})
@@ -66,8 +67,9 @@ class PPOConfig(CorrectionOptions, trl.GRPOConfig):
     kl_in: str = field(
         default="reward",
         metadata={
-            "help": "reward: each token is paid -beta (log pi_old - log pi_ref). loss: beta KL, k3 of each token, is "
-            "added to the loss, times the ratio where use_bias_correction_kl.",
+            "help": "Where the KL penalty enters. reward: each token's reward gets -beta (log pi_old - log pi_ref). "
+            "loss: beta times the k3 estimate of the KL is added to each token's loss, multiplied by the ratio if "
+            "use_bias_correction_kl is set.",
             "choices": ["reward", "loss"],
         },
     )
