@@ -90,9 +90,10 @@ class Pool:
         memory = self.kv_memory or int((free_bytes(device) + have * per_block) * MEMORY_SHARE)
         blocks = min(wanted, memory // per_block)
         if blocks < needed:
+            limit = "kv_memory allows" if self.kv_memory else "half of the free memory is"
             raise MemoryError(
                 f"a prompt with its max_new_tokens needs {needed * per_block} bytes of keys and values "
-                f"({needed} blocks of {BLOCK} tokens), kv_memory allows {memory} bytes"
+                f"({needed} blocks of {BLOCK} tokens), {limit} {memory} bytes"
             )
         if self.runner is None or have < blocks:
             self.runner = None  # free its memory before the new cache is allocated
