@@ -369,9 +369,3 @@ def test_tokens_of_tools_and_rows_without_any_token():
         assert ours.keys() == grads.keys()
         for name, grad in grads.items():
             assert (ours[name] - grad).norm() <= 1e-4 * (grad.norm() + 1e-3), name
-
-
-def test_images_are_padded_after_a_warning():
-    trainer = make(flashpo.trl)
-    with pytest.warns(UserWarning, match="the batch has pixel_values"):
-        assert not trainer._takes_tree(trainer.model, {"pixel_values": torch.ones(1)}, torch.ones(1, 1))

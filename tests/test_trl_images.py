@@ -6,12 +6,15 @@ import sys
 
 import peft
 import pytest
+import torch
+import trl
 from datasets import Dataset
 from image_processors import images_data, picture, qwen_processor, says
-from trl_models import assert_ran, assert_same_training, make_trainer, model_path, train
+from trl_models import assert_ran, assert_same, assert_same_training, load, make_trainer, model_path, train
 
 import flashpo
 import flashpo.trl
+from flashpo.packing.images import SCORED, shared
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
 SHOWN = [[picture(10)], [picture(80)], []]
@@ -59,6 +62,43 @@ def test_offline_trainers(name):
         processing_class=qwen_processor(),
         max_length=None,
     )
+
+
+def another(kind, seed):
+    model = load(kind)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+def assert_same_distillation(kind="qwen3_vl", **options):
+    """Steps on rows with one image and with two are those of stock TRL."""
+    data = images_data("GRPO", [[picture(10)], [picture(80), picture(20, width=32)]] * 4)
+    processor = qwen_processor()
+    processor.tokenizer.padding_side = "left"  # as TRL loads them
+    options |= dict(train_dataset=data, processing_class=processor, max_completion_length=6)
+    flashpo.stats(reset=True)
+    stock = train(make_trainer("Distillation", trl, kind, teacher_model=another(kind, 3), **options))
+    assert not flashpo.stats()
+    ours = make_trainer(
+        "Distillation", flashpo.trl, kind, teacher_model=another(kind, 3), rollout="generate", **options
+    )
+    assert_same(stock, train(ours))
+
+
+def test_distillation():
+    shared.clear()
+    assert_same_distillation(gradient_accumulation_steps=2, max_steps=2)
+    assert_ran("tree_attention_fwd", "tree_attention_bwd", "linear_divergence_bwd")
+    assert shared[SCORED] == 4, "every micro-batch runs on a tree with its images"
+
+
+def test_rows_that_trees_do_not_take_are_distilled_padded(monkeypatch):
+    monkeypatch.setattr("flashpo.trl.images.image_parity", lambda model, rows: "it is wrong")
+    with pytest.warns(UserWarning, match="the batch has images: it is wrong") as said:
+        assert_same_distillation()
+    assert sum("padded rows" in str(warning.message) for warning in said) == 1
 
 
 def test_rollouts_by_the_engine():

@@ -64,6 +64,12 @@ def flattened(features: Any) -> Tensor:
     return features.flatten(0, -2)
 
 
+def image_token(model: Any) -> int | None:
+    """The placeholder's id; None of a model whose configuration names none."""
+    config, names = CausalLM.of(model).base.config, ("image_token_id", "image_token_index")
+    return next((x for name in names if isinstance(x := getattr(config, name, None), int)), None)
+
+
 class Images(NamedTuple):
     """The images of a batch of B rows of T tokens, made by `Images.of` for `pack`."""
 
@@ -94,9 +100,7 @@ class Images(NamedTuple):
             TypeError, ValueError: a field is wrong, or a row's placeholders do not match its images; the message names
                 the field or the row.
         """
-        config = CausalLM.of(model).base.config
-        names = ("image_token_id", "image_token_index")
-        token = next((x for name in names if isinstance(x := getattr(config, name, None), int)), None)
+        config, token = CausalLM.of(model).base.config, image_token(model)
         if token is None:
             raise ValueError(f"{config.model_type} names no image token")
         given = {name: x for name, x in fields.items() if x is not None}

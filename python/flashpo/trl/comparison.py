@@ -12,6 +12,7 @@ from flashpo.ops.linear_divergence import linear_divergence
 from flashpo.packing.head import gathering, parameters
 from flashpo.packing.inputs import run
 from flashpo.packing.tree import TokenTree
+from flashpo.trl.packed import Batch
 from flashpo.trl.patch import DEVICES, DTYPES
 
 OUTPUTS = ("entropy", "student_logprob", "teacher_logprob", "is_top1_agreed")
@@ -63,6 +64,7 @@ class Comparison:
         scored: (B, C), the completion tokens at which the two are compared.
         of_all: (B, C), the tokens at which the student is compared with any teacher; `scored` if there is one teacher.
         student: the student's states at `of_all`, if an earlier comparison with another teacher computed them.
+        batch: the rows as models take them on trees; None if something of them runs padded.
     """
 
     def __init__(
@@ -72,9 +74,10 @@ class Comparison:
         scored: Tensor,
         of_all: Tensor,
         student: States | None = None,
+        batch: Batch | None = None,
     ):
         self.models, self.completion_ids, self.scored, self.of_all = models, completion_ids, scored, of_all
-        self.student = student
+        self.student, self.batch = student, batch
         self.teacher: States | None = None
         self.asked = False  # whether TRL has asked for the student's states
         self.sums = scored.new_zeros(4)  # (agreement, log-ratio, divergence, tokens)

@@ -20,7 +20,6 @@ from trl.trainer import distillation_trainer  # not trl's names: `flashpo run` r
 from flashpo._causal_lm import CausalLM
 from flashpo._hosts.trl import COMPLETIONS, GROUPS, ROLLOUTS, TEACHERS, TREES, why_not
 from flashpo.packing.scoring import accept_trees
-from flashpo.packing.tree import pack
 from flashpo.trl import start
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._replaced import replaced
@@ -28,7 +27,8 @@ from flashpo.trl._text_only import beside_text, padding_changes_nothing
 from flashpo.trl.accelerated import in_place_of_trls, overridden
 from flashpo.trl.comparison import Comparison, States, why_not_comparable
 from flashpo.trl.config import EngineOptions, documented
-from flashpo.trl.packed import groups_stay_together
+from flashpo.trl.images import SCORING_INPUTS, TrainerImages
+from flashpo.trl.packed import Batch, groups_stay_together, tokens_of
 from flashpo.trl.patch import active, scores
 from flashpo.trl.sampling import Sampling
 from flashpo.trl.sharing import Sharing, why_not_packed
@@ -126,6 +126,10 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
     def _on_trees(self) -> set[Any]:
         """The models whose backbones take token trees, without their wrappers."""
         return set()
+
+    @functools.cached_property
+    def _images(self) -> TrainerImages:
+        return TrainerImages()
 
     @functools.cached_property
     def _keep_trls(self) -> Fallback:
@@ -232,6 +236,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             parts = [(t, rows, inputs | {"tool_mask": rows}) for t, rows in zip(self.teachers.values(), of_rows)]
             if num_items_in_batch is None:
                 num_items_in_batch = scored.sum().clamp(min=1)
+        batch = self._batch(unwrapped_student, inputs) if ours else None
         results, first = [], self.teacher_model
         comparisons: list[Comparison] = []
         try:
@@ -239,7 +244,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
                 if ours:
                     known = comparisons[-1].student if comparisons else None
                     models = unwrapped_student, self.accelerator.unwrap_model(self.teacher_model)
-                    self._comparison = Comparison(models, inputs["completion_ids"], rows, scored, known)
+                    self._comparison = Comparison(models, inputs["completion_ids"], rows, scored, known, batch)
                     comparisons.append(self._comparison)
                 with self._divergence_by(self._comparison):
                     results.append(super()._compute_loss(unwrapped_student, part, num_items_in_batch))
@@ -251,10 +256,26 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
 
     def _comparable(self, student) -> bool:
         """Whether `linear_divergence` takes the heads; warns with the reason if it does not."""
-        models = [student, *(self.accelerator.unwrap_model(teacher) for teacher in self.teachers.values())]
-        if reason := why_not_comparable(models):
+        if reason := why_not_comparable(self._models(student)):
             self._keep_trls(reason)
         return bool(self.teachers) and not reason
+
+    def _models(self, student) -> list[Any]:
+        return [student, *(self.accelerator.unwrap_model(teacher) for teacher in self.teachers.values())]
+
+    def _batch(self, student, inputs) -> Batch | None:
+        """The micro-batch as models take it on trees; None where something beside its text is against that."""
+        models = [model for model in self._models(student) if CausalLM.of(model).base in self._on_trees]
+        if not models:
+            return None
+        tokens = tokens_of(inputs)
+        try:
+            with self.accelerator.autocast():
+                images = self._images.of(models, {name: inputs.get(name) for name in SCORING_INPUTS}, *tokens)
+        except (TypeError, ValueError) as error:
+            self._sharing.allowed(str(error))
+            return None
+        return Batch(*tokens, images)
 
     @contextlib.contextmanager
     def _divergence_by(self, comparison: Comparison | None) -> Iterator[None]:
@@ -278,9 +299,12 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         beside = beside_text(unwrapped_model, multimodal)
         phase, padded_tokens = self._phases.reference_begins(), input_ids.numel()
         tree = None
-        if self._takes_tree(unwrapped_model, beside, attention_mask):
+        if comparison.batch is not None and self._takes_tree(unwrapped_model, attention_mask):
             known = comparison.student and comparison.student.tree
-            tree = known if known is not None and scored is comparison.of_all else pack(*tokens, scored)
+            if known is not None and scored is comparison.of_all:
+                tree = known
+            else:
+                tree = Batch(*tokens, comparison.batch.images).pack(scored, prune=True)
             if not self._sharing.pays(CausalLM.of(unwrapped_model).backbone, tree):
                 tree = None
         if not self._sharing.agreed(tree is not None, [unwrapped_model]):
@@ -306,13 +330,12 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             comparison.teacher = states
         return states.hidden
 
-    def _takes_tree(self, model: Any, beside: dict[str, Any], attention_mask: Tensor) -> bool:
-        """Whether this batch runs on a tree. `beside`: the inputs of the batch other than text."""
+    def _takes_tree(self, model: Any, attention_mask: Tensor) -> bool:
+        """Whether the model runs this batch on a tree."""
         if CausalLM.of(model).base not in self._on_trees:
             return False
-        reason = next((f"the batch has {name}" for name in beside), "")
-        if not reason and not padding_changes_nothing(model) and not attention_mask[:, 0].all():
-            reason = "rows are padded on the left, and the model's positions count the padding"
+        counted = not attention_mask[:, 0].all() and not padding_changes_nothing(model)
+        reason = "rows are padded on the left, and the model's positions count the padding" if counted else ""
         return self._sharing.allowed(reason)
 
     # logs

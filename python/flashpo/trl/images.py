@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from flashpo._causal_lm import CausalLM
 from flashpo._hosts import sharding
-from flashpo.packing.images import COUNTS, FIELDS, SCORED, TYPES, ImageRows, Images, shared
+from flashpo.packing.images import COUNTS, FIELDS, SCORED, TYPES, ImageRows, Images, image_token, shared
 from flashpo.packing.parity import image_parity
 from flashpo.packing.support import why_no_images
 from flashpo.trl._text_only import beside_text
 
 KNOWN = {*FIELDS, *COUNTS, TYPES}
+SCORING_INPUTS = (  # what batches of TRL may have beside their tokens
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
 
 
 class TrainerImages:
@@ -34,7 +38,7 @@ class TrainerImages:
         Raises:
             ValueError: these rows have to be scored as padded rows; the message is the reason.
         """
-        beside = beside_text(models[0], batch)
+        beside = {name: x for model in models for name, x in beside_text(model, batch).items()}
         if not beside:
             return None
         if "pixel_values" in beside:
@@ -43,6 +47,8 @@ class TrainerImages:
                     raise ValueError("the batch has images, and the weights are sharded")
                 if reason := why_no_images(CausalLM.of(model).backbone):
                     raise ValueError(f"the batch has images: {reason}")
+            if len({image_token(model) for model in models}) > 1:
+                raise ValueError("the batch has images, which have another token in each of the models")
         if unknown := [name for name in beside if name not in KNOWN or "pixel_values" not in beside]:
             raise ValueError(f"the batch has {', '.join(unknown)}")
         images = Images.of(models[0], input_ids, attention_mask, beside)

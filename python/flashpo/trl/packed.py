@@ -21,6 +21,13 @@ from flashpo.trl.images import TrainerImages
 from flashpo.trl.sharing import Sharing, why_not_packed
 
 
+def tokens_of(inputs) -> tuple[Tensor, Tensor]:
+    """Ids and mask of a batch's prompts with their completions."""
+    sides = [("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")]
+    ids, mask = (torch.cat([inputs[left], inputs[right]], dim=1) for left, right in sides)
+    return ids, mask
+
+
 class Batch(NamedTuple):
     """Rows that are scored as a token tree."""
 

@@ -31,14 +31,11 @@ from flashpo.trl._metrics import ratio_metrics
 from flashpo.trl._phases import REST, SCORING
 from flashpo.trl.accelerated import in_place_of_trls, overridden
 from flashpo.trl.advantages import GroupComparing
-from flashpo.trl.packed import PackedScoring, groups_stay_together
+from flashpo.trl.images import SCORING_INPUTS
+from flashpo.trl.packed import PackedScoring, groups_stay_together, tokens_of
 from flashpo.trl.patch import active
 from flashpo.trl.rollout import MISMATCH, merged, mismatch, mismatch_metrics
 
-SCORING_INPUTS = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
-    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
 QUIET = "quiet_per_token_logps"  # key of a batch: log-probs of the completions by a forward without dropout
 
 
@@ -122,7 +119,7 @@ class PolicyTrainer(GroupComparing):
             batch_size: how many rows run at once; None: all of them.
             scored: (rows, completion tokens), 1 for the tokens to score; None: all tokens that are not padding.
         """
-        input_ids, attention_mask = _tokens(inputs)
+        input_ids, attention_mask = tokens_of(inputs)
         rows = {} if batch_size is None else {"batch_size": batch_size}
         self._to_score = input_ids, scored  # not an argument, because a subclass may override with TRL's signature
         try:
@@ -148,7 +145,7 @@ class PolicyTrainer(GroupComparing):
         if not self._can_skip(spec):
             return self._score(model, inputs, scored=mask)
         idle = idle_rows(inputs["advantages"], mask, inputs["prompt_ids"])[:, None]
-        padded = self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS}, *_tokens(inputs)) is None
+        padded = self._packed.takes({name: inputs.get(name) for name in SCORING_INPUTS}, *tokens_of(inputs)) is None
         # All ranks must run the same number of forwards: two if one of them has idle rows, one if any runs padded rows
         ranks_idle, ranks_padded = self.accelerator.reduce(
             torch.stack([idle.any(), torch.full_like(idle.any(), padded)]).long()
@@ -325,13 +322,6 @@ class PolicyTrainer(GroupComparing):
     def _complete(self, batch, scored):
         if self._wants_quiet_logprobs(batch):
             batch[QUIET] = self._quiet_logprobs(batch)
-
-
-def _tokens(inputs) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of the prompts with their completions."""
-    sides = [("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")]
-    ids, mask = (torch.cat([inputs[left], inputs[right]], dim=1) for left, right in sides)
-    return ids, mask
 
 
 def idle_rows(advantages: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
