@@ -29,6 +29,7 @@ def documented(cls: type) -> type:
             width=116,
             initial_indent="    ",
             subsequent_indent=" " * 8,
+            break_on_hyphens=False,
         )
         for f in own
     ]
