@@ -27,7 +27,7 @@ config = GRPOConfig(
     seed=seed, logging_steps=1, save_strategy="no", report_to="none",
 )  # fmt: skip
 reward = AutoModelForSequenceClassification.from_pretrained(judge, num_labels=1)
-clock, scored = Clock(), Clock()
+scored = Clock()
 
 
 def tick(*args) -> None:
@@ -38,6 +38,6 @@ def tick(*args) -> None:
 
 reward.register_forward_pre_hook(tick)
 reward.register_forward_hook(tick)
-trainer = GRPOTrainer(policy, reward_funcs=reward, args=config, train_dataset=data, callbacks=[clock])
+trainer = GRPOTrainer(policy, reward_funcs=reward, args=config, train_dataset=data)
 trainer.train()
 scored.report(rewards=[row["reward"] for row in trainer.state.log_history if "reward" in row])

@@ -1,6 +1,7 @@
-"""fp32 matrix products in real fp32 during a self-check. TF32 and bf16 products would hide a small mistake.
+"""fp32 matrix products in real fp32 during a self-check, because TF32 and bf16 products would hide a small mistake; and
+the dtype that autocast makes of products.
 
-The flags belong to the process, so self-checks take turns.
+The flags of the first belong to the process, so self-checks take turns.
 """
 
 import contextlib
@@ -11,6 +12,11 @@ from typing import Any
 import torch
 
 one_at_a_time = threading.RLock()  # for self-checks: the flags, the random state and the counts of calls are global
+
+
+def autocast_to(device: str) -> torch.dtype | None:
+    """The dtype that autocast casts to now on this type of device; None without autocast."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 @contextlib.contextmanager

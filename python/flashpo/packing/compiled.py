@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flashpo._causal_lm import text_model
 from flashpo._hosts.transformers import HOOKED, DecoderLayer, checkpoints, without_checkpointing
 from flashpo._op import CALLS
-from flashpo._precision import one_at_a_time
+from flashpo._precision import autocast_to, one_at_a_time
 from flashpo.ops._lineage import is_tree
 from flashpo.packing import dense
 from flashpo.packing.parity import beyond_rounding
@@ -137,9 +137,8 @@ class Kind:
 
     def _variant(self, layer: nn.Module, hidden: Tensor) -> Hashable:
         """A key for the circumstances for which the compiler makes separate graphs."""
-        device, grad = hidden.device.type, torch.is_grad_enabled()
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return grad, hidden.requires_grad, layer.training, autocast, hidden.dtype
+        autocast = autocast_to(hidden.device.type)
+        return torch.is_grad_enabled(), hidden.requires_grad, layer.training, autocast, hidden.dtype
 
     def _why_wrong(self, layer: nn.Module, args: tuple, keywords: dict[str, Any]) -> str:
         """Compile the layer and compare it with the uncompiled one. Returns what is wrong; empty if the two agree."""
@@ -191,8 +190,7 @@ def _signs(x: Tensor) -> Tensor:
 
 
 def _coarser(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return autocast_to(hidden.device.type) or hidden.dtype
 
 
 def _mark_tokens(inputs: tuple, tokens: int) -> bool:

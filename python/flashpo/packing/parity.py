@@ -20,7 +20,7 @@ from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts import sharding
 from flashpo._hosts.peft import adapters_of
 from flashpo._hosts.transformers import HOOKED
-from flashpo._precision import one_at_a_time
+from flashpo._precision import autocast_to, one_at_a_time
 from flashpo.packing.attention import PREFIX
 from flashpo.packing.image_trial import ImageTrial
 from flashpo.packing.images import ImageRows
@@ -207,8 +207,7 @@ def _kind(model: nn.Module) -> Hashable:
     configs = {id(c): c for m in modules if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     texts = frozenset(c.to_json_string() + str(c._attn_implementation).removeprefix(PREFIX) for c in configs.values())
     tensors = frozenset((p.dtype, p.device.type, type(p), p.is_inference()) for p in model.parameters())
-    device = next(model.parameters()).device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = autocast_to(next(model.parameters()).device.type)
     return texts, adapters_of(model), tensors, autocast, tuple((type(m), _own_forward(m), _options(m)) for m in modules)
 
 
