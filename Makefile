@@ -20,7 +20,7 @@ PYTEST = $(RUN) -m pytest $(WORKERS)
 NATIVE = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
 	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py \
 	tests/test_packed_linear.py tests/test_decode_step.py tests/test_tree_attention.py tests/test_linear_divergence.py \
-	tests/test_tree_recurrence.py
+	tests/test_tree_recurrence.py tests/test_recurrence_step.py
 # What has kernels for AMX, which `make sanitize` runs with its instructions emulated.
 TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_attention.py tests/test_tree_attention.py
 
@@ -40,6 +40,7 @@ test: $(VENV)/ready
 	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/test_triton.py tests/test_triton_policy.py tests/test_triton_tree.py \
 	tests/test_triton_divergence.py tests/test_triton_recurrence.py \
 	tests/test_decode_attention.py tests/test_kv_append.py tests/test_decode_layer.py tests/test_layouts.py \
+	tests/test_recurrence_step.py \
 	|| test $$? = 5 # no Triton, none of its tests
 	$(PYTEST) --durations=15 tests
 	$(RUN) tests/instruction_sets.py $(WORKERS) -m native $(NATIVE)

@@ -148,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tree_recurrence_fwd", CPU(tree_recurrence_fwd), ReleaseGil());
   m.def("tree_recurrence_bwd", CPU(tree_recurrence_bwd), ReleaseGil());
   m.def("tree_recurrence_scratch", CPU(tree_recurrence_scratch), ReleaseGil());
+  m.def("recurrence_step", CPU(recurrence_step), ReleaseGil());
   m.def("tree_conv_fwd", CPU(tree_conv_fwd), ReleaseGil());
   m.def("tree_conv_bwd", CPU(tree_conv_bwd), ReleaseGil());
   py::class_<decode::Plan>(m, "DecodePlan")

@@ -159,6 +159,16 @@ static inline void store_part(T* p, vf x, int count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
+// Load or store W numbers, or the `left` that exist.
+template <typename T>
+static inline vf load_some(const T* p, int64_t left) {
+  return left >= W ? load(p) : load_part(p, static_cast<int>(left), 0.0f);
+}
+template <typename T>
+static inline void store_some(T* p, vf x, int64_t left) {
+  left >= W ? store(p, x) : store_part(p, x, static_cast<int>(left));
+}
+
 // Reduce all lanes to one number, by halves.
 template <typename F>
 static inline float reduce(vf x, F&& f) {
