@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from flashpo._hosts import fla
 from flashpo.ops._lineage import Lineage, is_tree
 from flashpo.ops.recurrence_step import DTYPE, recurrence_step
 from flashpo.ops.tree_conv import tree_conv
@@ -198,7 +199,10 @@ def _delta_rule(
     q, k, v, decay, beta = (x.squeeze(0).float() for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = _unit_length(q), _unit_length(k)
-    out, ends = tree_recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.keeps)
+    if fla.runs(query):  # in the model's dtype, in which the family itself would call fla
+        q, k, v = (x.to(query.dtype) for x in (q, k, v))
+    recurrence = fla.tree_recurrence if fla.runs(query) else tree_recurrence
+    out, ends = recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.keeps)
     lineage.keep("recurrent", ends)
     return out.to(query.dtype)[None], None
 
@@ -214,7 +218,7 @@ def _delta_rule_step(
     use_qk_l2norm_in_kernel: bool = False,
     **options: Any,
 ) -> Any:
-    if initial_state.dtype != DTYPE:
+    if initial_state.dtype != DTYPE or fla.runs(query):  # then the original is fla's
         return NotImplemented
     q, k, v, decay, beta = (x.squeeze(1).float() for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
@@ -248,7 +252,8 @@ def _mamba2(
         dt = F.softplus(dt)
     dt = dt.clamp(*dt_limit).squeeze(0).float()
     x, k, q = (x.squeeze(0).float() for x in (hidden_states, B, C))
-    out, ends = tree_recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.keeps)
+    recurrence = fla.tree_recurrence if fla.runs(x) else tree_recurrence
+    out, ends = recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.keeps)
     lineage.keep("recurrent", None if ends is None else ends.mT)  # Mamba-2 keeps states as (Dv, Dk)
     return (out if D is None else out + D[:, None] * x)[None]
 

@@ -10,7 +10,7 @@ import torch
 
 import flashpo
 from flashpo import _huge_pages, _op
-from flashpo._hosts import report
+from flashpo._hosts import fla, report
 from flashpo._hosts.versions import installed, standing
 from flashpo._probes import PROBES, check, run
 
@@ -56,8 +56,7 @@ def machine() -> list[tuple[str, str]]:
         found = installed(package)
         return f"{found}, {standing(package, found)}" if found else "not installed"
 
-    native = _op.native
-
+    native, of_fla = _op.native, fla.kernels()
     facts = [
         ("flashpo", flashpo.__version__),
         ("python", platform.python_version()),
@@ -65,6 +64,7 @@ def machine() -> list[tuple[str, str]]:
         ("triton", installed("triton") or "not installed"),
         ("trl", tested("trl")),
         ("transformers", tested("transformers")),
+        ("fla", of_fla if isinstance(of_fla, str) else "its kernels compute the recurrences of hybrid models on GPUs"),
         ("native", _op.why_no_native or "C++ kernels for CPUs"),
         ("native, CUDA", _op.why_unavailable("native", "cuda") or "CUDA C++ kernels for GPUs"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
