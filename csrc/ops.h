@@ -103,7 +103,9 @@ class Plan;
 FLASHPO_DECLARE_CPU(baseline)
 FLASHPO_DECLARE_CPU(avx2)
 FLASHPO_DECLARE_CPU(avx512)
-FLASHPO_DECLARE_CPU(amx)  // bfloat16 matrix products: decode_attention, packed_linear, tree_attention
+// Only kernels with matrix products of bfloat16: decode_attention, packed_linear, tree_attention
+FLASHPO_DECLARE_CPU(avx512bf16)
+FLASHPO_DECLARE_CPU(amx)
 
 namespace flashpo {
 

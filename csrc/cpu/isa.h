@@ -13,13 +13,16 @@
 #ifndef FLASHPO_ISA
 #define FLASHPO_ISA baseline
 #endif
+#if defined(__AVX512BF16__) || defined(FLASHPO_EMULATE)
+#define FLASHPO_PAIRS  // there are instructions for products of bfloat16
 #if defined(__AMX_BF16__) || defined(FLASHPO_EMULATE_AMX)
-#define FLASHPO_TILES  // bfloat16 products are computed in tiles
+#define FLASHPO_TILES  // and they compute them in tiles
+#endif
 #endif
 
 namespace flashpo::FLASHPO_ISA {
 
-#if defined(__AVX512F__) || defined(FLASHPO_EMULATE_AMX)
+#if defined(__AVX512F__) || defined(FLASHPO_EMULATE)
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
