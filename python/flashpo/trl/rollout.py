@@ -242,18 +242,6 @@ class TrainerRollouts:
         if self.engine is not None and getattr(_args(self.trainer), "rollout_release", False):
             self.engine.release()
 
-    def keep_as_old(self, logprobs: list[list[float]]) -> None:
-        """Keep the log-probs of the rollout. The next scoring of these completions uses them instead of a forward."""
-        rows = [torch.tensor(row, dtype=torch.float32, device=self.trainer.accelerator.device) for row in logprobs]
-        old = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        missing = -old.shape[1] % (getattr(self.trainer, "pad_to_multiple_of", None) or 1)
-        self.trainer._pending.old = torch.nn.functional.pad(old, (0, missing))
-
-    def take_old(self) -> Tensor | None:
-        pending = self.trainer._pending
-        old, pending.old = pending.old, None
-        return old
-
     def _log(self, rollouts: Rollouts, gathered: sharding.Gathered) -> None:
         """Log the statistics of a rollout. `gathered`: the weights that TRL gathered for it."""
         metrics, stats, phases = self.trainer._metrics[self.trainer._mode], rollouts.stats, self.trainer._phases
