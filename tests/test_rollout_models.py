@@ -13,11 +13,11 @@ from rollout_models import assert_same_draws, greedy
 from transformers import CONFIG_MAPPING, AttentionInterface
 
 from flashpo._causal_lm import CausalLM
+from flashpo._twin import small_config, small_model
 from flashpo.bench.tiny_models import tiny_config, tiny_model
 from flashpo.rollout import RolloutEngine, SamplingParams, engine, parity, seam, support
 from flashpo.rollout.prefill import Packed
 from flashpo.rollout.runner import Step
-from flashpo.rollout.twin import small_config, small_model
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "phi3", "phimoe", "olmo2", "gpt_oss",

@@ -17,13 +17,13 @@ from flashpo import _fallbacks
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts import sharding
 from flashpo._hosts.peft import active_adapter, adapter_states, why_not_by_layers
+from flashpo._memory import out_of_memory
 from flashpo.ops.tree_attention import release as release_tree_tiles
 from flashpo.packing.images import ImageRows, Images
 from flashpo.packing.support import why_no_images
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity
 from flashpo.rollout.arguments import choice, flag, integer, items, kind, number, token_ids
-from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.call import Call, by_adapter, progress_bar
 from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.generation import Completion, Generation

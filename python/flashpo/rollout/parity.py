@@ -22,14 +22,15 @@ from transformers import PreTrainedModel
 
 from flashpo._causal_lm import CausalLM
 from flashpo._hosts.peft import adapters_of
+from flashpo._memory import out_of_memory
 from flashpo._precision import exact_products, one_at_a_time
+from flashpo._twin import small_twin
 from flashpo.packing.image_trial import rows_of
 from flashpo.packing.images import ImageRows
-from flashpo.rollout.cache import BLOCK, out_of_memory
+from flashpo.rollout.cache import BLOCK
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode
 from flashpo.rollout.support import facts, longest
-from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
 Roll = Callable[..., Rollouts]  # arguments: model, prompts, SamplingParams and, if the prompts have images, the images

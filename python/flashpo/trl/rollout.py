@@ -21,11 +21,11 @@ from flashpo._causal_lm import CausalLM
 from flashpo._hosts import sharding
 from flashpo._hosts.transformers import default_generation_params, merged_generation_config
 from flashpo._hosts.trl import generating
+from flashpo._memory import out_of_memory
 from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.packing.images import GENERATED, Images, shared
 from flashpo.packing.support import why_no_images
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
-from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.images import of_prompts
 from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-import flashpo
+from flashpo import __version__
 from flashpo._hosts import devices
 from flashpo._hosts.versions import FLOORS, installed, standing
 from flashpo.trl import experimental, switches
@@ -75,7 +75,7 @@ def why_no_head() -> dict[str, str]:
 
 
 def machine(device: str) -> str:
-    versions = [f"flashpo {flashpo.__version__}"]
+    versions = [f"flashpo {__version__}"]
     for package in FLOORS:
         version = installed(package) or "none"
         known = standing(package, version)
