@@ -58,7 +58,7 @@ def keywords(backbone: nn.Module, segments: Tensor, parents: Tensor, device: tor
     return {KEYWORD: Lineage(segments, parents, device)}
 
 
-def why_not(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
+def refusals(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
     """Yield a reason for each kind of layer that is not supported here. `kinds` are those in the configuration."""
     names = {name for scope in _scopes(backbone) for name in WRAPPERS if hasattr(scope, name)}
     for kind in dict.fromkeys(kinds):

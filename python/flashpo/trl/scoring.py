@@ -31,7 +31,7 @@ class PolicyScoring(GroupComparing):
         return PackedScoring(self)
 
     def _why_not_parts(self):
-        return super()._why_not_parts() | self._packed.sharing.parts | start.why_no_head()
+        return super()._why_not_parts() | self._packed.sharing.parts | start.head_part()
 
     def _score(
         self, model, inputs, batch_size: int | None = None, scored: Tensor | None = None

@@ -69,7 +69,7 @@ def lines(trainer: Any) -> list[str]:
     return [own + what + (f", with {off}" if off else ""), f"{cls.__name__}: {said}"]
 
 
-def why_no_head() -> dict[str, str]:
+def head_part() -> dict[str, str]:
     """The entry "LM head" among the parts of a trainer that scores tokens, see `Accelerated._why_not_parts`."""
     return {"LM head": "" if switches.current().head else "--no-head"}
 
