@@ -14,9 +14,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from flashpo._causal_lm import CausalLM
+from flashpo._twin import VOCABULARY, small_config, small_model
 from flashpo.bench.tiny_models import OVERRIDES
 from flashpo.packing.images import flattened
-from flashpo.rollout.twin import VOCABULARY, small_config, small_model
 
 TOKEN = VOCABULARY - 1
 SIZE, PATCH = 28, 7  # pixels

@@ -74,7 +74,7 @@ def test_doctor_shows_every_operator_and_reason(capsys):
     assert all(name in out for name in ("torch", "triton", "threads", "native"))
     for backend in _op.BACKENDS:
         reason = _op.why_unavailable(backend, "cpu")
-        assert reason is None or f"{backend}: {reason}" in out
+        assert not reason or f"{backend}: {reason}" in out
     assert flashpo.stats() == before
 
 
@@ -83,13 +83,13 @@ def test_doctor_probes_every_operator():
     assert problem is None
     assert set(used) == set(_op.OPS), "an operator without a probe in flashpo._probes"
     for name, backend in used.items():
-        best = next(b for b in _op.OPS[name].kernels if _op.why_unavailable(b, "cpu") is None)
+        best = next(b for b in _op.OPS[name].kernels if not _op.why_unavailable(b, "cpu"))
         assert backend == best
 
 
 def test_doctor_reports_a_forced_backend_that_cannot_run(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(_op, "why_unavailable", lambda backend, device: "too old" if backend == "triton" else None)
+    monkeypatch.setattr(_op, "why_unavailable", lambda backend, device: "too old" if backend == "triton" else "")
     with flashpo.backend("triton"):
         assert cli.main(["doctor"]) == 0
     assert "ERROR: NotImplementedError: flashpo::" in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_doctor_begins_with_a_verdict(monkeypatch, capsys):
     assert re.fullmatch(r"FlashPO runs here: cpu by .*", capsys.readouterr().out.splitlines()[0])
     lacking = ["TRL 1.16.0: supported; all as in TRL", "  GRPOTrainer, loss: not used, TRL computes it: it is another"]
     monkeypatch.setattr(doctor.report, "of_trl", lambda: lacking)
-    monkeypatch.setattr(_op, "why_unavailable", lambda backend, device: None if backend == "torch" else "too old")
+    monkeypatch.setattr(_op, "why_unavailable", lambda backend, device: "" if backend == "torch" else "too old")
     said = doctor.verdict(["cpu"], lacking, ["ERROR: it is broken"])
     reasons = "ERROR: it is broken; cpu has no kernels; 1 uses of TRL are missing"
     assert said == f"FlashPO runs here in part: {reasons} (cpu by plain torch, TRL 1.16.0)"
@@ -144,7 +144,7 @@ def test_check_passes(capsys):
     assert "FAILED" not in out
     for name in doctor.PROBES:
         for backend in _op.BACKENDS:
-            if _op.why_unavailable(backend, "cpu") is None:
+            if not _op.why_unavailable(backend, "cpu"):
                 written = any(backend in op.kernels for n, op in _op.OPS.items() if n.startswith(name.split(",")[0]))
                 verdict = "ok" if written else "not implemented"
                 assert any(name in line and backend in line and verdict in line for line in out.splitlines())

@@ -8,7 +8,7 @@ import torch
 from test_tree_recurrence import SCALE, lineage_of, make_inputs, make_tree
 
 from flashpo import _recurrent, tree_recurrence
-from flashpo._hosts import fla
+from flashpo.ops import _fla as fla
 
 
 def chunk(q, k, v, g, beta=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
@@ -72,7 +72,7 @@ def test_an_unknown_one_is_left_alone(monkeypatch):
     monkeypatch.setattr(fla.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(fla.importlib, "import_module", lambda name: inspect.getmodule(chunk))
     fla.kernels.cache_clear()
-    assert fla.kernels().startswith("flash-linear-attention has no chunk_gated_delta_rule")
+    assert fla.why_not().startswith("flash-linear-attention has no chunk_gated_delta_rule")
     fla.kernels.cache_clear()
 
 

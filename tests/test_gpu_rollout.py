@@ -30,7 +30,7 @@ FILTERS = [
 @pytest.fixture(autouse=True)
 def on_the_gpu():
     reason = flashpo._op.why_unavailable("native", "cuda")
-    if reason is not None:
+    if reason:
         pytest.skip(reason)
     with torch.device("cuda"), flashpo.backend("native"):
         yield

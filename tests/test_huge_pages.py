@@ -65,14 +65,14 @@ def test_without_memory():
         HugePages().empty((1 << 60,), torch.uint8, CPU)
 
 
-def test_why_none(monkeypatch, tmp_path):
+def test_why_not(monkeypatch, tmp_path):
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
     monkeypatch.setattr(huge_pages, "SETTING", tmp_path / "enabled")
-    assert huge_pages.why_none() == "not in this kernel"
-    for text, reason in (("always [madvise] never", None), ("[always] madvise never", None),
+    assert huge_pages.why_not() == "not in this kernel"
+    for text, reason in (("always [madvise] never", ""), ("[always] madvise never", ""),
                          ("always madvise [never]", f"{tmp_path}/enabled says never")):  # fmt: skip
         huge_pages.SETTING.write_text(text)
-        assert huge_pages.why_none() == reason
+        assert huge_pages.why_not() == reason
 
 
 def test_elsewhere_it_is_torch(monkeypatch):

@@ -9,11 +9,11 @@ from packing_models import backward, batch, packed, padded
 from test_packing_models import TEMPERATURE, assert_equal, assert_same_gradients
 
 from flashpo._causal_lm import CausalLM
+from flashpo._twin import small_config, small_model, small_twin
 from flashpo.bench.tiny_models import tiny_config, tiny_multimodal
 from flashpo.packing import packable
 from flashpo.packing.scoring import accept_trees
 from flashpo.rollout import RolloutEngine, SamplingParams
-from flashpo.rollout.twin import small_config, small_model, small_twin
 
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "gemma4", "mistral3", "smolvlm", "idefics3",

@@ -14,11 +14,11 @@ from transformers import CONFIG_MAPPING, AttentionInterface
 
 import flashpo
 from flashpo._causal_lm import CausalLM
+from flashpo._twin import small_config, small_model
 from flashpo.bench.tiny_models import tiny_config, tiny_model
 from flashpo.rollout import RolloutEngine, SamplingParams, engine, parity, seam, support
 from flashpo.rollout.prefill import Packed
 from flashpo.rollout.runner import Step
-from flashpo.rollout.twin import small_config, small_model
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "phi3", "phimoe", "olmo2", "gpt_oss",
@@ -224,7 +224,7 @@ def shifted_position(hidden, change):
 def test_the_check_finds(family, what, change, dtype, monkeypatch):
     """In a bf16 model, too: its small twin is in fp32."""
     model = tiny_model(family).to(dtype)
-    assert parity.why_wrong(model, roll) is None
+    assert not parity.why_wrong(model, roll)
     spoil(monkeypatch, what, change)
     reason = parity.why_wrong(model, roll)
     assert reason.startswith("a small ")
@@ -246,14 +246,14 @@ def test_rounding_in_16_bits_is_no_mistake(family, monkeypatch):
     """With experts that are chosen otherwise for some tokens, too."""
     monkeypatch.setattr(parity, "_twin", lambda base: None)
     for dtype in (torch.bfloat16, torch.float16):
-        assert parity.why_wrong(tiny_model(family).to(dtype), roll) is None
+        assert not parity.why_wrong(tiny_model(family).to(dtype), roll)
 
 
 def test_the_model_itself_is_checked(monkeypatch):
     """What only its size shows: here, a twin cannot be made."""
     model = tiny_model("qwen3").to(torch.bfloat16)
     monkeypatch.setattr(parity, "_twin", lambda base: None)
-    assert parity.why_wrong(model, roll) is None
+    assert not parity.why_wrong(model, roll)
     logits = CausalLM.logits
     monkeypatch.setattr(CausalLM, "logits", lambda self, hidden: logits(self, hidden) * 0.7)
     assert "every layer agrees in a prefill" in parity.why_wrong(model, roll)
@@ -262,13 +262,13 @@ def test_the_model_itself_is_checked(monkeypatch):
 def test_nothing_is_said_of_a_broken_model():
     model = tiny_model("qwen3")
     model.lm_head.weight.data[5] = torch.nan
-    assert parity._difference(model, roll, None) is None
+    assert not parity._difference(model, roll, None)
 
 
 def test_asked_once(monkeypatch):
     monkeypatch.setattr(parity, "_answers", {})
     asked = []
-    monkeypatch.setattr(parity, "why_wrong", lambda model, roll, autocast: asked.append(model))
+    monkeypatch.setattr(parity, "why_wrong", lambda model, roll, autocast: asked.append(model) or "")
     for family in ("qwen3", "qwen3", "llama"):
         rollouts = RolloutEngine(tiny_model(family)).generate(prompts(3), SamplingParams(max_new_tokens=2))
         assert len(rollouts.completion_ids[0]) == 2
@@ -278,11 +278,11 @@ def test_asked_once(monkeypatch):
 def test_asked_again_of_other_dtypes(monkeypatch):
     """A model whose layers differ in dtype may be wrong where one that is bf16 throughout is right."""
     monkeypatch.setattr(parity, "_answers", {})
-    monkeypatch.setattr(parity, "_twice", lambda model, roll, autocast: "wrong" if mixed(model) else None)
+    monkeypatch.setattr(parity, "_twice", lambda model, roll, autocast: "wrong" if mixed(model) else "")
     half, both = (tiny_model("qwen3").to(torch.bfloat16) for _ in range(2))
     both.model.layers[1].float()
     assert "wrong" in parity.check(both, roll, None)
-    assert parity.check(half, roll, None) is None
+    assert not parity.check(half, roll, None)
 
 
 def mixed(model):

@@ -24,7 +24,7 @@ from trl_models import (
 import flashpo
 import flashpo.trl
 from flashpo.trl._text_only import beside_text, zeros_change_nothing
-from flashpo.trl.rollout import TrainerRollouts, Unsupported
+from flashpo.trl.rollout import CannotGenerate, TrainerRollouts
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' }}{% for part in m['content'] %}"
@@ -176,5 +176,5 @@ def test_what_a_turn_of_generation_may_bring(images, fields, reason):
     if reason is None:
         assert rollouts._check_turn([[5, 6], [7]], images, fields) is None
     else:
-        with pytest.raises(Unsupported, match=reason):
+        with pytest.raises(CannotGenerate, match=reason):
             rollouts._check_turn([[5, 6], [7]], images, fields)

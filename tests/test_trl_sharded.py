@@ -23,7 +23,7 @@ from flashpo._hosts.sharding import wraps_in_fsdp1
 from flashpo.rollout.pool import Pool
 from flashpo.rollout.runner import Step
 from flashpo.trl.packed import Batch
-from flashpo.trl.rollout import Unsupported
+from flashpo.trl.rollout import CannotGenerate
 
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
 pytestmark = needs_gloo
@@ -141,7 +141,7 @@ def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
         def prepare(*args):
             batch = len(by_engine)
             if rank == 1 and batch == 1:
-                raise Unsupported("its prompts are too long")
+                raise CannotGenerate("its prompts are too long")
             params = check(*args)
             if rank == 1:  # before its pool, and while it decodes
                 Pool.admit = admit if batch != 2 else no_memory

@@ -212,7 +212,7 @@ def test_a_later_turn_that_trl_has_to_generate(monkeypatch, turns):
 
     def refuse(*turn):
         if trainer._rollouts._turns:
-            raise flashpo.trl.rollout.Unsupported("a tool has sent an image")
+            raise flashpo.trl.rollout.CannotGenerate("a tool has sent an image")
 
     monkeypatch.setattr(trainer._rollouts, "_check_turn", refuse)
     with pytest.warns(UserWarning, match="a tool has sent an image"):

@@ -14,7 +14,7 @@ from trl_models import SAMPLED_BY_TRL, assert_same, make_trainer, reward, train
 
 import flashpo.trl
 from flashpo import LossSpec, pack, policy_loss
-from flashpo.trl.policy import idle_rows
+from flashpo.trl.scoring import idle_rows
 from flashpo.trl.verify import Step
 
 LORA = dict(peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))

@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flashpo._causal_lm import CausalLM
+from flashpo._twin import small_config, small_model
 from flashpo.packing import packable
 from flashpo.rollout import RolloutEngine, SamplingParams, seam
 from flashpo.rollout.fused import LAYERS
 from flashpo.rollout.hybrid import is_hybrid
 from flashpo.rollout.support import longest
-from flashpo.rollout.twin import small_config, small_model
 
 LENGTHS = (1024, 8192)  # the lengths of the sequences whose memory is reported
 

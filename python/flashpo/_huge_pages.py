@@ -47,10 +47,10 @@ class HugePages:
         self._end = self._begin + size
 
 
-def why_none() -> str | None:
-    """Why the system gives no large pages on request; None if it does."""
+def why_not() -> str:
+    """Why the system gives no large pages on request; empty if it does."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return "not on this system"
     if not SETTING.exists():
         return "not in this kernel"
-    return f"{SETTING} says never" if "[never]" in SETTING.read_text() else None
+    return f"{SETTING} says never" if "[never]" in SETTING.read_text() else ""

@@ -1,4 +1,6 @@
-"""How much more host memory this process can get: the free memory, within the limits of its control groups.
+"""How much more host memory this process can get, and whether an error says that there is none left.
+
+The host's free memory counts within the limits of the process's control groups.
 
 The memory limit of a container is that of a control group. Beyond it the kernel kills the process, even if the host has
 free memory.
@@ -7,6 +9,8 @@ free memory.
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 ROOT = Path("/")
 
@@ -74,3 +78,8 @@ def _stat(group: Path, name: str) -> int:
         if key == name:
             return int(value)
     return 0
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error is CUDA's, Python's or that of torch's CPU allocator, which raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

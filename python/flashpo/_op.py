@@ -40,20 +40,20 @@ forced: str | None = None  # a plain global, because CUDA backward runs in torch
 
 
 @functools.cache
-def why_unavailable(backend: str, device: str) -> str | None:
-    """None if `backend` can run on `device`, otherwise the reason why it cannot."""
+def why_unavailable(backend: str, device: str) -> str:
+    """Why `backend` cannot run on `device`; empty if it can."""
     if backend == "native":
         if native is None:
             return why_no_native
         if device == "cuda":
-            return _cuda_library.why_not(native) or None
-        return None if device == "cpu" else f"no native kernels for {device}"
+            return _cuda_library.why_not(native)
+        return "" if device == "cpu" else f"no native kernels for {device}"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if device == "cuda" or interpreted else f"Triton does not compile for {device}"
-    return None
+        return "" if device == "cuda" or interpreted else f"Triton does not compile for {device}"
+    return ""
 
 
 class Op:
@@ -87,7 +87,7 @@ class Op:
             with torch.autocast(device, enabled=False):
                 return self._run(*args)
         for name, kernel in self.kernels.items():
-            if forced not in (None, name) or why_unavailable(name, device) is not None:
+            if forced not in (None, name) or why_unavailable(name, device):
                 continue
             out = kernel(*args) if self.around is None else self.around(kernel, *args)
             if out is not NotImplemented:
@@ -96,7 +96,7 @@ class Op:
                     log.info("%s runs on %s for %s tensors", self.name, name, device)
                 return out
         _check_backend("FLASHPO_BACKEND", forced)
-        reason = why_unavailable(forced, device) if forced else None
+        reason = why_unavailable(forced, device) if forced else ""
         raise NotImplementedError(
             f"flashpo::{self.name}: backend {forced!r} cannot run on {args[0].dtype} {device} tensors"
             + (f": {reason}" if reason else "")

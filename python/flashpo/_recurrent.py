@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from flashpo._hosts import fla
+from flashpo.ops import _fla as fla
 from flashpo.ops._lineage import Lineage, is_tree
 from flashpo.ops.recurrence_step import DTYPE, recurrence_step
 from flashpo.ops.tree_conv import tree_conv
@@ -71,7 +71,7 @@ def step_keywords(backbone: nn.Module) -> dict[str, str]:
     return {KEYWORD: ONE_TOKEN_EACH} if installed and reached_by_keyword(backbone) else {}
 
 
-def why_not(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
+def refusals(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
     """Yield a reason for each kind of layer that is not supported here. `kinds` are those in the configuration."""
     names = {name for scope in _scopes(backbone) for name in WRAPPERS if hasattr(scope, name)}
     for kind in dict.fromkeys(kinds):

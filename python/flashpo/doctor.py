@@ -10,9 +10,10 @@ import torch
 
 import flashpo
 from flashpo import _huge_pages, _op
-from flashpo._hosts import fla, report
+from flashpo._hosts import report
 from flashpo._hosts.versions import installed, standing
 from flashpo._probes import PROBES, check, run
+from flashpo.ops import _fla
 
 
 def check_all(devices: list[str]) -> bool:
@@ -26,7 +27,7 @@ def check_all(devices: list[str]) -> bool:
     for name, probe in PROBES.items():
         for device in devices:
             for backend in _op.BACKENDS:
-                if _op.why_unavailable(backend, device) is not None:
+                if _op.why_unavailable(backend, device):
                     continue
                 for dtype in probe.dtypes:
                     line = f"{name:42s} {device:6s} {backend:8s} {str(dtype).removeprefix('torch.'):9s}"
@@ -56,7 +57,7 @@ def machine() -> list[tuple[str, str]]:
         found = installed(package)
         return f"{found}, {standing(package, found)}" if found else "not installed"
 
-    native, of_fla = _op.native, fla.kernels()
+    native = _op.native
     facts = [
         ("flashpo", flashpo.__version__),
         ("python", platform.python_version()),
@@ -64,11 +65,11 @@ def machine() -> list[tuple[str, str]]:
         ("triton", installed("triton") or "not installed"),
         ("trl", tested("trl")),
         ("transformers", tested("transformers")),
-        ("fla", of_fla if isinstance(of_fla, str) else "its kernels compute the recurrences of hybrid models on GPUs"),
+        ("fla", _fla.why_not() or "its kernels compute the recurrences of hybrid models on GPUs"),
         ("native", _op.why_no_native or "C++ kernels for CPUs"),
         ("native, CUDA", _op.why_unavailable("native", "cuda") or "CUDA C++ kernels for GPUs"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),
-        ("large pages", _huge_pages.why_none() or "on request"),
+        ("large pages", _huge_pages.why_not() or "on request"),
     ]
     built = torch.version.cuda or torch.version.hip
     if built is None or not torch.cuda.is_available():
@@ -109,12 +110,12 @@ def table(device: str) -> list[str]:
         line = f"{name:32s}"
         for backend in _op.BACKENDS:
             reason = _op.why_unavailable(backend, device)
-            if reason is None and backend not in op.kernels:
+            if not reason and backend not in op.kernels:
                 reason = "has no kernel there"
             tried = list(op.kernels)
-            if reason is None and name in used and tried.index(backend) < tried.index(used[name]):
+            if not reason and name in used and tried.index(backend) < tried.index(used[name]):
                 reason = f"is not the forced backend {_op.forced}" if _op.forced else "does not take such tensors"
-            if reason is None:
+            if not reason:
                 line += f"{'used' if used.get(name) == backend else 'available':14s}"
                 continue
             reason = f"{backend}: {reason}"
@@ -128,7 +129,7 @@ def table(device: str) -> list[str]:
 
 def verdict(devices: list[str], of_trl: list[str], problems: list[str]) -> str:
     """One line that says whether FlashPO runs here, and on what."""
-    best = {device: next(b for b in _op.BACKENDS if _op.why_unavailable(b, device) is None) for device in devices}
+    best = {device: next(b for b in _op.BACKENDS if not _op.why_unavailable(b, device)) for device in devices}
     names = {"native": "C++ or CUDA kernels", "triton": "Triton", "torch": "plain torch"}
     said = [f"{device} by {names[backend]}" for device, backend in best.items()]
     slow = [f"{device} has no kernels" for device, backend in best.items() if backend == "torch"]

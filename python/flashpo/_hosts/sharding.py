@@ -24,8 +24,8 @@ class Gathered:
         return Gathered(self.size + other.size, self.seconds + (other.seconds if other.size else 0.0))
 
 
-def why_no_view(model: nn.Module) -> str | None:
-    """The reason why a rollout cannot compute with the parameters; None if it can, if need be after gathering them."""
+def why_no_view(model: nn.Module) -> str:
+    """Why a rollout cannot compute with the parameters; empty if it can, if need be after gathering them."""
     if any(wraps_in_fsdp1(module) for module in model.modules()):
         return "FSDP1 shards the weights: use FSDP2 (fsdp_version: 2 in accelerate's config)"
     for param in model.parameters():
@@ -38,7 +38,7 @@ def why_no_view(model: nn.Module) -> str | None:
         is_dtensor(param) for param in model.parameters()
     ):
         return "weights are DTensors, but not of FSDP2 (tensor parallelism)"
-    return None
+    return ""
 
 
 def meets(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ ROWS = 192  # up to so many rows this kernel is faster than a library's product
 
 def packs(weight: Tensor) -> bool:
     """Whether this machine has a kernel that computes with `pack_linear(weight)`. Without one, packing does not pay."""
-    if weight.device.type != "cpu" or weight.numel() == 0 or why_unavailable("native", "cpu") is not None:
+    if weight.device.type != "cpu" or weight.numel() == 0 or why_unavailable("native", "cpu"):
         return False
     return packs_dtype(weight.dtype) and (weight.dtype == torch.float32 or weight.shape[1] % 32 == 0)
 

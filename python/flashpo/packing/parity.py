@@ -20,14 +20,14 @@ from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts import sharding
 from flashpo._hosts.peft import adapters_of
 from flashpo._hosts.transformers import HOOKED
+from flashpo._memory import out_of_memory
 from flashpo._precision import autocast_to, one_at_a_time
+from flashpo._twin import small_twin
 from flashpo.packing.attention import PREFIX
 from flashpo.packing.image_trial import ImageTrial
 from flashpo.packing.images import ImageRows
 from flashpo.packing.support import why_no_images
 from flashpo.packing.trial import Scored, Trial, is_plain, is_sharded, on_trial
-from flashpo.rollout.cache import out_of_memory
-from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
 _answers: dict[Hashable, str] = {}

@@ -103,4 +103,4 @@ def _layers(backbone: nn.Module) -> Iterator[str]:
         if not getattr(module, "is_causal", True):
             yield f"{type(module).__name__} is not causal"
     kinds = getattr(text.config, "layer_types", None) or []
-    yield from _recurrent.why_not(text, [kind for kind in kinds if kind in STATEFUL])
+    yield from _recurrent.refusals(text, [kind for kind in kinds if kind in STATEFUL])

@@ -198,7 +198,7 @@ def _rows_of_text(config: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return sharding.why_no_view(model) is not None or any(sharding.is_dtensor(p) for p in model.parameters())
+    return bool(sharding.why_no_view(model)) or any(sharding.is_dtensor(p) for p in model.parameters())
 
 
 def _wraps(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashpo._huge_pages import HugePages
-from flashpo._memory import available_bytes
+from flashpo._memory import available_bytes, out_of_memory
 from flashpo.ops import kv_append
 from flashpo.rollout.support import Layer
 
@@ -83,8 +83,3 @@ def free_bytes(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return available_bytes()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the error is CUDA's, Python's or that of torch's CPU allocator, which raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

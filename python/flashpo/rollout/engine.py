@@ -17,13 +17,13 @@ from flashpo import _fallbacks
 from flashpo._causal_lm import CausalLM, Unsupported
 from flashpo._hosts import sharding
 from flashpo._hosts.peft import active_adapter, adapter_states, why_not_by_layers
+from flashpo._memory import out_of_memory
 from flashpo.ops.tree_attention import release as release_tree_tiles
 from flashpo.packing.images import ImageRows, Images
 from flashpo.packing.support import why_no_images
 from flashpo.rollout import fallback as plain
 from flashpo.rollout import parity
 from flashpo.rollout.arguments import choice, flag, integer, items, kind, number, token_ids
-from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.call import Call, by_adapter, progress_bar
 from flashpo.rollout.fused import fused_backbone
 from flashpo.rollout.generation import Completion, Generation
@@ -210,10 +210,10 @@ class RolloutEngine:
         Raises:
             ModelInUse: The answer requires changing the model for a moment, and a rollout of it has not ended.
         """
-        return self._why_not_with(())
+        return self._why_not_with(()) or None
 
-    def _why_not_with(self, names: Iterable[str]) -> str | None:
-        """The reason why not under the active adapters or under one of the adapters `names`; None if there is none."""
+    def _why_not_with(self, names: Iterable[str]) -> str:
+        """`why_not` under the active adapters and under each of the adapters `names`; empty if nothing prevents it."""
         self._look_at_the_model()
         if self.support.ok and not self.checked:
             try:
@@ -224,10 +224,9 @@ class RolloutEngine:
                     raise
                 return f"there is no memory for its self-check: {error}"
             self.checked = True
-            if reason is not None:
+            if reason:
                 self.support = dataclasses.replace(self.support, ok=False, reason=reason)
-        reason = why_not_by_layers(self.model, names) if self.support.ok else self.support.reason
-        return reason or None
+        return why_not_by_layers(self.model, names) if self.support.ok else self.support.reason
 
     def why_not_images(self, prompts: Sequence[Sequence[int]], images: Images | None) -> str | None:
         """The reason why the engine cannot run prompts with these images, or None if it can."""
@@ -239,7 +238,7 @@ class RolloutEngine:
         if sample is None:
             return None
         try:
-            return parity.check_images(self.model, self._roll, self.autocast, sample)
+            return parity.check_images(self.model, self._roll, self.autocast, sample) or None
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -386,7 +385,7 @@ class RolloutEngine:
     def _plain_view(self):
         """The view of the weights for `generate`. Where the model's own hooks have to gather the weights there is no
         view, only an autocast region."""
-        if sharding.why_no_view(self.model) is None:
+        if not sharding.why_no_view(self.model):
             return self.view
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashpo.rollout.cache import BLOCK, Run, out_of_memory
+from flashpo._memory import out_of_memory
+from flashpo.rollout.cache import BLOCK, Run
 from flashpo.rollout.hybrid import RowStates, State
 from flashpo.rollout.images import Shown
 from flashpo.rollout.params import SamplingParams

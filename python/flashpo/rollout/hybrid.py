@@ -150,8 +150,8 @@ class RowStates:
     def __init__(self, lm: CausalLM):
         self.config = lm.base.config.get_text_config()
         kinds = layer_types(self.config)[0]
-        why_not = _recurrent.why_not(lm.text, [kind for kind in kinds if kind in STATEFUL])
-        self.trees = _recurrent.reached_by_keyword(lm.text) and not any(why_not)
+        refusals = _recurrent.refusals(lm.text, [kind for kind in kinds if kind in STATEFUL])
+        self.trees = _recurrent.reached_by_keyword(lm.text) and not any(refusals)
         if self.trees:
             _recurrent.install(lm.text)
         self.fresh: dict[Segment, State] = {}

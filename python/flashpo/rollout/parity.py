@@ -22,19 +22,20 @@ from transformers import PreTrainedModel
 
 from flashpo._causal_lm import CausalLM
 from flashpo._hosts.peft import adapters_of
+from flashpo._memory import out_of_memory
 from flashpo._precision import exact_products, one_at_a_time
+from flashpo._twin import small_twin
 from flashpo.packing.image_trial import rows_of
 from flashpo.packing.images import ImageRows
-from flashpo.rollout.cache import BLOCK, out_of_memory
+from flashpo.rollout.cache import BLOCK
 from flashpo.rollout.params import Rollouts, SamplingParams
 from flashpo.rollout.seam import ModelInUse, eval_mode
 from flashpo.rollout.support import facts, longest
-from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
 Roll = Callable[..., Rollouts]  # arguments: model, prompts, SamplingParams and, if the prompts have images, the images
 Beside = Callable[[list[int], Tensor], dict[str, Tensor]]  # (rows, ids) -> further keywords of a forward of these rows
-_answers: dict[Hashable, str | None] = {}
+_answers: dict[Hashable, str] = {}
 
 PROMPTS = (BLOCK + 6, BLOCK + 3, 3)  # tokens of each prompt; the first two share a block and differ after it
 SAMPLED = SamplingParams(n=2, max_new_tokens=12, seed=7)
@@ -48,7 +49,7 @@ LOGPROB_ROUNDINGS = 4.0  # rollouts return log-probs in fp32
 LAYER_ROUNDINGS = 8.0  # a layer is named as the first to differ if its output differs by more roundings than this (RMS)
 
 
-def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
+def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str:
     """`why_wrong`, computed once in a process for each class, config, set of adapters, dtypes and type of device."""
     base: Any = CausalLM.of(model).base
     dtypes = frozenset(_dtypes(model, autocast))
@@ -59,7 +60,7 @@ def check(model: Any, roll: Roll, autocast: torch.dtype | None) -> str | None:
         return _answers[key]
 
 
-def check_images(model: Any, roll: Roll, autocast: torch.dtype | None, sample: ImageRows) -> str | None:
+def check_images(model: Any, roll: Roll, autocast: torch.dtype | None, sample: ImageRows) -> str:
     """`check` for prompts with images. The sample has a few rows that begin with prompts of a call."""
     base: Any = CausalLM.of(model).base
     dtypes = frozenset(_dtypes(model, autocast))
@@ -71,7 +72,7 @@ def check_images(model: Any, roll: Roll, autocast: torch.dtype | None, sample: I
         return _answers[key]
 
 
-def _images_of_the_twin_differ(base: Any, roll: Roll, sample: ImageRows) -> str | None:
+def _images_of_the_twin_differ(base: Any, roll: Roll, sample: ImageRows) -> str:
     try:
         twin: Any = small_twin(base)
         small = sample.small(twin)
@@ -79,14 +80,12 @@ def _images_of_the_twin_differ(base: Any, roll: Roll, sample: ImageRows) -> str 
             twin(input_ids=small.ids(), use_cache=False, **small.images(twin.device), **small.types_of(small.ids()))
     except Exception as error:  # of any kind: its images have other sizes than the model's, say
         log.debug("no small %s with images: %s", type(base).__name__, error)
-        return None
+        return ""
     reason = _difference_with_images(twin, roll, None, small)
     return reason and f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
 
 
-def _difference_with_images(
-    model: nn.Module, roll: Roll, autocast: torch.dtype | None, sample: ImageRows
-) -> str | None:
+def _difference_with_images(model: nn.Module, roll: Roll, autocast: torch.dtype | None, sample: ImageRows) -> str:
     device = next(model.parameters()).device
     ids, images = sample.ids(), sample.images(device)
     try:
@@ -107,13 +106,13 @@ def _difference_with_images(
     sequences = [p + c for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids)]
     found = judged(model, rolled, sequences, autocast, beside=beside)
     if found.distance <= found.allowed:
-        return None
+        return ""
     rounding = f"what rounding does to its own forward is {found.noise:.1e}"
     return f"log-probs behind an image differ by {found.distance:.1e} ({found.average}, {found.dtype}), {rounding}"
 
 
-def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None) -> str | None:
-    """What is wrong with the log-probs that `roll` gives for `model`; None if a plain forward gives the same.
+def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None) -> str:
+    """What is wrong with the log-probs that `roll` gives for `model`; empty if a plain forward gives the same.
 
     Args:
         roll: (model, prompts, params) -> Rollouts, by an engine without this check.
@@ -122,20 +121,20 @@ def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None)
     base = CausalLM.of(model).base
     twin = _twin(base)
     with exact_products():
-        if twin is not None and (reason := _twice(twin, roll, None)) is not None:
+        if twin is not None and (reason := _twice(twin, roll, None)):
             return f"a small {type(base).__name__} of the same config answers otherwise: {reason}"
         return _twice(model, roll, autocast)
 
 
-def _twice(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str | None:
+def _twice(model: nn.Module, roll: Roll, autocast: torch.dtype | None) -> str:
     """The reason why `roll` is wrong, if two rollouts both differ.
 
     A near tie in a router can make one rollout of a correct engine differ. A wrong engine differs again in the next.
     """
-    reason = None
+    reason = ""
     for seed in range(2):
         reason = _difference(model, roll, autocast, seed)
-        if reason is None:
+        if not reason:
             break
     return reason
 
@@ -148,13 +147,13 @@ def _twin(base: PreTrainedModel) -> nn.Module | None:
         return None
 
 
-def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed: int = 0) -> str | None:
+def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed: int = 0) -> str:
     base: Any = CausalLM.of(model).base
     vocabulary = CausalLM.of(model).vocabulary
     generator = torch.Generator().manual_seed(seed)
     room = (longest(base.config.get_text_config()) or math.inf) - SAMPLED.max_new_tokens
     if room <= SAMPLED.max_new_tokens:
-        return None  # the model has too few positions for a comparison
+        return ""  # the model has too few positions for a comparison
     lengths = [int(min(n, room)) for n in PROMPTS]
     first, second, third = (
         torch.randint(0, vocabulary, (n,), generator=generator, device="cpu").tolist() for n in lengths
@@ -170,12 +169,12 @@ def _difference(model: nn.Module, roll: Roll, autocast: torch.dtype | None, seed
     if "nan" in rollouts.finish_reasons:  # if the model's own forward gives NaN, too, the engine cannot be judged
         with eval_mode(model, autocast):
             finite = _logprobs(model, [first]).isfinite().all()
-        return "its log-probs are not finite" if finite else None
+        return "its log-probs are not finite" if finite else ""
     rolled = torch.tensor(rollouts.logprobs, dtype=torch.float64, device="cpu")
     sequences = [p + c for p, c in zip(rollouts.prompt_ids, rollouts.completion_ids)]
     found = judged(model, rolled, sequences, autocast)
     if found.distance <= found.allowed:
-        return None
+        return ""
     rounding = f"what rounding does to its own forward is {found.noise:.1e}"
     where = _first_layer(model, roll, autocast, first)
     return f"log-probs differ by {found.distance:.1e} ({found.average}, {found.dtype}), {rounding}; {where}"

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flashpo import _fallbacks, _recurrent
 from flashpo._causal_lm import CausalLM
+from flashpo._memory import out_of_memory
 from flashpo.ops import decode_attention, sample
 from flashpo.ops.sample import Sample
-from flashpo.rollout.cache import BLOCK, KVCache, out_of_memory
+from flashpo.rollout.cache import BLOCK, KVCache
 from flashpo.rollout.fused import FusedBackbone
 from flashpo.rollout.hybrid import State, States, cache_keyword
 from flashpo.rollout.params import SamplingParams

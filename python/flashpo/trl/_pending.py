@@ -24,5 +24,5 @@ class Pending:
     turns: list[bool] = field(default_factory=list)  # for each turn of the last generation: did the engine generate it
     old: Tensor | None = None  # log-probs of the rollout, which the next scoring of completions returns
     sampled: list[list[float]] = field(default_factory=list)  # log-probs of RLOO's last rollout, which TRL drops
-    values: list[Any] = field(default_factory=list)  # PPO: values of each scoring; None if the model has no critic
+    values: list[Any] = field(default_factory=list)  # of PPO's critic, for each scoring; None if it had no critic
     noisy: bool | None = None  # whether the last training forward drew random numbers; None: there was none yet

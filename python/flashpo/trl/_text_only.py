@@ -13,10 +13,10 @@ from torch import Tensor
 
 from flashpo._causal_lm import CausalLM
 from flashpo._precision import one_at_a_time
+from flashpo._twin import small_twin
 from flashpo.packing import images
 from flashpo.packing.images import COUNTS, FIELDS
 from flashpo.rollout.support import facts
-from flashpo.rollout.twin import small_twin
 
 log = logging.getLogger("flashpo")
 TYPES = ("token_type_ids", images.TYPES)

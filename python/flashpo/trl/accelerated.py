@@ -127,7 +127,7 @@ class Packed(Accelerated):
             self._heads.try_out()
 
     def _why_not_parts(self):
-        return super()._why_not_parts() | self._heads.sharing.parts | start.why_no_head()
+        return super()._why_not_parts() | self._heads.sharing.parts | start.head_part()
 
     def compute_loss(self, *args, **kwargs):
         self._heads.try_out()

@@ -92,7 +92,7 @@ class GroupComparing(Sampling, Base):
         rewards: list[Tensor] = []
         scored: dict[str, Tensor] = {}
         self._rollouts.forget_turns()
-        self._rollouts.take_old()
+        self._pending.old = None
         self._reward_models.share_prompts()
         self._states_of_policy = adapter_states(self.model)
 

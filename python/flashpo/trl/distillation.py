@@ -107,7 +107,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             self._try_out()
 
     def _why_not_parts(self):
-        return super()._why_not_parts() | self._sharing.parts | start.why_no_head()
+        return super()._why_not_parts() | self._sharing.parts | start.head_part()
 
     def _say_what_trl_lacks(self) -> None:
         """Warn once of what TRL's own code does here; raise an error if the user has asked for ours."""

@@ -14,10 +14,10 @@ from flashpo.ops.loss_spec import LossSpec, resolve
 from flashpo.ops.policy_loss import PolicyLoss, policy_loss
 from flashpo.ops.policy_stats import PolicyStats
 from flashpo.trl import options
-from flashpo.trl._metrics import clip_metrics
 from flashpo.trl.accelerated import in_place_of_trls
 from flashpo.trl.advantages import scorable
 from flashpo.trl.config import GRPO_LOSS_OPTIONS, CorrectionOptions, PolicyOptions, documented
+from flashpo.trl.metrics import clip_metrics
 from flashpo.trl.noise import RandomDraws
 from flashpo.trl.patch import active
 from flashpo.trl.policy import PolicyTrainer

@@ -42,6 +42,15 @@ class Batch(NamedTuple):
         return pack(self.input_ids, self.attention_mask, scored, prune=prune, images=self.images)
 
 
+class Scores(NamedTuple):
+    """What a scoring of completions computes for each of their tokens."""
+
+    logprob: Tensor  # (B, C), 0 at tokens that are not scored
+    entropy: Tensor | None  # (B, C)
+    aux_loss: Tensor | None
+    state_values: Tensor | None = None  # (B, C), of a critic
+
+
 class PackedScoring:
     """What a trainer's `_get_per_token_logps_and_entropies` does if it can run on token trees."""
 
@@ -50,7 +59,6 @@ class PackedScoring:
         self.sharing = Sharing(trainer.args)
         self._reason: str | None = None  # why the models cannot run on trees, empty if they can; None: not known yet
         self._critic: PreTrainedModel | None = None  # a critic's backbone that takes trees and is still to be compared
-        self._values: Tensor | None = None
         self._images = TrainerImages()
         self._critic_reads_text = False
 
@@ -120,14 +128,6 @@ class PackedScoring:
             self.sharing.compile(CausalLM.of(model).backbone if head else model, self.trainer._phases)
         return ""
 
-    def take_values(self) -> Tensor | None:
-        """A critic's values (B, C) of the last scoring; None if that was padded or the model has no critic.
-
-        A second call returns None.
-        """
-        values, self._values = self._values, None
-        return values
-
     def runs(self, batch: Batch | None, scored: Tensor) -> bool:
         """Whether `score` shall run a batch. `batch`: None if `takes` has refused it. All ranks have to ask."""
         if not self.ready():
@@ -147,17 +147,14 @@ class PackedScoring:
         batch_size: int | None = None,
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Log-probs, entropies and auxiliary loss of a batch.
+    ) -> Scores:
+        """Log-probs of a batch; entropies, the auxiliary loss and a critic's values if they are wanted.
 
         Args:
             scored: (B, C), which of the last C tokens of each row are scored.
             batch_size: how many padded rows TRL would run at once. Here a part has at most as many tokens as these
                 rows, and groups are kept whole if they fit. So ranks may have different numbers of parts. If forwards
                 have collectives, ranks with fewer parts run additional forwards, each on a single row.
-
-        Returns:
-            Log-probs (B, C), 0 at tokens that are not scored; entropies (B, C) or None; the auxiliary loss or None.
         """
         options = {
             "temperature": self.trainer.temperature,
@@ -182,12 +179,12 @@ class PackedScoring:
         order = torch.cat(parts).argsort()  # drops results of the additional forwards, which still get a gradient of 0
         logprob = torch.cat([chunk.stats.logprob for chunk in chunks])[order]
         entropy = torch.cat([chunk.stats.entropy for chunk in chunks])[order] if compute_entropy else None
-        if all(hasattr(chunk, "state_values") for chunk in chunks):
-            self._values = torch.cat([chunk.state_values for chunk in chunks])[order]
-        aux_loss = None
+        aux_loss = values = None
         if compute_aux_loss:
             aux_loss = torch.stack([chunk.aux_loss for chunk in chunks[: len(parts)]]).mean()
-        return logprob, entropy, aux_loss
+        if all(hasattr(chunk, "state_values") for chunk in chunks):
+            values = torch.cat([chunk.state_values for chunk in chunks])[order]
+        return Scores(logprob, entropy, aux_loss, values)
 
     def _most_of_ranks(self, count: int) -> int:
         accelerator = self.trainer.accelerator

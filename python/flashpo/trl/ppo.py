@@ -23,8 +23,8 @@ from flashpo._hosts.trl import ADVANTAGES, TREES, PatchError, disable_gradient_c
 from flashpo.ops import LossSpec, gae, policy_loss, value_loss
 from flashpo.ops._check import check_that
 from flashpo.trl import critic as critics
-from flashpo.trl._metrics import clip_metrics
 from flashpo.trl.grpo import GRPOTrainer
+from flashpo.trl.metrics import clip_metrics
 from flashpo.trl.noise import RandomDraws
 from flashpo.trl.ppo_config import PPOConfig
 
@@ -114,8 +114,8 @@ class PPOTrainer(GRPOTrainer):
             options["device_map"] = None
         return AutoModel.from_pretrained(path, **options).base_model
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """Keep the critic's values of the same forwards in `_pending`, too, if the model has a critic."""
+    def _scored(self, model, *args, **kwargs):
+        """Score, and keep the critic's values of the same forwards in `_pending` if the model has a critic."""
         values: list[Any] = []
 
         def watched(*inputs, **options):
@@ -124,13 +124,12 @@ class PPOTrainer(GRPOTrainer):
             return out
 
         with self.critic.asked():
-            result = super()._get_per_token_logps_and_entropies(watched, *args, **kwargs)
-        found = self._packed.take_values()
-        if found is None and None not in values:
-            found = torch.cat(values)[:, -result[0].shape[1] :]
+            scores = super()._scored(watched, *args, **kwargs)
+        if scores.state_values is None and None not in values:
+            scores = scores._replace(state_values=torch.cat(values)[:, -scores.logprob.shape[1] :])
         if not self._is_reference(model):
-            self._pending.values.append(found)
-        return result
+            self._pending.values.append(scores.state_values)
+        return scores
 
     def _generate_and_score_completions(self, inputs):
         self._pending.values.clear()

@@ -11,10 +11,10 @@ from flashpo.ops.group_advantages import group_advantages
 from flashpo.ops.loss_spec import LOSSES, LossSpec, resolve
 from flashpo.ops.policy_loss import policy_loss
 from flashpo.trl import options
-from flashpo.trl._metrics import clip_metrics
 from flashpo.trl.accelerated import in_place_of_trls
 from flashpo.trl.advantages import scorable
 from flashpo.trl.config import PolicyOptions, documented
+from flashpo.trl.metrics import clip_metrics
 from flashpo.trl.patch import active
 from flashpo.trl.policy import PolicyTrainer
 

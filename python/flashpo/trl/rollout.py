@@ -21,11 +21,11 @@ from flashpo._causal_lm import CausalLM
 from flashpo._hosts import sharding
 from flashpo._hosts.transformers import default_generation_params, merged_generation_config
 from flashpo._hosts.trl import generating
+from flashpo._memory import out_of_memory
 from flashpo.ops.masked_quantile import masked_quantile
 from flashpo.packing.images import GENERATED, Images, shared
 from flashpo.packing.support import why_no_images
 from flashpo.rollout import RolloutEngine, Rollouts, SamplingParams, support
-from flashpo.rollout.cache import out_of_memory
 from flashpo.rollout.images import of_prompts
 from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback
@@ -46,8 +46,8 @@ STORAGE = (
 )  # fmt: skip
 
 
-class Unsupported(Exception):
-    """Why the engine does not generate; the text is the reason."""
+class CannotGenerate(Exception):
+    """The engine cannot generate this turn, so TRL does; the text is the reason. It never leaves this file."""
 
 
 class TrainerRollouts:
@@ -75,7 +75,7 @@ class TrainerRollouts:
             if trainer._has_whole_models and not sharding.meets(trainer.model):
                 sampling_params(trainer.model, trainer.generation_config)
                 return support(trainer.model).reason
-        except Unsupported as reason:
+        except CannotGenerate as reason:
             return str(reason)
         return ""
 
@@ -124,7 +124,7 @@ class TrainerRollouts:
                 gathered = sharding.Gathered(sharded_bytes, time.perf_counter() - begin)
                 params = self._agreed(self._prepare, model, prompt_ids, shown)
                 rollouts = self._agreed(self._generate, prompt_ids, params, shown)
-        except Unsupported as reason:
+        except CannotGenerate as reason:
             self.refuse(str(reason))
             return None
         shared[GENERATED] += shown is not None
@@ -134,60 +134,60 @@ class TrainerRollouts:
     def _agreed(self, check: Callable, *arguments) -> Any:
         """What `check` returns.
 
-        If the model's forwards have collectives, and `check` raises Unsupported on one rank, all ranks raise it. Ranks
-        that generated in different ways would wait for each other forever.
+        If the model's forwards have collectives, and `check` raises CannotGenerate on one rank, all ranks raise it.
+        Ranks that generated in different ways would wait for each other forever.
         """
         result, reason = None, ""
         try:
             result = check(*arguments)
-        except Unsupported as error:
+        except CannotGenerate as error:
             reason = str(error)
         if sharding.meets(self.trainer.model):
             reason = next(filter(None, gather_object([reason])), "")
         if reason:
-            raise Unsupported(reason)
+            raise CannotGenerate(reason)
         return result
 
     def _check_turn(self, prompt_ids, images, multimodal_fields) -> Images | None:
         """The images of the prompts, if they have any.
 
         Raises:
-            Unsupported: the engine cannot read the images or other inputs of the prompts, or an option excludes it.
+            CannotGenerate: the engine cannot read the images or other inputs of the prompts, or an option excludes it.
         """
         for option in ("use_vllm", "use_transformers_continuous_batching"):
             if getattr(self.trainer, option, False):
-                raise Unsupported(f"{option} is set")
+                raise CannotGenerate(f"{option} is set")
         found = beside_text(self.trainer.model, multimodal_fields or {})
         if images is not None and any(images):  # for each prompt a list of images, or None
             if reason := why_no_images(CausalLM.of(self.trainer.model).backbone):
-                raise Unsupported(f"the prompts have images: {reason}")
+                raise CannotGenerate(f"the prompts have images: {reason}")
             if sharding.meets(self.trainer.model):  # ranks without images would not join the comparison on images
-                raise Unsupported("the prompts have images, and the weights are sharded")
+                raise CannotGenerate("the prompts have images, and the weights are sharded")
             if "num_tiles" not in found and "pixel_attention_mask" not in found:
                 found["num_images"] = [len(own or ()) for own in images]
             if "pixel_values" not in found:
-                raise Unsupported("the prompts have images, of which the processor gave no pixel_values")
+                raise CannotGenerate("the prompts have images, of which the processor gave no pixel_values")
         if not found:
             return None
         if unknown := [name for name in found if name not in KNOWN or "pixel_values" not in found]:
-            raise Unsupported(f"the prompts have {', '.join(unknown)}")
+            raise CannotGenerate(f"the prompts have {', '.join(unknown)}")
         try:
             return of_prompts(self.trainer.model, prompt_ids, found)
         except (TypeError, ValueError) as error:
-            raise Unsupported(f"the prompts have images: {error}") from None
+            raise CannotGenerate(f"the prompts have images: {error}") from None
 
     def _prepare(self, model, prompt_ids: list[list[int]], shown: Images | None) -> SamplingParams:
         """Make the engine if there is none yet, and check that it can complete these prompts.
 
         Raises:
-            Unsupported: it cannot.
+            CannotGenerate: it cannot.
         """
         trainer = self.trainer
         params = sampling_params(model, trainer.generation_config)
         if self.engine is None:
             found = support(model)
             if not found.ok:
-                raise Unsupported(found.reason)
+                raise CannotGenerate(found.reason)
             options = getattr(_args(trainer), "rollout_options", None) or {}
             fallback = "error" if self.mode == "engine" else "generate"  # what to do if memory runs out
             autocast = autocast_dtype(trainer.accelerator)
@@ -198,10 +198,10 @@ class TrainerRollouts:
             if self._session is not None:
                 self._session.enter_context(self.engine.session())
         if reason := self.engine.why_not() or self.engine.why_not_images(prompt_ids, shown):
-            raise Unsupported(reason)
+            raise CannotGenerate(reason)
         longest = self.engine.support.longest
         if longest is not None and max(map(len, prompt_ids), default=0) + params.max_new_tokens > longest:
-            raise Unsupported(f"a prompt with max_completion_length passes the {longest} positions of the model")
+            raise CannotGenerate(f"a prompt with max_completion_length passes the {longest} positions of the model")
         return params
 
     def _generate(self, prompt_ids: list[list[int]], params: SamplingParams, shown: Images | None) -> Rollouts:
@@ -222,7 +222,7 @@ class TrainerRollouts:
         except (RuntimeError, MemoryError) as error:
             if not (out_of_memory(error) and sharding.meets(self.trainer.model)):
                 raise
-            raise Unsupported(f"a process has no memory left for it: {error}") from None
+            raise CannotGenerate(f"a process has no memory left for it: {error}") from None
         return rollouts.reordered([row for rows in rows_of.values() for row in rows])
 
     @contextlib.contextmanager
@@ -241,18 +241,6 @@ class TrainerRollouts:
                 self._session = None
         if self.engine is not None and getattr(_args(self.trainer), "rollout_release", False):
             self.engine.release()
-
-    def keep_as_old(self, logprobs: list[list[float]]) -> None:
-        """Keep the log-probs of the rollout. The next scoring of these completions uses them instead of a forward."""
-        rows = [torch.tensor(row, dtype=torch.float32, device=self.trainer.accelerator.device) for row in logprobs]
-        old = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        missing = -old.shape[1] % (getattr(self.trainer, "pad_to_multiple_of", None) or 1)
-        self.trainer._pending.old = torch.nn.functional.pad(old, (0, missing))
-
-    def take_old(self) -> Tensor | None:
-        pending = self.trainer._pending
-        old, pending.old = pending.old, None
-        return old
 
     def _log(self, rollouts: Rollouts, gathered: sharding.Gathered) -> None:
         """Log the statistics of a rollout. `gathered`: the weights that TRL gathered for it."""
@@ -279,16 +267,16 @@ def sampling_params(model: PreTrainedModel, config: GenerationConfig) -> Samplin
     """The SamplingParams that do what `model.generate(generation_config=config)` does.
 
     Raises:
-        Unsupported: an option has no counterpart; the message names it.
+        CannotGenerate: an option has no counterpart; the message names it.
     """
     merged = merged_generation_config(model, config)
     neutral = default_generation_params()
     for name, value in merged.to_diff_dict().items():
         if name not in SAMPLING + STORAGE and value not in (None, False, neutral.get(name)):
-            raise Unsupported(f"the generation option {name}={value!r} is set")
+            raise CannotGenerate(f"the generation option {name}={value!r} is set")
     total = config.max_length, model.generation_config.max_length  # if both are None, the default counts new tokens
     if merged.max_new_tokens is None and any(length is not None for length in total):
-        raise Unsupported("max_length is set without max_new_tokens: it counts the padded prompt, too")
+        raise CannotGenerate("max_length is set without max_new_tokens: it counts the padded prompt, too")
     stop = merged.eos_token_id
     stop_strings = merged.stop_strings or ()
     return SamplingParams(

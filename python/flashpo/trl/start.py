@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-import flashpo
+from flashpo import __version__
 from flashpo._hosts import devices
 from flashpo._hosts.versions import FLOORS, installed, standing
 from flashpo.trl import experimental, switches
@@ -69,13 +69,13 @@ def lines(trainer: Any) -> list[str]:
     return [own + what + (f", with {off}" if off else ""), f"{cls.__name__}: {said}"]
 
 
-def why_no_head() -> dict[str, str]:
+def head_part() -> dict[str, str]:
     """The entry "LM head" among the parts of a trainer that scores tokens, see `Accelerated._why_not_parts`."""
     return {"LM head": "" if switches.current().head else "--no-head"}
 
 
 def machine(device: str) -> str:
-    versions = [f"flashpo {flashpo.__version__}"]
+    versions = [f"flashpo {__version__}"]
     for package in FLOORS:
         version = installed(package) or "none"
         known = standing(package, version)

@@ -29,9 +29,15 @@ class Kernels(NamedTuple):
     gated: Callable
 
 
+def why_not() -> str:
+    """Why fla's kernels cannot be used; empty if they can, on a GPU."""
+    found = kernels()
+    return found if isinstance(found, str) else ""
+
+
 @functools.cache
 def kernels() -> Kernels | str:
-    """fla's functions, or why there are none that are known here."""
+    """fla's functions, or the reason why there are none that are known here."""
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed"
     found = []
@@ -53,7 +59,7 @@ def kernels() -> Kernels | str:
 
 def runs(x: Tensor) -> bool:
     """Whether a recurrence over `x` is fla's: on GPUs, unless a backend of FlashPO is asked for by name."""
-    return x.is_cuda and _op.forced is None and not isinstance(kernels(), str)
+    return x.is_cuda and _op.forced is None and not why_not()
 
 
 def tree_recurrence(
