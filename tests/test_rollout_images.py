@@ -131,7 +131,7 @@ WRONG = {
     "tokens of no image": (lambda p, f: ([[TOKEN, *p[0]], *p[1:]], f), "row 0 has 5 image tokens, its 1 images have 4"),
     "types of other tokens": (
         lambda p, f: (p, f | {"mm_token_type_ids": [[1] * len(x) for x in p]}),
-        r"mm_token_type_ids\[0\] marks other tokens",
+        "mm_token_type_ids: row 0 marks other tokens",
     ),
     "sounds": (lambda p, f: (p, f | {"input_features": torch.ones(1)}), "input_features is not known"),
 }
