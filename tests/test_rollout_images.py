@@ -193,6 +193,15 @@ def test_a_right_engine_passes():
     assert RolloutEngine(model).why_not_images(prompts, of_prompts(model, prompts, fields)) is None
 
 
+def test_prompts_may_be_longer_than_a_small_twin_reads_by_default():
+    """As prompts with large images are."""
+    model = image_model("qwen3_vl")
+    model.config.text_config.max_position_embeddings = 4096
+    prompts, fields = shown_prompts(model, [[0]])
+    prompts = [WORDS * 3 + prompts[0]]
+    assert RolloutEngine(model).why_not_images(prompts, of_prompts(model, prompts, fields)) is None
+
+
 def test_gemma_is_refused_by_its_reason():
     model = tiny_multimodal("gemma3")
     engine = RolloutEngine(model, fallback="error", check=False)

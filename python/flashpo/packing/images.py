@@ -295,6 +295,11 @@ class ImageRows(NamedTuple):
         types = None if images.types is None else images.types[row, first : last + 1]
         return cls(ids[first : last + 1], tail, images.fields_of(images.of_rows[row]), types)
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return len(self.head) + len(self.tail)
+
     def ids(self) -> Tensor:
         """The token ids of the three rows, (ROWS, T)."""
         other = self.tail.flip(0)
