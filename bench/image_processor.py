@@ -21,5 +21,6 @@ class QwenProcessor(Qwen3VLProcessor):
 def qwen_processor(words: PreTrainedTokenizerFast) -> QwenProcessor:
     """The processor; it adds the image tokens to the tokenizer `words`."""
     words.add_tokens(ADDED, special_tokens=True)
+    words.padding_side = "left"  # as TRL loads processors: it pads the types of tokens by it
     images = Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=1 << 20, patch_size=PATCH, merge_size=2)
     return QwenProcessor(images, words, None, chat_template=TEMPLATE)

@@ -189,6 +189,67 @@ def test_what_does_not_fit_is_named(what):
         rows.images(model, **change)
 
 
+def types_padded_on_the_right(rows):
+    """trl#5785"""
+    own = [x[live.bool()] for x, live in zip(rows.types["mm_token_type_ids"], rows.live)]
+    rows.types = {"mm_token_type_ids": torch.nn.utils.rnn.pad_sequence(own, batch_first=True)}
+
+
+def types_of_a_text_token(rows):
+    rows.types["mm_token_type_ids"][2, -1] = 1
+
+
+def expanded_twice(rows):
+    """trl#6294, trl#6401: each image token of a prompt became as many as its image has."""
+    again = [torch.cat([x.repeat(4) if x == TOKEN else x[None] for x in row]) for row in rows.ids]
+    rows.ids = torch.nn.utils.rnn.pad_sequence(again, batch_first=True, padding_side="left")
+    rows.live, rows.types = (rows.ids != 0).long(), type_ids(image_model("qwen3_vl"), rows.ids)
+
+
+def drawn_in_a_completion(rows):
+    """trl#3847: TRL marks all tokens of a completion as text."""
+    rows.ids[1, -2] = TOKEN
+
+
+def drawn_where_nothing_marks_it(rows):
+    rows.ids[1, -2], rows.types = TOKEN, {}
+
+
+def cut_within_an_image(rows):
+    """As truncation on the left does it."""
+    rows.ids, rows.live = rows.ids[:, 7:], rows.live[:, 7:]
+    rows.types = {name: x[:, 7:] for name, x in rows.types.items()}
+
+
+def without_its_image(rows):
+    rows.fields = {
+        "pixel_values": rows.fields["pixel_values"][:64],
+        "image_grid_thw": rows.fields["image_grid_thw"][:4],
+    }
+    rows.shown = [*SHOWN[:4], [0]]
+
+
+OTHERS = "marks other tokens than those of its images"
+TRAPS = {
+    types_padded_on_the_right: f"mm_token_type_ids: row 0 {OTHERS}",
+    types_of_a_text_token: f"mm_token_type_ids: row 2 {OTHERS}",
+    expanded_twice: "row 0 has 16 image tokens, its 1 images have 4",
+    drawn_in_a_completion: f"mm_token_type_ids: row 1 {OTHERS}",
+    drawn_where_nothing_marks_it: "row 1 has 5 image tokens, its 1 images have 4",
+    cut_within_an_image: "row 4 has 6 image tokens, its 2 images have 8",
+    without_its_image: "row 4 has 8 image tokens, its 1 images have 4",
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
+def test_rows_that_do_not_match_their_images_are_named(trap):
+    model = image_model("qwen3_vl")
+    rows = Rows(model)
+    trap(rows)
+    with pytest.raises(ValueError, match=TRAPS[trap]):
+        rows.images(model, num_images=[len(own) for own in rows.shown])
+
+
 def test_images_of_unknown_size_need_to_be_told():
     """Only the model knows how many tokens an image of LLaVA-Next has."""
     model = image_model("llava_next")

@@ -131,7 +131,7 @@ WRONG = {
     "tokens of no image": (lambda p, f: ([[TOKEN, *p[0]], *p[1:]], f), "row 0 has 5 image tokens, its 1 images have 4"),
     "types of other tokens": (
         lambda p, f: (p, f | {"mm_token_type_ids": [[1] * len(x) for x in p]}),
-        r"mm_token_type_ids\[0\] marks other tokens",
+        "mm_token_type_ids: row 0 marks other tokens",
     ),
     "sounds": (lambda p, f: (p, f | {"input_features": torch.ones(1)}), "input_features is not known"),
 }
@@ -190,6 +190,15 @@ def test_a_wrong_engine_is_found(fault, monkeypatch):
 def test_a_right_engine_passes():
     model = image_model("qwen3_vl")
     prompts, fields = shown_prompts(model)
+    assert RolloutEngine(model).why_not_images(prompts, of_prompts(model, prompts, fields)) is None
+
+
+def test_prompts_may_be_longer_than_a_small_twin_reads_by_default():
+    """As prompts with large images are."""
+    model = image_model("qwen3_vl")
+    model.config.text_config.max_position_embeddings = 4096
+    prompts, fields = shown_prompts(model, [[0]])
+    prompts = [WORDS * 3 + prompts[0]]
     assert RolloutEngine(model).why_not_images(prompts, of_prompts(model, prompts, fields)) is None
 
 

@@ -10,7 +10,7 @@ from two_processes import in_two_processes, needs_gloo
 pytest.importorskip("trl")
 import trl
 from image_processors import images_data, picture, qwen_processor
-from trl_models import SAMPLED_BY_TRL, SPECIAL, VOCAB, assert_ran, assert_same, make_trainer, model_path, train
+from trl_models import SAMPLED_BY_TRL, SPECIAL, VOCAB, assert_ran, assert_same, make_trainer, model_path, reward, train
 
 import flashpo.trl
 
@@ -52,14 +52,23 @@ def check_ddp(rank: int, folder: str, name: str, teacher: str) -> None:
 
 
 def check_images(rank: int, folder: str) -> None:
-    data = images_data("GRPO", [[picture(10)], [picture(80)]])
-    options = dict(model=folder, ddp_backend="gloo", train_dataset=data, processing_class=qwen_processor())
+    """Rank 1 has rewards that train nothing, and a tower all the same."""
+    options = dict(
+        model=folder, ddp_backend="gloo", ddp_find_unused_parameters=False, max_steps=2,
+        train_dataset=images_data("GRPO", [[picture(10)], [picture(80)]]), processing_class=qwen_processor(),
+        reward_funcs=equal_rewards if rank else reward,
+    )  # fmt: skip
     stock = train(make_trainer("GRPO", trl, **options))
+    flashpo.stats(reset=True)
     ours = train(make_trainer("GRPO", flashpo.trl, **options, rollout="generate"))
     assert_ran("tree_attention_fwd")
     for step in (*stock, *ours):  # only the first process logs; gradients count on both
         step.loss, step.metrics = (step.loss, step.metrics) if rank == 0 else (0.0, {})
     assert_same(stock, ours)
+
+
+def equal_rewards(completions, **kwargs) -> list[float]:
+    return [1.0] * len(completions)
 
 
 def check_fsdp2(rank: int, folder: str, head_alone: bool, trees: bool, one_pads: bool = False) -> None:

@@ -33,6 +33,55 @@ def test_grpo(model, options):
     assert_same_training("GRPO", model=model, train_dataset=data, processing_class=qwen_processor(), **options)
 
 
+def test_ppo():
+    """TRL's scoring in the place of ours gives the same losses and gradients."""
+    trainer = make_trainer(
+        "PPO",
+        flashpo.trl,
+        "qwen3_vl",
+        train_dataset=images_data("GRPO", [[picture(10)], [picture(80), picture(10)]]),
+        processing_class=qwen_processor(),
+    )
+    shared.clear()
+    report = flashpo.trl.verify(trainer, steps=2)
+    assert shared[SCORED]
+    assert not report.disagreements
+    assert any("visual" in line.name and line.stock > 0 for line in report.lines)
+
+
+def test_equal_rewards_give_the_tower_a_gradient_of_zero():
+    """An optimizer with momentum or weight decay moves such parameters, but not those without a gradient."""
+    options = dict(
+        train_dataset=images_data("GRPO", [[picture(10)]] * 2),
+        processing_class=qwen_processor(),
+        reward_funcs=lambda completions, **kwargs: [1.0] * len(completions),
+    )
+    (stock,), (ours,) = (
+        train(make_trainer("GRPO", package, "qwen3_vl", **options, **sampled))
+        for package, sampled in ((trl, {}), (flashpo.trl, {"rollout": "generate"}))
+    )
+    assert_ran("tree_attention_fwd")
+    assert ours.gradients.keys() == stock.gradients.keys()
+    assert not any(gradient.any() for gradient in ours.gradients.values())
+
+
+def test_in_16_bits_with_checkpointing():
+    """Under bf16 autocast, with the tower's activations computed again in the backward."""
+    trainer = make_trainer(
+        "GRPO",
+        flashpo.trl,
+        "qwen3_vl",
+        bf16=True,
+        gradient_checkpointing=True,
+        train_dataset=images_data("GRPO", [[picture(10)]] * 2),
+        processing_class=qwen_processor(),
+    )
+    report = flashpo.trl.verify(trainer, steps=1)
+    assert report.dtype == torch.bfloat16
+    assert "tree_attention_fwd" in report.ops
+    assert not report.disagreements
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["adapters in the tower, too", "tower frozen"])
 def test_adapters_with_checkpointing(frozen):
     """`verify` compares every gradient with TRL's own."""
@@ -46,6 +95,23 @@ def test_adapters_with_checkpointing(frozen):
         train_dataset=images_data("GRPO", [[picture(10)]] * 2),
         processing_class=qwen_processor(),
     )
+    report = flashpo.trl.verify(trainer, steps=1)
+    assert "tree_attention_fwd" in report.ops
+    assert not report.disagreements
+
+
+def test_a_tower_alone_is_trained():
+    modules = r".*visual.*\.(qkv|proj|linear_fc1|linear_fc2)"
+    trainer = make_trainer(
+        "DPO",
+        flashpo.trl,
+        "qwen3_vl",
+        peft_config=peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM"),
+        train_dataset=images_data("DPO", [[picture(10)]] * 4),
+        processing_class=qwen_processor(),
+        max_length=None,
+    )
+    assert all("visual" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
     report = flashpo.trl.verify(trainer, steps=1)
     assert "tree_attention_fwd" in report.ops
     assert not report.disagreements
@@ -75,9 +141,7 @@ def another(kind, seed):
 def assert_same_distillation(kind="qwen3_vl", **options):
     """Steps on rows with one image and with two are those of stock TRL."""
     data = images_data("GRPO", [[picture(10)], [picture(80), picture(20, width=32)]] * 4)
-    processor = qwen_processor()
-    processor.tokenizer.padding_side = "left"  # as TRL loads them
-    options |= dict(train_dataset=data, processing_class=processor, max_completion_length=6)
+    options |= dict(train_dataset=data, processing_class=qwen_processor(), max_completion_length=6)
     flashpo.stats(reset=True)
     stock = train(make_trainer("Distillation", trl, kind, teacher_model=another(kind, 3), **options))
     assert not flashpo.stats()

@@ -14,8 +14,9 @@ from two_processes import in_two_processes, needs_gloo
 
 pytest.importorskip("trl")
 import trl
+from image_processors import images_data, picture, qwen_processor
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel
-from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, train
+from trl_models import SAMPLED_BY_TRL, assert_ran, make_trainer, model_path, reward, train
 
 import flashpo.trl
 from flashpo import _fallbacks
@@ -128,6 +129,61 @@ def check_same_training(rank: int, folder: str, name: str, sharding: str, teache
             assert (ours[n] - w).norm() <= 1e-3 * step, f"{n}: {(ours[n] - w).norm() / step}"
 
 
+def check_images(rank: int, folder: str, name: str) -> None:
+    """Both processes run the tower, on different numbers of images, and in GRPO one of them has equal rewards."""
+    layers = ["Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"]
+    pictures = [[picture(10)], [picture(60), picture(80)], [picture(20), picture(30)], [picture(10)]]
+    options = OPTIONS[name] | dict(model=folder, processing_class=qwen_processor())
+    options |= dict(train_dataset=images_data(name, pictures)) | ({"max_length": None} if name == "SFT" else {})
+    if name == "GRPO":
+        options["reward_funcs"] = equal_rewards if rank else reward
+    stock = make_trainer(name, trl, **COMMON | dict(ddp_find_unused_parameters=False), **options)
+    start = {n: p.detach().clone() for n, p in stock.model.named_parameters()}
+    losses = [step.loss for step in train(stock)]
+    with launched():
+        how = fsdp(2, reshard_after_forward=True, transformer_layer_cls_to_wrap=layers) | dict(use_cpu=False)
+        flashpo.stats(reset=True)
+        trainer = make_trainer(name, flashpo.trl, **COMMON, **how, **SAMPLED_BY_TRL.get(name, {}), **options)
+        our_losses = [step.loss for step in train(trainer)]
+        ours = whole(trainer)
+    assert_ran("linear_logprob_bwd", "tree_attention_fwd", "tree_attention_bwd")
+    assert not _fallbacks.said
+    if rank == 0:
+        torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=1e-5)
+        for n, p in stock.model.named_parameters():
+            step = (p.detach() - start[n]).norm()
+            assert (ours[n] - p.detach()).norm() <= 1e-3 * step, n
+        assert any("visual" in n and not torch.equal(p, start[n]) for n, p in stock.model.named_parameters())
+
+
+def check_rollouts_of_images(rank: int, folder: str) -> None:
+    """The engine generates if both processes have images, and TRL if only one of them has."""
+    layers = ["Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"]
+    with launched():
+        how = fsdp(2, reshard_after_forward=True, transformer_layer_cls_to_wrap=layers) | dict(use_cpu=False)
+        data = images_data("GRPO", [[picture(10)], [picture(60), picture(80)]])
+        options = OPTIONS["GRPO"] | dict(train_dataset=data, processing_class=qwen_processor())
+        trainer = make_trainer("GRPO", flashpo.trl, model=folder, **COMMON, **options, **how)
+        train(trainer)
+        assert_ran("decode_attention_fwd", "tree_attention_fwd")
+        assert trainer._rollouts.generated
+        assert not _fallbacks.said
+        if rank == 0:
+            assert trainer.state.log_history[0]["rollout/mismatch/max"] < 1e-4
+        trainer._rollouts._all_show(True)
+        with pytest.raises(CannotGenerate, match="only some processes have prompts with images"):
+            trainer._rollouts._all_show(rank == 0)
+        sharing = trainer._packed.sharing
+        assert sharing.agreed(True, [trainer.model], shows=True)
+        assert sharing.agreed(True, [trainer.model], shows=False)
+        assert not sharing.agreed(True, [trainer.model], shows=rank == 0)
+        _fallbacks.said.clear()
+
+
+def equal_rewards(completions, **kwargs) -> list[float]:
+    return [1.0] * len(completions)
+
+
 def check_ranks_meet(rank: int, folder: str, sharding: str) -> None:
     """What one rank finds against the engine, memory that it lacks, and how many parts its batch is scored in hold for
     both."""
@@ -192,6 +248,12 @@ def test_fsdp():
     same = [(check_same_training, folder, name, "fsdp2", model_path("qwen3_tied")) for name in OPTIONS]
     others = [(check_same_training, folder, *how, "") for how in (("SFT", "fsdp2_offload"), ("GRPO", "fsdp1"))]
     in_two_processes(*same, *others, (check_ranks_meet, folder, "fsdp2"))
+
+
+def test_fsdp2_with_images():
+    folder = model_path("qwen3_vl")
+    images = [(check_images, folder, name) for name in ("SFT", "GRPO")]
+    in_two_processes(*images, (check_rollouts_of_images, folder))
 
 
 @needs_deepspeed

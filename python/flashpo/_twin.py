@@ -17,6 +17,7 @@ from flashpo._hosts.transformers import models_stay_whole
 
 LAYERS = 4
 VOCABULARY = 97
+POSITIONS = 512
 LARGEST = 5_000_000  # parameters; a model that stays larger has options for sizes that are not in SIZES
 
 SIZES: dict[str, Any] = dict(
@@ -27,7 +28,7 @@ SIZES: dict[str, Any] = dict(
     intermediate_size_mlp=48,
     expert_ffn_hidden_size=16, ffn_hidden_size=48, shared_intermediate_size=16,
     num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,
-    head_dim=8, global_head_dim=8, rotary_dim=8, max_position_embeddings=512, n_positions=512, n_ctx=512,
+    head_dim=8, global_head_dim=8, rotary_dim=8,
     q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, qk_head_dim=16,
     num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, num_experts_per_token=2,
     n_group=1, num_expert_group=1, topk_group=1, first_k_dense_replace=1,
@@ -42,16 +43,20 @@ SIZES: dict[str, Any] = dict(
     depth=2, embed_dim=32, out_hidden_size=32, text_hidden_size=32, projection_dim=32, alignment_intermediate_size=32,
     image_token_id=VOCABULARY - 1, image_token_index=VOCABULARY - 1, video_token_id=VOCABULARY - 2,
 )  # fmt: skip
+POSITION_COUNTS = ("max_position_embeddings", "n_positions", "n_ctx")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 SHARED_HEADS = ("num_key_value_heads", "multi_query_kv_heads", "num_kv_heads")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers")
 
 
-def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig:
-    """`config` with all sizes made small and fewer layers, among which each kind of layer is kept."""
+def small_config(config: PreTrainedConfig, positions: int = POSITIONS, **overrides: Any) -> PreTrainedConfig:
+    """`config` with all sizes made small and fewer layers, among which each kind of layer is kept.
+
+    positions: how many positions are left, if `config` has more.
+    """
     values = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-    values |= {name: small_config(part) for name, part in _parts(config).items()}
-    for name, size in SIZES.items():
+    values |= {name: small_config(part, positions) for name, part in _parts(config).items()}
+    for name, size in (SIZES | dict.fromkeys(POSITION_COUNTS, positions)).items():
         value = _value(config, name) if name in values or name in config.attribute_map else None
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             values[name] = min(value, size)
@@ -79,8 +84,8 @@ def small_config(config: PreTrainedConfig, **overrides: Any) -> PreTrainedConfig
     return type(config)(**{name: value for name, value in values.items() if value is not None})
 
 
-def small_twin(base: Any) -> PreTrainedModel:
-    """A small model like `base`, on its device.
+def small_twin(base: Any, tokens: int = 0) -> PreTrainedModel:
+    """A small model like `base`, on its device, with positions for rows of so many tokens if `base` has them.
 
     For a multimodal model that cannot be made small, it is a small copy of the text model alone.
 
@@ -93,7 +98,7 @@ def small_twin(base: Any) -> PreTrainedModel:
         kinds.append((text, type(text_model(base)) if base.get_output_embeddings() is None else None))
     for config, kind in kinds:
         try:
-            twin: Any = small_model(small_config(config), kind).to(base.device)
+            twin: Any = small_model(small_config(config, max(POSITIONS, tokens)), kind).to(base.device)
             twin(input_ids=torch.arange(2, device=base.device)[None], use_cache=False)
             return twin
         except Exception as error:  # of any kind: it is the code of the model, given sizes that it may not expect

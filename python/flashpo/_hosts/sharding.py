@@ -47,6 +47,14 @@ def meets(model: nn.Module) -> bool:
     return any(wrapped) or any(hasattr(p, "ds_id") or is_dtensor(p) for p in model.parameters())
 
 
+def why_no_tower(model: nn.Module) -> str:
+    """Why the sharded weights of a model cannot run a tower of images on token trees; empty if they can, or if the
+    weights are whole."""
+    if not meets(model) or any(is_fsdp2_unit(module) for module in model.modules()):
+        return ""
+    return "the weights are sharded, but not by FSDP2"
+
+
 def inside_engine(model: nn.Module) -> nn.Module:
     """The model inside an engine of DeepSpeed; any other model as it is.
 

@@ -109,12 +109,12 @@ class Images(NamedTuple):
         images = {name: _tensor(name, given[name]) for name in FIELDS if name in given}
         if "pixel_values" not in images:
             raise ValueError(f"pixel_values are missing beside {', '.join(given) or 'nothing'}")
-        types = given.get(TYPES)
-        if types is not None and types.shape != input_ids.shape:
-            raise ValueError(f"{TYPES} must be {tuple(input_ids.shape)}, got {tuple(types.shape)}")
         places = (input_ids == token).cpu()
         if (places & ~attention_mask.bool().cpu()).any():
             raise ValueError("attention_mask: an image token is masked")
+        types = _tensor(TYPES, given[TYPES]) if TYPES in given else None
+        if types is not None:
+            _check_types(types, places, attention_mask, hasattr(CausalLM.of(model).backbone, "compute_3d_position_ids"))
         count = places.sum(1).tolist()
         sizes = _sizes(images)
         tokens = _tokens_of_entries(images, config, sum(count))
@@ -130,6 +130,10 @@ class Images(NamedTuple):
 
     def fields_of(self, entries: range) -> dict[str, Tensor]:
         return self._taken([entries], FIELDS)
+
+    def fields_of_rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The fields of the images of these rows, which may be given several times."""
+        return self._taken([self.of_rows[row] for row in rows], FIELDS)
 
     def beside(self, row: int, length: int, copies: int) -> dict[str, Tensor]:
         """The inputs of a model in addition to the first `length` ids of a row, for so many copies of the row."""
@@ -171,6 +175,20 @@ def _tensor(name: str, x: Any) -> Tensor:
         except (TypeError, ValueError):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}") from None
     return x
+
+
+def _check_types(types: Tensor, places: Tensor, attention_mask: Tensor, exact: bool) -> None:
+    """Check that `types` mark the image tokens. exact: and no other token, because positions are computed from them."""
+    if types.shape != places.shape:
+        raise ValueError(f"{TYPES} must be {tuple(places.shape)}, got {tuple(types.shape)}")
+    marked = types.cpu() != 0
+    wrong = places & ~marked
+    if exact:
+        wrong |= marked & ~places & attention_mask.bool().cpu()
+    for row in wrong.any(1).nonzero()[:1].flatten().tolist():
+        raise ValueError(
+            f"{TYPES}: row {row} marks other tokens than those of its images; it may be padded on the wrong side"
+        )
 
 
 def _sizes(images: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -277,6 +295,11 @@ class ImageRows(NamedTuple):
         types = None if images.types is None else images.types[row, first : last + 1]
         return cls(ids[first : last + 1], tail, images.fields_of(images.of_rows[row]), types)
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return len(self.head) + len(self.tail)
+
     def ids(self) -> Tensor:
         """The token ids of the three rows, (ROWS, T)."""
         other = self.tail.flip(0)
@@ -302,7 +325,7 @@ class ImageRows(NamedTuple):
         """The same rows with token ids from the vocabulary of a small twin."""
         config = twin.config
         token, words = config.image_token_id, CausalLM.of(twin).vocabulary - 8
-        shown = self.types.cpu() != 0 if self.types is not None else self.head == self.head[-1]
+        shown = self.head == self.head[-1]
         return self._replace(head=(2 + self.head % words).masked_fill(shown, token), tail=2 + self.tail % words)
 
 

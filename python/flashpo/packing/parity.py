@@ -134,7 +134,7 @@ def _why_wrong_with_images(model: nn.Module, base: Any, sample: ImageRows) -> st
 
 def _twin_with_images_differs(base: Any, sample: ImageRows) -> str:
     try:
-        twin: Any = small_twin(base)
+        twin: Any = small_twin(base, sample.length)
         with on_trial(twin), torch.autocast(twin.device.type, enabled=False):
             trial = ImageTrial(twin, sample.small(twin), parameters=True)
             trial.padded()

@@ -31,18 +31,20 @@ def of_prompts(model: Any, prompts: Sequence[Sequence[int]], fields: Mapping[str
     Raises:
         TypeError, ValueError: See `Images.of`.
     """
-    ids, live = padded(prompts, next(model.parameters()).device)
-    given = {name: x for name, x in fields.items() if name != TYPES}
+    device = next(model.parameters()).device
+    ids, live = padded(prompts, device)
+    given = dict(fields)
+    if given.get(TYPES) is not None:
+        given[TYPES] = padded([_of_prompt(own, prompt) for own, prompt in zip(given[TYPES], prompts)], device)[0]
     images = Images.of(model, ids, live, given)
-    found: Any = fields.get(TYPES)
-    shown = (images.code >= 0).long()
-    if found is not None:
-        for row, (prompt, own) in enumerate(zip(prompts, found)):
-            if torch.as_tensor(own).long().cpu().tolist()[-len(prompt) :] != shown[row, : len(prompt)].tolist():
-                raise ValueError(f"{TYPES}[{row}] marks other tokens than those of the prompt's images")
     if hasattr(CausalLM.of(model).backbone, "compute_3d_position_ids"):
-        images = images._replace(types=shown.to(ids.device))
+        images = images._replace(types=(images.code >= 0).long().to(ids.device))
     return images
+
+
+def _of_prompt(types: Any, prompt: Sequence[int]) -> list[int]:
+    """The types of a prompt's tokens, which the processor may have padded on the left."""
+    return torch.as_tensor(types).tolist()[-len(prompt) :]
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def check_images(model: Any, roll: Roll, autocast: torch.dtype | None, sample: I
 
 def _images_of_the_twin_differ(base: Any, roll: Roll, sample: ImageRows) -> str:
     try:
-        twin: Any = small_twin(base)
+        twin: Any = small_twin(base, sample.length + SAMPLED.max_new_tokens)
         small = sample.small(twin)
         with eval_mode(twin):
             twin(input_ids=small.ids(), use_cache=False, **small.images(twin.device), **small.types_of(small.ids()))

@@ -304,10 +304,10 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
             if known is not None and scored is comparison.of_all:
                 tree = known
             else:
-                tree = Batch(*tokens, comparison.batch.images).pack(scored, prune=True)
+                tree = Batch(*tokens, comparison.batch.images).pack([unwrapped_model], scored, prune=True)
             if not self._sharing.pays(CausalLM.of(unwrapped_model).backbone, tree):
                 tree = None
-        if not self._sharing.agreed(tree is not None, [unwrapped_model]):
+        if not self._sharing.agreed(tree is not None, [unwrapped_model], tree is not None and tree.images is not None):
             tree = None
         if tree is not None:
             states = States.on(tree, unwrapped_model)

@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from flashpo._causal_lm import CausalLM, text_model
 from flashpo._hosts import sharding
 from flashpo._hosts.trl import TREES, why_not
-from flashpo.packing import TokenTree, dense, pack, split_by_tokens
+from flashpo.packing import TokenTree, dense, split_by_tokens
 from flashpo.packing.images import Images
 from flashpo.packing.scoring import accept_trees
 from flashpo.packing.support import packable, why_not_packable
 from flashpo.trl._replaced import replaced
-from flashpo.trl.images import TrainerImages
+from flashpo.trl.images import TrainerImages, pack_rows
 from flashpo.trl.sharing import Sharing, why_not_packed
 
 
@@ -38,8 +38,8 @@ class Batch(NamedTuple):
     def rows(self, index: Tensor) -> "Batch":
         return Batch(self.input_ids[index], self.attention_mask[index], self.images and self.images.rows(index))
 
-    def pack(self, scored: Tensor, prune: bool) -> TokenTree:
-        return pack(self.input_ids, self.attention_mask, scored, prune=prune, images=self.images)
+    def pack(self, models: Sequence[Any], scored: Tensor, prune: bool) -> TokenTree:
+        return pack_rows(models, self.input_ids, self.attention_mask, scored, prune, self.images)
 
 
 class Scores(NamedTuple):
@@ -136,8 +136,8 @@ class PackedScoring:
         backbones = [CausalLM.of(model).backbone for model in models]
         as_mask = [backbone for backbone in backbones if dense.installed(text_model(backbone))]
         if batch is not None and as_mask:
-            on_tree = self.sharing.pays(as_mask[0], batch.pack(scored, prune=True))
-        return self.sharing.agreed(on_tree, models)
+            on_tree = self.sharing.pays(as_mask[0], batch.pack(models, scored, prune=True))
+        return self.sharing.agreed(on_tree, models, batch is not None and batch.images is not None)
 
     def score(
         self,
@@ -168,10 +168,11 @@ class PackedScoring:
         else:
             most = batch_size * input_ids.shape[1]
             parts = split_by_tokens(input_ids, attention_mask, scored, most, prune=prune, images=images)
-        trees = [batch.rows(rows).pack(scored[rows], prune) for rows in parts]
+        models = self._models()
+        trees = [batch.rows(rows).pack(models, scored[rows], prune) for rows in parts]
         self.trainer._phases.ran(sum(len(tree.tokens) for tree in trees), input_ids.numel())
-        if batch_size is not None and any(map(sharding.meets, self._models())):
-            trees += [_least(batch, scored, prune)] * (self._most_of_ranks(len(trees)) - len(trees))
+        if batch_size is not None and any(map(sharding.meets, models)):
+            trees += [_least(batch, models, scored, prune)] * (self._most_of_ranks(len(trees)) - len(trees))
         chunks = []
         for tree in trees:
             with self.trainer.accelerator.autocast():
@@ -191,17 +192,17 @@ class PackedScoring:
         return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
 
 
-def _least(batch: Batch, scored: Tensor, prune: bool) -> TokenTree:
+def _least(batch: Batch, models: Sequence[Any], scored: Tensor, prune: bool) -> TokenTree:
     """The tree of an additional forward: one row with nothing to score, cut to one token. If the batch has images, it
     is a whole row with images, because the forward of the image tower has collectives, too."""
     shown = [] if batch.images is None else [row for row, own in enumerate(batch.images.of_rows) if own]
     one = batch.rows(torch.tensor(shown[:1] or [0], device=batch.input_ids.device))
     nothing = torch.zeros_like(scored[:1])
     if shown:
-        return one.pack(nothing, prune=False)
+        return one.pack(models, nothing, prune=False)
     live = torch.zeros_like(one.attention_mask)
     live[:, -1] = 1
-    return one._replace(attention_mask=live, images=None).pack(nothing, prune)
+    return one._replace(attention_mask=live, images=None).pack(models, nothing, prune)
 
 
 @contextlib.contextmanager

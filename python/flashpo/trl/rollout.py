@@ -31,7 +31,7 @@ from flashpo.trl import switches
 from flashpo.trl._fallback import Fallback
 from flashpo.trl._precision import autocast_dtype
 from flashpo.trl._text_only import beside_text
-from flashpo.trl.images import KNOWN
+from flashpo.trl.images import KNOWN, counted
 
 log = logging.getLogger("flashpo")
 SAMPLING = (
@@ -120,6 +120,7 @@ class TrainerRollouts:
         try:
             # this check comes before weights are gathered
             shown = self._agreed(self._check_turn, prompt_ids, images, multimodal_fields)
+            self._all_show(shown is not None)
             with generating(self.trainer, "flashpo.rollout") as model, torch.no_grad():
                 gathered = sharding.Gathered(sharded_bytes, time.perf_counter() - begin)
                 params = self._agreed(self._prepare, model, prompt_ids, shown)
@@ -148,6 +149,12 @@ class TrainerRollouts:
             raise CannotGenerate(reason)
         return result
 
+    def _all_show(self, shows: bool) -> None:
+        """Raise CannotGenerate if forwards have collectives and only some ranks have images: the others would not join
+        the comparison with images."""
+        if sharding.meets(self.trainer.model) and len({*gather_object([shows])}) > 1:
+            raise CannotGenerate("only some processes have prompts with images, and the model is sharded over them")
+
     def _check_turn(self, prompt_ids, images, multimodal_fields) -> Images | None:
         """The images of the prompts, if they have any.
 
@@ -161,12 +168,11 @@ class TrainerRollouts:
         if images is not None and any(images):  # for each prompt a list of images, or None
             if reason := why_no_images(CausalLM.of(self.trainer.model).backbone):
                 raise CannotGenerate(f"the prompts have images: {reason}")
-            if sharding.meets(self.trainer.model):  # ranks without images would not join the comparison on images
-                raise CannotGenerate("the prompts have images, and the weights are sharded")
-            if "num_tiles" not in found and "pixel_attention_mask" not in found:
-                found["num_images"] = [len(own or ()) for own in images]
+            if reason := sharding.why_no_tower(self.trainer.model):
+                raise CannotGenerate(f"the prompts have images: {reason}")
             if "pixel_values" not in found:
                 raise CannotGenerate("the prompts have images, of which the processor gave no pixel_values")
+            found |= counted(found, images)
         if not found:
             return None
         if unknown := [name for name in found if name not in KNOWN or "pixel_values" not in found]:

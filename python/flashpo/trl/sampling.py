@@ -12,6 +12,7 @@ from flashpo.trl._pending import Pending
 from flashpo.trl._phases import GENERATION
 from flashpo.trl.accelerated import Accelerated
 from flashpo.trl.patch import active
+from flashpo.trl.processing import DistinctPrompts
 from flashpo.trl.rollout import TrainerRollouts
 
 
@@ -37,12 +38,20 @@ class Sampling(Accelerated):
     def _rollouts(self) -> TrainerRollouts:
         return TrainerRollouts(self)
 
+    @functools.cached_property
+    def _distinct_prompts(self) -> DistinctPrompts:
+        return DistinctPrompts()
+
     def _why_not_parts(self):
         return super()._why_not_parts() | {"rollout engine": self._rollouts.why_not()}
 
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def _generate_and_score_completions(self, inputs):
+        with self._distinct_prompts.processed_once(self) if active() else contextlib.nullcontext():
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]  # a method of the TRL class
 
     def _generate(self, *args, **kwargs):
         self._rollouts.forget_turns()

@@ -76,28 +76,28 @@ class Sharing:
         )
         return False
 
-    def agreed(self, on_tree: bool, models: Iterable[nn.Module]) -> bool:
+    def agreed(self, on_tree: bool, models: Iterable[nn.Module], shows: bool = False) -> bool:
         """Whether a batch runs on its tree; if forwards of the models have collectives, on all ranks or on none.
 
-        Padded rows and a tree may take different numbers of forwards and gather the head at different times. A rank
-        that ran its batch in another way than the others would wait for them forever. Therefore all ranks have to ask
-        for every batch.
+        Padded rows and a tree may take different numbers of forwards and gather the head at different times, and only
+        trees with images run the tower. A rank that ran its batch in another way than the others would wait for them
+        forever. Therefore all ranks have to ask for every batch.
+
+        shows: whether the tree has images.
         """
         if self.mode is False:
             return False
-        everywhere = _on_all_ranks(on_tree, models)
-        if on_tree and not everywhere:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not several or not any(map(sharding.meets, models)):
+            return on_tree
+        least = torch.tensor([on_tree, shows, not shows], dtype=torch.int64, device=PartialState().device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        trees, all_show, none_shows = least.bool().tolist()
+        if on_tree and not trees:
             self._skip("another process has a batch that cannot run on a tree, and the model is sharded over them")
-        return everywhere
-
-
-def _on_all_ranks(answer: bool, models: Iterable[nn.Module]) -> bool:
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not several or not any(map(sharding.meets, models)):
-        return answer
-    everyones = torch.tensor(int(answer), device=PartialState().device)
-    dist.all_reduce(everyones, dist.ReduceOp.MIN)
-    return bool(everyones)
+        elif on_tree and not (all_show or none_shows):
+            self._skip("only some processes have a batch with images, and the model is sharded over them")
+        return trees and (all_show or none_shows)
 
 
 def why_not_packed(model: nn.Module, head: bool = True) -> str:

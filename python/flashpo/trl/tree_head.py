@@ -26,7 +26,7 @@ from flashpo.packing.rows import not_told
 from flashpo.packing.scoring import accept_trees
 from flashpo.trl._replaced import replaced
 from flashpo.trl._text_only import COUNTS, IMAGES, TYPES, beside_text
-from flashpo.trl.images import TrainerImages
+from flashpo.trl.images import TrainerImages, pack_rows
 from flashpo.trl.patch import DEVICES, FIELDS, active
 from flashpo.trl.sharing import Sharing, why_not_packed
 
@@ -178,7 +178,7 @@ def _tree_of(
             tree = None
     except (TypeError, ValueError) as error:
         sharing.refuse(str(error))
-    if not sharing.agreed(tree is not None, [model]):
+    if not sharing.agreed(tree is not None, [model], tree is not None and tree.images is not None):
         tree = None
     padded = batch["labels"].numel()
     ran(padded if tree is None else len(tree.tokens), padded, tree is not None)
@@ -226,7 +226,7 @@ def _pack(model: Any, images: TrainerImages, batch: dict[str, Any], prune: bool)
     if flattened:
         return _pack_flattened(batch["input_ids"], scored, batch["position_ids"], prune)
     rows = batch["input_ids"], batch["attention_mask"]
-    return pack(*rows, scored, prune=prune, images=images.of([model], beside, *rows))
+    return pack_rows([model], *rows, scored, prune, images.of([model], beside, *rows))
 
 
 def _pack_flattened(input_ids: Tensor, scored: Tensor, position_ids: Tensor, prune: bool) -> TokenTree:
