@@ -20,9 +20,9 @@ PYTEST = $(RUN) -m pytest $(WORKERS)
 NATIVE = tests/test_contract.py tests/test_group_advantages.py tests/test_gae.py tests/test_policy_loss_native.py \
 	tests/test_decode_layer.py tests/test_sample.py tests/test_decode_attention.py tests/test_kv_append.py \
 	tests/test_packed_linear.py tests/test_decode_step.py tests/test_tree_attention.py tests/test_linear_divergence.py \
-	tests/test_tree_recurrence.py
-# What has kernels for AMX, which `make sanitize` runs with its instructions emulated.
-TILES = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_attention.py tests/test_tree_attention.py
+	tests/test_tree_recurrence.py tests/test_recurrence_step.py
+# What has kernels for AMX and AVX512-BF16, which `make sanitize` runs with their instructions emulated.
+PAIRS = tests/test_packed_linear.py tests/test_decode_step.py tests/test_decode_attention.py tests/test_tree_attention.py
 
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=3 $(VENV)-sanitize/bin/python -m pytest -p no:cacheprovider $(WORKERS)
@@ -40,6 +40,7 @@ test: $(VENV)/ready
 	TRITON_INTERPRET=1 $(PYTEST) -k triton tests/test_triton.py tests/test_triton_policy.py tests/test_triton_tree.py \
 	tests/test_triton_divergence.py tests/test_triton_recurrence.py \
 	tests/test_decode_attention.py tests/test_kv_append.py tests/test_decode_layer.py tests/test_layouts.py \
+	tests/test_recurrence_step.py \
 	|| test $$? = 5 # no Triton, none of its tests
 	$(PYTEST) --durations=15 tests
 	$(RUN) tests/instruction_sets.py $(WORKERS) -m native $(NATIVE)
@@ -66,9 +67,10 @@ sanitize: $(VENV)/ready
 	echo $(abspath $(SITE)) > $$($(VENV)-sanitize/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
 	$(VENV)-sanitize/bin/python -m pip install -q --no-deps --force-reinstall . \
 		--config-settings=cmake.define.FLASHPO_SANITIZE=ON --config-settings=cmake.define.FLASHPO_CUDA=OFF \
-		--config-settings=cmake.define.FLASHPO_EMULATE_AMX=ON --config-settings=build-dir=build/sanitize
+		--config-settings=cmake.define.FLASHPO_EMULATE=ON --config-settings=build-dir=build/sanitize
 	$(SANITIZED) -m native $(NATIVE)
-	FLASHPO_ISA=amx $(SANITIZED) -m native -k bfloat16 $(TILES)
+	FLASHPO_ISA=amx $(SANITIZED) -m native -k bfloat16 $(PAIRS)
+	FLASHPO_ISA=avx512bf16 $(SANITIZED) -m native -k bfloat16 $(PAIRS)
 
 # Random models, trees, rollouts and losses, other ones each time: as many of each as EXAMPLES says.
 EXAMPLES ?= 500

@@ -1,8 +1,9 @@
 """One decode step, from the tokens sampled last to the next ones: with a CUDA graph, and with kernels launched one by
 one.
 
-The floor is the slower of two things that are measured in the same run: copying as many bytes as the step must read
-(every weight once, and every distinct key and value once), and its products at the rate of a large matrix product.
+The floor is the slower of two things that are measured in the same run: copying as many bytes as the step must move
+(every weight and every distinct key and value are read once, the recurrent states of a hybrid model are read and
+written), and the step's products at the rate of a large matrix product.
 Steps are timed in runs of as many steps as the engine makes before the host looks at the results: one on a CPU, sixteen
 on a GPU.
 """
@@ -13,12 +14,14 @@ from typing import NamedTuple
 
 import torch
 
+from flashpo import _recurrent
 from flashpo._causal_lm import CausalLM
 from flashpo.bench.shapes import random_model
 from flashpo.bench.timing import Device, Tables, compare, dtype_name
 from flashpo.rollout import SamplingParams
 from flashpo.rollout.cache import BLOCK, KVCache
 from flashpo.rollout.fused import fused_backbone
+from flashpo.rollout.hybrid import State, States, cache_keyword, is_hybrid
 from flashpo.rollout.prefix_tree import blocks_for
 from flashpo.rollout.runner import Draw, Runner, Step
 from flashpo.rollout.scheduler import Scheduler
@@ -49,6 +52,7 @@ CASES = {
     "cpu": [
         *(Case("42M", dtype, 4, prompt) for dtype in (torch.float32, torch.bfloat16) for prompt in (256, 1024)),
         Case("42M", torch.bfloat16, 4, 256, masters=torch.float32),
+        *(Case("35M hybrid", torch.float32, 4, prompt) for prompt in (256, 1024)),
     ],
     "cuda": [
         Case(model, torch.bfloat16, prompts, prompt)
@@ -58,9 +62,9 @@ CASES = {
 }
 
 
-def loaded(runner: Runner, case: Case, vocabulary: int) -> tuple[Step, Callable]:
-    """A step whose tables contain the case's rows, and a function that advances it. The cache's content does not
-    matter."""
+def loaded(runner: Runner, case: Case, vocabulary: int, state: State | None) -> tuple[Step, Callable]:
+    """A step whose tables contain the case's rows, each with a copy of `state`, and a function that advances it. The
+    cache's content does not matter."""
     rows = case.prompts * case.group
     scheduler = Scheduler(runner.cache.blocks, rows)
     for i in range(case.prompts):
@@ -71,7 +75,17 @@ def loaded(runner: Runner, case: Case, vocabulary: int) -> tuple[Step, Callable]
         row.tokens.extend(torch.randint(vocabulary, (case.own,)).tolist())
     params = SamplingParams(n=case.group, max_new_tokens=2 * case.own)
     draws = [Draw.of(params, row.prompt_index, row.index) for row in scheduler.rows]
-    return runner.load(scheduler.rows, scheduler.shared, draws)
+    return runner.load(scheduler.rows, scheduler.shared, draws, state and [state] * rows)
+
+
+def state_of(model: torch.nn.Module) -> State | None:
+    """The recurrent state of a hybrid model after one token; None for other models."""
+    if not is_hybrid(model.config):
+        return None
+    _recurrent.install(CausalLM.of(model).text)  # as the engine does
+    states, backbone = States(model.config, [None]), CausalLM.of(model).backbone
+    backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **{cache_keyword(backbone): states})
+    return states.take(0)
 
 
 @torch.no_grad()
@@ -82,7 +96,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
     cache = KVCache(layers, blocks, case.dtype, torch.device(device.name))
     for tensor in (*cache.keys.values(), *cache.values.values()):
         tensor.normal_()
-    autocast = case.dtype if case.masters else None
+    autocast, state = case.dtype if case.masters else None, state_of(model)
     runner, views = Runner(parts, cache), {"FlashPO": WeightView(model, dtype=autocast)}
     if device.cuda:
         views["FlashPO, weights='shadow'"] = WeightView(model, "shadow", dtype=autocast)
@@ -91,7 +105,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
         with rollout_mode(model), view:
             runner.fused = fused_backbone(parts.backbone, case.dtype)
             runner.use(name, None)
-            step, advance = loaded(runner, case, model.config.vocab_size)
+            step, advance = loaded(runner, case, model.config.vocab_size, state)
         variants[name] = run_of_steps(step, advance, runner.check_every)
         variants[name]()
         if not step.logprobs.isfinite().all():
@@ -99,6 +113,7 @@ def records(device: Device, case: Case) -> Iterator[dict]:
     parameters, rows = sum(p.numel() for p in model.parameters()), case.prompts * case.group
     tokens = case.prompts * (case.prompt + case.group * case.own)
     moved = parameters * case.dtype.itemsize + tokens * (cache.bytes // (blocks * BLOCK))
+    moved += 2 * rows * sum(x.nbytes for x in (state or {}).values())
     source = torch.zeros(moved // 2, dtype=torch.uint8, device=device.name)
     target = torch.empty_like(source)
     size = GEMM_SIZE[device.name]

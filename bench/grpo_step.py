@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flashpo.bench.demo import environment
-from flashpo.bench.shapes import SHAPES
+from flashpo.bench.shapes import SHAPES, causal_lm
 from flashpo.bench.timing import Device, Tables
 
 SCRIPT = Path(__file__).with_name("step_script.py")
@@ -52,6 +52,8 @@ CASES = {
         Case(256, 4, 1),
         Case(1024, 3, 1, mean_length=48),
         Case(1024, 3, 1),
+        Case(256, 3, 1, mean_length=48, model="35M hybrid"),
+        Case(1024, 3, 1, mean_length=48, model="35M hybrid"),
         Case(32, 40, 3, model="tiny"),
     ],
     "cuda": [
@@ -72,22 +74,18 @@ def save_model(shape: dict[str, Any], mean_length: int | None, device: str, fold
     """Save a model with random weights, and a tokenizer for which every id is a word."""
     torch.manual_seed(0)
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    config = Qwen3Config(
-        **shape, tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=0, eos_token_id=END
-    )
-    with torch.device(device):
-        model = Qwen3ForCausalLM(config)
+    model = causal_lm(shape, device, max_position_embeddings=4096, pad_token_id=0, eos_token_id=END)
     if mean_length is not None:
         end_completions(model, 1 / mean_length)
     model.to(torch.bfloat16 if device == "cuda" else torch.float32).save_pretrained(folder)
-    vocabulary = [*special.values(), *(f"w{i}" for i in range(3, config.vocab_size))]
+    vocabulary = [*special.values(), *(f"w{i}" for i in range(3, model.config.vocab_size))]
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 @torch.no_grad()
-def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
+def end_completions(model: PreTrainedModel, probability: float) -> None:
     """Let END follow every token with about this probability.
 
     Feature 0 of the residual stream is set to 1 for all tokens, since only the embedding writes to it. END's row of the
@@ -95,9 +93,9 @@ def end_completions(model: Qwen3ForCausalLM, probability: float) -> None:
     """
     embedding = model.model.embed_tokens.weight
     embedding[:, 0] = 1
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight[0] = 0
-        layer.mlp.down_proj.weight[0] = 0
+    for name, module in model.model.layers.named_modules():
+        if name.endswith(("o_proj", "out_proj", "down_proj")):
+            module.weight[0] = 0
     hidden = model.model(torch.randint(3, len(embedding), (4, 64), device=embedding.device)).last_hidden_state
     logits = hidden @ embedding.T
     above_mean = math.log(probability / (1 - probability)) + (logits.logsumexp(-1) - logits.mean(-1)).mean()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashpo import TokenTree, pack, score
-from flashpo.bench.shapes import SHAPES, USUAL
+from flashpo.bench.shapes import SHAPES, USUAL, causal_lm
 from flashpo.bench.timing import Device, Tables, compare, dtype_name
 
 TEMPERATURE = 0.9
@@ -43,12 +43,7 @@ WORKLOADS = {
         Workload("nothing shared, no padding", 8, 1, 1024, 512, ragged=False),
     ],
 }
-HYBRID = dict(  # layers of Qwen3.5, 35M parameters
-    hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-    head_dim=64, vocab_size=16384, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=64,
-    linear_value_head_dim=64, layer_types=[*["linear_attention"] * 3, "full_attention"] * 2,
-    pad_token_id=0, bos_token_id=1, eos_token_id=1,
-)  # fmt: skip
+HYBRID = "35M hybrid"
 HYBRID_WORKLOADS = [
     Workload("prompt 256", 1, 8, 256, 64),
     Workload("prompt 1024", 1, 8, 1024, 64),
@@ -92,15 +87,10 @@ class Samples:
 
 def make_models(device: Device, dtype: torch.dtype, hybrid: bool = False) -> tuple:
     """A model for FlashPO, whose attention and norms are changed permanently, and an equal one for TRL."""
-    import transformers
     from trl.trainer.utils import add_fused_lm_head
 
     peaked = {} if device.cuda else {"initializer_range": 0.1}
-    kind = transformers.Qwen3_5TextConfig if hybrid else transformers.Qwen3Config
-    shape = HYBRID if hybrid else SHAPES[USUAL[device.name]]
-    config = kind(**shape, **peaked, tie_word_embeddings=True, dtype=dtype)
-    with torch.device(device.name):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    model = causal_lm(SHAPES[HYBRID if hybrid else USUAL[device.name]], device.name, dtype=dtype, **peaked)
     if device.cuda:  # as TRL does by default; without it, TRL's padded pass does not fit into memory
         model.gradient_checkpointing_enable()
     add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))

@@ -1,4 +1,6 @@
-"""Qwen3-like models with random weights, named by their number of parameters. Nothing is downloaded."""
+"""Models with random weights, named by their number of parameters: Qwen3's classes, and Qwen3.5's where the name says
+"hybrid". Nothing is downloaded.
+"""
 
 from typing import Any
 
@@ -29,14 +31,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         head_dim=128, vocab_size=151936,
     ),
+    "35M hybrid": dict(
+        model_type="qwen3_5_text", hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, vocab_size=16384, linear_num_key_heads=4, linear_num_value_heads=8,
+        linear_key_head_dim=64, linear_value_head_dim=64,
+        layer_types=[*["linear_attention"] * 3, "full_attention"] * 2,
+    ),
 }  # fmt: skip
 USUAL = {"cpu": "42M", "cuda": "1.7B"}  # for a benchmark that does not name another one
 
 
-def random_model(shape: str, dtype: torch.dtype, device: str, **options: Any) -> Any:
-    """A model for inference. `options` are configuration options besides those of the shape."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def causal_lm(shape: dict[str, Any], device: str, **options: Any) -> Any:
+    """A model of one of `SHAPES`. `options` are configuration options besides those of the shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.for_model(**{"model_type": "qwen3"} | shape | {"tie_word_embeddings": True} | options)
     with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape], tie_word_embeddings=True, **options))
-    return model.to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config)
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str, **options: Any) -> Any:
+    """A model for inference."""
+    return causal_lm(SHAPES[shape], device, **options).to(dtype).eval()

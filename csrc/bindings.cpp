@@ -24,10 +24,10 @@ using namespace flashpo;
 
 namespace {
 
-enum class Isa { baseline, avx2, avx512, amx };
-constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "amx"};
+enum class Isa { baseline, avx2, avx512, avx512bf16, amx };
+constexpr const char* NAMES[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 
-#if defined(FLASHPO_AMX) && !defined(FLASHPO_EMULATE_AMX)
+#if defined(FLASHPO_AMX) && !defined(FLASHPO_EMULATE)
 // The system lets a process use the AMX registers only after it has asked for them.
 bool may_use_tiles() {
 #ifdef __linux__
@@ -39,8 +39,8 @@ bool may_use_tiles() {
 }
 #endif
 
-// The instruction sets that run on this CPU, from the least to the best. Emulated AMX runs everywhere and is never the
-// best.
+// The instruction sets that run on this CPU, from the least to the best. Emulated ones run everywhere and are never
+// the best.
 std::vector<Isa> isas_of_this_cpu() {
   std::vector<Isa> isas{Isa::baseline};
 #ifdef FLASHPO_X86
@@ -50,14 +50,17 @@ std::vector<Isa> isas_of_this_cpu() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) isas.push_back(Isa::avx512);
-#if defined(FLASHPO_AMX) && !defined(FLASHPO_EMULATE_AMX)
-  if (avx512 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-      __builtin_cpu_supports("avx512bf16") && may_use_tiles())
+#ifndef FLASHPO_EMULATE
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (avx512bf16) isas.push_back(Isa::avx512bf16);
+#ifdef FLASHPO_AMX
+  if (avx512bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles())
     isas.push_back(Isa::amx);
 #endif
 #endif
-#ifdef FLASHPO_EMULATE_AMX
-  isas.insert(isas.begin(), Isa::amx);
+#endif
+#ifdef FLASHPO_EMULATE
+  isas.insert(isas.begin(), {Isa::avx512bf16, Isa::amx});
 #endif
   return isas;
 }
@@ -83,8 +86,8 @@ Isa choose_isa(const std::vector<Isa>& isas) {
 
 template <typename F>
 F pick(Isa isa, F baseline_form, F avx2_form, F avx512_form) {
-#ifdef FLASHPO_EMULATE_AMX
-  if (isa == Isa::amx) return baseline_form;  // the CPU may not have AVX-512
+#ifdef FLASHPO_EMULATE
+  if (isa >= Isa::avx512bf16) return baseline_form;  // the CPU may not have AVX-512
 #endif
   return isa >= Isa::avx512 ? avx512_form : isa == Isa::avx2 ? avx2_form : baseline_form;
 }
@@ -102,10 +105,12 @@ auto on_cuda(void (*CudaKernels::*kernel)(Args...)) {
 #else
 #define CPU(f) (&baseline::f)
 #endif
-#ifdef FLASHPO_AMX
-#define CPU_OR_AMX(f) (isa == Isa::amx ? &amx::f : CPU(f))
+#if defined(FLASHPO_AMX)
+#define CPU_OR_PAIRS(f) (isa == Isa::amx ? &amx::f : isa == Isa::avx512bf16 ? &avx512bf16::f : CPU(f))
+#elif defined(FLASHPO_X86)
+#define CPU_OR_PAIRS(f) (isa == Isa::avx512bf16 ? &avx512bf16::f : CPU(f))
 #else
-#define CPU_OR_AMX(f) CPU(f)
+#define CPU_OR_PAIRS(f) CPU(f)
 #endif
 
 PYBIND11_MODULE(_C, m) {
@@ -142,24 +147,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope_append", CPU(rope_append), ReleaseGil());
   m.def("gated_activation", CPU(gated_activation), ReleaseGil());
   m.def("sample", CPU(sample), ReleaseGil());
-  m.def("tree_attention_fwd", CPU_OR_AMX(tree_attention_fwd), ReleaseGil());
-  m.def("tree_attention_bwd", CPU_OR_AMX(tree_attention_bwd), ReleaseGil());
-  m.def("tree_attention_scratch", CPU_OR_AMX(tree_attention_scratch), ReleaseGil());
+  m.def("tree_attention_fwd", CPU_OR_PAIRS(tree_attention_fwd), ReleaseGil());
+  m.def("tree_attention_bwd", CPU_OR_PAIRS(tree_attention_bwd), ReleaseGil());
+  m.def("tree_attention_scratch", CPU_OR_PAIRS(tree_attention_scratch), ReleaseGil());
   m.def("tree_recurrence_fwd", CPU(tree_recurrence_fwd), ReleaseGil());
   m.def("tree_recurrence_bwd", CPU(tree_recurrence_bwd), ReleaseGil());
   m.def("tree_recurrence_scratch", CPU(tree_recurrence_scratch), ReleaseGil());
+  m.def("recurrence_step", CPU(recurrence_step), ReleaseGil());
   m.def("tree_conv_fwd", CPU(tree_conv_fwd), ReleaseGil());
   m.def("tree_conv_bwd", CPU(tree_conv_bwd), ReleaseGil());
   py::class_<decode::Plan>(m, "DecodePlan")
       .def(py::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t,
                     int64_t, int64_t, int>(),
            ReleaseGil());
-  m.def("decode_attention_scratch", CPU_OR_AMX(decode_attention_scratch));
-  m.def("decode_attention", CPU_OR_AMX(decode_attention), ReleaseGil());
+  m.def("decode_attention_scratch", CPU_OR_PAIRS(decode_attention_scratch));
+  m.def("decode_attention", CPU_OR_PAIRS(decode_attention), ReleaseGil());
   m.def("pack_linear", CPU(pack_linear), ReleaseGil());
-  m.def("packed_linear", CPU_OR_AMX(packed_linear), ReleaseGil());
-  const LayerKernels layer{CPU(add_rms_norm), CPU_OR_AMX(packed_linear), CPU(rope_append), CPU_OR_AMX(decode_attention),
-                           CPU(gated_activation)};
+  m.def("packed_linear", CPU_OR_PAIRS(packed_linear), ReleaseGil());
+  const LayerKernels layer{CPU(add_rms_norm), CPU_OR_PAIRS(packed_linear), CPU(rope_append),
+                           CPU_OR_PAIRS(decode_attention), CPU(gated_activation)};
   m.def(
       "decode_layers",
       [layer](const Tensor& x, const Tensor& residual, std::vector<Tensor> norms, std::vector<double> eps,

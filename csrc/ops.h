@@ -92,6 +92,8 @@ class Plan;
                      const Tensor& out, int threads);                                                                 \
   void tree_conv_bwd(const Tensor& x, const Tensor& weight, const Tensor& ancestors, const Tensor& d_out,             \
                      const Tensor& dx, const Tensor& d_weight, const Tensor& d_bias, int threads);                    \
+  void recurrence_step(const Tensor& state, bool by_value, const Tensor& q, const Tensor& k, const Tensor& v,         \
+                       const Tensor& keep, const Tensor& beta, double scale, const Tensor& out, int threads);         \
   int64_t decode_attention_scratch(const decode::Plan& plan, const Tensor& k_cache, const Tensor& v_cache);           \
   void decode_attention(const decode::Plan& plan, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,      \
                         float scale, float softcap, const Tensor& sinks, const Tensor& out, const Tensor& lse,        \
@@ -101,7 +103,9 @@ class Plan;
 FLASHPO_DECLARE_CPU(baseline)
 FLASHPO_DECLARE_CPU(avx2)
 FLASHPO_DECLARE_CPU(avx512)
-FLASHPO_DECLARE_CPU(amx)  // bfloat16 matrix products: decode_attention, packed_linear, tree_attention
+// Only kernels with matrix products of bfloat16: decode_attention, packed_linear, tree_attention
+FLASHPO_DECLARE_CPU(avx512bf16)
+FLASHPO_DECLARE_CPU(amx)
 
 namespace flashpo {
 

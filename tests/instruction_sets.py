@@ -9,12 +9,9 @@ import sys
 
 from flashpo._op import native
 
-for isa in ("baseline", "avx2", "avx512"):
-    if isa not in native.isas:
-        print(f"{isa}: left out, this processor, compiler or system does not have it", flush=True)
-    elif isa != native.isas[-1]:
-        print(isa, flush=True)
-        environment = os.environ | {"FLASHPO_ISA": isa, "OMP_NUM_THREADS": "1"}
-        status = subprocess.run([sys.executable, "-m", "pytest", *sys.argv[1:]], env=environment).returncode
-        if status != 0:
-            sys.exit(status)
+for isa in native.isas[:-1]:
+    print(isa, flush=True)
+    environment = os.environ | {"FLASHPO_ISA": isa, "OMP_NUM_THREADS": "1"}
+    status = subprocess.run([sys.executable, "-m", "pytest", *sys.argv[1:]], env=environment).returncode
+    if status != 0:
+        sys.exit(status)

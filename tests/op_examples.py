@@ -20,6 +20,7 @@ from flashpo import (
 from flashpo.ops.decode_layer import add_rms_norm, gated_activation, rope_append
 from flashpo.ops.decode_step import decode_layers_
 from flashpo.ops.packed_linear import pack_linear, packed_linear
+from flashpo.ops.recurrence_step import recurrence_step
 
 
 def scoring():
@@ -71,6 +72,8 @@ def recurrences():
         beta = beta[..., 0] if delta else None
         out, ends = tree_recurrence(q, k / 3, v, -torch.rand(60, 4), beta, lineage, ends=True)
         (out.sum() + ends.sum()).backward()
+        q, k, v, beta = (None if x is None else x.detach()[:7] for x in (q, k, v, beta))
+        recurrence_step(torch.zeros(7, 4, 8, 8), q, k, v, -torch.rand(7, 4), beta)
     x, weight = torch.randn(60, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     tree_conv(x, weight, torch.randn(5), lineage).sum().backward()
 

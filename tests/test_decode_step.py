@@ -9,9 +9,8 @@ import torch
 from accuracy import assert_as_accurate
 
 import flashpo
-from flashpo._op import native
 from flashpo.ops.decode_step import decode_layers_
-from flashpo.ops.packed_linear import pack_linear
+from flashpo.ops.packed_linear import pack_linear, packs_dtype
 
 pytestmark = pytest.mark.native
 HIDDEN, HEADS, KV_HEADS, FEATURES, INNER, ROWS = 96, 4, 2, 32, 160, 7
@@ -50,8 +49,8 @@ def layers(dtype, *, norms=True, bias=False, first=False, windows=(0, 0)):
 @pytest.mark.parametrize("windows", [(0,), (40,), (40, 0, 40)], ids=str)
 @pytest.mark.parametrize(("norms", "bias", "first"), [(True, False, False), (False, True, True)])
 def test_against_float64(dtype, windows, norms, bias, first, poisoned):
-    if dtype == torch.bfloat16 and native.isa != "amx":
-        pytest.skip("no kernel for bfloat16")
+    if not packs_dtype(dtype):
+        pytest.skip(f"no kernel for {dtype}")
     results = []
     for backend, of in (("native", dtype), ("torch", torch.float64), ("torch", dtype)):
         arguments = layers(of, norms=norms, bias=bias, first=first, windows=windows)

@@ -7,8 +7,10 @@ from inputs import backends
 import flashpo
 from flashpo import linear_logprob, selective_log_softmax
 from flashpo._op import OPS
+from flashpo.ops import decode_step  # noqa: F401  # registers decode_layers_
 from flashpo.ops.decode_layer import rope_append
 from flashpo.ops.packed_linear import pack_linear
+from flashpo.ops.recurrence_step import recurrence_step
 from flashpo.packing import split_by_tokens
 
 H, V = 8, 20
@@ -135,6 +137,11 @@ def rotate(k_cache=None, v_cache=None):
     rope_append(x, x, x, x, x, *given, slot)
 
 
+def advance(state):
+    q, v, decay = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.zeros(1, 2)
+    recurrence_step(state, q, q, v, decay, None)
+
+
 WRITTEN = {  # operator -> its arguments that are written over -> (a right value, the public call)
     "selective_log_softmax_bwd_": {
         "logits": (logits, lambda logits: selective_log_softmax(logits, target, inplace_backward=True))
@@ -147,6 +154,7 @@ WRITTEN = {  # operator -> its arguments that are written over -> (a right value
         "k_cache": (caches[0], lambda k_cache: rotate(k_cache=k_cache)),
         "v_cache": (caches[1], lambda v_cache: rotate(v_cache=v_cache)),
     },
+    "recurrence_step_": {"state": (torch.zeros(1, 2, 3, 4), advance)},
     "pack_linear_": {"out": (torch.zeros(1, 8, 48), lambda out: pack_linear(weight, out=out))},
     "gae_whiten_": {},  # gae's own tensor
     "decode_layers_": {},  # the rollout engine's own caches

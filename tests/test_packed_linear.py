@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from accuracy import assert_as_accurate
 
 import flashpo
-from flashpo._op import native
-from flashpo.ops.packed_linear import pack_linear, packed_linear, packs
+from flashpo.ops.packed_linear import pack_linear, packed_linear, packs, packs_dtype
 
 pytestmark = pytest.mark.native
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -16,16 +15,12 @@ ROWS = [0, 1, 7, 16, 17, 33, 200]
 SIZES = [(1, 32), (48, 128), (50, 160), (321, 416)]
 
 
-def native_takes(dtype):
-    return dtype == torch.float32 or native.isa == "amx"
-
-
 @dtypes
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("columns", "depth"), SIZES)
 def test_against_float64(backend, dtype, bias, columns, depth, poisoned):
-    if backend == "native" and not native_takes(dtype):
+    if backend == "native" and not packs_dtype(dtype):
         pytest.skip(f"no kernel for {dtype}")
     weight = torch.randn(columns, depth).to(dtype)
     added = torch.randn(columns).to(dtype) if bias else None
@@ -64,7 +59,7 @@ def test_odd_depths():
 
 @dtypes
 def test_a_row_depends_on_itself_alone(dtype):
-    if not native_takes(dtype):
+    if not packs_dtype(dtype):
         pytest.skip(f"no kernel for {dtype}")
     x, packed = torch.randn(45, 288).to(dtype), pack_linear(torch.randn(100, 288).to(dtype))
     whole = packed_linear(x, packed, columns=100)

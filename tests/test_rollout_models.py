@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from rollout_models import assert_same_draws, greedy
 from transformers import CONFIG_MAPPING, AttentionInterface
 
+import flashpo
 from flashpo._causal_lm import CausalLM
 from flashpo._twin import small_config, small_model
 from flashpo.bench.tiny_models import tiny_config, tiny_model
@@ -23,7 +24,8 @@ FAMILIES = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "phi3", "phimoe", "olmo2", "gpt_oss",
     "deepseek_v3", "gemma4_text", "cohere2", "nemotron",
 )  # fmt: skip
-HYBRIDS = ("qwen3_next", "qwen3_5_text", "lfm2", "olmo_hybrid", "granitemoehybrid", "falcon_h1")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "lfm2", "olmo_hybrid", "granitemoehybrid", "falcon_h1", "kimi_linear")
+THEIR_OWN_STEP = ("lfm2", "falcon_h1")  # only convolutions; a function for single tokens that is given no keywords
 
 
 def prompts(*lengths):
@@ -42,7 +44,9 @@ def test_family(family):
     engine = RolloutEngine(model, max_sequences=3, fallback="error")
     assert engine.support.hybrid == (family in HYBRIDS)
     asked = prompts(5, 70, 13)
+    flashpo.stats(reset=True)
     rollouts = engine.generate(asked, SamplingParams(n=2, max_new_tokens=12))
+    assert ("recurrence_step_" in flashpo.stats()) == (family in HYBRIDS and family not in THEIR_OWN_STEP)
     sequences = list(zip(rollouts.prompt_ids, rollouts.completion_ids))
     found = parity.judged(model, torch.tensor(rollouts.logprobs), [p + c for p, c in sequences])
     assert found.noise < 1e-4, "with more rounding than that nothing can be said"

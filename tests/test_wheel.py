@@ -159,7 +159,7 @@ def test_no_instruction_set_leaks_into_another(wheel):
 
 
 def test_an_instruction_set_that_cannot_run_is_refused():
-    for isa in ({"avx2", "avx512", "amx"} - set(flashpo._op.native.isas)) | {"avx3"}:
+    for isa in ({"avx2", "avx512", "avx512bf16", "amx"} - set(flashpo._op.native.isas)) | {"avx3"}:
         run = subprocess.run(
             [sys.executable, "-c", "import flashpo"],
             capture_output=True,
@@ -170,7 +170,7 @@ def test_an_instruction_set_that_cannot_run_is_refused():
         assert f"FLASHPO_ISA={isa} cannot run here" in run.stderr
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_gives_the_same(isa):
     """To rounding: the sets differ in how many sums run side by side."""
     code = """
@@ -188,6 +188,6 @@ assert flashpo._op.native.isa == sys.argv[1]
     supported = torch.backends.cpu.get_cpu_capability().lower()
     if (isa, supported) in (("avx2", "default"), ("avx512", "default"), ("avx512", "avx2")):
         pytest.skip(f"this CPU has {supported}")
-    if isa == "amx" and flashpo._op.native.isa != "amx":
-        pytest.skip("this CPU, compiler or system has no AMX")
+    if isa in ("avx512bf16", "amx") and isa not in flashpo._op.native.isas:
+        pytest.skip(f"this CPU, compiler or system has no {isa}")
     subprocess.run([sys.executable, "-c", code, isa], check=True, env=os.environ | {"FLASHPO_ISA": isa})

@@ -13,8 +13,8 @@
 #include "for_dtype.h"
 #include "parallel.h"
 #include "product.h"
-#ifdef FLASHPO_TILES
-#include "product_amx.h"
+#ifdef FLASHPO_PAIRS
+#include "product_pairs.h"
 #endif
 
 namespace flashpo::FLASHPO_ISA {
@@ -289,9 +289,9 @@ void decode_attention(const Plan& plan, const Tensor& q, const Tensor& k_cache, 
   expect_dense("scratch", scratch, DType::f32, {scratch.size(0)});
   const Options options{{scale, softcap}, sinks.data<float>()};
   float* const own = scratch.data<float>();
-#ifdef FLASHPO_TILES
-  if (dtype == DType::bf16) return run<bf16, AmxProduct>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
-  without_tiles::decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch);
+#ifdef FLASHPO_PAIRS
+  if (dtype == DType::bf16) return run<bf16, PairProduct>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);
+  without_pairs::decode_attention(plan, q, k_cache, v_cache, scale, softcap, sinks, out, lse, scratch);
 #else
   for_dtype("q", q, [&](auto element) {
     run<decltype(element)>(plan, q, k_cache, v_cache, sizes, options, out, lse, own);

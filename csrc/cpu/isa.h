@@ -13,13 +13,16 @@
 #ifndef FLASHPO_ISA
 #define FLASHPO_ISA baseline
 #endif
+#if defined(__AVX512BF16__) || defined(FLASHPO_EMULATE)
+#define FLASHPO_PAIRS  // there are instructions for products of bfloat16
 #if defined(__AMX_BF16__) || defined(FLASHPO_EMULATE_AMX)
-#define FLASHPO_TILES  // bfloat16 products are computed in tiles
+#define FLASHPO_TILES  // and they compute them in tiles
+#endif
 #endif
 
 namespace flashpo::FLASHPO_ISA {
 
-#if defined(__AVX512F__) || defined(FLASHPO_EMULATE_AMX)
+#if defined(__AVX512F__) || defined(FLASHPO_EMULATE)
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -157,6 +160,16 @@ static inline void store_part(T* p, vf x, int count) {
   alignas(64) T lanes[W];
   store(lanes, x);
   std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// Load or store W numbers, or the `left` that exist.
+template <typename T>
+static inline vf load_some(const T* p, int64_t left) {
+  return left >= W ? load(p) : load_part(p, static_cast<int>(left), 0.0f);
+}
+template <typename T>
+static inline void store_some(T* p, vf x, int64_t left) {
+  left >= W ? store(p, x) : store_part(p, x, static_cast<int>(left));
 }
 
 // Reduce all lanes to one number, by halves.

@@ -9,8 +9,8 @@
 #include "isa.h"
 #include "parallel.h"
 #include "product.h"
-#ifdef FLASHPO_TILES
-#include "product_amx.h"
+#ifdef FLASHPO_PAIRS
+#include "product_pairs.h"
 #endif
 
 namespace flashpo::FLASHPO_ISA {
@@ -40,7 +40,7 @@ void write(const Problem<T>& p, const float* sums, int64_t sums_stride, int64_t 
   }
 }
 
-#ifndef FLASHPO_TILES
+#ifndef FLASHPO_PAIRS
 
 // float32: a panel is (depth, 48).
 class Panels {
@@ -106,6 +106,8 @@ class Panels {
 
 // bfloat16: a panel is (depth / 32, 2, 16, 16, 2): tiles of 16 pairs of rows and 16 columns, two tiles next to each
 // other.
+#ifdef FLASHPO_TILES
+
 class Panels {
  public:
   using Element = bf16;
@@ -166,11 +168,50 @@ class Panels {
   alignas(64) float sums_[32 * WIDTH];
 };
 
+#else
+
+class Panels {
+ public:
+  using Element = bf16;
+  static constexpr int64_t WIDTH = 32;
+
+  explicit Panels(const Problem<bf16>& p) : p_(p) {}
+
+  void operator()(int64_t panel, int64_t row, int64_t rows) {
+    const Pairs weights{p_.packed + panel * p_.depth * WIDTH, 32, 512, 1024};
+    for (int64_t i = 0; i < rows; i += ROWS) {
+      const bf16* x = p_.x + (row + i) * p_.x_stride;
+      const auto go = [&](auto lines) {
+        multiply_rows<ROWS, 2>(rows - i, x, p_.x_stride, weights, p_.depth / 32, sums_, WIDTH, false, lines);
+      };
+      i == 0 ? go(Lines{reinterpret_cast<const char*>(weights.p) + AHEAD}) : go(NoLines{});
+      write(p_, sums_, WIDTH, row + i, std::min(ROWS, rows - i), panel * WIDTH, WIDTH);
+    }
+  }
+
+ private:
+  static constexpr int64_t ROWS = 12, AHEAD = 8192;  // the sums take 24 of 32 registers; bytes
+
+  // The two lines of weights of a pair of k.
+  struct Lines {
+    const char* p;
+    void fetch() {
+      __builtin_prefetch(p, 0, 2);
+      __builtin_prefetch(p + 64, 0, 2);
+      p += 128;
+    }
+  };
+
+  const Problem<bf16>& p_;
+  alignas(64) float sums_[ROWS * WIDTH];
+};
+
+#endif
 #endif
 
 }  // namespace
 
-#ifndef FLASHPO_TILES
+#ifndef FLASHPO_PAIRS
 
 // Both layouts consist of words of 4 bytes, which are a float or a pair of bfloat16. Word (k, column) of a panel goes
 // to (k, column) of a tile with `tile_columns` adjacent columns and `tile_depth` words k.
@@ -207,8 +248,8 @@ void pack_linear(const Tensor& weight, const Tensor& packed, int threads) {
 
 // packed is (panels, depth, 48) for float32 and (panels, depth / 32, 2, 16, 16, 2) for bfloat16.
 void packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, const Tensor& out, int threads) {
-#ifdef FLASHPO_TILES
-  if (x.dtype() != DType::bf16) return without_tiles::packed_linear(x, packed, bias, out, threads);
+#ifdef FLASHPO_PAIRS
+  if (x.dtype() != DType::bf16) return without_pairs::packed_linear(x, packed, bias, out, threads);
   constexpr DType dtype = DType::bf16;
   expect(packed.dim() == 6, "packed must have 6 dimensions");
   const int64_t depth = packed.size(1) * 32;

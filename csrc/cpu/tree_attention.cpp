@@ -1,5 +1,5 @@
-// Attention over a token tree on the CPU. Products of bfloat16 use AMX if available; everything else is fp32. The
-// formulas are those of python/flashpo/ops/tree_attention.py.
+// Attention over a token tree on the CPU. Products of bfloat16 use AMX or AVX512-BF16 if available; everything else is
+// fp32. The formulas are those of python/flashpo/ops/tree_attention.py.
 //
 // The tokens are cut into tiles. A tile of queries, with the query heads of one key head next to each other, is
 // combined with those tiles of keys that any of its queries sees. These are small products of tiles, whose layout is
@@ -241,7 +241,7 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 
 template <typename F>
 void for_element([[maybe_unused]] const Tensor& q, F&& run) {
-#ifdef FLASHPO_TILES
+#ifdef FLASHPO_PAIRS
   run(bf16{});
 #else
   for_dtype("q", q, run);
@@ -253,9 +253,9 @@ void for_element([[maybe_unused]] const Tensor& q, F&& run) {
 void tree_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks, const Tensor& end,
                         const Tensor& position, double scale, int64_t window, double softcap, const Tensor& out,
                         const Tensor& lse, const Tensor& scratch, int threads) {
-#ifdef FLASHPO_TILES
+#ifdef FLASHPO_PAIRS
   if (q.dtype() != DType::bf16)
-    return without_tiles::tree_attention_fwd(q, k, v, sinks, end, position, scale, window, softcap, out, lse, scratch,
+    return without_pairs::tree_attention_fwd(q, k, v, sinks, end, position, scale, window, softcap, out, lse, scratch,
                                              threads);
 #endif
   const Shape shape = shape_of(q, k, v, end);
@@ -287,9 +287,9 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
                         double scale, int64_t window, double softcap, const Tensor& lse, const Tensor& delta,
                         const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                         const Tensor& scratch, int threads) {
-#ifdef FLASHPO_TILES
+#ifdef FLASHPO_PAIRS
   if (q.dtype() != DType::bf16)
-    return without_tiles::tree_attention_bwd(q, k, v, end, position, scale, window, softcap, lse, delta, d_out, dq, dk,
+    return without_pairs::tree_attention_bwd(q, k, v, end, position, scale, window, softcap, lse, delta, d_out, dq, dk,
                                              dv, scratch, threads);
 #endif
   const Shape shape = shape_of(q, k, v, end);
@@ -329,9 +329,9 @@ void tree_attention_bwd(const Tensor& q, const Tensor& k, const Tensor& v, const
 
 int64_t tree_attention_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& end,
                                const Tensor& position, int64_t window, bool backward, int threads) {
-#ifdef FLASHPO_TILES
+#ifdef FLASHPO_PAIRS
   if (q.dtype() != DType::bf16)
-    return without_tiles::tree_attention_scratch(q, k, v, end, position, window, backward, threads);
+    return without_pairs::tree_attention_scratch(q, k, v, end, position, window, backward, threads);
 #endif
   const Shape shape = shape_of(q, k, v, end);
   const Tiles tiles(end, position, window);

@@ -16,16 +16,6 @@ constexpr int64_t BLOCK = 64;    // features in one piece of work
 constexpr int64_t TOKENS = 64;
 constexpr int64_t MOST = 8;      // the largest width of a convolution
 
-// Load W numbers, or as many as are left.
-template <typename T>
-vf some(const T* p, int64_t left) {
-  return left >= W ? load(p) : load_part(p, static_cast<int>(left), 0.0f);
-}
-template <typename T>
-void put(T* p, vf x, int64_t left) {
-  left >= W ? store(p, x) : store_part(p, x, static_cast<int>(left));
-}
-
 struct Convolution {
   int64_t tokens, features, width;
   const float* weight;       // (width, features); the newest token's row is first
@@ -77,13 +67,13 @@ void backward(const Convolution& conv, const Tensor& x, const T* d_out, int64_t 
     const int64_t window = conv.window(t, found);
     for (int64_t c = 0; c < count; c += W) {
       const int64_t left = count - c;
-      const vf d = some(d_out + t * features + begin + c, left);
+      const vf d = load_some(d_out + t * features + begin + c, left);
       store(sums[MOST] + c, load(sums[MOST] + c) + d);
       for (int64_t j = 0; j < window; ++j) {
         float* const to = dx + found[j] * features + begin + c;
-        const vf part = d * some(conv.weight + j * features + begin + c, left);
-        put(to, j == 0 ? part : some(to, left) + part, left);
-        store(sums[j] + c, load(sums[j] + c) + d * some(from + found[j] * x.stride(0) + c, left));
+        const vf part = d * load_some(conv.weight + j * features + begin + c, left);
+        store_some(to, j == 0 ? part : load_some(to, left) + part, left);
+        store(sums[j] + c, load(sums[j] + c) + d * load_some(from + found[j] * x.stride(0) + c, left));
       }
     }
     if ((t + 1) % TOKENS == 0) add_up();
@@ -110,11 +100,11 @@ void tree_conv_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias, co
         T* const to = out.data<T>() + t * conv.features;
         for (int64_t c = 0; c < conv.features; c += W) {
           const int64_t left = conv.features - c;
-          vf sum = offset != nullptr ? some(offset + c, left) : vf{};
+          vf sum = offset != nullptr ? load_some(offset + c, left) : vf{};
           for (int64_t j = 0; j < window; ++j)
-            sum += some(conv.weight + j * conv.features + c, left) *
-                   some(x.data<const T>() + found[j] * x.stride(0) + c, left);
-          put(to + c, sum, left);
+            sum += load_some(conv.weight + j * conv.features + c, left) *
+                   load_some(x.data<const T>() + found[j] * x.stride(0) + c, left);
+          store_some(to + c, sum, left);
         }
       }
     });

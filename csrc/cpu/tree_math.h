@@ -1,4 +1,5 @@
-// How tree attention stores and multiplies tiles: in words of 32 bits. A word is a float, or two bfloat16 for AMX.
+// How tree attention stores and multiplies tiles: in words of 32 bits. A word is a float, or a pair of bfloat16 where
+// instructions multiply such pairs.
 //
 // product: c = a b or c += a b, with sums in fp32. The rows of a are stored one after the other. A word of b holds PACK
 // rows of a column. `turn` transposes words, and `pack` turns rows into words of b. So, from rows x: x can be used as a
@@ -7,8 +8,8 @@
 #include <algorithm>
 
 #include "product.h"
-#ifdef FLASHPO_TILES
-#include "product_amx.h"
+#ifdef FLASHPO_PAIRS
+#include "product_pairs.h"
 #endif
 
 namespace flashpo::FLASHPO_ISA {
@@ -28,7 +29,7 @@ static inline void turn(const float* from, int64_t rows, int64_t columns, float*
   }
 }
 
-#ifndef FLASHPO_TILES
+#ifndef FLASHPO_PAIRS
 struct Math {
   static constexpr int64_t PACK = 1;
   static constexpr int64_t BLOCK = 1;  // `product` rounds rows and depth up to multiples of this

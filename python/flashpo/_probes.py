@@ -16,6 +16,7 @@ import flashpo
 from flashpo.ops import decode_layer, decode_step
 from flashpo.ops._wide import wide, wide_dtype
 from flashpo.ops.packed_linear import pack_linear, packed_linear
+from flashpo.ops.recurrence_step import recurrence_step
 from flashpo.ops.sample import uniform
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,6 +129,20 @@ def _token_by_token(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor
         states.append(state + k[t, :, :, None] * u[:, None])
     every = torch.stack(states)
     return (0.2 * torch.einsum("nhkv,nhk->nhv", every, q)).to(dtype), every[[69, 129, 149]]
+
+
+def _step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    inputs = (x.detach() for x in (q, k, v, decay, beta))
+    state = state.detach().clone()
+    return recurrence_step(state, *inputs, scale=0.2), state
+
+
+def _plain_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    state, q, k, v, decay, beta = (x.detach() for x in (state, q, k, v, decay, beta))
+    q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], 1) for x in (q, k))
+    kept = decay.exp()[..., None, None] * state
+    state = kept + k[..., None] * (beta[..., None] * (v - (kept.mT @ k[..., None])[..., 0]))[..., None, :]
+    return 0.2 * (state.mT @ q[..., None])[..., 0], state
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
@@ -311,6 +326,19 @@ PROBES = {
         ],
         _recurrence,
         _token_by_token,
+    ),
+    "recurrence_step": Probe(
+        lambda: [
+            torch.randn(7, 4, 24, 20, dtype=torch.float64),
+            torch.randn(7, 2, 24, dtype=torch.float64),
+            F.normalize(torch.randn(7, 2, 24, dtype=torch.float64), dim=-1),
+            torch.randn(7, 4, 20, dtype=torch.float64),
+            -torch.rand(7, 4, dtype=torch.float64),
+            torch.rand(7, 4, dtype=torch.float64),
+        ],
+        _step,
+        _plain_step,
+        (torch.float32,),
     ),
     "tree_conv": Probe(
         lambda: [torch.randn(shape, dtype=torch.float64) for shape in ((150, 40), (40, 4), (40,))],

@@ -2,13 +2,17 @@
 
 The modules of transformers compute these by calling functions of a few names, whose code is the same in all families.
 `install` permanently replaces each function by one that looks for a tree; without a tree it calls the original. So the
-gates, norms and projections around the recurrence remain the family's own code.
+gates, norms and projections around the recurrence remain the family's own code. In a decode step each row reads one
+token: `ONE_TOKEN_EACH` takes the place of the tree, and the functions that a family calls for a single token are ours.
 
     causal_conv1d_fn                LFM2's layers, and the short convolution before each of the following
     torch_chunk_gated_delta_rule    Gated DeltaNet: Qwen3-Next, Qwen3.5, OLMo hybrid
     chunk_kimi_delta_attention      Kimi Delta Attention
     mamba2_chunk_scan               Mamba-2: Granite 4, Nemotron-H, Falcon-H1, Bamba, Zamba 2
     mamba_selective_scan            Mamba: Jamba, Falcon-Mamba
+
+For a single token these are torch_recurrent_gated_delta_rule, recurrent_kimi_delta_attention and
+mamba2_selective_state_update. Falcon-H1 gives the last one no keywords, so there it stays the original.
 
 The tree is passed as a keyword argument, which a model passes on to its layers and these to such functions. Layers that
 do not pass on keywords get the tree in place of their mask, which they apply to their input before anything else.
@@ -28,12 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from flashpo.ops import _fla as fla
 from flashpo.ops._lineage import Lineage, is_tree
+from flashpo.ops.recurrence_step import DTYPE, recurrence_step
 from flashpo.ops.tree_conv import tree_conv
 from flashpo.ops.tree_recurrence import tree_recurrence
 from flashpo.ops.tree_scan import tree_scan
 
 KEYWORD = "flashpo_lineage"
+ONE_TOKEN_EACH = "one token each"  # given by that keyword in place of a tree; states are then written over
 CONVOLUTION = "causal_conv1d_fn"
 SCAN = "mamba_selective_scan"
 L2_EPS = 1e-6  # what all these families add to a squared length
@@ -56,6 +63,12 @@ def keywords(backbone: nn.Module, segments: Tensor, parents: Tensor, device: tor
     if not any(hasattr(scope, CONVOLUTION) for scope in _scopes(backbone)):
         return {}
     return {KEYWORD: Lineage(segments, parents, device)}
+
+
+def step_keywords(backbone: nn.Module) -> dict[str, str]:
+    """The keyword arguments of a decode step; empty if they do not reach the layers, or without `install`."""
+    installed = any(hasattr(getattr(scope, CONVOLUTION, None), "takes_trees") for scope in _scopes(backbone))
+    return {KEYWORD: ONE_TOKEN_EACH} if installed and reached_by_keyword(backbone) else {}
 
 
 def refusals(backbone: nn.Module, kinds: list[str]) -> Iterator[str]:
@@ -94,6 +107,20 @@ def _asking(ours: Callable) -> Callable:
         def function(*args: Any, **options: Any) -> Any:
             lineage = options.pop(KEYWORD, None)
             return original(*args, **options) if lineage is None else ours(lineage, *args, **options)
+
+        return function
+
+    return wrap
+
+
+def _stepping(ours: Callable) -> Callable:
+    """Wrap a function for a single token of each row. Ours declines what it does not know."""
+
+    def wrap(original: Callable, last: Any) -> Any:
+        def function(*args: Any, **options: Any) -> Any:
+            step = options.pop(KEYWORD, None)
+            done = ours(*args, **options) if step == ONE_TOKEN_EACH else NotImplemented
+            return original(*args, **options) if done is NotImplemented else done
 
         return function
 
@@ -171,10 +198,37 @@ def _delta_rule(
 ) -> tuple[Tensor, None]:
     q, k, v, decay, beta = (x.squeeze(0).float() for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
-        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS) for x in (q, k))
-    out, ends = tree_recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.keeps)
+        q, k = _unit_length(q), _unit_length(k)
+    if fla.runs(query):  # in the model's dtype, in which the family itself would call fla
+        q, k, v = (x.to(query.dtype) for x in (q, k, v))
+    recurrence = fla.tree_recurrence if fla.runs(query) else tree_recurrence
+    out, ends = recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.keeps)
     lineage.keep("recurrent", ends)
     return out.to(query.dtype)[None], None
+
+
+def _delta_rule_step(
+    query: Tensor,  # (R, 1, Hk, Dk)
+    key: Tensor,
+    value: Tensor,  # (R, 1, H, Dv)
+    g: Tensor,  # (R, 1, H), or (R, 1, H, Dk) in Kimi's
+    beta: Tensor,  # (R, 1, H)
+    *,
+    initial_state: Tensor,  # (R, H, Dk, Dv)
+    use_qk_l2norm_in_kernel: bool = False,
+    **options: Any,
+) -> Any:
+    if initial_state.dtype != DTYPE or fla.runs(query):  # then the original is fla's
+        return NotImplemented
+    q, k, v, decay, beta = (x.squeeze(1).float() for x in (query, key, value, g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = _unit_length(q), _unit_length(k)
+    out = recurrence_step(initial_state, q, k, v, decay, beta, scale=q.shape[-1] ** -0.5)
+    return out.to(query.dtype)[:, None], initial_state
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
 def _mamba2(
@@ -198,9 +252,39 @@ def _mamba2(
         dt = F.softplus(dt)
     dt = dt.clamp(*dt_limit).squeeze(0).float()
     x, k, q = (x.squeeze(0).float() for x in (hidden_states, B, C))
-    out, ends = tree_recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.keeps)
+    recurrence = fla.tree_recurrence if fla.runs(x) else tree_recurrence
+    out, ends = recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.keeps)
     lineage.keep("recurrent", None if ends is None else ends.mT)  # Mamba-2 keeps states as (Dv, Dk)
     return (out if D is None else out + D[:, None] * x)[None]
+
+
+def _mamba2_step(
+    state: Tensor,  # (R, H, Dv, Dk)
+    hidden_states: Tensor,  # (R, H, Dv)
+    dt: Tensor,  # (R, H, Dv), A (H, Dv, Dk), D and dt_bias (H, Dv): expanded from one number a head
+    A: Tensor,
+    B: Tensor,  # (R, Hk, Dk)
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    **options: Any,
+) -> Any:
+    of_heads = dt.stride(-1) == 0 and A.stride()[1:] == (0, 0) and (dt_bias is None or dt_bias.stride(-1) == 0)
+    if state.dtype != DTYPE or not of_heads:
+        return NotImplemented
+    dt = dt[..., 0]
+    if dt_bias is not None:
+        dt = dt + dt_bias[:, 0].to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    x, k, q, dt = (y.float() for y in (hidden_states, B, C, dt))
+    out = recurrence_step(state.mT, q, k, x * dt[..., None], A[:, 0, 0].float() * dt, None)
+    if D is not None:
+        out = out + D * x
+    return (out if z is None else out * F.silu(z)).to(hidden_states.dtype)
 
 
 def _mamba(
@@ -241,6 +325,9 @@ WRAPPERS: dict[str, Callable[[Callable, Any], Any]] = {
     "chunk_kimi_delta_attention": _asking(_delta_rule),
     "mamba2_chunk_scan": _asking(_mamba2),
     "mamba2_split_conv1d_scan_combined": _asking(_no_fusion),
+    "torch_recurrent_gated_delta_rule": _stepping(_delta_rule_step),
+    "recurrent_kimi_delta_attention": _stepping(_delta_rule_step),
+    "mamba2_selective_state_update": _stepping(_mamba2_step),
     SCAN: _following(_mamba, "convolved"),
     "mamba_inner_fn": _following(_no_fusion, "masked"),
     "create_recurrent_attention_mask": _making_masks,

@@ -13,6 +13,7 @@ from flashpo import _huge_pages, _op
 from flashpo._hosts import report
 from flashpo._hosts.versions import installed, standing
 from flashpo._probes import PROBES, check, run
+from flashpo.ops import _fla
 
 
 def check_all(devices: list[str]) -> bool:
@@ -57,7 +58,6 @@ def machine() -> list[tuple[str, str]]:
         return f"{found}, {standing(package, found)}" if found else "not installed"
 
     native = _op.native
-
     facts = [
         ("flashpo", flashpo.__version__),
         ("python", platform.python_version()),
@@ -65,6 +65,7 @@ def machine() -> list[tuple[str, str]]:
         ("triton", installed("triton") or "not installed"),
         ("trl", tested("trl")),
         ("transformers", tested("transformers")),
+        ("fla", _fla.why_not() or "its kernels compute the recurrences of hybrid models on GPUs"),
         ("native", _op.why_no_native or "C++ kernels for CPUs"),
         ("native, CUDA", _op.why_unavailable("native", "cuda") or "CUDA C++ kernels for GPUs"),
         ("cpu", f"{platform.machine()}, {native.isa if native else 'no'} kernels, {torch.get_num_threads()} threads"),

@@ -36,6 +36,15 @@ class Chunks(NamedTuple):
     sizes: Sequence[int]  # the number of chunks of each depth; the M chunks are sorted by depth
 
 
+class Level(NamedTuple):
+    """The segments of one depth, which is the number of segments before them in their sequences."""
+
+    segment: Tensor  # (n,) int64: their indices
+    token: Tensor  # int64: flat indices of their tokens, one segment behind the other
+    cu_seqlens: Tensor  # (n + 1,) int64: where each segment begins among these, and the number of these
+    parent: Tensor  # (n,) int64: where each segment's parent is in `segment` of the previous level; 0 at depth 0
+
+
 class Waves(NamedTuple):
     """The N tokens sorted by depth, the number of tokens before them in their sequences."""
 
@@ -75,6 +84,7 @@ class Lineage:
         self.device = torch.device(device)
         self.ancestors = functools.cache(self._ancestors)  # cached, because every layer asks for the same
         self.chunks = functools.cache(self._chunks)
+        self.levels = functools.cache(self._levels)
         self.waves = functools.cache(self._waves)
 
     @classmethod
@@ -145,6 +155,24 @@ class Lineage:
         there = (x.to(self.device) for x in (token, place, bounds[:, 2].contiguous(), lasts))
         # Mypy does not know the number of tensors
         return Chunks(*there, tuple(map(len, depths)))  # type: ignore[call-arg, arg-type]
+
+    def _levels(self) -> list[Level]:
+        depths: list[list[int]] = []
+        of: list[tuple[int, int]] = []  # for each segment its depth and its index within that depth
+        for segment, parent in enumerate(self.parent):
+            depth = of[parent][0] + 1 if parent >= 0 else 0
+            if depth == len(depths):
+                depths.append([])
+            of.append((depth, len(depths[depth])))
+            depths[depth].append(segment)
+        levels = []
+        for segments in depths:
+            token = [t for s in segments for t in range(self.begin[s], self.stop[s])]
+            lengths = itertools.accumulate((self.stop[s] - self.begin[s] for s in segments), initial=0)
+            parents = [of[self.parent[s]][1] if self.parent[s] >= 0 else 0 for s in segments]
+            there = (torch.tensor(x, device="cpu").to(self.device) for x in (segments, token, list(lengths), parents))
+            levels.append(Level(*there))
+        return levels
 
     def _waves(self) -> Waves:
         depth = torch.arange(self.tokens, device="cpu")

@@ -21,14 +21,14 @@ def packs(weight: Tensor) -> bool:
 
 
 def packs_dtype(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and native.isa == "amx")
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and native.isa in ("avx512bf16", "amx"))
 
 
 def pack_linear(weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Copy the weight (N, K) of a linear layer into the layout that `packed_linear` takes.
 
     N is filled up with zeros to whole panels. float32 (and other dtypes in the reference): panels of 48 columns of the
-    result, (N / 48, K, 48). bfloat16: the tile format of AMX, (N / 32, K / 32, 2, 16, 16, 2), where a tile has 16 pairs
+    result, (N / 48, K, 48). bfloat16: AMX's tile format, (N / 32, K / 32, 2, 16, 16, 2), where a tile has 16 pairs
     of k and 16 columns; K must be a multiple of 32.
 
     Args:

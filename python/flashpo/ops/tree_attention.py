@@ -62,7 +62,8 @@ def tree_attention(
 
     Returns:
         (N, Hq, Dv) in the dtype of q. Sums and softmax are in fp32 or wider. Where the hardware multiplies 16-bit
-        numbers (GPUs; bfloat16 on CPUs with AMX), p and ds are rounded to the dtype of q before they are multiplied.
+        numbers (GPUs; bfloat16 on CPUs with AVX512-BF16 or AMX), p and ds are rounded to the dtype of q before they are
+        multiplied.
 
     Raises:
         TypeError, ValueError: the message names the argument. (Values of `end` on CUDA: a device assertion.)

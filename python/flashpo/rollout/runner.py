@@ -6,13 +6,13 @@ The step can therefore be captured as a CUDA graph. On a CPU the same function r
 
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashpo import _fallbacks
+from flashpo import _fallbacks, _recurrent
 from flashpo._causal_lm import CausalLM
 from flashpo._memory import out_of_memory
 from flashpo.ops import decode_attention, sample
@@ -137,6 +137,7 @@ class Step:
         rows, segments = sizes.rows, sizes.shared + sizes.rows
         self.parts, self.cache, self.sizes, self.fused = parts, cache, sizes, fused
         self.states: States | None = None  # the recurrent states of the rows of a hybrid model
+        self.of_states: dict[str, Any] = {}  # the keywords by which its layers get them
         # the segments of decode_attention: shared segments first, then the segment of each row
         self.readers = zeros(segments, 2, dtype=torch.int32)
         self.start = zeros(segments, dtype=torch.int32)
@@ -219,7 +220,7 @@ class Step:
                 input_ids=self.token[:, None],
                 position_ids=(self.position + self.ahead)[:, None].long(),
                 use_cache=self.states is not None,
-                **({} if self.states is None else {cache_keyword(self.parts.backbone): self.states}),
+                **self.of_states,
             ).last_hidden_state[:, -1]
 
     def __call__(self) -> None:
@@ -297,6 +298,8 @@ class Runner:
         if states is not None:  # entries of the batch without a row need some state, too
             places = [*states, *[states[0]] * (sizes.rows - len(states))]
             step.states = States(self.parts.base.config.get_text_config(), places)
+            step.of_states = {cache_keyword(self.parts.backbone): step.states}
+            step.of_states |= _recurrent.step_keywords(self.parts.text)
         return step
 
     def _capture(self, step: Step) -> tuple[Step, Callable[[], object]]:

@@ -24,7 +24,7 @@ from flashpo.trl.experimental import EXPERIMENTAL
 
 # part of FlashPO -> prefixes of the operators that show that it ran
 PARTS = {
-    "rollout engine": ("decode_", "sample_rows", "kv_append"),
+    "rollout engine": ("decode_", "sample_rows", "kv_append", "recurrence_step"),
     "token trees": ("tree_",),
     "LM head": ("linear_logprob", "linear_divergence"),
     "log-probs of whole logits": ("selective_log_softmax",),

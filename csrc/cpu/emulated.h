@@ -1,6 +1,5 @@
-// The AMX and AVX-512 instructions used by product_amx.h, packed_linear.cpp and tree_math.h, in plain C++ and with
-// their own names, so that the same kernels run and are tested on any processor. Only builds with FLASHPO_EMULATE_AMX
-// use it.
+// The AMX and AVX-512 instructions used for products of bfloat16, in plain C++ and with their own names, so that the
+// same kernels run and are tested on any processor. Only builds with FLASHPO_EMULATE use it.
 //
 // They follow Intel's manual (Software Developer's Manual, volume 2). Products of bfloat16 read subnormal numbers as 0,
 // are summed in two chains of fp32 (one for the even and one for the odd elements of the pairs), round to nearest even,
@@ -71,6 +70,13 @@ static inline void _tile_stored(int i, void* to, int64_t stride) {
 
 static inline float without_subnormals(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
+static inline float number_of_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return without_subnormals(x);
+}
+
 static inline void _tile_dpbf16ps(int c, int a, int b) {
   auto &to = emulated_tiles()[c], &left = emulated_tiles()[a], &right = emulated_tiles()[b];
   if (left.rows < to.rows || right.bytes < to.bytes || right.rows < left.bytes / 4)
@@ -79,10 +85,7 @@ static inline void _tile_dpbf16ps(int c, int a, int b) {
   const auto number = [](const uint8_t* p) {
     uint16_t half;
     std::memcpy(&half, p, sizeof half);
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return without_subnormals(x);
+    return number_of_bf16(half);
   };
   float wide[16][32];  // the right tile as floats, with both elements of a pair next to each other
   for (int k = 0; k < pairs; ++k)
@@ -102,7 +105,7 @@ static inline void _tile_dpbf16ps(int c, int a, int b) {
   }
 }
 
-// The AVX-512 instructions that are used along with them.
+// The AVX-512 instructions that are used along with them, or in their place.
 using __m512i = uint16_t __attribute__((vector_size(64)));
 using __m512 = vf;
 using __mmask32 = uint32_t;
@@ -130,6 +133,21 @@ static inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i order, __m512
   return __builtin_shuffle(a, b, order);
 }
 static inline __m512i _mm512_permutexvar_epi16(__m512i order, __m512i x) { return __builtin_shuffle(x, order); }
+
+static inline __m512i _mm512_set1_epi32(int32_t x) {
+  __m512i y;
+  for (int i = 0; i < 16; ++i) std::memcpy(reinterpret_cast<char*>(&y) + 4 * i, &x, sizeof x);
+  return y;
+}
+// Unlike in AMX, the odd element of a pair is added to the sum first, and then the even one.
+using __m512bh = __m512i;
+static inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 1; j >= 0; --j)
+      sum[i] = without_subnormals(without_subnormals(sum[i]) +
+                                  number_of_bf16(a[2 * i + j]) * number_of_bf16(b[2 * i + j]));
+  return sum;
+}
 
 static inline uint16_t rounded_to_bf16(float x) {
   x = without_subnormals(x);
