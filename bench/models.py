@@ -154,7 +154,7 @@ def try_family(family: str, build: Callable = tiny_model) -> Row:
     answer = support(model)
     reason = parity._difference(model, _roll, None) if answer.ok else answer.reason
     rollout = reason or ("yes, with states" if answer.hybrid else "yes")
-    return Row(family, rollout, _packed(model), found=answer.ok and reason is not None)
+    return Row(family, rollout, _packed(model), found=answer.ok and bool(reason))
 
 
 def _roll(model, prompts, params, images=None):

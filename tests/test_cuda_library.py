@@ -28,7 +28,7 @@ def native(tmp_path, monkeypatch):
 
 
 def test_none(native):
-    assert _cuda_library.why_not(native) == "no libflashpo_cuda*.so beside flashpo._C (built without a CUDA compiler)"
+    assert _cuda_library.why_not(native) == "no libflashpo_cuda*.so next to flashpo._C (built without a CUDA compiler)"
 
 
 def test_a_broken_file(native, tmp_path):

@@ -190,7 +190,7 @@ def test_errors():
         rope_append(q, k, q, angle, angle, *cache, slot)
     with pytest.raises(ValueError, match="cos must be"):
         rope_append(q, k, v, angle[:, :3], angle[:, :3], *cache, slot)
-    with pytest.raises(ValueError, match="both or none"):
+    with pytest.raises(ValueError, match="both or neither"):
         rope_append(q, k, v, angle, angle, *cache, slot, q_weight=torch.ones(4))
     with pytest.raises(ValueError, match="slot holds values beyond"):
         rope_append(q, k, v, angle, angle, *cache, slot + 128)

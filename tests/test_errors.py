@@ -81,7 +81,7 @@ caches, table = (torch.zeros(2, 1, 8, 64), torch.zeros(2, 1, 64, 8)), torch.zero
         ("x must be a torch.Tensor, got list", lambda: flashpo.masked_quantile([1.0], ones, 0.5)),
         ("mask must be a torch.Tensor", lambda: flashpo.masked_quantile(rows, None, 0.5)),
         ("quantiles must be a number, got str", lambda: flashpo.masked_quantile(rows, ones, "0.5")),
-        ("quantiles is empty", lambda: flashpo.masked_quantile(rows, ones, ())),
+        ("quantiles must have at least one number", lambda: flashpo.masked_quantile(rows, ones, ())),
         ("old_logprob must have the shape", lambda: flashpo.ratio_quantiles(rows, rows[:, :1], ones)),
         ("old_logprob must be a torch.Tensor", lambda: flashpo.ratio_quantiles(rows, None, ones)),
         ("lengths must be a torch.Tensor", lambda: flashpo.overlong_penalty([1, 2], 10, 3)),

@@ -304,7 +304,7 @@ flat = dict(rewards=torch.randn(5), values=torch.randn(5), mask=torch.ones(5, dt
         (r"gamma must be in \[0, 1\], got nan", {"gamma": NAN}),
         ("gamma must be a number, got str", {"gamma": "1"}),
         (r"lam must be in \[0, 1\], got -0.1", {"lam": -0.1}),
-        ("group is used by whiten=True alone", {"group": object()}),
+        ("group must be None with whiten=False", {"group": object()}),
         (r"rewards must be \(B, T\), or \(N,\) with cu_seqlens", {"cu_seqlens": torch.tensor([0, 5])}),
         ("cu_seqlens must be int64", flat | {"cu_seqlens": torch.tensor([0, 5]).int()}),
         ("cu_seqlens must be a torch.Tensor", flat | {"cu_seqlens": [0, 5]}),

@@ -176,7 +176,7 @@ def test_a_layer_that_reads_tokens_in_order_runs_beside_compiled_ones(graphs):
     for b in trees()[1:]:
         assert torch.equal(packed(model, b, TEMPERATURE)[0], packed(plain, b, TEMPERATURE)[0])
     assert graphs.count == 1
-    assert said == ["Lfm2DecoderLayer: a layer that reads tokens in order reads the tree on the host"]
+    assert said == ["Lfm2DecoderLayer: a layer that reads tokens in order needs the tree on the host"]
 
 
 def fails(graph, inputs):

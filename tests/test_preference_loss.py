@@ -255,7 +255,7 @@ N = torch.ones(3, dtype=torch.int64)
         ("pair_weight: aot sorts", (X, X), {"pair_weight": X, "loss": "aot"}),
         ("loss must be one of .*, got 'dpo'", (X, X), {"loss": "dpo"}),
         ("see also kto_loss", (X, X), {"loss": "kto"}),
-        ("loss names no loss", (X, X), {"loss": ()}),
+        ("loss must name at least one loss", (X, X), {"loss": ()}),
         ("loss_weights has 1", (X, X), {"loss": ("sigmoid", "hinge"), "loss_weights": (1,)}),
         ("loss_weights must be finite", (X, X), {"loss_weights": (float("nan"),)}),
         ("beta must be positive", (X, X), {"beta": 0.0}),

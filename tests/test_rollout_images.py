@@ -184,7 +184,7 @@ def test_a_wrong_engine_is_found(fault, monkeypatch):
     engine = RolloutEngine(model, fallback="error")
     images = of_prompts(model, prompts, fields)
     fault(monkeypatch)
-    assert "log-probs behind an image differ" in engine.why_not_images(prompts, images)
+    assert "log-probs after an image differ" in engine.why_not_images(prompts, images)
 
 
 def test_a_right_engine_passes():

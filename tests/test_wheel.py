@@ -141,7 +141,7 @@ def test_builds_without_a_cuda_compiler(tmp_path):
     code = f"import sys; sys.path[:0] = {[str(tmp_path / 'site'), *sys.path]!r}; from flashpo import _op"
     run = [sys.executable, "-S", "-c", f"{code}; print(_op.why_unavailable('native', 'cuda'))"]
     said = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("no libflashpo_cuda*.so beside flashpo._C")
+    assert said.startswith("no libflashpo_cuda*.so next to flashpo._C")
 
 
 def test_no_instruction_set_leaks_into_another(wheel):

@@ -19,7 +19,7 @@ def why_not(native: ModuleType) -> str:
     folder = Path(native.__file__ or "").parent
     found = {int(name[1]): path for path in folder.iterdir() if (name := NAME.fullmatch(path.name))}
     if not found:
-        return "no libflashpo_cuda*.so beside flashpo._C (built without a CUDA compiler)"
+        return "no libflashpo_cuda*.so next to flashpo._C (built without a CUDA compiler)"
     names = ", ".join(path.name for path in found.values())
     if torch.version.cuda is None:
         return f"torch is built without CUDA, so {names} is not loaded"

@@ -83,7 +83,7 @@ def _memory(whole: nn.Module, config: Any) -> list[str]:
     sizes = ", ".join(f"{token * n / 2**20:,.1f} MiB for {n:,} tokens" for n in LENGTHS)
     most = longest(config.get_text_config())
     limit = "" if most is None else f"; sequences of at most {most:,} tokens"
-    state = "; its linear layers keep a state beside it" if is_hybrid(config.get_text_config()) else ""
+    state = "; its linear layers keep a state in addition" if is_hybrid(config.get_text_config()) else ""
     return [f"  KV cache of a sequence, in {str(dtype).removeprefix('torch.')}: {sizes}{limit}{state}"]
 
 

@@ -58,10 +58,10 @@ SAID = {  # for each feature: what FlashPO does, and what happens if TRL does no
     ADVANTAGES: ("group_advantages", "TRL computes the advantages"),
     LOSS: ("policy_loss", "TRL computes the loss from our log-probs"),
     GROUPS: ("completions of a prompt stay in one micro-batch", "TRL shuffles them apart"),
-    OLD_LOGPROBS: ("old_logprobs='rollout' can be had", "old_logprobs='rollout' is an error"),
-    DYNAMIC_SAMPLING: ("can be had", "dynamic_sampling is an error"),
-    COMPLETIONS: ("of a prompt can be had", "num_generations is an error"),
-    TEACHERS: ("can be had", "a dict of teachers is an error"),
+    OLD_LOGPROBS: ("old_logprobs='rollout' is available", "old_logprobs='rollout' is an error"),
+    DYNAMIC_SAMPLING: ("available", "dynamic_sampling is an error"),
+    COMPLETIONS: ("available for each prompt", "num_generations is an error"),
+    TEACHERS: ("available", "a dict of teachers is an error"),
 }
 
 _FUSED: dict[str, Any] = {

@@ -201,7 +201,7 @@ def _check(segments: Tensor, parents: Tensor) -> None:
     begin, stop = segments[:, 0], segments[:, 1]
     if begin[0] != 0 or (begin >= stop).any() or (begin[1:] != stop[:-1]).any():
         raise ValueError(
-            f"segments must lie one behind the other from 0 on, none of them empty, got {segments.tolist()}"
+            f"segments must follow each other from token 0 on, none of them empty, got {segments.tolist()}"
         )
     if ((parents < -1) | (parents >= torch.arange(len(parents), device="cpu"))).any():
         raise ValueError(f"parents must be earlier segments, or -1, got {parents.tolist()}")

@@ -142,7 +142,7 @@ def rope_append(
     if q.dim() != 2 or q.shape[1] % (heads * features):
         raise ValueError(f"q must be (N, a multiple of {heads} * {features}), got {tuple(q.shape)}")
     if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight: both or none")
+        raise ValueError("q_weight and k_weight must be given both or neither")
     rows = q.shape[0]
     if cos.dim() != 2 or cos.shape[1] > features or cos.shape[1] % 2:
         raise ValueError(f"cos must be ({rows}, an even number up to {features}), got {tuple(cos.shape)}")

@@ -156,7 +156,7 @@ def topk_divergence(
     if student_logits.dim() < 1 or indices.dim() < 1 or indices.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
             "indices must have the dimensions of student_logits but the last, and one of K tokens, "
-            f"got {tuple(indices.shape)} beside {tuple(student_logits.shape)}"
+            f"got {tuple(indices.shape)} for student_logits of {tuple(student_logits.shape)}"
         )
     check_share("beta", beta)
     check_positive("temperature", temperature)

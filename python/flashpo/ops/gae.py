@@ -70,7 +70,7 @@ def gae(
     check_share("lam", lam)
     check_flag("whiten", whiten)
     if group is not None and not whiten:
-        raise ValueError("group is used by whiten=True alone")
+        raise ValueError("group must be None with whiten=False, got a group")
     check_group("group", group)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rewards)

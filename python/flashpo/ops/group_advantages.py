@@ -133,7 +133,7 @@ def _check(rewards, group, lengths, reward_weights) -> tuple[Tensor, list[float]
             continue
         check_dtype(name, x, torch.int64)
         if x.shape != rewards.shape[:1]:
-            raise ValueError(f"{name} must be ({rewards.shape[0]},) beside rewards, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be ({rewards.shape[0]},) for as many rows of rewards, got {tuple(x.shape)}")
         check_device(name, x, "rewards", rewards)
     rewards = wide(rewards.detach())
     rewards = rewards[:, None] if rewards.dim() == 1 else rewards

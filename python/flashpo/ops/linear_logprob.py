@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashpo._op import op
+from flashpo._precision import autocast_to
 from flashpo.ops import _linear_logprob_cpu as cpu
 from flashpo.ops._check import (
     check_device,
@@ -327,8 +328,7 @@ class LinearLogprob(torch.autograd.Function):
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the head's GEMM: autocast's if it is on, otherwise that of `hidden`."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return autocast_to(hidden.device.type) or hidden.dtype
 
 
 def gather_partials(partial: Tensor, vocab: int, group: dist.ProcessGroup) -> Tensor:

@@ -34,7 +34,7 @@ def masked_quantile(
     _check(x, "x", mask, group)
     wanted = tuple(quantiles) if isinstance(quantiles, (tuple, list)) else (quantiles,)
     if not wanted:
-        raise ValueError("quantiles is empty")
+        raise ValueError("quantiles must have at least one number, got none")
     for q in wanted:
         check_share("quantiles", q)
     return _quantiles(x, mask, wanted, group)

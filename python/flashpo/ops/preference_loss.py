@@ -142,7 +142,7 @@ def _names(loss: str | Sequence[str]) -> tuple[str, ...]:
         raise TypeError(f"loss must be a name or a sequence of names, got {type(loss).__name__}")
     names = (loss,) if isinstance(loss, str) else tuple(loss)
     if not names:
-        raise ValueError("loss names no loss")
+        raise ValueError("loss must name at least one loss, got none")
     for name in names:
         check_choice("loss", name, PREFERENCE_LOSSES, "; see also kto_loss")
     return names

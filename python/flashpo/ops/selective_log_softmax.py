@@ -70,7 +70,7 @@ def selective_log_softmax(
     check_flag("inplace_backward", inplace_backward)
     if inplace_backward:
         if torch.compiler.is_compiling():
-            raise ValueError("inplace_backward cannot be honoured under torch.compile")
+            raise ValueError("inplace_backward must be False under torch.compile, got True")
         check_disjoint("logits", logits)
     side = check_outputs(outputs)
     if logits.dim() != 3:

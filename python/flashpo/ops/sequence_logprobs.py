@@ -110,7 +110,7 @@ class Segments:
     def __init__(self, flat: Tensor, cu_seqlens: Tensor):
         check_dtype("cu_seqlens", cu_seqlens, torch.int32, torch.int64)
         if flat.dim() != 1:
-            raise ValueError(f"logprob must be (N,) beside cu_seqlens, got {tuple(flat.shape)}")
+            raise ValueError(f"logprob must be (N,) with cu_seqlens, got {tuple(flat.shape)}")
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
         check_device("cu_seqlens", cu_seqlens, "logprob", flat)

@@ -124,7 +124,10 @@ def _check(q, k, v, end, position, window, softcap, sinks) -> None:
             )
         check_device("sinks", sinks, "q", q)
     here = torch.arange(q.shape[0], dtype=torch.int32, device=end.device)
-    check_that(((end > here) & (end <= q.shape[0])).all(), "end must lie behind its token and not behind the last one")
+    check_that(
+        ((end > here) & (end <= q.shape[0])).all(),
+        "end must be greater than the index of its token, and at most the number of tokens",
+    )
 
 
 def _seen(end: Tensor, position: Tensor, window: int) -> Tensor:

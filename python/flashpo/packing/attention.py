@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from flashpo._causal_lm import CHUNKED, masks_windows, text_model
 from flashpo._hosts.transformers import ATTENTION
+from flashpo._precision import autocast_to
 from flashpo.ops._lineage import is_tree
 from flashpo.ops.tree_attention import attend
 from flashpo.packing import dense
@@ -166,9 +167,8 @@ def _attend_tree(
     **options,
 ) -> Tensor:
     end, position = tree[0, 0].unbind(0)
-    device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device):  # rotary embeddings return fp32, and autocast does not know our attention
-        dtype = torch.get_autocast_dtype(device)
+    # rotary embeddings return fp32, and autocast does not know our attention
+    dtype = autocast_to(query.device.type) or query.dtype
     # squeeze, because its backward is a view, while the backward of x[0] fills a tensor with zeros and copies
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
     scale = float(q.shape[2] ** -0.5 if scaling is None else scaling)

@@ -60,7 +60,7 @@ def compile_layers(
     kinds: dict[Hashable, Kind] = {}
     for layer in layers:
         if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
-            refuse(f"{type(layer).__name__}: a layer that reads tokens in order reads the tree on the host")
+            refuse(f"{type(layer).__name__}: a layer that reads tokens in order needs the tree on the host")
             continue
         key = _kind(layer)
         if key not in kinds:
@@ -113,10 +113,11 @@ class Kind:
         variant = self._variant(layer, args[0])
         if variant in self._judged:
             return self._guarded
-        if not _mark_tokens((*args, *keywords.values()), mask.shape[-1]):  # try again with a tree of another size
+        tokens = mask.shape[-1]
+        if not _mark_tokens((*args, *keywords.values()), tokens):  # try again with a tree of another size
             return None
         with one_at_a_time, self._timing():
-            reason = self._why_wrong(layer, args, keywords)
+            reason = self._why_wrong(layer, args, keywords, tokens)
         if reason:
             self._turn_off(reason)
             return None
@@ -140,10 +141,12 @@ class Kind:
         autocast = autocast_to(hidden.device.type)
         return torch.is_grad_enabled(), hidden.requires_grad, layer.training, autocast, hidden.dtype
 
-    def _why_wrong(self, layer: nn.Module, args: tuple, keywords: dict[str, Any]) -> str:
-        """Compile the layer and compare it with the uncompiled one. Returns what is wrong; empty if the two agree."""
+    def _why_wrong(self, layer: nn.Module, args: tuple, keywords: dict[str, Any], tokens: int) -> str:
+        """Compile the layer and compare it with the uncompiled one. Returns what is wrong; empty if the two agree.
+
+        tokens: the number of tokens of the tree.
+        """
         hidden, calls = args[0], CALLS.copy()
-        tokens = next(x for x in (*args, *keywords.values()) if is_tree(x)).shape[-1]
         # reentrant checkpointing runs the forward without gradients first
         gradless = [False] if checkpoints(layer) and _reentrant(layer) else []
 

@@ -226,11 +226,8 @@ def _coarsest(model: nn.Module) -> torch.dtype:
     """The coarsest dtype in which a forward computes. fp32 counts as the finest even for fp64 models, because norms and
     rotary angles are computed in fp32."""
     device = next(model.parameters()).device.type
-    dtypes: list[Any] = [p.dtype for p in model.parameters()] + [
-        getattr(m, "compute_dtype", None) for m in model.modules()
-    ]
-    if torch.is_autocast_enabled(device):
-        dtypes.append(torch.get_autocast_dtype(device))
+    dtypes: list[Any] = [p.dtype for p in model.parameters()]
+    dtypes += [getattr(m, "compute_dtype", None) for m in model.modules()] + [autocast_to(device)]
     return max((x for x in (torch.float32, torch.bfloat16, torch.float16) if x in [torch.float32, *dtypes]), key=_eps)
 
 

@@ -55,7 +55,7 @@ def split_by_tokens(
             continue
         for row in range(start, stop):
             if length[row] > max_tokens:
-                raise ValueError(f"max_tokens is {max_tokens}, a row has {length[row]} tokens")
+                raise ValueError(f"max_tokens must be at least the length of a row, {length[row]}, got {max_tokens}")
             if tokens(cuts[-1], row + 1) > max_tokens:
                 cuts.append(row)
     ranges = [(begin, stop) for begin, stop in pairwise([*cuts, len(length)]) if begin < stop]

@@ -124,7 +124,9 @@ class RolloutEngine:
         if now == self._structure:
             return
         if self.pool.in_session and self._structure is not None:
-            raise RuntimeError("the model's modules or config have changed within a session")
+            raise RuntimeError(
+                "the model's modules or config changed within a session, which keeps what the earlier ones computed"
+            )
         self.support, self.checked = support(self.model), not self.check
         self.pool.drop()
         self.view.release()
@@ -341,7 +343,7 @@ class RolloutEngine:
             RuntimeError: The engine is in a session already.
         """
         if self.pool.in_session:
-            raise RuntimeError("session() of an engine that is in one")
+            raise RuntimeError("session() must not be called within a session of the same engine")
         try:
             with self.pool.session():
                 yield
@@ -355,7 +357,7 @@ class RolloutEngine:
             RuntimeError: The engine is in a session.
         """
         if self.pool.in_session:
-            raise RuntimeError("release() within a session")
+            raise RuntimeError("release() must not be called within a session, which reads what it would free")
         self.pool.drop()
         self.view.release()
         release_tree_tiles()
@@ -398,7 +400,9 @@ class RolloutEngine:
 
     def _check(self, prompts, params: list[SamplingParams], adapters: Sequence[str] | None) -> None:
         if len(params) != len(prompts):
-            raise ValueError(f"params must be one SamplingParams or one for each of {len(prompts)} prompts")
+            raise ValueError(
+                f"params must be one SamplingParams or one for each of {len(prompts)} prompts, got {len(params)}"
+            )
         if adapters is not None and len(adapters) != len(prompts):
             raise ValueError(f"adapters must have a name for each of {len(prompts)} prompts, not {len(adapters)}")
         for name in set(adapters or ()):
@@ -410,14 +414,16 @@ class RolloutEngine:
             if len(prompt) == 0:
                 raise ValueError(f"prompts[{i}] is empty: there is nothing to continue")
             if min(prompt) < 0 or max(prompt) >= vocabulary:
-                raise ValueError(f"prompts[{i}] holds ids outside [0, {vocabulary})")
+                raise ValueError(
+                    f"prompts[{i}] holds ids outside [0, {vocabulary}): they range from {min(prompt)} to {max(prompt)}"
+                )
             if longest is not None and len(prompt) + p.max_new_tokens > longest:
                 raise ValueError(
                     f"prompts[{i}] has {len(prompt)} tokens: with max_new_tokens={p.max_new_tokens} it would pass the "
                     f"{longest} positions that the model has, or up to which they mean the same in every batch"
                 )
             if p.stop_strings and self.tokenizer is None:
-                raise ValueError("stop_strings need the engine's tokenizer")
+                raise ValueError("stop_strings need a tokenizer, and this engine was made with tokenizer=None")
 
 
 def places(model: nn.Module, view: WeightView) -> tuple[int, ...]:

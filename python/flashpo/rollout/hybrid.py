@@ -117,7 +117,7 @@ def states_of(config: PreTrainedConfig, kept: dict[str, list[Tensor]], rows: int
     for kind in ("conv", "recurrent"):
         wanted, found = [key for key in keys if key[1] == kind], kept.get(kind, [])
         if len(found) != len(wanted):
-            raise Unsupported(f"{len(found)} layers have left a {kind} state behind a token tree, not {len(wanted)}")
+            raise Unsupported(f"{len(found)} layers returned a {kind} state for a token tree, expected {len(wanted)}")
         for key, values in zip(wanted, found):
             for state, value in zip(states, values):
                 state[key] = value.clone()  # a view would keep the tensor of all rows alive

@@ -97,7 +97,7 @@ def _difference_with_images(model: nn.Module, roll: Roll, autocast: torch.dtype 
             raise
         return f"{type(error).__name__} on prompts with an image: {error}"
     if "nan" in rollouts.finish_reasons:
-        return "its log-probs are not finite behind an image"
+        return "its log-probs after an image are not finite"
 
     def beside(rows: list[int], tokens: Tensor) -> dict[str, Tensor]:
         return rows_of(images, [rollouts.prompt_index[row] for row in rows]) | sample.types_of(tokens)
@@ -108,7 +108,7 @@ def _difference_with_images(model: nn.Module, roll: Roll, autocast: torch.dtype 
     if found.distance <= found.allowed:
         return ""
     rounding = f"what rounding does to its own forward is {found.noise:.1e}"
-    return f"log-probs behind an image differ by {found.distance:.1e} ({found.average}, {found.dtype}), {rounding}"
+    return f"log-probs after an image differ by {found.distance:.1e} ({found.average}, {found.dtype}), {rounding}"
 
 
 def why_wrong(model: nn.Module, roll: Roll, autocast: torch.dtype | None = None) -> str:

@@ -91,7 +91,7 @@ class WeightView:
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         if mode == "alias" and lora == "merged":
-            raise ValueError("lora: merging needs a buffer, which mode='alias' rules out")
+            raise ValueError("lora='merged' needs a buffer for the merged weights, which mode='alias' rules out")
         self.model, self.mode, self.dtype, self.lora = model, mode, dtype, lora
         self.buffers: dict[tuple[nn.Module, str], Tensor] = {}
         self._groups: dict[nn.Module, list[nn.Linear]] = {}  # a layer -> all layers with its input, itself included
@@ -104,9 +104,9 @@ class WeightView:
 
     def __enter__(self) -> "WeightView":
         if self._inside is not None:
-            raise RuntimeError("this WeightView is open already")
+            raise RuntimeError("this WeightView is open already: it cannot be entered again before it ends")
         if reason := sharding.why_no_view(self.model):
-            raise ValueError(f"no view of the model's weights: {reason}")
+            raise ValueError(f"the model's weights cannot be viewed: {reason}")
         sharding.reshard(self.model)
         with contextlib.ExitStack() as inside:
             inside.enter_context(self._unchanged())
@@ -130,7 +130,7 @@ class WeightView:
     def release(self) -> None:
         """Frees the buffers. CUDA graphs that read them have to be captured again."""
         if self._inside is not None:
-            raise RuntimeError("release() of an open WeightView")
+            raise RuntimeError("release() must not be called while the WeightView is open")
         self.buffers.clear()
         self._packed, self._memory = {}, HugePages()
 
@@ -172,7 +172,7 @@ class WeightView:
         try:
             yield
             if self.fingerprint() != before:
-                raise RuntimeError("weights or active adapters changed during the rollout: its samples are of neither")
+                raise RuntimeError("weights or active adapters changed during the rollout: its samples mix old and new")
         finally:
             self._sharded = []
 

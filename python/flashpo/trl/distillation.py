@@ -95,7 +95,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         given = Teachers(teacher_model)
         lacks = why_not(self._trl_class, TEACHERS) or why_not(self._trl_class, TREES)
         if lacks and len(given.given) > 1:
-            raise ValueError(f"teacher_model: several teachers cannot be had: {lacks}")
+            raise ValueError(f"teacher_model must be one model with this TRL, not a dict of several: {lacks}")
         with given.constructing(self._trl_class) as first:
             super().__init__(model, first, *args, **kwargs)
         self.teachers: dict[str, Any] = given.prepared(self)
@@ -112,7 +112,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
     def _say_what_trl_lacks(self) -> None:
         """Warn once of what TRL's own code does here; raise an error if the user has asked for ours."""
         if self._completions != 1 and (reason := why_not(self._trl_class, COMPLETIONS)):
-            raise ValueError(f"num_generations={self._completions} cannot be had: {reason}")
+            raise ValueError(f"num_generations must be 1 with this TRL, got {self._completions}: {reason}")
         if reason := why_not(self._trl_class, TREES):
             self._sharing.allowed(reason)
 
@@ -264,7 +264,7 @@ class DistillationTrainer(Sampling, distillation_trainer.DistillationTrainer):
         return [student, *(self.accelerator.unwrap_model(teacher) for teacher in self.teachers.values())]
 
     def _batch(self, student, inputs) -> Batch | None:
-        """The micro-batch as models take it on trees; None where something beside its text is against that."""
+        """The micro-batch as models take it on trees; None if something other than its text prevents that."""
         models = [model for model in self._models(student) if CausalLM.of(model).base in self._on_trees]
         if not models:
             return None

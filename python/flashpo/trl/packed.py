@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor
     images: Images | None = None
+    tree: TokenTree | None = None  # the pruned tree of all rows, if it has been packed already
 
     def rows(self, index: Tensor) -> "Batch":
         return Batch(self.input_ids[index], self.attention_mask[index], self.images and self.images.rows(index))
@@ -66,16 +67,16 @@ class PackedScoring:
         """Whether the models and options allow token trees; a batch may still have something that does not."""
         return self.sharing.allowed(self.prepare())
 
-    def takes(self, beside: dict[str, Any], input_ids: Tensor, attention_mask: Tensor) -> Batch | None:
+    def takes(self, other_inputs: dict[str, Any], input_ids: Tensor, attention_mask: Tensor) -> Batch | None:
         """The batch in the form that `score` takes; None if it cannot run on a tree.
 
-        beside: the inputs that TRL passes in addition to the tokens.
+        other_inputs: those that TRL passes in addition to the tokens.
         """
         if not self.ready():
             return None
         try:
             with self.trainer.accelerator.autocast():
-                images = self._images.of(self._models(), beside, input_ids, attention_mask)
+                images = self._images.of(self._models(), other_inputs, input_ids, attention_mask)
             if images is not None and self._critic_reads_text:
                 raise ValueError("the batch has images: a critic with a backbone of its own reads text")
         except (TypeError, ValueError) as error:
@@ -128,16 +129,21 @@ class PackedScoring:
             self.sharing.compile(CausalLM.of(model).backbone if head else model, self.trainer._phases)
         return ""
 
-    def runs(self, batch: Batch | None, scored: Tensor) -> bool:
-        """Whether `score` shall run a batch. `batch`: None if `takes` has refused it. All ranks have to ask."""
+    def agreed(self, batch: Batch | None, scored: Tensor) -> Batch | None:
+        """The batch if `score` shall run it, otherwise None. All ranks have to ask.
+
+        batch: what `takes` has returned.
+        """
         if not self.ready():
-            return False
+            return None
         models, on_tree = self._models(), batch is not None
         backbones = [CausalLM.of(model).backbone for model in models]
         as_mask = [backbone for backbone in backbones if dense.installed(text_model(backbone))]
         if batch is not None and as_mask:
-            on_tree = self.sharing.pays(as_mask[0], batch.pack(models, scored, prune=True))
-        return self.sharing.agreed(on_tree, models, batch is not None and batch.images is not None)
+            tree = batch.pack(models, scored, prune=True)
+            batch, on_tree = batch._replace(tree=tree), self.sharing.pays(as_mask[0], tree)
+        shows = batch is not None and batch.images is not None
+        return batch if self.sharing.agreed(on_tree, models, shows) else None
 
     def score(
         self,
@@ -162,14 +168,15 @@ class PackedScoring:
             "fp32_head": getattr(self.trainer.args, "cast_lm_head_to_fp32", False),  # RLOOConfig has no such option
             "aux_loss": compute_aux_loss,
         }
-        (input_ids, attention_mask, images), prune = batch, not compute_aux_loss
+        models = self._models()
+        (input_ids, attention_mask, images, packed), prune = batch, not compute_aux_loss
         if batch_size is None or batch_size >= len(input_ids):
             parts = [torch.arange(len(input_ids), device=input_ids.device)]
+            trees = [packed if packed is not None and prune else batch.pack(models, scored, prune)]
         else:
             most = batch_size * input_ids.shape[1]
             parts = split_by_tokens(input_ids, attention_mask, scored, most, prune=prune, images=images)
-        models = self._models()
-        trees = [batch.rows(rows).pack(models, scored[rows], prune) for rows in parts]
+            trees = [batch.rows(rows).pack(models, scored[rows], prune) for rows in parts]
         self.trainer._phases.ran(sum(len(tree.tokens) for tree in trees), input_ids.numel())
         if batch_size is not None and any(map(sharding.meets, models)):
             trees += [_least(batch, models, scored, prune)] * (self._most_of_ranks(len(trees)) - len(trees))

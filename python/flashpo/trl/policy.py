@@ -56,7 +56,7 @@ class PolicyTrainer(PolicyMetrics, PolicyScoring):
             if not (reason := why_not(self._trl_class, what)):
                 continue
             if (value := getattr(self.args, option, neutral)) != neutral:
-                raise ValueError(f"{option}={value!r} cannot be had: {reason}")
+                raise ValueError(f"{option}={value!r} is not available with this TRL: {reason}")
             if left:
                 self._keep_trls(f"{left} to TRL: {reason}")
 

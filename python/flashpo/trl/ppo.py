@@ -85,9 +85,11 @@ class PPOTrainer(GRPOTrainer):
         if critic_model is not None and args.critic != "shared":
             raise ValueError(f"critic_model and PPOConfig.critic={args.critic!r} exclude each other")
         if optimizers[0] is not None:
-            raise ValueError("optimizers: an optimizer made before the critic does not train it; set PPOConfig.optim")
+            raise ValueError(
+                "optimizers[0] must be None: made before the critic, it would not train it. Set PPOConfig.optim"
+            )
         if reason := why_not(self._trl_class, TREES) or why_not(self._trl_class, ADVANTAGES):
-            raise PatchError(f"PPOTrainer is made of TRL's GRPOTrainer as FlashPO knows it: {reason}")
+            raise PatchError(f"PPOTrainer needs a GRPOTrainer of TRL that FlashPO knows: {reason}")
         super().__init__(model, reward_funcs, args, optimizers=optimizers, **kwargs)
         policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
         backbone: Any = self._load_backbone(policy) if critic_model is None else critic_model.base_model

@@ -124,7 +124,7 @@ class PolicyScoring(GroupComparing):
         if active():
             batch = self._packed.takes(multimodal, input_ids, attention_mask)
             of_batch = attention_mask[:, -logits_to_keep:] if scored is None else scored
-            if self._packed.runs(batch, of_batch) and batch is not None:
+            if (batch := self._packed.agreed(batch, of_batch)) is not None:
                 return self._packed.score(model, batch, of_batch, batch_size, compute_entropy, compute_aux_loss)
         if scored is not None:
             model = without_tokens(model, scored == 0)

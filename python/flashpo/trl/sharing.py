@@ -71,8 +71,8 @@ class Sharing:
         if self.mode is True or not dense.installed(text) or dense.pays(tree):
             return True
         self._skip(
-            f"the attention of {type(text).__name__} takes a token tree as one mask, and where rows share little, that "
-            "has more scores than theirs"
+            f"the attention of {type(text).__name__} takes a token tree as one dense mask, which has more scores than "
+            "padded rows where the rows share little"
         )
         return False
 

@@ -70,14 +70,14 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:i], arguments[i:]
 
 
-def parse(words: list[str], beside: Switches) -> Switches:
-    """The switches of `beside`, changed as the words say.
+def parse(words: list[str], before: Switches) -> Switches:
+    """The switches of `before`, changed as the words say.
 
     Raises:
         ValueError: a word is not one of our options, or lacks its value.
     """
     given = {name: value for name, value in vars(_parser().parse_args(words)).items() if value is not None}
-    return replace(beside, **given)
+    return replace(before, **given)
 
 
 def of_environment() -> Switches:

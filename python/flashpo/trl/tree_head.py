@@ -214,8 +214,8 @@ def _ends(trainer: Any, before: str | None) -> None:
 def _pack(model: Any, images: TrainerImages, batch: dict[str, Any], prune: bool) -> TokenTree:
     flattened = "position_ids" in batch and "attention_mask" not in batch
     needed, redundant = (FLATTENED, BOUNDARIES) if flattened else (ROWS, set())
-    beside = {name: x for name, x in batch.items() if name not in needed | redundant}
-    for name in sorted(beside if flattened else beside.keys() - OF_IMAGES):
+    others = {name: x for name, x in batch.items() if name not in needed | redundant}
+    for name in sorted(others if flattened else others.keys() - OF_IMAGES):
         raise ValueError(f"the batch has {name}")
     for name in sorted(needed - batch.keys()):
         raise ValueError(f"the batch has no {name}")
@@ -226,7 +226,7 @@ def _pack(model: Any, images: TrainerImages, batch: dict[str, Any], prune: bool)
     if flattened:
         return _pack_flattened(batch["input_ids"], scored, batch["position_ids"], prune)
     rows = batch["input_ids"], batch["attention_mask"]
-    return pack_rows([model], *rows, scored, prune, images.of([model], beside, *rows))
+    return pack_rows([model], *rows, scored, prune, images.of([model], others, *rows))
 
 
 def _pack_flattened(input_ids: Tensor, scored: Tensor, position_ids: Tensor, prune: bool) -> TokenTree:

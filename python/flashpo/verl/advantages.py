@@ -205,11 +205,11 @@ def check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon must be {EPSILON}, got {epsilon}")
 
 
-def keys(index: Sequence, beside: Tensor) -> Tensor:
-    """verl's group labels, which are often strings, as int64 numbers (B,) on the device of `beside`."""
+def keys(index: Sequence, like: Tensor) -> Tensor:
+    """verl's group labels, which are often strings, as int64 numbers (B,) on the device of `like`."""
     numbers: dict[Any, int] = {}
     labels = index.tolist() if isinstance(index, np.ndarray | Tensor) else index
-    return torch.tensor([numbers.setdefault(x, len(numbers)) for x in labels], dtype=torch.int64, device=beside.device)
+    return torch.tensor([numbers.setdefault(x, len(numbers)) for x in labels], dtype=torch.int64, device=like.device)
 
 
 def whiten(advantage: Tensor, mask: Tensor) -> Tensor:
