@@ -1,4 +1,4 @@
-"""The examples: the arithmetic, its tokenizer and model, and two steps of each script, stock and in `flashpo run`."""
+"""The examples: their data, tokenizers and models, and two steps of each script, stock and in `flashpo run`."""
 
 import argparse
 import importlib
@@ -118,6 +118,22 @@ def test_ppo(critic, model, tmp_path):
     assert "reward" in history[0]
     assert "reward" not in history[1]  # the second minibatch of the same generations
     assert (tmp_path / "critic.safetensors").exists()
+
+
+def test_colours(tmp_path):
+    """TRL's own script trains on the pictures, and is told that they were shared."""
+    import colours
+
+    assert colours.named([[{"content": "red red ."}], [{"content": ""}]], ["red", "blue"]) == [2 / 3, 0.0]
+    colours.save(tmp_path, rows=16)
+    few = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--num_generations", "4"]
+    command = [sys.executable, "-m", "flashpo", "run", "trl", "grpo", "--config", tmp_path / "grpo.yaml", *few]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=EXAMPLES.parent, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "rollout engine, token trees, LM head, loss, advantages by FlashPO" in done.stderr
+    assert "equal images once in generation and in token trees" in done.stderr
+    assert "left to TRL" not in done.stderr
 
 
 NOTEBOOKS = """

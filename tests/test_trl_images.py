@@ -1,16 +1,12 @@
 """TRL's trainers on data with images: each image and shared prefix is computed once; loss and gradients are TRL's."""
 
-import os
-import subprocess
-import sys
-
 import peft
 import pytest
 import torch
 import trl
 from datasets import Dataset
 from image_processors import images_data, picture, qwen_processor, says
-from trl_models import assert_ran, assert_same, assert_same_training, load, make_trainer, model_path, train
+from trl_models import assert_ran, assert_same, assert_same_training, load, make_trainer, train
 
 import flashpo
 import flashpo.trl
@@ -175,28 +171,3 @@ def test_rollouts_by_the_engine():
     assert_ran("decode_attention_fwd", "tree_attention_fwd")
     for log in trainer.state.log_history[:2]:
         assert log["rollout/mismatch/max"] < 1e-4
-
-
-SCRIPT = """
-import sys
-from image_processors import images_data, picture, qwen_processor
-from trl import GRPOConfig, GRPOTrainer
-
-def reward(completion_ids, **kwargs):
-    return [sum(ids) % 7 for ids in completion_ids]
-
-settings = dict(use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no", num_generations=4)
-config = GRPOConfig(output_dir=sys.argv[2], per_device_train_batch_size=4, max_completion_length=6, **settings)
-data = images_data("GRPO", [[picture(10)], [picture(90)]])
-GRPOTrainer(sys.argv[1], reward, args=config, train_dataset=data, processing_class=qwen_processor()).train()
-"""
-
-
-def test_a_script_of_trl_is_told_that_images_were_shared(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "flashpo.run", tmp_path / "script.py", model_path("qwen3_vl"), tmp_path / "out"]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "rollout engine, token trees, LM head, loss, advantages by FlashPO" in done.stderr
-    assert "equal images once in generation and in token trees" in done.stderr

@@ -80,6 +80,9 @@ SHARDINGS = {
     "zero2": lambda: zero(2),
     "zero3": lambda: zero(3),
     "fsdp2": lambda: fsdp(2, reshard_after_forward=True),
+    "fsdp2_images": lambda: fsdp(
+        2, reshard_after_forward=True, transformer_layer_cls_to_wrap=["Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"]
+    ),
     "fsdp2_offload": lambda: fsdp(2, reshard_after_forward=True, cpu_offload=True),
     "fsdp1": lambda: fsdp(1, sync_module_states=False, cpu_ram_efficient_loading=False),
 }
@@ -87,7 +90,7 @@ SHARDINGS = {
 
 def trained(name: str, package, **options) -> tuple[dict, dict]:
     """Logs and whole weights after `max_steps`."""
-    trainer = make_trainer(name, package, **COMMON, **OPTIONS[name], **options)
+    trainer = make_trainer(name, package, **COMMON | OPTIONS[name] | options)
     steps = train(trainer)
     return [step.loss for step in steps], whole(trainer)
 
@@ -108,8 +111,9 @@ def whole(trainer) -> dict[str, torch.Tensor]:
 
 def check_same_training(rank: int, folder: str, name: str, sharding: str, teacher: str) -> None:
     options = {"model": folder} | ({"teacher_model": teacher} if name == "Distillation" else {})
+    options |= with_images(name, rank) if sharding == "fsdp2_images" else {}
     losses, weights = trained(name, trl, ddp_find_unused_parameters=False, **options)
-    start = make_trainer(name, trl, **COMMON, **OPTIONS[name], **options).model.state_dict()
+    start = make_trainer(name, trl, **COMMON | OPTIONS[name] | options).model.state_dict()
     with launched():
         how = SHARDINGS[sharding]() | dict(use_cpu=False)
         flashpo.stats(reset=True)
@@ -120,6 +124,7 @@ def check_same_training(rank: int, folder: str, name: str, sharding: str, teache
     refused = [reason for reason in _fallbacks.said if "rollout engine" in reason]
     assert len(refused) == (name == "GRPO" and sharding == "fsdp1")
     assert all("FSDP1 shards the weights: use FSDP2" in reason for reason in refused)
+    assert sharding == "fsdp1" or not _fallbacks.said
     _fallbacks.said.clear()
     if rank == 0:
         torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=1e-5)
@@ -129,41 +134,19 @@ def check_same_training(rank: int, folder: str, name: str, sharding: str, teache
             assert (ours[n] - w).norm() <= 1e-3 * step, f"{n}: {(ours[n] - w).norm() / step}"
 
 
-def check_images(rank: int, folder: str, name: str) -> None:
-    """Both processes run the tower, on different numbers of images, and in GRPO one of them has equal rewards."""
-    layers = ["Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"]
-    pictures = [[picture(10)], [picture(60), picture(80)], [picture(20), picture(30)], [picture(10)]]
-    options = OPTIONS[name] | dict(model=folder, processing_class=qwen_processor())
-    options |= dict(train_dataset=images_data(name, pictures)) | ({"max_length": None} if name == "SFT" else {})
-    if name == "GRPO":
-        options["reward_funcs"] = equal_rewards if rank else reward
-    stock = make_trainer(name, trl, **COMMON | dict(ddp_find_unused_parameters=False), **options)
-    start = {n: p.detach().clone() for n, p in stock.model.named_parameters()}
-    losses = [step.loss for step in train(stock)]
-    with launched():
-        how = fsdp(2, reshard_after_forward=True, transformer_layer_cls_to_wrap=layers) | dict(use_cpu=False)
-        flashpo.stats(reset=True)
-        trainer = make_trainer(name, flashpo.trl, **COMMON, **how, **SAMPLED_BY_TRL.get(name, {}), **options)
-        our_losses = [step.loss for step in train(trainer)]
-        ours = whole(trainer)
-    assert_ran("linear_logprob_bwd", "tree_attention_fwd", "tree_attention_bwd")
-    assert not _fallbacks.said
-    if rank == 0:
-        torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=1e-5)
-        for n, p in stock.model.named_parameters():
-            step = (p.detach() - start[n]).norm()
-            assert (ours[n] - p.detach()).norm() <= 1e-3 * step, n
-        assert any("visual" in n and not torch.equal(p, start[n]) for n, p in stock.model.named_parameters())
+def with_images(name: str, rank: int) -> dict:
+    """Options for a step on rows with one image or two; in GRPO, one process has equal rewards."""
+    images = [[picture(10)], [picture(60), picture(80)], [picture(20), picture(30)], [picture(10)]]
+    options = dict(train_dataset=images_data(name, images), processing_class=qwen_processor(), max_steps=1)
+    return options | ({"max_length": None} if name == "SFT" else {"reward_funcs": equal_rewards if rank else reward})
 
 
 def check_rollouts_of_images(rank: int, folder: str) -> None:
     """The engine generates if both processes have images, and TRL if only one of them has."""
-    layers = ["Qwen3VLTextDecoderLayer", "Qwen3VLVisionBlock"]
     with launched():
-        how = fsdp(2, reshard_after_forward=True, transformer_layer_cls_to_wrap=layers) | dict(use_cpu=False)
-        data = images_data("GRPO", [[picture(10)], [picture(60), picture(80)]])
-        options = OPTIONS["GRPO"] | dict(train_dataset=data, processing_class=qwen_processor())
-        trainer = make_trainer("GRPO", flashpo.trl, model=folder, **COMMON, **options, **how)
+        how = SHARDINGS["fsdp2_images"]() | dict(use_cpu=False)
+        options = COMMON | OPTIONS["GRPO"] | with_images("GRPO", rank) | how
+        trainer = make_trainer("GRPO", flashpo.trl, model=folder, **options)
         train(trainer)
         assert_ran("decode_attention_fwd", "tree_attention_fwd")
         assert trainer._rollouts.generated
@@ -173,10 +156,8 @@ def check_rollouts_of_images(rank: int, folder: str) -> None:
         trainer._rollouts._all_show(True)
         with pytest.raises(CannotGenerate, match="only some processes have prompts with images"):
             trainer._rollouts._all_show(rank == 0)
-        sharing = trainer._packed.sharing
-        assert sharing.agreed(True, [trainer.model], shows=True)
-        assert sharing.agreed(True, [trainer.model], shows=False)
-        assert not sharing.agreed(True, [trainer.model], shows=rank == 0)
+        agreed = trainer._packed.sharing.agreed
+        assert [agreed(True, [trainer.model], shows) for shows in (True, False, rank == 0)] == [True, True, False]
         _fallbacks.said.clear()
 
 
@@ -247,13 +228,10 @@ def test_fsdp():
     folder = model_path()
     same = [(check_same_training, folder, name, "fsdp2", model_path("qwen3_tied")) for name in OPTIONS]
     others = [(check_same_training, folder, *how, "") for how in (("SFT", "fsdp2_offload"), ("GRPO", "fsdp1"))]
-    in_two_processes(*same, *others, (check_ranks_meet, folder, "fsdp2"))
-
-
-def test_fsdp2_with_images():
-    folder = model_path("qwen3_vl")
-    images = [(check_images, folder, name) for name in ("SFT", "GRPO")]
-    in_two_processes(*images, (check_rollouts_of_images, folder))
+    shows = model_path("qwen3_vl")
+    images = [(check_same_training, shows, name, "fsdp2_images", "") for name in ("SFT", "GRPO")]
+    images += [(check_rollouts_of_images, shows)]
+    in_two_processes(*same, *others, *images, (check_ranks_meet, folder, "fsdp2"))
 
 
 @needs_deepspeed

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,8 +172,10 @@ class Images(NamedTuple):
 def _tensor(name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         try:
+            if isinstance(x, list | tuple):  # as processors return images of one size
+                x = torch.stack([*x]) if all(isinstance(part, Tensor) for part in x) else np.stack(x)
             x = torch.as_tensor(x)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}") from None
     return x
 

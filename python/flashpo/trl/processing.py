@@ -131,7 +131,9 @@ def _equal(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and np.array_equal(a, b)
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-    return isinstance(a, str | list) and a == b
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return isinstance(a, str | int) and a == b
 
 
 def repeated(model: Any, once: BatchFeature, images: Sequence[Sequence[Any]], which: list[int]) -> BatchFeature:
@@ -143,19 +145,24 @@ def repeated(model: Any, once: BatchFeature, images: Sequence[Sequence[Any]], wh
         TypeError, ValueError: it is not known which part of a result belongs to which row.
     """
     fields = {name: x for name, x in once.items() if name not in OF_TOKENS}
-    for name, x in fields.items():
-        if name not in FIELDS or not isinstance(x, np.ndarray | Tensor):
-            raise ValueError(f"what belongs to which prompt is not known of {name}, a {type(x).__name__}")
-    tensors = {name: torch.as_tensor(x) for name, x in fields.items()}
+    if unknown := fields.keys() - {*FIELDS}:
+        raise ValueError(f"what belongs to which prompt is not known of {', '.join(sorted(unknown))}")
     ids, live = padded([torch.as_tensor(x).tolist() for x in once["input_ids"]], torch.device("cpu"))
-    taken = Images.of(model, ids, live, tensors | counted(tensors, images)).fields_of_rows(which)
+    taken = Images.of(model, ids, live, fields | counted(fields, images)).fields_of_rows(which)
     results: dict[str, Any] = {}
     for name, x in once.items():
         if name in taken:
-            results[name] = taken[name].numpy() if isinstance(x, np.ndarray) else taken[name]
+            results[name] = _as_given(taken[name], x)
         else:
             results[name] = [list(x[i]) for i in which] if isinstance(x, list) else x[which]
     return type(once)(results)
+
+
+def _as_given(taken: Tensor, given: Any) -> Any:
+    """A tensor in the form in which the processor gives it: an array, a tensor or a list of them."""
+    if isinstance(given, list):
+        return [_as_given(x, given[0]) for x in taken]
+    return taken.numpy() if isinstance(given, np.ndarray) else taken
 
 
 def _same(a: BatchFeature, b: BatchFeature) -> bool:
