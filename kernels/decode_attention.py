@@ -116,11 +116,9 @@ def attend(
                 found = tl.load(block_table + s.to(tl.int64) * M + j)
                 known = (found >= 0) & (found < cache_blocks)
                 tile = (tl.where(known, found, 0).to(tl.int64) * heads + head) * BLOCK
-                keys = tl.load(
-                    k_cache + tile * D + d[:, None] * BLOCK + key[None, :],
-                    mask=(d[:, None] < D) & live[None, :],
-                    other=0.0,
-                )
+                # Keys of one feature are contiguous, and a mask along them would split each load into single elements.
+                # Past the row's last token a block still has memory; `seen` discards what is there, NaN too.
+                keys = tl.load(k_cache + tile * D + d[:, None] * BLOCK + key[None, :], mask=d[:, None] < D, other=0.0)
                 values = tl.load(
                     v_cache + tile * DV + key[:, None] * DV + dv[None, :],
                     mask=live[:, None] & (dv[None, :] < DV),
@@ -244,8 +242,8 @@ def merge_kernel(
 
 def tile(rep: int, features: int, value_features: int, itemsize: int, shared: int) -> dict[str, int]:
     """A tile of about 8 rows (a usual group) per program, in whole tensor-core tiles. It has fewer rows if the queries
-    and weights leave no room for a tile of the cache. Many small programs hide more latency than the stages of few
-    large ones."""
+    and weights leave no room for a tile of the cache. Where there is room for two tiles of keys and of values, the next
+    ones are copied while these are multiplied."""
     block_d, block_dv = (max(triton.next_power_of_2(n), 16) for n in (features, value_features))
     fewest = max(triton.next_power_of_2(rep), 16)
     block_q = max(min(triton.next_power_of_2(8 * rep), 64), fewest)
@@ -256,7 +254,10 @@ def tile(rep: int, features: int, value_features: int, itemsize: int, shared: in
     while block_q > fewest and room(block_q) < BLOCK.value * max(block_d, block_dv) * itemsize:
         block_q //= 2
     blocks = {"BLOCK_Q": block_q, "BLOCK_ROW": fewest, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
-    return {**blocks, "num_stages": 1, "num_warps": max(2, min(block_q // 16, 8))}
+    if itemsize > 2:  # fp32 is multiplied without tensor cores, and registers limit it
+        return {**blocks, "num_stages": 1, "num_warps": max(2, min(block_q // 16, 8))}
+    ahead = room(block_q) >= 2 * BLOCK.value * (block_d + block_dv) * itemsize
+    return {**blocks, "num_stages": 2 if ahead else 1, "num_warps": max(4, min(block_q // 16, 8))}
 
 
 def forward(

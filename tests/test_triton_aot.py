@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from flashpo.bench import cubin
 from flashpo.kernels import (
     decode_attention,
     decode_layer,
@@ -45,6 +46,12 @@ TARGETS = {
     "MI300": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# The kernels that take long to compile leave out what another pair shows: the RTX 4090 has the A100's instructions and
+# the RTX 5090's shared memory; fp32 is multiplied alike on all of NVIDIA's, so that only shared memory matters.
+PAIRS = [
+    *((name, "bf16") for name in ("A100", "H100", "B200", "RTX 5090", "MI300")),
+    *((name, "fp32") for name in ("H100", "RTX 5090", "MI300")),
+]
 INTEGERS = {
     "index": "i64",
     "target": "i64",
@@ -117,6 +124,18 @@ def compile(kernel, target, dtype, absent=(), num_warps=4, num_stages=3, numbers
     return triton.compile(source, target=target, options=options)
 
 
+def check_code(compiled, target, dtype, staged=True):
+    """What ptxas made of 16-bit operands: no load of a single element, no spills between products; if staged, copies
+    of 16 bytes."""
+    if dtype == "fp32" or target.backend != "cuda" or target.arch not in cubin.MULTIPROCESSORS:
+        return
+    code = cubin.read(compiled.asm["cubin"], compiled.metadata.num_warps, compiled.metadata.shared)
+    assert 2 not in code.widths(r"LDG\.", hot=True)
+    assert code.spills_in_main_loops == 0
+    if staged:
+        assert set(code.widths("LDGSTS")) == {16}
+
+
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_kernels(name, dtype):
@@ -140,8 +159,7 @@ def test_joining_kernels(name):
             assert compile(kernel, target, "fp32", SIDE=side, BLOCK=128).metadata.shared <= limit
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), PAIRS)
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
 def test_gemm_kernels(name, dtype, full):
     target, limit, instruction = TARGETS[name]
@@ -170,8 +188,7 @@ def test_gemm_kernels(name, dtype, full):
                 assert "st.global.v4.b32" in text
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "dtype"), PAIRS)
 @pytest.mark.parametrize("mode", [1, 2])
 def test_kernels_of_two_heads(name, dtype, mode):
     target, limit, instruction = TARGETS[name]
@@ -195,8 +212,7 @@ def test_kernels_of_two_heads(name, dtype, mode):
         assert "tf32" not in text if dtype == "fp32" else instruction in text
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), PAIRS)
 @pytest.mark.parametrize(
     ("rep", "features", "value_features", "full"),
     [(2, 128, 128, False), (8, 80, 64, True), (4, 256, 256, True)],
@@ -216,6 +232,7 @@ def test_decode_kernels(name, dtype, rep, features, value_features, full):
         assert "tf32" not in ptx  # fp32 is fp32
         assert dtype == "fp32" or "mma" in ptx
         assert "ld.global.v4.b32" in ptx or "cp.async.cg" in ptx  # 16 bytes a load
+    check_code(compiled, target, dtype, tile["num_stages"] > 1)
     merge = {
         "DV": value_features,
         "PARTS": before + own,
@@ -293,8 +310,8 @@ def test_policy_kernels(name, loss):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "dim", "full"),
-    [(name, "bf16", dim, dim == 128) for name in TARGETS for dim in (128, 256)]
-    + [(name, "fp32", 64, False) for name in ("A100", "MI300")],  # for minutes, were it more
+    [(name, "bf16", dim, dim == 128) for name, dtype in PAIRS if dtype == "bf16" for dim in (128, 256)]
+    + [("MI300", "fp32", 64, False)],  # for minutes, were it more
 )
 def test_tree_kernels(name, dtype, dim, full):
     target, limit, instruction = TARGETS[name]
