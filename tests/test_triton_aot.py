@@ -24,6 +24,7 @@ from flashpo.kernels import (
     linear_divergence,
     linear_logprob,
     policy_loss,
+    recurrence_step,
     selective_log_softmax,
     token_stats,
     tree_attention,
@@ -83,7 +84,7 @@ FLOATS = (
     "out", "partials", "rows", "d_logprob", "d_entropy", "token_temperature", "logprob", "old_logprob", "advantage",
     "ref_logprob", "rollout_logprob", "importance_ratio", "entropy", "entropy_threshold", "num_items", "loss_out",
     "s_rows", "t_rows", "kl", "d_divergence", "stats", "grads", "factors", "d_loss", "sums", "parts", "sinks", "lse",
-    "delta", "decay", "beta", "states", "solved", "update", "read", "ends", "d_update", "d_ends", "d_before",
+    "delta", "decay", "beta", "state", "states", "solved", "update", "read", "ends", "d_update", "d_ends", "d_before",
     "d_behind", "d_decay", "d_beta",
 )  # fmt: skip
 SCALES = (
@@ -349,6 +350,19 @@ def test_recurrence_kernels(name, dtype, dims, delta):
         compiled = compile(kernel, target, dtype, absent, **options)
         assert compiled.metadata.shared <= limit
         assert "tf32" not in compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]  # fp32 is fp32
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_recurrence_step(name):
+    """States are read and written 16 bytes at a time, in both layouts."""
+    target, limit, _ = TARGETS[name]
+    sizes = {"group": 2, "DK": 128, "DV": 128, "BLOCK_K": 128, "BLOCK_V": 32}
+    for strides, features, absent in (((128, 1), False, ()), ((1, 128), True, ("beta",))):
+        layout = {"STRIDE_K": strides[0], "STRIDE_V": strides[1], "DECAY_OF_FEATURES": features}
+        compiled = compile(recurrence_step.step_kernel, target, "fp32", absent, **sizes, **layout)
+        assert compiled.metadata.shared <= limit
+        if target.backend == "cuda":
+            assert "st.global.v4" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("name", TARGETS)
