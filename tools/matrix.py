@@ -1,5 +1,5 @@
 """`make matrix`: the short parity tests with every TRL and transformers of `flashpo._hosts.versions`; their table in
-docs/versions.md.
+README.md and docs/versions.md.
 
 Each row has an environment of its own that borrows the packages of the one that runs this, but for what the row pins.
 """
@@ -20,7 +20,7 @@ import torch
 from flashpo._hosts.versions import MATRIX, Row
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "versions.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "versions.md")
 TESTS = "tests/test_matrix.py"
 HEAD = [
     "| TRL | transformers | torch | Python | date | passed | of TRL |",
@@ -84,7 +84,8 @@ def main() -> int:
         versions = (row.trl, row.transformers, torch.__version__, platform.python_version())
         lines.append(f"| {' | '.join(versions)} | {datetime.date.today()} | {passed} | {said} |")
     if rows == list(MATRIX):
-        RESULTS.write_text(filled(RESULTS.read_text(), lines))
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), lines))
     print("\n".join(lines))
     return failed
 
