@@ -185,6 +185,7 @@ def test_gemm_kernels(name, dtype, full):
             assert "tf32" not in text  # fp32 is fp32
         else:
             assert instruction in text
+            check_code(compiled, target, dtype)
             if target.backend == "cuda" and kernel is linear_logprob.d_logits_kernel:  # 16 bytes a store
                 assert "st.global.v4.b32" in text
 
