@@ -1,6 +1,6 @@
 """An ordinary TRL script that does not mention FlashPO; grpo_step.py times it with and without `flashpo run`.
 
-python bench/step_script.py MODEL OUT PROMPTS PROMPT_TOKENS NEW_TOKENS STEPS SEED LEARNING_RATE
+python bench/step_script.py MODEL OUT PROMPTS PROMPT_TOKENS NEW_TOKENS STEPS SEED LEARNING_RATE [--use-vllm]
 """
 
 import sys
@@ -29,7 +29,7 @@ config = GRPOConfig(
     out, max_steps=steps, per_device_train_batch_size=prompts * COMPLETIONS, num_generations=COMPLETIONS,
     max_completion_length=new_tokens, learning_rate=float(sys.argv[8]), lr_scheduler_type="constant",
     gradient_checkpointing=cuda, use_cpu=not cuda, bf16=cuda, seed=seed, logging_steps=1, save_strategy="no",
-    report_to="none",
+    report_to="none", use_vllm="--use-vllm" in sys.argv, vllm_mode="colocate",
 )  # fmt: skip
 clock = Clock()
 trainer = GRPOTrainer(model, reward_funcs=even_tokens, args=config, train_dataset=data, callbacks=[clock])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from flashpo.bench import decode_step, grpo_step, packing, rollout, run, tree
+from flashpo.bench import decode_step, grpo_step, packing, rollout, run, tree, vllm_peer
 from flashpo.bench.cases import SUITES, load
 from flashpo.bench.timing import Device
 
@@ -26,6 +26,41 @@ def test_a_dry_run_lists_every_suite(tmp_path):
     lines = [line.split(": needs a GPU: ") for line in (tmp_path / "summary.txt").read_text().splitlines()]
     assert {name for name, _ in lines} == {*SUITES, "sanitizer"} - ON_CPUS
     assert all(f"flashpo bench {name} --device cuda" in command for name, command in lines if name != "sanitizer")
+
+
+def test_a_run_of_a_few_minutes_measures_the_smallest_shapes_and_ends_in_time(tmp_path):
+    """`python` here is a program that takes long: it is stopped, and the steps after it are not begun."""
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(slow), "FLASHPO_STEPS": "doctor tests gae", "FLASHPO_DRY_RUN": "1"}
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "gpu.sh", "--minutes", "0", tmp_path / "out"],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    lines = dict(line.split(": ", 1) for line in (tmp_path / "out" / "summary.txt").read_text().splitlines())
+    assert done.returncode == 0, done.stderr
+    assert lines["doctor"] == lines["tests"] == "not run, no time is left"
+    assert "--peers --quick --out" in lines["gae"]
+
+
+def test_vllm_and_flashpo_run_the_same_script_in_turn(monkeypatch, capsys):
+    """Without a GPU and vLLM: what runs, and what is made of the times."""
+    calls = []
+
+    def one(command, script, model, out, *settings):
+        calls.append((command[1:], script.name, model, settings))
+        return grpo_step.Run([9.0, 3.0, 4.0, 5.0] if settings[-1] else [9.0, 2.0, 2.0, 2.0], 2**30)
+
+    monkeypatch.setattr(grpo_step, "run", one)
+    monkeypatch.setattr(vllm_peer.subprocess, "check_output", lambda *_, **__: "NVIDIA X\n")
+    monkeypatch.setattr(sys, "argv", ["vllm_peer.py", "model", "--seeds", "2", "--new", "64"])
+    assert vllm_peer.main() == 0
+    assert calls[:2] == [
+        ([], "step_script.py", "model", (1, 2048, 64, 6, 0, 1e-6, "--use-vllm")),
+        (["-m", "flashpo.run"], "step_script.py", "model", (1, 2048, 64, 6, 0, 1e-6, "")),
+    ]
+    assert "4.00 s a step,  2.00 times FlashPO's, peak 1.0 GiB" in capsys.readouterr().out
 
 
 def test_every_suite_is_there():
