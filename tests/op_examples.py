@@ -73,7 +73,7 @@ def recurrences():
         out, ends = tree_recurrence(q, k / 3, v, -torch.rand(60, 4), beta, lineage, ends=True)
         (out.sum() + ends.sum()).backward()
         q, k, v, beta = (None if x is None else x.detach()[:7] for x in (q, k, v, beta))
-        recurrence_step(torch.zeros(7, 4, 8, 8), q, k, v, -torch.rand(7, 4), beta)
+        recurrence_step(q.new_zeros(7, 4, 8, 8), q, k, v, -v[..., 0], beta)
     x, weight = torch.randn(60, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     tree_conv(x, weight, torch.randn(5), lineage).sum().backward()
 

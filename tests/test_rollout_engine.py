@@ -153,7 +153,7 @@ def test_a_session_continues_from_the_cache():
         ([VOCAB], {}, r"prompts\[1\] holds ids outside \[0, 120\)"),
         ([-1], {}, r"prompts\[1\] holds ids outside"),
         ([1] * 1000, {"max_new_tokens": 25}, r"prompts\[1\] has 1000 tokens.*1024 positions"),
-        ([1], {"stop_strings": ("x",)}, "stop_strings need the engine's tokenizer"),
+        ([1], {"stop_strings": ("x",)}, "stop_strings need a tokenizer"),
     ],
 )
 def test_bad_requests(prompt, params, message):
