@@ -24,6 +24,7 @@ static inline void multiply_block(const bf16* a, int64_t a_stride, Pairs b, int6
       for (int g = 0; g < GROUPS; ++g) sum[r][g] = load(c + r * c_stride + 16 * g);
   for (int64_t i = 0; i < steps; ++i, a += 32, b.p += b.step) {
     const bf16* row = b.p;
+#pragma GCC unroll 1  // unrolled 16 times, the addresses and sums of few rows would not fit the registers
     for (int k = 0; k < 32; k += 2, row += b.pair) {
       lines.fetch();
       __m512bh right[GROUPS];
