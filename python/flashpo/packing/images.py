@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -173,7 +172,7 @@ def _tensor(name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         try:
             if isinstance(x, list | tuple):  # as processors return images of one size
-                x = torch.stack([*x]) if all(isinstance(part, Tensor) for part in x) else np.stack(x)
+                x = torch.stack([torch.as_tensor(part) for part in x])
             x = torch.as_tensor(x)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}") from None
