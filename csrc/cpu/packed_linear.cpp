@@ -181,26 +181,16 @@ class Panels {
     const Pairs weights{p_.packed + panel * p_.depth * WIDTH, 32, 512, 1024};
     for (int64_t i = 0; i < rows; i += ROWS) {
       const bf16* x = p_.x + (row + i) * p_.x_stride;
-      const auto go = [&](auto lines) {
-        multiply_rows<ROWS, 2>(rows - i, x, p_.x_stride, weights, p_.depth / 32, sums_, WIDTH, false, lines);
+      const auto go = [&](auto ahead) {
+        multiply_rows<ROWS, 2>(rows - i, x, p_.x_stride, weights, p_.depth / 32, sums_, WIDTH, false, ahead);
       };
-      i == 0 ? go(Lines{reinterpret_cast<const char*>(weights.p) + AHEAD}) : go(NoLines{});
+      i == 0 ? go(Ahead{reinterpret_cast<const char*>(weights.p) + AHEAD}) : go(Near{});
       write(p_, sums_, WIDTH, row + i, std::min(ROWS, rows - i), panel * WIDTH, WIDTH);
     }
   }
 
  private:
   static constexpr int64_t ROWS = 12, AHEAD = 8192;  // the sums take 24 of 32 registers; bytes
-
-  // The two lines of weights of a pair of k.
-  struct Lines {
-    const char* p;
-    void fetch() {
-      __builtin_prefetch(p, 0, 2);
-      __builtin_prefetch(p + 64, 0, 2);
-      p += 128;
-    }
-  };
 
   const Problem<bf16>& p_;
   alignas(64) float sums_[ROWS * WIDTH];

@@ -1,23 +1,17 @@
 // The products of product_pairs.h with AVX512-BF16. One instruction adds the products of a pair to each of 16 sums.
 #pragma once
-#include <algorithm>
-
 #include "pairs.h"
+#include "product.h"
 
 namespace flashpo::FLASHPO_ISA {
 
 struct TileRegisters {};  // only AMX has them
 
-// In place of prefetches, where the operands are in the caches.
-struct NoLines {
-  void fetch() {}
-};
-
 // c = a b or c += a b for R rows of a and GROUPS times 16 columns, with 32 columns of a at a time. Each element is one
 // chain over the depth, whatever R and GROUPS are.
-template <int R, int GROUPS, typename Lines>
+template <int R, int GROUPS, typename Fetches>
 static inline void multiply_block(const bf16* a, int64_t a_stride, Pairs b, int64_t steps, float* c, int64_t c_stride,
-                                  bool add, Lines lines) {
+                                  bool add, Fetches ahead) {
   vf sum[R][GROUPS] = {};
   if (add)
     for (int r = 0; r < R; ++r)
@@ -26,7 +20,7 @@ static inline void multiply_block(const bf16* a, int64_t a_stride, Pairs b, int6
     const bf16* row = b.p;
 #pragma GCC unroll 1  // unrolled 16 times, the addresses and sums of few rows would not fit the registers
     for (int k = 0; k < 32; k += 2, row += b.pair) {
-      lines.fetch();
+      ahead.fetch();
       __m512bh right[GROUPS];
       for (int g = 0; g < GROUPS; ++g) right[g] = (__m512bh)_mm512_loadu_si512(row + g * b.group);
       for (int r = 0; r < R; ++r) {
@@ -42,13 +36,13 @@ static inline void multiply_block(const bf16* a, int64_t a_stride, Pairs b, int6
 }
 
 // The same for up to R rows.
-template <int R, int GROUPS, typename Lines>
+template <int R, int GROUPS, typename Fetches>
 static inline void multiply_rows(int64_t rows, const bf16* a, int64_t a_stride, Pairs b, int64_t steps, float* c,
-                                 int64_t c_stride, bool add, Lines lines) {
+                                 int64_t c_stride, bool add, Fetches ahead) {
   if (rows >= R)
-    multiply_block<R, GROUPS>(a, a_stride, b, steps, c, c_stride, add, lines);
+    multiply_block<R, GROUPS>(a, a_stride, b, steps, c, c_stride, add, ahead);
   else if constexpr (R > 1)
-    multiply_rows<R - 1, GROUPS>(rows, a, a_stride, b, steps, c, c_stride, add, lines);
+    multiply_rows<R - 1, GROUPS>(rows, a, a_stride, b, steps, c, c_stride, add, ahead);
 }
 
 // The same for any number of rows, and of columns rounded up to a multiple of 32. The sums take 24 of 32 registers.
@@ -60,11 +54,11 @@ static inline void multiply_pairs(int64_t rows, int64_t columns, int64_t steps, 
     if (columns - j > 32) {
       for (int64_t i = 0; i < rows; i += 6)
         multiply_rows<6, 4>(rows - i, a + i * a_stride, a_stride, b, steps, c + i * c_stride + j, c_stride, add,
-                            NoLines{});
+                            Near{});
     } else {
       for (int64_t i = 0; i < rows; i += 12)
         multiply_rows<12, 2>(rows - i, a + i * a_stride, a_stride, b, steps, c + i * c_stride + j, c_stride, add,
-                             NoLines{});
+                             Near{});
     }
   }
 }

@@ -199,10 +199,7 @@ def _delta_rule(
     q, k, v, decay, beta = (x.squeeze(0).float() for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = _unit_length(q), _unit_length(k)
-    if fla.runs(query):  # in the model's dtype, in which the family itself would call fla
-        q, k, v = (x.to(query.dtype) for x in (q, k, v))
-    recurrence = fla.tree_recurrence if fla.runs(query) else tree_recurrence
-    out, ends = recurrence(q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5, ends=lineage.keeps)
+    out, ends = _recurrence(query.dtype, q, k, v, decay, beta, lineage, scale=q.shape[-1] ** -0.5)
     lineage.keep("recurrent", ends)
     return out.to(query.dtype)[None], None
 
@@ -225,6 +222,23 @@ def _delta_rule_step(
         q, k = _unit_length(q), _unit_length(k)
     out = recurrence_step(initial_state, q, k, v, decay, beta, scale=q.shape[-1] ** -0.5)
     return out.to(query.dtype)[:, None], initial_state
+
+
+def _recurrence(
+    dtype: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor | None,
+    lineage: Lineage,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """By fla's kernels where they run, with q, k and v in `dtype`, in which the family itself would call them."""
+    recurrence: Callable = tree_recurrence
+    if fla.runs(q):
+        recurrence, (q, k, v) = fla.tree_recurrence, (x.to(dtype) for x in (q, k, v))
+    return recurrence(q, k, v, decay, beta, lineage, scale=scale, ends=lineage.keeps)
 
 
 def _unit_length(x: Tensor) -> Tensor:
@@ -252,8 +266,7 @@ def _mamba2(
         dt = F.softplus(dt)
     dt = dt.clamp(*dt_limit).squeeze(0).float()
     x, k, q = (x.squeeze(0).float() for x in (hidden_states, B, C))
-    recurrence = fla.tree_recurrence if fla.runs(x) else tree_recurrence
-    out, ends = recurrence(q, k, x * dt[..., None], A.float() * dt, None, lineage, ends=lineage.keeps)
+    out, ends = _recurrence(x.dtype, q, k, x * dt[..., None], A.float() * dt, None, lineage)
     lineage.keep("recurrent", None if ends is None else ends.mT)  # Mamba-2 keeps states as (Dv, Dk)
     return (out if D is None else out + D[:, None] * x)[None]
 

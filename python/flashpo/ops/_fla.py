@@ -83,7 +83,8 @@ def tree_recurrence(
     inputs = [x for x in (q, k, v, decay, beta) if x is not None]
     outs: list[Tensor] = []
     states: list[Tensor] = []
-    for level in lineage.levels():
+    levels = lineage.levels()
+    for level in levels.levels:
         out, final = kernel(
             *(x[level.token][None] for x in inputs),
             scale=scale,
@@ -93,6 +94,5 @@ def tree_recurrence(
         )
         outs.append(out[0])
         states.append(final)
-    order, segments = (torch.cat([getattr(level, name) for level in lineage.levels()]) for name in ("token", "segment"))
-    out = torch.cat(outs)[order.argsort()]
-    return out.to(v.dtype), torch.cat(states)[segments.argsort()] if ends else None
+    out = torch.cat(outs)[levels.token]
+    return out.to(v.dtype), torch.cat(states)[levels.segment] if ends else None

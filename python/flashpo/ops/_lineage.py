@@ -45,6 +45,14 @@ class Level(NamedTuple):
     parent: Tensor  # (n,) int64: where each segment's parent is in `segment` of the previous level; 0 at depth 0
 
 
+class Levels(NamedTuple):
+    """The segments by depth; all levels together are one order of the tokens and one of the segments."""
+
+    levels: list[Level]
+    token: Tensor  # (N,) int64: where each token is in this order
+    segment: Tensor  # (S,) int64: where each segment is
+
+
 class Waves(NamedTuple):
     """The N tokens sorted by depth, the number of tokens before them in their sequences."""
 
@@ -156,7 +164,7 @@ class Lineage:
         # Mypy does not know the number of tensors
         return Chunks(*there, tuple(map(len, depths)))  # type: ignore[call-arg, arg-type]
 
-    def _levels(self) -> list[Level]:
+    def _levels(self) -> Levels:
         depths: list[list[int]] = []
         of: list[tuple[int, int]] = []  # for each segment its depth and its index within that depth
         for segment, parent in enumerate(self.parent):
@@ -172,7 +180,8 @@ class Lineage:
             parents = [of[self.parent[s]][1] if self.parent[s] >= 0 else 0 for s in segments]
             there = (torch.tensor(x, device="cpu").to(self.device) for x in (segments, token, list(lengths), parents))
             levels.append(Level(*there))
-        return levels
+        orders = torch.cat([level.token for level in levels]), torch.cat([level.segment for level in levels])
+        return Levels(levels, orders[0].argsort(), orders[1].argsort())
 
     def _waves(self) -> Waves:
         depth = torch.arange(self.tokens, device="cpu")
